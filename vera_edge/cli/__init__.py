@@ -1,0 +1,62 @@
+"""The command line: the only place that imports click, and the only one that prints.
+
+A command parses its words, calls one function of the library and shows the result object. Commands are
+loaded when they are called, so that `vera-edge --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from vera_edge import __version__
+from vera_edge.errors import VeraEdgeError
+
+# name -> (module:attribute, what it does), in the order a newcomer meets them
+COMMANDS: dict[str, tuple[str, str]] = {
+    "inspect": ("vera_edge.cli.inspect:inspect", "Say what an adapter is, and whether it fits a base."),
+    "projections": ("vera_edge.cli.projections:projections", "Regenerate and verify the shared projections."),
+    "merge": ("vera_edge.cli.merge:merge", "Merge an adapter into its base, as a Hugging Face folder."),
+    "export": ("vera_edge.cli.export:export", "Export base and adapter to ONNX, merged or as a side-branch."),
+    "drift": ("vera_edge.cli.drift:drift", "Measure how far an artefact is from the model as trained."),
+    "run": ("vera_edge.cli.run:run", "Generate text from an exported folder, without torch."),
+}
+
+
+class LazyGroup(click.Group):
+    """A click group that imports a command's module only when that command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name][0].split(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VeraEdgeError as error:
+            click.echo(f"vera-edge: {error}", err=True)
+            sys.exit(error.exit_code)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="vera-edge", prog_name="vera-edge")
+def main() -> None:
+    """Put a VeRA adapter, and the quantized model it was trained on, onto a small device.
+
+    Exit codes: 0 done, 2 the input or the request is at fault (one sentence says how), 3 a drift limit
+    was broken.
+    """

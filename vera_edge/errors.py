@@ -1,0 +1,67 @@
+"""The errors that vera-edge raises on purpose.
+
+    VeraEdgeError            exit 2: the input or the request is at fault
+    ├── AdapterError         an adapter folder that can't be read or isn't VeRA
+    ├── CheckpointError      a base folder that can't be read, or contradicts itself
+    │   └── FormatError      a weight format that isn't known, or is of an unknown version
+    ├── MismatchError        adapter, base and artefact are each sound but don't belong together
+    ├── PlanError            a request that can't be planned: unknown module, format, option
+    ├── TargetError          an export target that is missing or refuses the model
+    ├── DataError            text or token data that can't be used
+    ├── BundleError          an artefact on disk that is damaged, foreign or unsafe
+    └── OutputError          the output can't be written: it exists, the disk is full, read-only
+    DriftExceeded            exit 3: everything ran, and a limit was broken
+
+Every message is one sentence that says what is wrong, where, and what to do. The command line prints
+it without a traceback; any other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class VeraEdgeError(Exception):
+    """Base of all errors that are the input's or the request's fault."""
+
+    exit_code = 2
+
+
+class AdapterError(VeraEdgeError):
+    """An adapter folder can't be read, or holds another PEFT method."""
+
+
+class CheckpointError(VeraEdgeError):
+    """A base checkpoint can't be read, or its parts contradict each other."""
+
+
+class FormatError(CheckpointError):
+    """A weight format is unknown, or of a version that isn't known."""
+
+
+class MismatchError(VeraEdgeError):
+    """Adapter, base and artefact are each sound, but don't belong together."""
+
+
+class PlanError(VeraEdgeError):
+    """What was asked for can't be planned."""
+
+
+class TargetError(VeraEdgeError):
+    """An export target is missing, or refuses the model."""
+
+
+class DataError(VeraEdgeError):
+    """Text or token data that can't be used."""
+
+
+class BundleError(VeraEdgeError):
+    """An artefact on disk is damaged, foreign or unsafe."""
+
+
+class OutputError(VeraEdgeError):
+    """The output can't be written."""
+
+
+class DriftExceeded(VeraEdgeError):
+    """Everything ran, and a drift limit was broken."""
+
+    exit_code = 3

@@ -1,0 +1,183 @@
+"""Files and digests: canonical JSON, SHA-256, atomic writes, paths that stay inside their folder.
+
+Everything vera-edge writes goes through here, so that an output either exists whole or not at all, and
+the same inputs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vera_edge.errors import BundleError, OutputError, VeraEdgeError
+
+_CHUNK = 1 << 20
+PARTIAL_MARK = ".partial-"
+
+
+def canonical_json(value: Any) -> bytes:
+    """`value` as UTF-8 JSON with sorted keys, two-space indent and a final newline.
+
+    Raises ValueError on NaN and infinities: they aren't JSON, and never belong in a record.
+    """
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def sha256_bytes(data: bytes | memoryview) -> str:
+    """Hex SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in chunks of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(path: Path, error: type[VeraEdgeError]) -> dict[str, Any]:
+    """The JSON object in `path`; raises `error` when it's missing, unreadable or not an object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise error(f"{path} is missing") from None
+    except OSError as cause:
+        raise error(f"{path} can't be read: {cause.strerror}") from None
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} isn't valid JSON ({cause}); copy or download it again") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a JSON {type(value).__name__} where an object belongs")
+    return value
+
+
+def safe_join(root: Path, relative: str, error: type[VeraEdgeError] = BundleError) -> Path:
+    """`root / relative`, refusing any name that could leave `root`.
+
+    Refused: absolute paths, `..`, drive letters, backslashes, NUL, empty names, and links that lead out.
+    """
+    pure = PurePosixPath(relative)
+    bad = (
+        not relative
+        or pure.is_absolute()
+        or any(part in ("..", "") for part in relative.split("/"))
+        or any(mark in relative for mark in ("\\", "\0", ":"))
+    )
+    if bad:
+        raise error(f"unsafe path {relative!r} in {root}; names must be relative and stay in the folder")
+    path = root / relative
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise error(f"{path} leads out of {root} through a link; replace the link by the file itself")
+    return path
+
+
+def fsync_folder(path: Path) -> None:
+    """Make a rename inside `path` durable, where the platform can (Windows can't open a folder)."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def fsync_file(path: Path) -> None:
+    """Flush a finished file to the disk."""
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+
+
+def output_error(path: Path, cause: OSError) -> OutputError:
+    """The one-sentence error for a failed write to `path`."""
+    if cause.errno == errno.ENOSPC:
+        return OutputError(f"no space left on the disk while writing {path}; free some and run again")
+    return OutputError(f"can't write {path}: {cause.strerror or cause}")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old content or the new, never a mix."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL_MARK}", dir=path.parent)
+    except OSError as cause:
+        raise output_error(path, cause) from cause
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp makes the file private; an output follows the user's umask like any other file.
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except OSError as cause:
+        raise output_error(path, cause) from cause
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Raise OutputError when `path` is taken and `force` isn't given, before any work is done."""
+    if path.is_file() and not force:
+        raise OutputError(f"{path} exists; choose another name or pass --force to replace it")
+    if path.is_dir() and any(path.iterdir()) and not force:
+        raise OutputError(f"{path} exists and isn't empty; choose another name or pass --force to replace it")
+
+
+@contextmanager
+def staged_folder(target: Path, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes `target` when the block ends without an error.
+
+    With an error (a kill included) `target` keeps what it had. With `force` an existing target is replaced.
+    """
+    check_output(target, force)
+    target = Path(os.path.abspath(target))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}{PARTIAL_MARK}", dir=target.parent))
+        stage.chmod(0o777 & ~_umask())
+    except OSError as cause:
+        raise output_error(target, cause) from cause
+    try:
+        yield stage
+        commit_folder(stage, target)
+    except OSError as cause:
+        raise output_error(target, cause) from cause
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def commit_folder(stage: Path, target: Path) -> None:
+    """Flush every file of `stage` to the disk, then put it in the place of `target`."""
+    for path in stage.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            fsync_file(path)
+    if target.exists():
+        old = target.with_name(f".{target.name}{PARTIAL_MARK}old-{os.getpid()}")
+        target.rename(old)
+        stage.rename(target)
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    else:
+        stage.rename(target)
+    fsync_folder(target.parent)
