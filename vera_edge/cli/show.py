@@ -1,0 +1,57 @@
+"""What commands share: the progress bar, JSON output, common options. stdout is data, stderr is talk."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from vera_edge import progress as progress_protocol
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FOLDER = click.Path(path_type=Path)  # existence is the library's to judge, in its own sentence
+json_option: Callable[[F], F] = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+force_option: Callable[[F], F] = click.option("--force", is_flag=True, help="Replace an existing output.")
+quiet_option: Callable[[F], F] = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+
+
+def out() -> Console:
+    """The console for results (stdout)."""
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def err() -> Console:
+    """The console for talk (stderr)."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object on stdout."""
+    click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+
+
+@contextmanager
+def progress_bar(quiet: bool = False) -> Iterator[progress_protocol.Progress]:
+    """A Progress drawn on stderr while the block runs; nothing when stderr isn't a terminal or `quiet`."""
+    console = err()
+    if quiet or not console.is_terminal:
+        yield progress_protocol.silent
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, total=total)
+
+        yield report
