@@ -152,7 +152,7 @@ def staged_folder(target: Path, force: bool = False) -> Iterator[Path]:
     With an error (a kill included) `target` keeps what it had. With `force` an existing target is replaced.
     """
     check_output(target, force)
-    target = Path(os.path.abspath(target))
+    target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}{PARTIAL_MARK}", dir=target.parent))

@@ -43,6 +43,7 @@ DTYPES: Mapping[str, tuple[int, str]] = {
     "F64": (8, "<f8"),
 }
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 _MAX_HEADER = 100_000_000  # the safetensors package's own limit
 
 
@@ -138,9 +139,7 @@ def read_header(path: Path, error: type[VeraEdgeError] = CheckpointError) -> dic
     return {info.name: info for info in infos}
 
 
-def _tensor_info(
-    name: str, entry: Any, path: Path, base: int, error: type[VeraEdgeError]
-) -> TensorInfo:
+def _tensor_info(name: str, entry: Any, path: Path, base: int, error: type[VeraEdgeError]) -> TensorInfo:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = [*shape, start, end]
@@ -152,7 +151,9 @@ def _tensor_info(
     if dtype not in DTYPES:
         raise error(f"tensor {name} in {path} has dtype {dtype}, which vera-edge doesn't know")
     if math.prod(shape) * DTYPES[dtype][0] != end - start:
-        raise error(f"tensor {name} in {path}: shape {list(shape)} of {dtype} doesn't fill {end - start} bytes")
+        raise error(
+            f"tensor {name} in {path}: shape {list(shape)} of {dtype} doesn't fill {end - start} bytes"
+        )
     return TensorInfo(name, dtype, shape, path, base + start, base + end)
 
 
@@ -173,7 +174,9 @@ class TensorFolder(Mapping[str, TensorInfo]):
         return len(self._infos)
 
     @classmethod
-    def open(cls, folder: Path, stem: str = "model", error: type[VeraEdgeError] = CheckpointError) -> TensorFolder:
+    def open(
+        cls, folder: Path, stem: str = "model", error: type[VeraEdgeError] = CheckpointError
+    ) -> TensorFolder:
         """Read the headers of `<stem>.safetensors`, or of the shards `<stem>.safetensors.index.json` names.
 
         Raises `error` on missing, overlapping or foreign shards, and when only a pickle is there.
@@ -185,7 +188,9 @@ class TensorFolder(Mapping[str, TensorInfo]):
             return cls(read_header(single, error), [single])
         if not folder.is_dir():
             raise error(f"{folder} isn't a folder; give the folder that holds {stem}.safetensors")
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl"))
+        pickles = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")
+        )
         if pickles:
             raise error(
                 f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when read; "
@@ -203,13 +208,19 @@ class TensorFolder(Mapping[str, TensorInfo]):
         for file in files:
             for name, info in read_header(file, error).items():
                 if name in infos:
-                    raise error(f"tensor {name} is in both {infos[name].file.name} and {file.name} of {folder}")
+                    raise error(
+                        f"tensor {name} is in both {infos[name].file.name} and {file.name} of {folder}"
+                    )
                 infos[name] = info
         for name, file_name in weight_map.items():
             if name not in infos or infos[name].file.name != Path(file_name).name:
-                raise error(f"{index} says tensor {name} is in {file_name}, and it isn't; copy the folder again")
+                raise error(
+                    f"{index} says tensor {name} is in {file_name}, and it isn't; copy the folder again"
+                )
         if extra := next((name for name in infos if name not in weight_map), None):
-            raise error(f"tensor {extra} is in {infos[extra].file} but not in {index.name}; copy the folder again")
+            raise error(
+                f"tensor {extra} is in {infos[extra].file} but not in {index.name}; copy the folder again"
+            )
         return cls(infos, files)
 
     def read(self, name: str) -> RawTensor:

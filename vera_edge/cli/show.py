@@ -18,7 +18,9 @@ from vera_edge import progress as progress_protocol
 F = TypeVar("F", bound=Callable[..., Any])
 
 FOLDER = click.Path(path_type=Path)  # existence is the library's to judge, in its own sentence
-json_option: Callable[[F], F] = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
+json_option: Callable[[F], F] = click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON for scripts."
+)
 force_option: Callable[[F], F] = click.option("--force", is_flag=True, help="Replace an existing output.")
 quiet_option: Callable[[F], F] = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 
