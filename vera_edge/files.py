@@ -103,9 +103,12 @@ def fsync_file(path: Path) -> None:
 
 def output_error(path: Path, cause: OSError) -> OutputError:
     """The one-sentence error for a failed write to `path`."""
-    if cause.errno == errno.ENOSPC:
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(f"no space left on the disk while writing {path}; free some and run again")
-    return OutputError(f"can't write {path}: {cause.strerror or cause}")
+    if cause.errno == errno.EFBIG:
+        return OutputError(f"{path} grows past the file size that this system allows; raise the limit")
+    where = f" ({cause.filename})" if cause.filename and str(cause.filename) != str(path) else ""
+    return OutputError(f"can't write {path}: {cause.strerror or cause}{where}")
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -25,6 +25,23 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("vera_edge.cli.run:run", "Generate text from an exported folder, without torch."),
 }
 
+# what the device part does without -> the extra that brings it
+EXTRAS = dict.fromkeys(
+    (
+        "bitsandbytes",
+        "gguf",
+        "onnx",
+        "onnx_ir",
+        "onnxruntime_genai",
+        "optimum",
+        "peft",
+        "torch",
+        "transformers",
+    )
+    + ("vera_edge_onnx", "vera_edge_genai"),
+    "build",
+) | {"matplotlib": "report", "ray": "ray", "model_signing": "release", "cyclonedx": "release"}
+
 
 class LazyGroup(click.Group):
     """A click group that imports a command's module only when that command is asked for."""
@@ -50,6 +67,15 @@ class LazyGroup(click.Group):
         except VeraEdgeError as error:
             click.echo(f"vera-edge: {error}", err=True)
             sys.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing not in EXTRAS:
+                raise
+            hint = f"pip install 'vera-edge[{EXTRAS[missing]}]'"
+            click.echo(
+                f"vera-edge: {ctx.invoked_subcommand} needs {missing}, not installed: {hint}", err=True
+            )
+            sys.exit(VeraEdgeError.exit_code)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
