@@ -1,0 +1,82 @@
+"""A base model's folder: its config, its tensors, and which of them are the weights of linear layers.
+
+Headers are read when it is opened, values when they are asked for. Nothing in the folder is trusted, and
+nothing in it is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vera_edge import formats
+from vera_edge.errors import CheckpointError
+from vera_edge.files import read_json
+from vera_edge.formats import StoredLinear, Weight
+from vera_edge.tensors import Float32, TensorFolder
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base checkpoint. `linears` is keyed by module name, as the checkpoint spells it."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: TensorFolder
+    linears: Mapping[str, StoredLinear]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Read config and headers of a Hugging Face folder.
+
+        Raises CheckpointError when something is missing, damaged or contradictory, FormatError when the
+        weights are in a format that isn't known.
+        """
+        tensors = TensorFolder.open(path)
+        config = read_json(path / "config.json", CheckpointError)
+        return cls(path, config, tensors, formats.find_linears(tensors, config))
+
+    def linear(self, module: str) -> StoredLinear:
+        """The linear called `module`; raises CheckpointError when there is none."""
+        if module not in self.linears:
+            raise CheckpointError(f"{self.path} has no linear layer called {module}")
+        return self.linears[module]
+
+    def load(self, module: str) -> Weight:
+        """One linear's weight as it is stored."""
+        return formats.load(self.tensors, self.linear(module))
+
+    def dequantize(self, module: str) -> Float32:
+        """One linear's weight, exact in float32, as (out_features, in_features) however it is stored."""
+        return formats.dequantize(self.load(module))
+
+    def float32(self, name: str) -> Float32:
+        """A float tensor by its name, as float32 in its stored orientation."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} has no tensor called {name}")
+        return self.tensors.float32(name)
+
+    @cached_property
+    def other_names(self) -> tuple[str, ...]:
+        """The tensors that aren't part of a linear's weight, in file order."""
+        taken = {name for linear in self.linears.values() for name in linear.tensors.values()}
+        return tuple(name for name in self.tensors if name not in taken)
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex SHA-256 of what the weights are: every tensor's name, dtype, shape and bytes, in name order.
+
+        Independent of how the tensors are spread over files. Reads the whole checkpoint, once.
+        """
+        digest = hashlib.sha256()
+        for name in sorted(self.tensors):
+            tensor = self.tensors.read(name)
+            inner = hashlib.sha256(memoryview(tensor.data)).hexdigest()
+            line = json.dumps([name, tensor.dtype, list(tensor.shape), inner], ensure_ascii=False)
+            digest.update(line.encode() + b"\n")
+        return digest.hexdigest()

@@ -1,0 +1,118 @@
+"""Unquantized weights: fp32, fp16, bf16; as nn.Linear stores them (out, in) or as Conv1D does (in, out)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vera_edge.errors import PlanError
+from vera_edge.formats.weight import Layout, StoredLinear
+from vera_edge.tensors import Float32, RawTensor, TensorFolder, float32_to_bf16
+
+DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+
+# transformers' Conv1D keeps its weight as (in, out). Only these families use it, under these names.
+_CONV1D_FAMILIES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder"})
+_CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+_EMBEDDING_NAMES = frozenset(
+    {"wte", "wpe", "shared", "tokens_embed", "positions_embed", "relative_attention_bias"}
+)
+
+
+def is_embedding(module: str) -> bool:
+    """Whether a module with a 2-D weight is a lookup table and not a linear, by its name."""
+    last = module.rsplit(".", 1)[-1]
+    return last in _EMBEDDING_NAMES or "embed" in last.replace("embed_out", "")
+
+
+def _model_types(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in config.items():
+        if key == "model_type" and isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _model_types(value)
+
+
+def is_conv1d(module: str, tensors: TensorFolder, config: Mapping[str, Any]) -> bool:
+    """Whether a dense weight is stored as (in, out): its bias tells where it can, else its family does."""
+    rows, columns = tensors[f"{module}.weight"].shape
+    bias = tensors.get(f"{module}.bias")
+    if bias is not None and rows != columns and bias.shape in ((rows,), (columns,)):
+        return bias.shape == (columns,)
+    return module.rsplit(".", 1)[-1] in _CONV1D_NAMES and not _CONV1D_FAMILIES.isdisjoint(
+        _model_types(config)
+    )
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A float weight in memory; `data` in its stored orientation."""
+
+    data: RawTensor
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.data.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def rows(self, start: int, stop: int) -> Float32:
+        values = self.data.array()
+        part = values[:, start:stop].T if self.transposed else values[start:stop]
+        return RawTensor.of(part, self.data.dtype).float32()
+
+    def tensors(self) -> Mapping[str, RawTensor]:
+        return {".weight": self.data}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """fp32, fp16 or bf16."""
+
+    name: str
+
+    @property
+    def dtype(self) -> str:
+        return DTYPES[self.name]
+
+    def find(self, tensors: TensorFolder, config: Mapping[str, Any]) -> Mapping[str, StoredLinear]:
+        found = {}
+        for name, info in tensors.items():
+            module, _, last = name.rpartition(".")
+            if last != "weight" or len(info.shape) != 2 or info.dtype != self.dtype or is_embedding(module):
+                continue
+            if f"{module}.weight.absmax" in tensors:  # bitsandbytes 4-bit, packed in a float dtype
+                continue
+            transposed = is_conv1d(module, tensors, config)
+            out, inside = reversed(info.shape) if transposed else info.shape
+            found[module] = StoredLinear(module, out, inside, self.name, {"weight": name}, {}, transposed)
+        return found
+
+    def load(self, tensors: TensorFolder, linear: StoredLinear) -> DenseWeight:
+        return DenseWeight(tensors.read(linear.tensors["weight"]), linear.transposed)
+
+    def options(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if unknown := sorted(set(given) - {"transposed"}):
+            raise PlanError(f"{self.name} takes no option {unknown[0]!r}")
+        return {"transposed": bool(given.get("transposed", False))}
+
+    def layout(self, shape: tuple[int, int], options: Mapping[str, Any]) -> Layout:
+        return {".weight": (self.dtype, shape[::-1] if options.get("transposed") else shape)}
+
+    def quantize(self, weight: Float32, options: Mapping[str, Any]) -> DenseWeight:
+        transposed = bool(options.get("transposed"))
+        return DenseWeight(to_dtype(weight.T if transposed else weight, self.dtype), transposed)
+
+    def quantization_config(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
+        return None
+
+
+def to_dtype(values: Float32, dtype: str) -> RawTensor:
+    """Round float32 values to F32, F16 or BF16, to nearest with ties to even; fp16 overflow becomes inf."""
+    if dtype == "BF16":
+        return RawTensor.of(float32_to_bf16(values), "BF16")
+    with np.errstate(over="ignore"):
+        return RawTensor.of(values.astype({"F32": np.float32, "F16": np.float16}[dtype]))

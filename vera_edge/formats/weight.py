@@ -1,0 +1,101 @@
+"""What a weight format is: how a linear's weight lies in a checkpoint, and what it is worth in float32.
+
+A format answers four questions: which modules of a checkpoint are stored that way (`find`), what is one of
+them worth (`load`, exact), how does a float32 weight become one (`quantize`), and which tensors will that
+give (`layout`, known before a byte is read, so that a writer can lay out its files first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.tensors import Float32, RawTensor, TensorFolder
+
+# Rows are handled in pieces of about this many values, so that temporaries stay small beside the weight.
+_CHUNK_VALUES = 1 << 21
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One linear layer as it lies in a checkpoint.
+
+    `out_features` and `in_features` are nn.Linear's, whatever the stored orientation. `tensors` maps a role
+    ("weight", "absmax", ...) to a tensor's name. `transposed`: stored as (in, out), as Conv1D does.
+    """
+
+    module: str
+    out_features: int
+    in_features: int
+    format: str
+    tensors: Mapping[str, str]
+    params: Mapping[str, Any] = field(default_factory=dict)
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.out_features, self.in_features)
+
+
+# What a format will write: suffix after the module's name (".weight", ".SCB") -> (dtype, shape).
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+class Weight(Protocol):
+    """One linear's weight in memory, in the form its format stores it."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features), as nn.Linear has them."""
+
+    def rows(self, start: int, stop: int) -> Float32:
+        """Rows `start` to `stop` as float32 (stop - start, in_features), exactly what the format means."""
+
+    def tensors(self) -> Mapping[str, RawTensor]:
+        """The tensors to store, by suffix after the module's name."""
+
+
+class WeightFormat(Protocol):
+    """A way to store a linear's weight."""
+
+    @property
+    def name(self) -> str:
+        """The name users give it: "bf16", "nf4", ..."""
+
+    def find(self, tensors: TensorFolder, config: Mapping[str, Any]) -> Mapping[str, StoredLinear]:
+        """The modules stored this way. Raises CheckpointError when a module's tensors don't fit together."""
+
+    def load(self, tensors: TensorFolder, linear: StoredLinear) -> Weight:
+        """Read one linear. Raises CheckpointError when its numbers aren't sound (NaN scales and the like)."""
+
+    def options(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`given` completed with defaults. Raises PlanError on an option it doesn't know or can't meet."""
+
+    def layout(self, shape: tuple[int, int], options: Mapping[str, Any]) -> Layout:
+        """The tensors that `quantize` will give for a weight of this shape (out, in)."""
+
+    def quantize(self, weight: Float32, options: Mapping[str, Any]) -> Weight:
+        """Store a float32 weight (out, in) this way, to nearest."""
+
+    def quantization_config(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The `quantization_config` of config.json, None for an unquantized model."""
+
+
+def row_chunks(shape: tuple[int, int], multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """Row ranges that cover a weight (out, in) in pieces of some MiB, each a multiple of `multiple` rows."""
+    out, size = shape[0], max(1, _CHUNK_VALUES // max(1, shape[1]))
+    size = max(multiple, size // multiple * multiple)
+    for start in range(0, out, size):
+        yield start, min(out, start + size)
+
+
+def dequantize(weight: Weight) -> Float32:
+    """The whole weight as float32 (out, in)."""
+    whole: npt.NDArray[np.float32] = np.empty(weight.shape, np.float32)
+    for start, stop in row_chunks(weight.shape):
+        whole[start:stop] = weight.rows(start, stop)
+    return whole
