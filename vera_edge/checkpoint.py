@@ -76,7 +76,7 @@ class Checkpoint:
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             tensor = self.tensors.read(name)
-            inner = hashlib.sha256(memoryview(tensor.data)).hexdigest()
+            inner = hashlib.sha256(tensor.data.data).hexdigest()
             line = json.dumps([name, tensor.dtype, list(tensor.shape), inner], ensure_ascii=False)
             digest.update(line.encode() + b"\n")
         return digest.hexdigest()
