@@ -1,0 +1,177 @@
+"""What one token's logits say about two models. numpy only.
+
+Every figure is computed in float64 from the float32 logits, through log-softmax, so that two equal models
+give exactly 0 and the smallest drift that float32 logits can carry is still seen. With p and q the
+probabilities of reference and candidate, y the token that really follows, and V the vocabulary:
+
+    kl             sum_i p_i (ln p_i - ln q_i), in nats; reverse_kl the same with p and q exchanged
+    delta_p        q_y - p_y, as llama.cpp's `--kl-divergence` defines it
+    nll            -ln q_y;  reference_nll: -ln p_y
+    same_top1      the most likely tokens are the same
+    top5           share of the reference's five most likely tokens among the candidate's five
+    right          the most likely token is y; a *flip* is an answer that changes from right to wrong or
+                   back (Dutta et al., "Accuracy is Not All You Need", arXiv:2407.09141)
+    cosine         cosine of the two logit vectors, each less its own mean
+    squared_error  mean over V of the squared difference of the two logit vectors, each less its own mean
+    largest_error  the largest such difference
+
+Logits are centred for the last three since adding a constant to a row changes no probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.errors import DataError, MismatchError
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Bool = npt.NDArray[np.bool_]
+Int64 = npt.NDArray[np.int64]
+
+TOP_K = 5
+# Rows handled at once: at a vocabulary of 50,000 a block of float64 is then 6 MB and stays near the cache.
+_ROWS = 16
+
+
+@dataclass(frozen=True)
+class TokenMetrics:
+    """One value per token, each of shape (n,); the module's docstring defines them."""
+
+    kl: Float64
+    reverse_kl: Float64
+    delta_p: Float64
+    reference_nll: Float64
+    nll: Float64
+    same_top1: Bool
+    top5: Float64
+    reference_right: Bool
+    right: Bool
+    cosine: Float64
+    squared_error: Float64
+    largest_error: Float64
+
+    def __len__(self) -> int:
+        return len(self.kl)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What is needed of one model's logits, computed once however often they are compared."""
+
+    log_p: Float64  # (n, vocab)
+    p: Float64  # (n, vocab)
+    top1: Int64  # (n,)
+    top5: Int64  # (n, 5)
+
+    @classmethod
+    def of(cls, logits: Float32) -> _Scores:
+        log_p = log_softmax(logits)
+        k = min(TOP_K, logits.shape[1])
+        return cls(log_p, np.exp(log_p), logits.argmax(axis=1), np.argpartition(logits, -k, axis=1)[:, -k:])
+
+
+def log_softmax(logits: npt.NDArray[np.floating]) -> Float64:
+    """Log-probabilities in float64 of logits (n, vocab), stable for any finite input."""
+    values = logits.astype(np.float64)
+    values -= values.max(axis=1, keepdims=True)
+    values -= np.log(np.exp(values).sum(axis=1, keepdims=True))
+    return values
+
+
+def compare(reference: Float32, candidate: Float32, targets: Int64) -> TokenMetrics:
+    """Compare logits (n, vocab) of two models at the same n positions; `targets` (n,) are the true tokens.
+
+    Raises MismatchError when the shapes differ, DataError on logits that aren't finite.
+    """
+    return compare_all(reference, {"candidate": candidate}, targets)["candidate"]
+
+
+def compare_all(
+    reference: Float32, candidates: Mapping[str, Float32], targets: Int64
+) -> dict[str, TokenMetrics]:
+    """Compare several candidates with one reference, whose softmax is then computed once.
+
+    reference and each candidate: (n, vocab) float32; targets: (n,) token ids. Memory beside the arguments
+    is a few blocks of 16 x vocab float64. Raises as `compare`.
+    """
+    _check(reference, candidates, targets)
+    blocks: dict[str, list[TokenMetrics]] = {name: [] for name in candidates}
+    for start in range(0, len(reference), _ROWS):
+        rows = slice(start, start + _ROWS)
+        scores = _Scores.of(reference[rows])
+        for name, logits in candidates.items():
+            blocks[name].append(_compare_block(scores, _Scores.of(logits[rows]), targets[rows]))
+    return {name: _concatenate(parts) for name, parts in blocks.items()}
+
+
+def _check(reference: Float32, candidates: Mapping[str, Float32], targets: Int64) -> None:
+    if reference.ndim != 2 or targets.shape != reference.shape[:1]:
+        raise MismatchError(
+            f"logits of shape {list(reference.shape)} don't belong to {list(targets.shape)} target tokens"
+        )
+    for name, logits in {"reference": reference, **candidates}.items():
+        if logits.shape != reference.shape:
+            raise MismatchError(
+                f"the {name} gives logits of shape {list(logits.shape)} and the reference "
+                f"{list(reference.shape)}; compare models of one vocabulary"
+            )
+        if not np.isfinite(logits).all():
+            raise DataError(
+                f"the {name}'s logits hold NaN or infinities; the model or its weights are broken"
+            )
+    if len(targets) and not (targets.min() >= 0 and targets.max() < reference.shape[1]):
+        raise MismatchError(
+            f"token {int(targets.max())} lies outside the model's vocabulary of {reference.shape[1]}; "
+            "the tokenizer belongs to another model"
+        )
+
+
+def _compare_block(reference: _Scores, candidate: _Scores, targets: Int64) -> TokenMetrics:
+    difference = candidate.log_p - reference.log_p  # ln q - ln p
+    rows = np.arange(len(targets))
+    # Gibbs' inequality: below zero there is only rounding.
+    kl = np.maximum(-np.einsum("ij,ij->i", reference.p, difference), 0.0)
+    reverse_kl = np.maximum(np.einsum("ij,ij->i", candidate.p, difference), 0.0)
+    difference -= difference.mean(axis=1, keepdims=True)
+    shared = (reference.top5[:, :, None] == candidate.top5[:, None, :]).any(axis=2)
+    return TokenMetrics(
+        kl=kl,
+        reverse_kl=reverse_kl,
+        delta_p=candidate.p[rows, targets] - reference.p[rows, targets],
+        reference_nll=-reference.log_p[rows, targets],
+        nll=-candidate.log_p[rows, targets],
+        same_top1=reference.top1 == candidate.top1,
+        top5=shared.mean(axis=1),
+        reference_right=reference.top1 == targets,
+        right=candidate.top1 == targets,
+        cosine=_centred_cosine(reference.log_p, candidate.log_p),
+        squared_error=np.einsum("ij,ij->i", difference, difference) / difference.shape[1],
+        largest_error=np.abs(difference).max(axis=1),
+    )
+
+
+def _centred_cosine(a: Float64, b: Float64) -> Float64:
+    """Cosine of rows, each less its mean. Log-probabilities differ from logits by a constant: the same."""
+    a = a - a.mean(axis=1, keepdims=True)
+    b = b - b.mean(axis=1, keepdims=True)
+    norms = np.sqrt(np.einsum("ij,ij->i", a, a) * np.einsum("ij,ij->i", b, b))
+    # Two constant rows are both uniform, hence the same.
+    cosine = np.ones(len(a))
+    np.divide(np.einsum("ij,ij->i", a, b), norms, out=cosine, where=norms > 0)
+    return np.clip(cosine, -1.0, 1.0)
+
+
+def _concatenate(parts: list[TokenMetrics]) -> TokenMetrics:
+    if not parts:
+        raise DataError("there is no token to compare; give more text")
+    return TokenMetrics(
+        **{
+            field.name: np.concatenate([getattr(p, field.name) for p in parts])
+            for field in fields(TokenMetrics)
+        }
+    )

@@ -1,0 +1,153 @@
+"""Text into token windows: what both models read, token for token.
+
+Windows don't overlap, and are spread evenly over the text when it holds more than asked for. A tokenizer
+that starts every text with a token of its own (BOS) starts every window with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from vera_edge.errors import CheckpointError, DataError, MismatchError
+from vera_edge.files import sha256_bytes
+
+Int64 = npt.NDArray[np.int64]
+
+BUILT_IN = "built-in"
+WINDOW = 256
+TOKENS = 8192
+# A window shorter than this says little, and a text without a single one nothing.
+MIN_WINDOW = 16
+_LARGEST_TEXT = 64 << 20
+_BUILT_IN_FILES = ("english.txt", "code.txt")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text to measure on: where it is from, and the SHA-256 of its UTF-8 bytes."""
+
+    source: str
+    content: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows of one text. `scored` is the number of tokens that have a token before them."""
+
+    text: Text
+    tokens: tuple[Int64, ...]
+    window: int
+
+    @property
+    def scored(self) -> int:
+        return sum(len(window) - 1 for window in self.tokens)
+
+
+def read_text(source: str | Path) -> Text:
+    """The text of a UTF-8 file, or the text that ships with vera-edge for "built-in".
+
+    Raises DataError when the file is missing, empty, not UTF-8, or larger than 64 MiB.
+    """
+    if str(source) == BUILT_IN:
+        folder = Path(__file__).parent / "text"
+        raw = b"\n\n".join((folder / name).read_bytes() for name in _BUILT_IN_FILES)
+    else:
+        raw = _read_file(Path(source))
+    try:
+        content = raw.decode()
+    except UnicodeDecodeError as cause:
+        raise DataError(f"{source} isn't UTF-8 text (byte {cause.start}); give a plain text file") from None
+    if not content.strip():
+        raise DataError(f"{source} holds no text; give a file with some, or --data {BUILT_IN}")
+    return Text(str(source), content, sha256_bytes(raw))
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _LARGEST_TEXT:
+            raise DataError(
+                f"{path} is larger than {_LARGEST_TEXT >> 20} MiB; give a part of it, a few hundred KB suffice"
+            )
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; give a text file, or --data {BUILT_IN}") from None
+    except OSError as cause:
+        raise DataError(f"{path} can't be read: {cause.strerror}") from None
+
+
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of `folder/tokenizer.json`. Raises CheckpointError when it's missing or broken."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; save the model's tokenizer there (save_pretrained)")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as cause:  # the tokenizers package raises bare Exception
+        raise CheckpointError(
+            f"{path} isn't a tokenizer that the tokenizers package reads: {cause}"
+        ) from None
+    # What the file was saved with (a maximum length, padding) is about training batches, not about text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def check_tokenizers(text: Text, folders: Sequence[Path]) -> None:
+    """Raise MismatchError when the tokenizers of two model folders read the start of `text` differently.
+
+    Folders without a tokenizer.json are left out: they are read with the first one's tokens.
+    """
+    sample = text.content[:20_000]
+    having = [folder for folder in folders if (folder / "tokenizer.json").is_file()]
+    encoded = [open_tokenizer(folder).encode(sample, add_special_tokens=False).ids for folder in having]
+    for folder, ids in zip(having[1:], encoded[1:], strict=True):
+        if ids != encoded[0]:
+            raise MismatchError(
+                f"the tokenizers of {having[0]} and {folder} split the same text differently; "
+                "they belong to different models"
+            )
+
+
+def make(
+    text: Text, tokenizer: Tokenizer, vocab_size: int, tokens: int = TOKENS, window: int = WINDOW
+) -> Windows:
+    """Windows of `window` tokens, about `tokens` in all, spread evenly over the text.
+
+    Raises DataError when the text is too short or the request senseless, MismatchError when the tokenizer
+    isn't that of a model of `vocab_size` tokens.
+    """
+    if window < MIN_WINDOW or tokens < window:
+        raise DataError(f"a window of {window} in {tokens} tokens is too small; use at least {MIN_WINDOW}")
+    if (known := tokenizer.get_vocab_size(with_added_tokens=True)) > vocab_size:
+        raise MismatchError(
+            f"the tokenizer knows {known} tokens and the model only {vocab_size}; it belongs to another model"
+        )
+    ids = np.asarray(tokenizer.encode(text.content, add_special_tokens=False).ids, np.int64)
+    start = np.asarray(tokenizer.encode("", add_special_tokens=True).ids[:1], np.int64)
+    body = window - len(start)
+    pieces = [ids[at : at + body] for at in range(0, len(ids), body)]
+    whole = [piece for piece in pieces if len(piece) == body]
+    if not whole:
+        # A text shorter than one window is one window, as long as it holds enough to say anything.
+        whole = [piece for piece in pieces if len(piece) >= MIN_WINDOW]
+    if not whole:
+        raise DataError(
+            f"{text.source} holds {len(ids)} tokens, too few to measure on; give at least {MIN_WINDOW}, "
+            f"better {TOKENS}"
+        )
+    return Windows(
+        text, tuple(np.concatenate([start, piece]) for piece in _spread(whole, tokens // window)), window
+    )
+
+
+def _spread(pieces: list[Int64], count: int) -> list[Int64]:
+    if count >= len(pieces):
+        return pieces
+    return [pieces[index * len(pieces) // count] for index in range(count)]
