@@ -26,21 +26,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 # what the device part does without -> the extra that brings it
-EXTRAS = dict.fromkeys(
-    (
-        "bitsandbytes",
-        "gguf",
-        "onnx",
-        "onnx_ir",
-        "onnxruntime_genai",
-        "optimum",
-        "peft",
-        "torch",
-        "transformers",
-    )
-    + ("vera_edge_onnx", "vera_edge_genai"),
-    "build",
-) | {"matplotlib": "report", "ray": "ray", "model_signing": "release", "cyclonedx": "release"}
+_BUILD = "bitsandbytes gguf onnx onnx_ir onnxruntime_genai optimum peft torch transformers".split()
+EXTRAS = dict.fromkeys(_BUILD, "build") | {
+    "cyclonedx": "release",
+    "matplotlib": "report",
+    "model_signing": "release",
+    "ray": "ray",
+}
 
 
 class LazyGroup(click.Group):
