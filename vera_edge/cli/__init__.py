@@ -26,7 +26,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 # what the device part does without -> the extra that brings it
-_BUILD = "bitsandbytes gguf onnx onnx_ir onnxruntime_genai optimum peft torch transformers".split()
+_BUILD = [
+    "bitsandbytes",
+    "gguf",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime_genai",
+    "optimum",
+    "peft",
+    "torch",
+    "transformers",
+]
 EXTRAS = dict.fromkeys(_BUILD, "build") | {
     "cyclonedx": "release",
     "matplotlib": "report",
