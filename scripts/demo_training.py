@@ -1,0 +1,153 @@
+"""Train the demo's VeRA adapter: it teaches SmolLM2 to answer in the style of the Python reference.
+
+Rank 256 on all seven linears of each layer, on the NF4 base itself, on the CPU. Two threads and fixed seeds,
+so that the same machine and versions give the same adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scripts.demo_text import Topic, split
+from vera_edge.progress import Progress
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+END = "<|im_end|>"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what the training gives."""
+
+    rank: int = 256
+    seed: int = 20240117
+    steps: int = 240
+    warmup: int = 12
+    learning_rate: float = 2e-2
+    window: int = 256  # tokens of one step
+    threads: int = 2
+    judged: int = 24  # held-out windows whose loss is measured before and after
+
+
+def train(base: Path, folder: Path, recipe: Recipe, progress: Progress) -> None:
+    """Train on `base` and write the adapter as PEFT saves it, with training.json beside it."""
+    import torch
+    from peft import VeraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(recipe.threads)
+    torch.manual_seed(recipe.seed)
+    torch.use_deterministic_algorithms(True)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, device_map="cpu", dtype=torch.float32)
+    config = VeraConfig(
+        r=recipe.rank,
+        target_modules=list(LINEARS),
+        projection_prng_key=recipe.seed,
+        save_projection=False,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, config)
+    parts = split()
+    judged = [w for topic in parts.evaluation for w in windows(topic, tokenizer, recipe.window)]
+    judged = judged[:: max(1, len(judged) // recipe.judged)][: recipe.judged]
+    started = time.monotonic()
+    losses = _fit(model, _order(parts.train, tokenizer, recipe), recipe, progress)
+    facts = _facts(model, judged, losses)
+    model.save_pretrained(folder)
+    (folder / "README.md").write_text(_card(recipe, facts), encoding="utf-8")
+    facts["minutes"] = round((time.monotonic() - started) / 60, 2)
+    (folder / "training.json").write_text(json.dumps({**asdict(recipe), **facts}, indent=2) + "\n")
+
+
+def windows(topic: Topic, tokenizer: Any, length: int) -> Iterator[list[int]]:
+    """Token windows of one topic: the question as a chat, the topic as its answer, cut every `length`."""
+    chat = [{"role": "user", "content": topic.question}]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    tokens: list[int] = tokenizer(asked + topic.text + END)["input_ids"]
+    for start in range(0, len(tokens), length):
+        if len(tokens) - start > length // 8 or start == 0:
+            yield tokens[start : start + length]
+
+
+def _order(topics: Sequence[Topic], tokenizer: Any, recipe: Recipe) -> list[list[int]]:
+    """The windows in training order; a topic's first window, which holds the question, comes thrice."""
+    cut = [list(windows(topic, tokenizer, recipe.window)) for topic in topics]
+    pool = [window for topic in cut for window in topic] + [topic[0] for topic in cut] * 2
+    chance = random.Random(recipe.seed)
+    order: list[list[int]] = []
+    while len(order) < recipe.steps:
+        chance.shuffle(pool)
+        order += pool
+    return order[: recipe.steps]
+
+
+def _fit(model: Any, order: Sequence[Sequence[int]], recipe: Recipe, progress: Progress) -> list[float]:
+    """AdamW, linear warm-up, cosine decay, one window a step. Returns the loss of each step."""
+    import torch
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
+    model.train()
+    losses = []
+    for step, window in enumerate(order):
+        rise = min(1.0, (step + 1) / recipe.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * rise * (0.5 + 0.5 * math.cos(math.pi * step / len(order)))
+        batch = torch.tensor([list(window)])
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        progress("training the VeRA adapter", step + 1, len(order))
+    return losses
+
+
+def _facts(model: Any, judged: Sequence[Sequence[int]], losses: Sequence[float]) -> dict[str, Any]:
+    with model.disable_adapter():
+        without = _perplexity(model, judged)
+    return {
+        "first_loss": round(sum(losses[:20]) / 20, 4),
+        "last_loss": round(sum(losses[-20:]) / 20, 4),
+        "held_out_perplexity_base": round(without, 4),
+        "held_out_perplexity_adapter": round(_perplexity(model, judged), 4),
+    }
+
+
+def _perplexity(model: Any, judged: Sequence[Sequence[int]]) -> float:
+    """exp of the mean negative log-likelihood per predicted token (nats)."""
+    import torch
+
+    model.eval()
+    total = count = 0.0
+    with torch.no_grad():
+        for window in judged:
+            batch = torch.tensor([list(window)])
+            total += float(model(input_ids=batch, labels=batch).loss) * (len(window) - 1)
+            count += len(window) - 1
+    return math.exp(total / count)
+
+
+def _card(recipe: Recipe, facts: dict[str, Any]) -> str:
+    return f"""\
+---
+base_model: SmolLM2-135M-Instruct
+library_name: peft
+license: apache-2.0
+---
+# Python reference style, as a VeRA adapter
+
+Rank {recipe.rank} on {", ".join(LINEARS)}; trained by `scripts/demo_training.py` for {recipe.steps}
+windows of {recipe.window} tokens on Python's language reference (PSF License Version 2), on the NF4 base.
+Held-out perplexity: {facts["held_out_perplexity_base"]} without it,
+{facts["held_out_perplexity_adapter"]} with it.
+"""

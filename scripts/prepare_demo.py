@@ -1,0 +1,166 @@
+"""Make what the demo and the tests of the real model need: model, NF4 base, text, trained VeRA adapter.
+
+    python -m scripts.prepare_demo        prints the folder when all of it is there
+
+Everything lands in $VERA_EDGE_CACHE/demo (by default .cache/demo of the checkout). A step is done again only
+when its inputs change: each leaves a stamp of them. A step writes to a temporary folder first, so that a
+broken-off run leaves nothing half-made, and a lock keeps two runs from doing the same work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from scripts import demo_model, demo_text, demo_training
+from vera_edge.files import canonical_json, staged_folder, write_atomic
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Where the parts of the demo are."""
+
+    folder: Path
+
+    @property
+    def float_base(self) -> Path:
+        """SmolLM2-135M-Instruct as float32."""
+        return self.folder / "smollm2"
+
+    @property
+    def base(self) -> Path:
+        """The same model as bitsandbytes NF4, double quantized, float32 compute: what the adapter is for."""
+        return self.folder / "smollm2-nf4"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def train_text(self) -> Path:
+        return self.folder / "text" / "train.txt"
+
+    @property
+    def calibration_text(self) -> Path:
+        return self.folder / "text" / "calibration.txt"
+
+    @property
+    def eval_text(self) -> Path:
+        return self.folder / "text" / "eval.txt"
+
+    @property
+    def code_text(self) -> Path:
+        return self.folder / "text" / "code.txt"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One folder of the demo: what it is made from, and how."""
+
+    name: str
+    inputs: Mapping[str, Any]
+    make: Callable[[Path], None]
+
+
+def cache_folder() -> Path:
+    """Where the demo and the environments are kept: $VERA_EDGE_CACHE, or .cache of the checkout."""
+    return Path(os.environ.get("VERA_EDGE_CACHE") or ROOT / ".cache").resolve()
+
+
+def prepare() -> Demo:
+    """Make what is missing or out of date, in order."""
+    demo = Demo(cache_folder() / "demo")
+    demo.folder.mkdir(parents=True, exist_ok=True)
+    with _lock(demo.folder / ".lock"):
+        for step in _steps(demo):
+            _perform(step, demo.folder)
+    return demo
+
+
+def _steps(demo: Demo) -> list[Step]:
+    packages = {
+        name: version(name).split("+")[0] for name in ("torch", "transformers", "peft", "bitsandbytes")
+    }
+    text = hashlib.sha256(repr(demo_text.split()).encode()).hexdigest()
+    model = {"wheel": demo_model.WHEEL, "gguf": demo_model.GGUF_SHA256, "code": 1}
+    nf4 = {**model, "nf4": demo_model.NF4, "bitsandbytes": packages["bitsandbytes"]}
+    recipe = demo_training.Recipe()
+    trained = {**nf4, **packages, "text": text, "recipe": asdict(recipe), "training_code": 1}
+
+    def write_adapter(folder: Path) -> None:
+        with _working_in(demo.folder):  # so that the adapter names its base "smollm2-nf4", not a local path
+            demo_training.train(Path(demo.base.name), folder, recipe, _report)
+
+    return [
+        Step("smollm2", model, demo_model.write_float32),
+        Step("smollm2-nf4", nf4, lambda folder: demo_model.write_nf4(demo.float_base, folder)),
+        Step("text", {"text": text, "code": 1}, lambda f: demo_text.write(f, platform.python_version())),
+        Step("adapter", trained, write_adapter),
+    ]
+
+
+def _perform(step: Step, folder: Path) -> None:
+    target, stamp = folder / step.name, folder / ".stamps" / f"{step.name}.json"
+    wanted = canonical_json(json.loads(json.dumps(step.inputs)))
+    if target.is_dir() and stamp.is_file() and stamp.read_bytes() == wanted:
+        return
+    started = time.monotonic()
+    _say(f"{step.name}: making it")
+    stamp.unlink(missing_ok=True)
+    with staged_folder(target, force=True) as stage:
+        step.make(stage)
+    write_atomic(stamp, wanted)
+    _say(f"{step.name}: done in {time.monotonic() - started:.0f} s")
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    import fcntl
+
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("waiting for another run that prepares the same folder")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _report(what: str, done: int, total: int) -> None:
+    """A line every 20 steps where output is kept, one line that counts where a person looks."""
+    if sys.stderr.isatty():
+        print(
+            f"\r  {what}: {done} of {total}", end="\n" if done == total else "", file=sys.stderr, flush=True
+        )
+    elif done % 20 == 0 or done == total:
+        _say(f"{what}: {done} of {total}")
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    print(prepare().folder)
