@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from vera_edge.errors import BundleError, OutputError, VeraEdgeError
 
@@ -111,8 +111,9 @@ def output_error(path: Path, cause: OSError) -> OutputError:
     return OutputError(f"can't write {path}: {cause.strerror or cause}{where}")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old content or the new, never a mix."""
+@contextmanager
+def open_atomic(path: Path) -> Iterator[BinaryIO]:
+    """A stream into a temporary file that takes the place of `path` when the block ends without an error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL_MARK}", dir=path.parent)
@@ -121,7 +122,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = Path(name)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         # mkstemp makes the file private; an output follows the user's umask like any other file.
@@ -132,6 +133,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         raise output_error(path, cause) from cause
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old content or the new, never a mix."""
+    with open_atomic(path) as stream:
+        stream.write(data)
 
 
 def _umask() -> int:
