@@ -26,22 +26,20 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 # what the device part does without -> the extra that brings it
-_BUILD = [
-    "bitsandbytes",
-    "gguf",
-    "onnx",
-    "onnx_ir",
-    "onnxruntime_genai",
-    "optimum",
-    "peft",
-    "torch",
-    "transformers",
-]
-EXTRAS = dict.fromkeys(_BUILD, "build") | {
+EXTRAS = {
+    "bitsandbytes": "build",
     "cyclonedx": "release",
+    "gguf": "build",
     "matplotlib": "report",
     "model_signing": "release",
+    "onnx": "build",
+    "onnx_ir": "build",
+    "onnxruntime_genai": "build",
+    "optimum": "build",
+    "peft": "build",
     "ray": "ray",
+    "torch": "build",
+    "transformers": "build",
 }
 
 
