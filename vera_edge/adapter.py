@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge.errors import AdapterError, CheckpointError
-from vera_edge.files import canonical_json, read_json
+from vera_edge.files import canonical_json, read_json, sha256_bytes
 from vera_edge.projection import MAX_SIDE
 from vera_edge.tensors import FLOATS, Float32, RawTensor, TensorFolder
 
@@ -25,8 +25,6 @@ CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
 # PEFT stores these whole when the vocabulary was resized or when they are targets themselves.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "word_embeddings", "wte"})
-# Everything in the config that changes what the adapter computes; names and paths don't.
-_DIGESTED = ("peft_type", "r", "projection_prng_key", "bias", "peft_version")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +43,8 @@ class Adapter:
     saved: A (rank, in_max) and B (out_max, rank) when the folder holds them.
     biases: trained biases by module, float32, which replace the base's.
     modules_to_save: tensors that replace the base's, by the name they have there.
-    digest: hex SHA-256 of the tensors and of the config facts that change what the adapter computes.
+    digest: hex SHA-256 of the tensors and of the facts that change what the adapter computes: rank, seed,
+        bias and PEFT version. Names and paths aren't among them.
     """
 
     path: Path
@@ -86,7 +85,10 @@ def read(path: Path) -> Adapter:
     folder = TensorFolder.open(path, "adapter_model", AdapterError)
     parts, tensors_digest = _sort_tensors(folder, config, path)
     vectors = _pair(parts, rank, path)
-    version = config.get("peft_version")
+    version = _text_or_none(config, "peft_version", path)
+    bias = config.get("bias", "none")
+    if bias not in ("none", "all", "vera_only"):
+        raise AdapterError(f"{path / CONFIG_NAME}: bias is {bias!r}, not none, all or vera_only")
     return Adapter(
         path=path,
         name=_plain_name(path),
@@ -98,8 +100,8 @@ def read(path: Path) -> Adapter:
         biases=parts.biases,
         modules_to_save=parts.modules_to_save,
         config=config,
-        peft_version=version if isinstance(version, str) else None,
-        digest=_digest(config, tensors_digest),
+        peft_version=version,
+        digest=sha256_bytes(canonical_json([rank, seed, bias, version, tensors_digest])),
     )
 
 
@@ -229,11 +231,6 @@ def _saved(
             f"rank {rank} and {widest} output features"
         )
     return a, b
-
-
-def _digest(config: Mapping[str, Any], tensors_digest: str) -> str:
-    facts = {key: config.get(key) for key in _DIGESTED} | {"tensors": tensors_digest}
-    return hashlib.sha256(canonical_json(facts)).hexdigest()
 
 
 def _plain_name(path: Path) -> str:

@@ -14,13 +14,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from vera_edge.errors import AdapterError, MismatchError
-from vera_edge.tensors import Float32, bf16_to_float32, float32_to_bf16
+from vera_edge.files import open_atomic
+from vera_edge.tensors import Float32, bf16_to_float32, float32_to_bf16, write_header
 
 Rounding = Literal["float32", "bfloat16", "float16"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
@@ -115,10 +117,7 @@ class Projections:
     @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of the shapes and of A's and B's values as little-endian float32, row-major."""
-        state = _digest_start(self.spec)
-        for array in (self.a, self.b):
-            state.update(array.astype("<f4", copy=False).data)
-        return state.hexdigest()
+        return _digest(self.spec, self)
 
     def delta(self, lambda_b: Float32, lambda_d: Float32, in_features: int) -> Float32:
         """What the adapter adds to one weight: diag(lambda_b) B[:out] diag(lambda_d) A[:, :in], float32.
@@ -178,10 +177,32 @@ def stream(spec: ProjectionSpec, chunk: int = _CHUNK) -> Iterator[tuple[str, int
 
 def stream_digest(spec: ProjectionSpec) -> str:
     """`regenerate(spec).digest`, without ever holding the projections."""
+    return _digest(spec, spec)
+
+
+def write(source: Projections | ProjectionSpec, path: Path) -> str:
+    """Write vera_A and vera_B as float32 safetensors to `path`, whole or not at all; returns their digest.
+
+    A spec is drawn as it is written, so that memory stays bounded. Raises OutputError when the disk refuses.
+    """
+    spec = source if isinstance(source, ProjectionSpec) else source.spec
+    shapes = {"vera_A": ("F32", (spec.rank, spec.in_max)), "vera_B": ("F32", (spec.out_max, spec.rank))}
     state = _digest_start(spec)
-    for _, _, values in stream(spec):
-        state.update(values.astype("<f4", copy=False).data)
+    with open_atomic(path) as file:
+        write_header(file, shapes, {"format": "pt"})
+        for values in _pieces(source):
+            data = values.astype("<f4", copy=False).data
+            state.update(data)
+            file.write(data)
     return state.hexdigest()
+
+
+def _pieces(source: Projections | ProjectionSpec) -> Iterator[Float32]:
+    """The values of A, then B, as contiguous pieces in row-major order."""
+    if isinstance(source, Projections):
+        yield from (source.a, source.b)
+    else:
+        yield from (values for _, _, values in stream(source))
 
 
 def round_to(values: Float32, rounding: Rounding) -> Float32:
@@ -203,6 +224,13 @@ def _uniform(draws: npt.NDArray[np.uint32], bound: float, fused: bool) -> Float3
         # The span is exactly -2 * low, so product and sum fit float64's 53 bits: the cast rounds once.
         return (mantissa * (float(span) * 2.0**-24) + float(low)).astype(np.float32)
     return mantissa.astype(np.float32) * np.float32(2.0**-24) * span + low
+
+
+def _digest(spec: ProjectionSpec, source: Projections | ProjectionSpec) -> str:
+    state = _digest_start(spec)
+    for values in _pieces(source):
+        state.update(values.astype("<f4", copy=False).data)
+    return state.hexdigest()
 
 
 def _digest_start(spec: ProjectionSpec) -> hashlib._Hash:
