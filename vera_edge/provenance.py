@@ -63,6 +63,17 @@ class Provenance:
     from_seed: bool
     notes: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the values themselves, as a JSON object."""
+        return {
+            "spec": self.spec.to_dict(),
+            "digest": self.projections.digest,
+            "how": self.how,
+            "verified": self.verified,
+            "from_seed": self.from_seed,
+            "notes": list(self.notes),
+        }
+
 
 def resolve(
     adapter: Adapter, checkpoint: Checkpoint | None = None, projection_dtype: str | None = None

@@ -1,0 +1,105 @@
+"""`vera-edge inspect`: what an adapter is, and whether it fits a base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from vera_edge import adapter as adapters
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.cli.show import FOLDER, json_option, out, print_json
+from vera_edge.errors import MismatchError
+from vera_edge.inspection import Cost, Inspection, Kind
+from vera_edge.inspection import inspect as inspect_adapter
+
+
+@click.command()
+@click.argument("adapter", type=FOLDER)
+@click.option("--base", type=FOLDER, help="The base model's folder.")
+@click.option("--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16.")
+@json_option
+def inspect(adapter: Path, base: Path | None, projection_dtype: str | None, as_json: bool) -> None:
+    """Say what ADAPTER is, whether it fits a base, and what it costs on the device."""
+    checkpoint = None if base is None else Checkpoint.open(base)
+    result = inspect_adapter(adapters.read(adapter), checkpoint, projection_dtype)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        console = out()
+        console.print(_facts(result))
+        console.print(_kinds(result.kinds))
+        console.print(_cost(result.cost))
+    if result.misfit:
+        raise MismatchError(result.misfit)
+
+
+def _facts(result: Inspection) -> Table:
+    table = Table(f"VeRA adapter {result.name}", box=SIMPLE_HEAD)
+    table.add_column(overflow="fold")
+    rows = {
+        "folder": result.path,
+        "digest": result.adapter_digest,
+        "trained on": result.base_name or "not recorded",
+        "PEFT version": result.peft_version or "not recorded (before 0.18.1)",
+        "rank, seed": f"{result.rank}, {result.seed}",
+        "parameters": f"{result.parameters:,}",
+        "layers": _ranges(result.layers) or "none numbered",
+        "trained biases": str(result.biases),
+        "whole modules": ", ".join(result.modules_to_save) or "none",
+        "dead branches": ", ".join(result.dead) or "none (no lambda_b is all zeros)",
+    }
+    if result.spec is not None:
+        rows["projections"] = (
+            f"A {result.spec.rank} x {result.spec.in_max}, B {result.spec.out_max} x {result.spec.rank}, "
+            f"{result.spec.rounding}, {result.digest}"
+        )
+    rows["found"] = result.how or result.unresolved or "not resolved"
+    rows["verified"] = "yes, against the saved projections" if result.verified else "no"
+    rows["fits the base"] = {None: "no base given", True: "yes", False: "no"}[result.fits]
+    for note in result.notes:
+        rows["note"] = f"{rows['note']}; {note}" if "note" in rows else note
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _kinds(kinds: tuple[Kind, ...]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("module", "count", "out x in", "|lambda_b|", "|lambda_d|", "dead"):
+        table.add_column(name, no_wrap=name != "module", overflow="fold")
+    for kind in kinds:
+        shape = "" if kind.shape is None else f"{kind.shape[0]} x {kind.shape[1]}"
+        ranges = [f"{low:.1g} to {high:.2g}" for low, high in (kind.lambda_b, kind.lambda_d)]
+        table.add_row(kind.name, str(kind.modules), shape, *ranges, str(kind.dead))
+    return table
+
+
+def _cost(cost: Cost) -> Table:
+    table = Table("on the device, as side-branches", "", box=SIMPLE_HEAD)
+    table.add_row("vectors", ", ".join(f"{name} {_bytes(size)}" for name, size in cost.vectors.items()))
+    if cost.projections is not None:
+        shown = ", ".join(f"{name} {_bytes(size)}" for name, size in cost.projections.items())
+        table.add_row("projections", shown)
+    if cost.branch_macs is not None and cost.base_macs:
+        share = cost.branch_macs / cost.base_macs
+        shown = f"{cost.branch_macs:,}, {share:.1%} of the base's linear layers ({cost.base_macs:,})"
+        table.add_row("multiply-accumulates per token", shown)
+    return table
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.2f} MB" if size >= 10_000 else f"{size} bytes"
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Sorted numbers as "0-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)

@@ -1,0 +1,66 @@
+"""`vera-edge projections`: regenerate, verify or write an adapter's projections."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from vera_edge import adapter as adapters
+from vera_edge import projection
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json
+from vera_edge.files import check_output
+from vera_edge.provenance import Provenance, resolve
+from vera_edge.provenance import verify as verify_saved
+
+
+@click.command()
+@click.argument("adapter", type=FOLDER)
+@click.option("--base", type=FOLDER, help="The base model's folder; needed when ADAPTER doesn't hold them.")
+@click.option("--verify", is_flag=True, help="Fail when the saved projections aren't what the seed gives.")
+@click.option("--out", "target", type=FOLDER, help="Write vera_A and vera_B to this safetensors file.")
+@click.option("--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16.")
+@force_option
+@json_option
+def projections(
+    adapter: Path,
+    base: Path | None,
+    verify: bool,
+    target: Path | None,
+    projection_dtype: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Regenerate the projections ADAPTER was trained with, and say how they were found."""
+    if verify and target is not None:
+        raise click.UsageError("--verify and --out don't go together")
+    if target is not None:
+        check_output(target, force)
+    checkpoint = None if base is None else Checkpoint.open(base)
+    found = (verify_saved if verify else resolve)(adapters.read(adapter), checkpoint, projection_dtype)
+    if target is not None:
+        projection.write(found.projections, target)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        out().print(_table(found))
+
+
+def _table(found: Provenance) -> Table:
+    spec = found.spec
+    table = Table("VeRA projections", box=SIMPLE_HEAD)
+    table.add_column(overflow="fold")
+    table.add_row("A", f"{spec.rank} x {spec.in_max}")
+    table.add_row("B", f"{spec.out_max} x {spec.rank}")
+    table.add_row("seed", str(spec.seed))
+    table.add_row("rounding", spec.rounding)
+    table.add_row("kernel", "fused multiply-add" if spec.fused else "two roundings")
+    table.add_row("found", found.how)
+    table.add_row("verified", "yes, against the saved projections" if found.verified else "no")
+    table.add_row("digest", found.projections.digest)
+    for note in found.notes:
+        table.add_row("note", note)
+    return table
