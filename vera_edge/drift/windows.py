@@ -73,7 +73,7 @@ def _read_file(path: Path) -> bytes:
     try:
         if path.stat().st_size > _LARGEST_TEXT:
             raise DataError(
-                f"{path} is larger than {_LARGEST_TEXT >> 20} MiB; give a part of it, a few hundred KB suffice"
+                f"{path} is larger than {_LARGEST_TEXT >> 20} MiB; a few hundred KB of it suffice"
             )
         return path.read_bytes()
     except FileNotFoundError:
@@ -130,7 +130,7 @@ def make(
             f"the tokenizer knows {known} tokens and the model only {vocab_size}; it belongs to another model"
         )
     ids = np.asarray(tokenizer.encode(text.content, add_special_tokens=False).ids, np.int64)
-    start = np.asarray(tokenizer.encode("", add_special_tokens=True).ids[:1], np.int64)
+    start = _prefix(tokenizer)
     body = window - len(start)
     pieces = [ids[at : at + body] for at in range(0, len(ids), body)]
     whole = [piece for piece in pieces if len(piece) == body]
@@ -145,6 +145,16 @@ def make(
     return Windows(
         text, tuple(np.concatenate([start, piece]) for piece in _spread(whole, tokens // window)), window
     )
+
+
+def _prefix(tokenizer: Tokenizer) -> Int64:
+    """The tokens that the tokenizer puts before every text (BOS), usually none or one."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    for length in range(len(whole) - len(plain) + 1):
+        if whole[length : length + len(plain)] == plain:
+            return np.asarray(whole[:length], np.int64)
+    return np.zeros(0, np.int64)
 
 
 def _spread(pieces: list[Int64], count: int) -> list[Int64]:

@@ -1,0 +1,255 @@
+"""The reference: the model as it was trained, in torch.
+
+Its base weights are the checkpoint's exact values, dequantized in float32 by our own readers and never by a
+live quantized module (bitsandbytes repacks those in place at their first forward on a CPU). Its adapter stays
+unmerged, in PEFT's own layers, with the projections it was trained with put in place of those that the
+installed PEFT and torch would draw. Everything else, the architecture first, is transformers' own.
+
+Memory is the model in float32 plus one tensor. Nothing is looked up on a network and no code of the
+checkpoint is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import transformers
+from torch import nn
+
+from vera_edge.adapter import Adapter
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.errors import AdapterError, CheckpointError, MismatchError
+from vera_edge.projection import Projections
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Swap:
+    """A parameter that the adapter replaces and PEFT doesn't switch back (trained biases)."""
+
+    parameter: nn.Parameter
+    trained: torch.Tensor
+    base: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A Runner over the model as trained; `adapter_off` and `bfloat16` view the same weights otherwise."""
+
+    model: Any
+    vocab_size: int
+    has_adapter: bool
+    swaps: tuple[_Swap, ...] = ()
+    adapter_on: bool = True
+    autocast: bool = False
+
+    def logits(self, tokens: Int64) -> Float32:
+        """Teacher-forced logits (n, vocab_size) float32 of one sequence of n token ids."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            if self.has_adapter and not self.adapter_on:
+                stack.enter_context(self._without_adapter())
+            if self.autocast:
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            found = self.model(input_ids=torch.from_numpy(tokens[None]), use_cache=False).logits
+            result: Float32 = found[0].float().numpy()
+            return result
+
+    def adapter_off(self) -> Reference:
+        """The same base without the adapter: what an artefact falls back to when the adapter is lost."""
+        return replace(self, adapter_on=False)
+
+    def bfloat16(self) -> Reference:
+        """The same model computed in bfloat16 (autocast): the noise floor that any runtime may have."""
+        return replace(self, autocast=True)
+
+    @contextmanager
+    def _without_adapter(self) -> Iterator[None]:
+        with self.model.disable_adapter():
+            for swap in self.swaps:
+                swap.parameter.data = swap.base
+            try:
+                yield
+            finally:
+                for swap in self.swaps:
+                    swap.parameter.data = swap.trained
+
+
+def open_reference(
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]] = (),
+    projections: Projections | None = None,
+    auto_class: str = "AutoModelForCausalLM",
+) -> Reference:
+    """The model as trained: `checkpoint` with `adapters`, each with its weight, on their `projections`.
+
+    A weight scales an adapter's delta. Without adapters it is the base itself. `auto_class` names the
+    transformers class that knows the task ("AutoModel" for an encoder).
+    Raises CheckpointError when transformers doesn't know the architecture or a tensor is missing,
+    MismatchError when an adapter doesn't fit, AdapterError when it holds what can't be put in place.
+    """
+    model = load_dense(checkpoint, auto_class)
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))
+    if not adapters:
+        return Reference(model.eval(), vocabulary, has_adapter=False)
+    if projections is None:
+        raise AdapterError("a reference with an adapter needs the projections it was trained with")
+    wrapped, swaps = _with_adapters(model, adapters, projections)
+    return Reference(wrapped.eval(), vocabulary, True, tuple(swaps))
+
+
+def load_dense(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM") -> Any:
+    """The checkpoint as a transformers model in float32, every linear dequantized exactly.
+
+    Raises CheckpointError when transformers doesn't know the architecture or tensors are missing.
+    """
+    config = _config(checkpoint)
+    mapping = getattr(transformers, auto_class)._model_mapping
+    if type(config) not in mapping:
+        raise CheckpointError(f"transformers has no {auto_class} for model type {config.model_type!r}")
+    tensors = {name: torch.from_numpy(values) for name, values in _dense_tensors(checkpoint)}
+    with _quiet_transformers():
+        try:
+            model, loading = mapping[type(config)].from_pretrained(
+                None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+            )
+        except (RuntimeError, ValueError) as cause:
+            raise CheckpointError(f"{checkpoint.path} doesn't fit its config.json: {_first(cause)}") from None
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(f"{checkpoint.path} lacks tensor {missing[0]}, which its config.json asks for")
+    return model
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    facts = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    model_type = facts.get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: transformers {transformers.__version__} has no model type "
+            f"{model_type!r}; models that bring their own code aren't run"
+        )
+    return transformers.CONFIG_MAPPING[model_type].from_dict(facts)
+
+
+def _dense_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Every tensor as the unquantized model would store it."""
+    for module, linear in checkpoint.linears.items():
+        weight = checkpoint.dequantize(module)
+        yield f"{module}.weight", np.ascontiguousarray(weight.T) if linear.transposed else weight
+    for name in checkpoint.other_names:
+        raw = checkpoint.tensors.read(name)
+        yield name, raw.float32() if raw.dtype in ("F16", "BF16", "F32", "F64") else raw.array()
+
+
+def _with_adapters(
+    model: Any, adapters: Sequence[tuple[Adapter, float]], projections: Projections
+) -> tuple[Any, list[_Swap]]:
+    import peft
+
+    names = [f"adapter{index}" for index in range(len(adapters))]
+    try:
+        wrapped = peft.get_peft_model(model, _peft_config(adapters[0][0]), adapter_name=names[0])
+        for name, (adapter, _) in zip(names[1:], adapters[1:], strict=True):
+            wrapped.add_adapter(name, _peft_config(adapter))
+    except (ValueError, TypeError, RuntimeError) as cause:
+        raise MismatchError(f"PEFT can't put {adapters[0][0].path} on this base: {_first(cause)}") from None
+    layers = {
+        module.removeprefix("base_model.model."): layer
+        for module, layer in wrapped.named_modules()
+        if hasattr(layer, "vera_lambda_b")
+    }
+    a, b = (torch.from_numpy(np.array(half)) for half in (projections.a, projections.b))
+    swaps: list[_Swap] = []
+    for name, (adapter, weight) in zip(names, adapters, strict=True):
+        _set_vectors(layers, name, adapter, weight)
+        for layer in layers.values():
+            layer.vera_A[name], layer.vera_B[name] = a, b
+        _set_saved_modules(wrapped.base_model.model, name, adapter)
+        swaps += [_bias_swap(layers, module, values, adapter) for module, values in adapter.biases.items()]
+    wrapped.base_model.set_adapter(names)
+    return wrapped, swaps
+
+
+def _peft_config(adapter: Adapter) -> Any:
+    import peft
+
+    known = set(peft.VeraConfig.__dataclass_fields__)
+    facts = {key: value for key, value in adapter.config.items() if key in known}
+    # The projections are overwritten in any case, and trained biases are swapped here, not by PEFT.
+    changed = {"save_projection": False, "bias": "none", "base_model_name_or_path": None}
+    return peft.VeraConfig(**(facts | changed | {"inference_mode": True}))
+
+
+def _set_vectors(layers: Mapping[str, Any], name: str, adapter: Adapter, weight: float) -> None:
+    if unfilled := next((module for module in layers if module not in adapter.vectors), None):
+        raise MismatchError(f"{adapter.path} holds no vectors for {unfilled}, which its config adapts")
+    for module, vectors in adapter.vectors.items():
+        if module not in layers:
+            raise MismatchError(f"the base has no linear layer {module}, which {adapter.path} adapts")
+        layer = layers[module]
+        for kind, values in (("b", np.float32(weight) * vectors.lambda_b), ("d", vectors.lambda_d)):
+            parameter = getattr(layer, f"vera_lambda_{kind}")[name]
+            if tuple(parameter.shape) != values.shape:
+                raise MismatchError(
+                    f"lambda_{kind} of {module} in {adapter.path} has {values.size} values, and the base's "
+                    f"layer takes {parameter.numel()}"
+                )
+            parameter.data = torch.from_numpy(np.array(values, np.float32))
+
+
+def _set_saved_modules(model: Any, name: str, adapter: Adapter) -> None:
+    """Put the adapter's whole copies of modules where PEFT keeps them, so that it switches them itself."""
+    wrappers = {
+        path: wrapper
+        for path, wrapper in model.named_modules()
+        if name in getattr(wrapper, "modules_to_save", ())
+    }
+    for key, raw in adapter.modules_to_save.items():
+        path = next((path for path in wrappers if key.startswith(f"{path}.")), None)
+        if path is None:
+            raise AdapterError(f"{adapter.path} saves {key} whole, but its modules_to_save doesn't name it")
+        parameter = wrappers[path].modules_to_save[name].get_parameter(key.removeprefix(f"{path}."))
+        if tuple(parameter.shape) != raw.shape:
+            raise MismatchError(
+                f"{key} of {adapter.path} has shape {list(raw.shape)}, and the base's {list(parameter.shape)}"
+            )
+        parameter.data = torch.from_numpy(np.array(raw.float32()))
+
+
+def _bias_swap(layers: Mapping[str, Any], module: str, values: Float32, adapter: Adapter) -> _Swap:
+    parameter = layers[module].get_base_layer().bias if module in layers else None
+    if parameter is None or tuple(parameter.shape) != values.shape:
+        raise MismatchError(
+            f"{adapter.path} holds a trained bias for {module}, where the base has none like it"
+        )
+    base, trained = parameter.data, torch.from_numpy(np.array(values, np.float32))
+    parameter.data = trained
+    return _Swap(parameter, trained, base)
+
+
+def _first(cause: Exception) -> str:
+    """The first line of another library's message, which may run over many."""
+    return str(cause).strip().split("\n")[0].rstrip(".")
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars and advice off the user's terminal while it loads."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
