@@ -28,8 +28,8 @@ class Recipe:
 
     rank: int = 256
     seed: int = 20240117
-    steps: int = 240
-    warmup: int = 12
+    steps: int = 160
+    warmup: int = 8
     learning_rate: float = 2e-2
     window: int = 256  # tokens of one step
     threads: int = 2
