@@ -1,0 +1,1 @@
+"""Releases: a recipe in, gated and signed bundles out, the same bytes every time."""

@@ -1,0 +1,175 @@
+"""The recipe: one TOML file that says which bases, adapters and variants a release is made of.
+
+Read into frozen models and checked as a whole before any work starts: a typo in the last line of the file
+is reported in the first second, with the key it stands in.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from vera_edge.errors import PlanError
+from vera_edge.files import sha256_bytes
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _identifier(value: str) -> str:
+    # Ids become folder names, on every kind of file system.
+    if not _ID.fullmatch(value) or value.endswith("."):
+        raise ValueError("must be 1 to 64 letters, digits, '.', '_' or '-', and start with a letter or digit")
+    return value
+
+
+Id = Annotated[str, AfterValidator(_identifier)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Release(_Model):
+    """[release]: what the release is called."""
+
+    name: Id
+    version: str = Field(default="0.1.0", min_length=1, max_length=64)
+
+
+class Base(_Model):
+    """[[base]]: a quantized model's Hugging Face folder; `licence` is an SPDX expression, for the SBOM."""
+
+    id: Id
+    path: str = Field(min_length=1)
+    licence: str | None = None
+
+
+class AdapterEntry(_Model):
+    """[[adapter]]: a VeRA adapter and the base it was trained on."""
+
+    id: Id
+    base: Id
+    path: str = Field(min_length=1)
+    projection_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    licence: str | None = None
+
+
+class Variant(_Model):
+    """[[variant]]: a form that every adapter is released in; `adapters` restricts it to some of them."""
+
+    target: Id = "onnx"
+    mode: Literal["merged", "branch"] = "merged"
+    weights: str = Field(default="int8", min_length=1)
+    projections_dtype: Literal["fp32", "fp16", "int8", "int4"] | None = None
+    id: Id | None = None
+    adapters: tuple[Id, ...] | None = Field(default=None, strict=False)
+
+    @property
+    def name(self) -> str:
+        """The variant's folder: its id, or target-mode-weights."""
+        return self.id or f"{self.target}-{self.mode}-{self.weights}"
+
+
+class LimitsEntry(_Model):
+    """[limits]: the text that drift is measured on, and what may not be exceeded. Units as in `drift`."""
+
+    data: str = "built-in"
+    max_kl: float | None = Field(default=None, ge=0, strict=False)
+    min_top1: float | None = Field(default=None, ge=0, le=1, strict=False)
+    min_retained: float | None = Field(default=None, le=1, strict=False)
+    tokens: int = Field(default=4096, ge=64)
+    window: int = Field(default=256, ge=16)
+
+
+class Signing(_Model):
+    """[sign]: the private key (PEM) that bundles are signed with, and its public key for the check after."""
+
+    key: str
+    public_key: str | None = None
+
+
+class RecipeFile(_Model):
+    """A recipe as written: paths are still relative to the file's folder."""
+
+    release: Release
+    base: tuple[Base, ...] = Field(min_length=1, strict=False)
+    adapter: tuple[AdapterEntry, ...] = Field(min_length=1, strict=False)
+    variant: tuple[Variant, ...] = Field(min_length=1, strict=False)
+    limits: LimitsEntry = LimitsEntry()
+    sign: Signing | None = None
+
+
+class Recipe(BaseModel):
+    """A recipe, the folder its paths start from, and the digest of its text."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: RecipeFile
+    folder: Path
+    digest: str
+
+    def path(self, relative: str) -> Path:
+        """A path of the recipe, absolute."""
+        return (self.folder / Path(relative).expanduser()).absolute()
+
+    def base(self, identifier: str) -> Base:
+        """The [[base]] called `identifier`."""
+        return next(base for base in self.file.base if base.id == identifier)
+
+    @property
+    def jobs(self) -> tuple[tuple[AdapterEntry, Variant], ...]:
+        """Every bundle to make, in the order of the recipe: adapters of one base and variant together."""
+        return tuple(
+            (adapter, variant)
+            for base in self.file.base
+            for variant in self.file.variant
+            for adapter in self.file.adapter
+            if adapter.base == base.id and (variant.adapters is None or adapter.id in variant.adapters)
+        )
+
+
+def read(path: Path) -> Recipe:
+    """Read and check a recipe. Raises PlanError with one sentence that names the key at fault."""
+    try:
+        data = path.read_bytes()
+        document = tomllib.loads(data.decode())
+    except FileNotFoundError:
+        raise PlanError(f"{path} is missing; give the recipe's TOML file") from None
+    except OSError as cause:
+        raise PlanError(f"{path} can't be read: {cause.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+        raise PlanError(f"{path} isn't valid TOML: {cause}") from None
+    try:
+        file = RecipeFile.model_validate(document)
+    except ValidationError as cause:
+        raise PlanError(f"{path}: {_first_fault(cause)}") from None
+    _check_references(path, file)
+    return Recipe(file=file, folder=path.absolute().parent, digest=sha256_bytes(data))
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault: Any = error.errors()[0]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
+    what = {
+        "missing": "is missing",
+        "extra_forbidden": "isn't a key of a recipe; check its spelling",
+    }.get(fault["type"], fault["msg"].removeprefix("Value error, ").lower())
+    return f"{key} {what}" if key else what
+
+
+def _check_references(path: Path, file: RecipeFile) -> None:
+    bases, adapters = [base.id for base in file.base], [adapter.id for adapter in file.adapter]
+    names = [variant.name for variant in file.variant]
+    for kind, values in (("base", bases), ("adapter", adapters), ("variant", names)):
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise PlanError(f"{path}: {kind} {twice!r} stands twice; ids must differ")
+    for adapter in file.adapter:
+        if adapter.base not in bases:
+            raise PlanError(f"{path}: adapter {adapter.id!r} names base {adapter.base!r}, which isn't there")
+    for variant in file.variant:
+        if missing := next((one for one in variant.adapters or () if one not in adapters), None):
+            raise PlanError(f"{path}: variant {variant.name!r} names adapter {missing!r}, which isn't there")
