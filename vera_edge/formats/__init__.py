@@ -7,6 +7,7 @@ from typing import Any
 
 from vera_edge.errors import CheckpointError, FormatError
 from vera_edge.formats.bnb4 import Bnb4, Bnb4Weight
+from vera_edge.formats.bnb8 import Int8, Int8Weight
 from vera_edge.formats.dense import Dense
 from vera_edge.formats.weight import Layout, StoredLinear, Weight, WeightFormat, dequantize, row_chunks
 from vera_edge.tensors import TensorFolder
@@ -14,6 +15,7 @@ from vera_edge.tensors import TensorFolder
 __all__ = [
     "FORMATS",
     "Bnb4Weight",
+    "Int8Weight",
     "Layout",
     "StoredLinear",
     "Weight",
@@ -25,16 +27,17 @@ __all__ = [
     "row_chunks",
 ]
 
-FORMATS: Mapping[str, Any] = {
+FORMATS: Mapping[str, WeightFormat] = {
     "fp32": Dense("fp32"),
     "fp16": Dense("fp16"),
     "bf16": Dense("bf16"),
     "nf4": Bnb4("nf4"),
     "fp4": Bnb4("fp4"),
+    "int8": Int8(),
 }
 
 
-def get(name: str) -> Any:
+def get(name: str) -> WeightFormat:
     """The format called `name`; raises FormatError when there is none."""
     if name not in FORMATS:
         raise FormatError(f"no weight format is called {name!r}; known: {', '.join(FORMATS)}")
@@ -56,5 +59,4 @@ def find_linears(tensors: TensorFolder, config: Mapping[str, Any]) -> dict[str, 
 
 def load(tensors: TensorFolder, linear: StoredLinear) -> Weight:
     """One linear's weight in memory."""
-    weight: Weight = get(linear.format).load(tensors, linear)
-    return weight
+    return get(linear.format).load(tensors, linear)

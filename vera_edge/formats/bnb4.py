@@ -1,10 +1,8 @@
 """bitsandbytes' 4-bit formats, NF4 and FP4, read and written bit for bit, in numpy.
 
-Values are packed two to a byte, the first in the high nibble, in row-major order; each run of `blocksize`
-values shares one absmax. With double quantization the absmax are 8-bit codes themselves:
-`absmax = nested_quant_map[code] * nested_absmax[block of 256] + nested_offset`. Shape and sizes stand in a
-JSON text kept as a uint8 tensor, `<module>.weight.quant_state.bitsandbytes__nf4`.
-Source: Dettmers et al., QLoRA, https://arxiv.org/abs/2305.14314, and bitsandbytes' `functional.QuantState`.
+Values are packed two to a byte in row-major order; each run of `blocksize` values shares one absmax, which
+may be double-quantized (see nested.py). Shape and sizes stand in a JSON text that is kept as a uint8 tensor,
+`<module>.weight.quant_state.bitsandbytes__nf4`. Source: bitsandbytes' `functional.QuantState`.
 """
 
 from __future__ import annotations
@@ -17,40 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from vera_edge.errors import CheckpointError, FormatError
-from vera_edge.formats.weight import StoredLinear
-from vera_edge.tensors import FLOATS, Bytes, Float32, TensorFolder
+from vera_edge.errors import CheckpointError, FormatError, PlanError
+from vera_edge.formats.codes4 import LEVELS, nearest_codes, pack, scale_blocks, unpack
+from vera_edge.formats.nested import BLOCKSIZE as NESTED_BLOCKSIZE
+from vera_edge.formats.nested import Nested, quantize_absmax
+from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear
+from vera_edge.tensors import DTYPES, FLOATS, Bytes, Float32, RawTensor, TensorFolder
 
-# The 16 levels. NF4: quantiles of a normal distribution. FP4: sign, 2 exponent bits, 1 mantissa bit; over 12.
-_NF4 = (
-    "-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 "
-    "-0.18477343022823334 -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 "
-    "0.24611230194568634 0.33791524171829224 0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0"
-)
-_FP4 = "0 0.0625 8 12 4 6 2 3 -0.0 -0.0625 -8 -12 -4 -6 -2 -3"
-CODES: Mapping[str, Float32] = {
-    "nf4": np.array(_NF4.split(), np.float32),
-    "fp4": np.array(_FP4.split(), np.float32) / np.float32(12),
-}
-_STATE = ".weight.quant_state.bitsandbytes__"
-_MAX_STATE = 1 << 16
+STATE = ".weight.quant_state.bitsandbytes__"
 STORAGES = {"U8": "uint8", "BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-
-@dataclass(frozen=True)
-class Nested:
-    """Double-quantized absmax: 8-bit `codes` (blocks,), a scale for every `blocksize` of them, an offset."""
-
-    codes: Bytes
-    code_book: Float32  # (256,)
-    scales: Float32
-    blocksize: int
-    offset: np.float32
-
-    def absmax(self) -> Float32:
-        """The absmax (blocks,) as bitsandbytes restores them: product, then sum, each rounded to float32."""
-        scales = np.repeat(self.scales, self.blocksize)[: self.codes.size]
-        return self.code_book[self.codes] * scales + self.offset
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_MAX_STATE = 1 << 16
+_OFFSET_CHARS = 24  # no float32 takes more in JSON: sign, 17 digits, point, exponent
+_DEFAULTS = {"blocksize": 64, "double_quant": False, "storage": "U8", "dtype": "float32"}
 
 
 @dataclass(frozen=True)
@@ -71,24 +48,50 @@ class Bnb4Weight:
     dtype: str = "float32"
 
     def rows(self, start: int, stop: int) -> Float32:
+        """Rows as float32: level times absmax, one rounding, as bitsandbytes' own kernels have it."""
         begin, end = start * self.shape[1], stop * self.shape[1]
         # Blocks run over row ends: begin at the block that holds the first value.
         first = begin // self.blocksize
         aligned = first * self.blocksize
-        codes = _unpack(self.packed[aligned // 2 : (end + 1) // 2])[: end - aligned]
-        values = CODES[self.quant_type][codes]
+        values = LEVELS[self.quant_type][unpack(self.packed[aligned // 2 : (end + 1) // 2])][: end - aligned]
         full = values.size // self.blocksize
         blocks = values[: full * self.blocksize].reshape(full, self.blocksize)
         blocks *= self.absmax[first : first + full, None]
         values[full * self.blocksize :] *= self.absmax[first + full : first + full + 1]
         return values[begin - aligned :].reshape(stop - start, self.shape[1])
 
+    def tensors(self) -> Mapping[str, RawTensor]:
+        """What to store, by suffix, as bitsandbytes lays it out."""
+        words = self.packed.size // DTYPES[self.storage][0]
+        state: dict[str, Any] = {
+            "quant_type": self.quant_type,
+            "blocksize": self.blocksize,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+        }
+        found = {
+            ".weight": RawTensor(self.storage, (words, 1), self.packed),
+            ".weight.quant_map": RawTensor.of(LEVELS[self.quant_type]),
+        }
+        if self.nested is None:
+            found[".weight.absmax"] = RawTensor.of(self.absmax)
+        else:
+            found[".weight.absmax"] = RawTensor.of(self.nested.codes)
+            found[".weight.nested_absmax"] = RawTensor.of(self.nested.scales)
+            found[".weight.nested_quant_map"] = RawTensor.of(self.nested.code_book)
+            state |= {"nested_blocksize": self.nested.blocksize, "nested_dtype": "float32"}
+            state["nested_offset"] = float(self.nested.offset)
+        text = json.dumps(state).encode().ljust(_state_size(self.shape, state))
+        found[STATE + self.quant_type] = RawTensor.of(np.frombuffer(text, np.uint8))
+        return found
 
-def _unpack(packed: Bytes) -> Bytes:
-    codes = np.empty((packed.size, 2), np.uint8)
-    np.right_shift(packed, 4, out=codes[:, 0])
-    np.bitwise_and(packed, 15, out=codes[:, 1])
-    return codes.reshape(-1)
+
+def _state_size(shape: tuple[int, int], state: Mapping[str, Any]) -> int:
+    """Bytes of the JSON text, with room for the longest offset, so that it's known before the offset is."""
+    text = json.dumps({**state, "shape": list(shape), "nested_offset": 0})
+    return (
+        len(text) + _OFFSET_CHARS if "nested_blocksize" in state else len(text) - len(', "nested_offset": 0')
+    )
 
 
 @dataclass(frozen=True)
@@ -98,18 +101,15 @@ class Bnb4:
     name: str
 
     def find(self, tensors: TensorFolder, config: Mapping[str, Any]) -> Mapping[str, StoredLinear]:
-        suffix = _STATE + self.name
-        return {
-            name.removesuffix(suffix): self._stored(tensors, name.removesuffix(suffix))
-            for name in tensors
-            if name.endswith(suffix)
-        }
+        suffix = STATE + self.name
+        modules = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
+        return {module: self._stored(tensors, module) for module in modules}
 
     def _stored(self, tensors: TensorFolder, module: str) -> StoredLinear:
         state = _read_state(tensors, module, self.name)
         weight, nested = f"{module}.weight", "nested_blocksize" in state
         roles = {"weight": weight, "quant_map": f"{weight}.quant_map", "absmax": f"{weight}.absmax"}
-        roles["quant_state"] = f"{module}{_STATE}{self.name}"
+        roles["quant_state"] = f"{module}{STATE}{self.name}"
         if nested:
             roles |= {role: f"{weight}.{role}" for role in ("nested_absmax", "nested_quant_map")}
         for role, name in roles.items():
@@ -136,9 +136,9 @@ class Bnb4:
     def load(self, tensors: TensorFolder, linear: StoredLinear) -> Bnb4Weight:
         roles, params = linear.tensors, linear.params
         levels = tensors.float32(roles["quant_map"]).reshape(-1)
-        if not np.allclose(levels, CODES[self.name], rtol=0, atol=1e-6):
+        if not np.allclose(levels, LEVELS[self.name], rtol=0, atol=1e-6):
             raise FormatError(
-                f"{roles['quant_map']} isn't the {self.name} code table; which version wrote it?"
+                f"{roles['quant_map']} isn't bitsandbytes' {self.name} table; no version known wrote it"
             )
         nested = None
         if params["double_quant"]:
@@ -152,19 +152,76 @@ class Bnb4:
         absmax = nested.absmax() if nested else tensors.float32(roles["absmax"]).reshape(-1)
         if not np.isfinite(absmax).all():
             raise CheckpointError(
-                f"{roles['absmax']} holds NaN or infinite scales; the checkpoint is damaged"
+                f"{roles['absmax']} of {tensors[roles['absmax']].file} gives NaN or infinite scales; "
+                "the checkpoint is damaged: copy or quantize it again"
             )
         packed = tensors.read(roles["weight"]).data
+        kept = (params["storage"], params["dtype"])
+        return Bnb4Weight(linear.shape, self.name, params["blocksize"], packed, absmax, nested, *kept)
+
+    def options_of(self, linear: StoredLinear) -> Mapping[str, Any]:
+        return {key: linear.params[key] for key in _DEFAULTS}
+
+    def options(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if unknown := sorted(set(given) - set(_DEFAULTS)):
+            raise PlanError(f"{self.name} takes no option {unknown[0]!r}; it takes {', '.join(_DEFAULTS)}")
+        options = {**_DEFAULTS, **given}
+        if options["blocksize"] not in BLOCKSIZES:
+            raise PlanError(
+                f"bitsandbytes reads no 4-bit block size {options['blocksize']}; choose one of "
+                f"{', '.join(map(str, BLOCKSIZES))}"
+            )
+        return options
+
+    def layout(self, shape: tuple[int, int], options: Mapping[str, Any]) -> Layout:
+        count, width = shape[0] * shape[1], DTYPES[options["storage"]][0]
+        nbytes, blocks = -(-count // 2), -(-count // options["blocksize"])
+        if nbytes % width:
+            raise PlanError(
+                f"a {self.name} weight of shape {list(shape)} doesn't fill whole {options['storage']} words; "
+                "store it as U8"
+            )
+        state = {"quant_type": self.name, "blocksize": options["blocksize"], "dtype": options["dtype"]}
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            ".weight": (options["storage"], (nbytes // width, 1)),
+            ".weight.quant_map": ("F32", (16,)),
+            ".weight.absmax": ("U8" if options["double_quant"] else "F32", (blocks,)),
+        }
+        if options["double_quant"]:
+            found[".weight.nested_absmax"] = ("F32", (-(-blocks // NESTED_BLOCKSIZE),))
+            found[".weight.nested_quant_map"] = ("F32", (256,))
+            state |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
+        found[STATE + self.name] = ("U8", (_state_size(shape, state),))
+        return found
+
+    def quantize(self, weight: Float32, options: Mapping[str, Any]) -> Bnb4Weight:
+        values, blocksize = np.ascontiguousarray(weight).reshape(-1), options["blocksize"]
+        absmax = np.empty(-(-values.size // blocksize), np.float32)
+        packed = np.empty(-(-values.size // 2), np.uint8)
+        step = max(1, CHUNK_VALUES // blocksize) * blocksize
+        for start in range(0, values.size, step):
+            scaled, scales = scale_blocks(values[start : start + step], blocksize)
+            if scaled.size % 2:  # only at the very end: blocks are even
+                scaled = np.append(scaled, np.float32(0))
+            first = start // blocksize
+            absmax[first : first + scales.size] = scales
+            packed[start // 2 : (start + scaled.size) // 2] = pack(nearest_codes(scaled, self.name))
+        nested = quantize_absmax(absmax) if options["double_quant"] else None
+        kept = (options["storage"], options["dtype"])
+        restored = nested.absmax() if nested else absmax
         return Bnb4Weight(
-            linear.shape,
-            self.name,
-            params["blocksize"],
-            packed,
-            absmax,
-            nested,
-            params["storage"],
-            params["dtype"],
+            (weight.shape[0], weight.shape[1]), self.name, blocksize, packed, restored, nested, *kept
         )
+
+    def quantization_config(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": self.name,
+            "bnb_4bit_use_double_quant": options["double_quant"],
+            "bnb_4bit_quant_storage": STORAGES[options["storage"]],
+        }
 
 
 def _expect(
@@ -174,24 +231,24 @@ def _expect(
     count: int | None = None,
     nbytes: int | None = None,
 ) -> None:
+    """Hold a tensor's header against what the quant_state says."""
     info = tensors[name]
     if info.dtype not in dtypes:
-        raise CheckpointError(
-            f"{name} in {info.file} has dtype {info.dtype}, expected {'/'.join(sorted(dtypes))}"
-        )
-    if count is not None and math.prod(info.shape) != count:
-        raise CheckpointError(
-            f"{name} in {info.file} holds {math.prod(info.shape)} values, its quant_state asks for {count}"
-        )
-    if nbytes is not None and info.nbytes != nbytes:
-        raise CheckpointError(
-            f"{name} in {info.file} holds {info.nbytes} bytes, its quant_state asks for {nbytes}"
-        )
+        wanted = "/".join(sorted(dtypes))
+        raise CheckpointError(f"{name} in {info.file} has dtype {info.dtype}, expected {wanted}")
+    for found, wanted_size, unit in (
+        (math.prod(info.shape), count, "values"),
+        (info.nbytes, nbytes, "bytes"),
+    ):
+        if wanted_size is not None and found != wanted_size:
+            raise CheckpointError(
+                f"{name} in {info.file} holds {found} {unit}, its quant_state asks for {wanted_size}"
+            )
 
 
 def _read_state(tensors: TensorFolder, module: str, quant_type: str) -> dict[str, Any]:
     """The quant_state of one linear, every field checked."""
-    name = f"{module}{_STATE}{quant_type}"
+    name = f"{module}{STATE}{quant_type}"
     info = tensors[name]
     state: Any = None
     if info.nbytes <= _MAX_STATE:
@@ -201,27 +258,29 @@ def _read_state(tensors: TensorFolder, module: str, quant_type: str) -> dict[str
             state = None
     if not isinstance(state, dict):
         raise CheckpointError(f"{name} in {info.file} isn't the JSON object bitsandbytes writes")
-    shape = state.get("shape")
-    sound = (
+    if not (_sound_state(state, quant_type) and _sound_nesting(state)):
+        raise CheckpointError(f"{name} in {info.file} describes no {quant_type} weight: {str(state)[:200]}")
+    return state
+
+
+def _sound_state(state: Mapping[str, Any], quant_type: str) -> bool:
+    shape, blocksize = state.get("shape"), state.get("blocksize")
+    return (
         state.get("quant_type") == quant_type
-        and _natural(state.get("blocksize"))
-        and state["blocksize"] % 2 == 0
+        and _natural(blocksize)
+        and not state["blocksize"] % 2
         and isinstance(shape, list)
         and len(shape) == 2
         and all(_natural(size) for size in shape)
-        and isinstance(state.get("dtype"), str)
+        and state.get("dtype") in ("float32", "float16", "bfloat16")
     )
-    nested = [key for key in ("nested_blocksize", "nested_offset") if key in state]
-    if sound and nested:
-        offset = state.get("nested_offset")
-        sound = (
-            _natural(state.get("nested_blocksize"))
-            and isinstance(offset, int | float)
-            and math.isfinite(offset)
-        )
-    if not sound:
-        raise CheckpointError(f"{name} in {info.file} describes no {quant_type} weight: {str(state)[:200]}")
-    return state
+
+
+def _sound_nesting(state: Mapping[str, Any]) -> bool:
+    offset = state.get("nested_offset")
+    if "nested_blocksize" not in state:
+        return offset is None
+    return _natural(state["nested_blocksize"]) and isinstance(offset, int | float) and math.isfinite(offset)
 
 
 def _natural(value: Any) -> bool:

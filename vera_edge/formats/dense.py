@@ -94,6 +94,9 @@ class Dense:
     def load(self, tensors: TensorFolder, linear: StoredLinear) -> DenseWeight:
         return DenseWeight(tensors.read(linear.tensors["weight"]), linear.transposed)
 
+    def options_of(self, linear: StoredLinear) -> Mapping[str, Any]:
+        return {"transposed": linear.transposed}
+
     def options(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         if unknown := sorted(set(given) - {"transposed"}):
             raise PlanError(f"{self.name} takes no option {unknown[0]!r}")

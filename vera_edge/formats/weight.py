@@ -17,7 +17,7 @@ import numpy.typing as npt
 from vera_edge.tensors import Float32, RawTensor, TensorFolder
 
 # Rows are handled in pieces of about this many values, so that temporaries stay small beside the weight.
-_CHUNK_VALUES = 1 << 21
+CHUNK_VALUES = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,9 @@ class WeightFormat(Protocol):
     def load(self, tensors: TensorFolder, linear: StoredLinear) -> Weight:
         """Read one linear. Raises CheckpointError when its numbers aren't sound (NaN scales and the like)."""
 
+    def options_of(self, linear: StoredLinear) -> Mapping[str, Any]:
+        """The options under which `quantize` stores a weight as `linear` is stored."""
+
     def options(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """`given` completed with defaults. Raises PlanError on an option it doesn't know or can't meet."""
 
@@ -87,7 +90,7 @@ class WeightFormat(Protocol):
 
 def row_chunks(shape: tuple[int, int], multiple: int = 1) -> Iterator[tuple[int, int]]:
     """Row ranges that cover a weight (out, in) in pieces of some MiB, each a multiple of `multiple` rows."""
-    out, size = shape[0], max(1, _CHUNK_VALUES // max(1, shape[1]))
+    out, size = shape[0], max(1, CHUNK_VALUES // max(1, shape[1]))
     size = max(multiple, size // multiple * multiple)
     for start in range(0, out, size):
         yield start, min(out, start + size)
