@@ -1,0 +1,169 @@
+"""The order of imports: each module imports only from those above it, function level included."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A part (a module or a package of vera_edge) imports only from parts above it, or from within itself.
+ORDER = (
+    "errors",
+    "progress",
+    "files",
+    "tensors",
+    "projection",
+    "adapter",
+    "formats",
+    "checkpoint",
+    "fit",
+    "provenance",
+    "plan",
+    "merge",
+    "inspection",
+    "requantize",
+    "recover",
+    "precision",
+    "reference",
+    "target",
+    "bundle",
+    "device",
+    "drift",
+    "release",
+    "cli",
+)
+DEVICE_PARTS = {"errors", "progress", "files", "tensors", "projection", "bundle", "device"}
+NOT_ON_THE_DEVICE = {
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime_genai",
+    "optimum",
+}
+EXPORTERS = {"vera_edge_onnx", "vera_edge_genai"}
+NOT_FOR_HELP = (
+    NOT_ON_THE_DEVICE | EXPORTERS | {"numpy", "onnxruntime", "tokenizers", "safetensors", "rich", "jinja2"}
+)
+NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "common", "misc", "manager"}
+
+
+@cache
+def modules() -> Mapping[str, Path]:
+    """Every module of the packages, by dotted name."""
+    roots = [ROOT / "vera_edge", *(ROOT / "exporters").glob("vera_edge_*")]
+    found = {}
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root.parent).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def imports(module: str) -> frozenset[str]:
+    """The dotted names a module imports, anywhere in it; a name of ours is given as the module it lies in."""
+    path = modules()[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base]).rstrip(".")
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                found.add(whole if whole in modules() else base)
+    return frozenset(found)
+
+
+def part(module: str) -> str:
+    """`vera_edge.drift.metrics` -> `drift`."""
+    return module.split(".")[1]
+
+
+def core() -> Iterator[str]:
+    return (name for name in modules() if name.startswith("vera_edge.") and name != "vera_edge.__main__")
+
+
+def ours(module: str) -> Iterator[str]:
+    return (name for name in imports(module) if name.startswith("vera_edge."))
+
+
+def test_every_part_has_its_place_in_the_order() -> None:
+    unknown = {part(name) for name in core()} - set(ORDER)
+    assert not unknown, f"{sorted(unknown)}: give them a place in ORDER (and in ARCHITECTURE.md)"
+
+
+@pytest.mark.parametrize("module", sorted(core()))
+def test_a_module_imports_only_from_above(module: str) -> None:
+    place = ORDER.index(part(module))
+    wrong = [name for name in ours(module) if ORDER.index(part(name)) > place]
+    assert not wrong, f"{module} imports {wrong}, which lie below it"
+
+
+def test_no_two_modules_import_each_other() -> None:
+    graph = {name: set(imports(name)) & set(modules()) - {name} for name in modules()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as cycle:
+        pytest.fail(f"these import each other: {' -> '.join(cycle.args[1])}")
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_only_the_command_line_imports_click(module: str) -> None:
+    if module.startswith("vera_edge.cli"):
+        return
+    assert not {name for name in imports(module) if name.split(".")[0] in ("click", "rich")}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in core() if part(name) in DEVICE_PARTS))
+def test_what_runs_on_the_device_reaches_nothing_heavy(module: str) -> None:
+    assert not {name.split(".")[0] for name in imports(module)} & NOT_ON_THE_DEVICE
+    assert not {part(name) for name in ours(module)} - DEVICE_PARTS
+
+
+@pytest.mark.parametrize("module", sorted(core()))
+def test_the_core_never_imports_an_exporter(module: str) -> None:
+    assert not {name.split(".")[0] for name in imports(module)} & EXPORTERS
+
+
+@pytest.mark.parametrize("module", sorted(name for name in modules() if name.startswith("vera_edge_")))
+def test_an_exporter_leaves_the_command_line_and_the_drift_alone(module: str) -> None:
+    assert not {part(name) for name in ours(module)} & {"cli", "drift", "release"}
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_file_name_says_what_the_file_does(module: str) -> None:
+    assert not set(module.split(".")) & NAMES_THAT_SAY_NOTHING
+
+
+def loaded_by(code: str) -> set[str]:
+    """The top-level modules a fresh interpreter holds after running `code`."""
+    script = f"import json, sys\n{code}\nprint(json.dumps(sorted(n.split('.')[0] for n in sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_help_loads_no_library_that_takes_time() -> None:
+    code = "from vera_edge.cli import main\nmain(['--help'], standalone_mode=False)"
+    assert not loaded_by(code) & NOT_FOR_HELP
+
+
+@pytest.mark.parametrize("module", sorted(name for name in core() if part(name) == "device"))
+def test_importing_the_device_part_loads_nothing_heavy(module: str) -> None:
+    assert not loaded_by(f"import {module}") & NOT_ON_THE_DEVICE

@@ -1,0 +1,132 @@
+"""The wheel: what is in it, and that its device part works where nothing else is installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = (ROOT / "vera_edge", ROOT / "exporters")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from the checkout as pip builds it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(ROOT)]
+    subprocess.run(command, check=True)
+    (built,) = folder.glob("vera_edge-*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment with the wheel and its plain dependencies, as on a device."""
+    folder = tmp_path_factory.mktemp("fresh") / "env"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    constraints = str(ROOT / "constraints.txt")
+    command = [
+        str(folder / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        str(wheel),
+        "-c",
+        constraints,
+    ]
+    subprocess.run(command, check=True)
+    return folder / "bin"
+
+
+def files_in_the_checkout() -> set[str]:
+    """What the wheel must hold, as paths inside it: every file of the packages."""
+    found = set()
+    for path in (path for source in SOURCES for path in source.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            top = ROOT / "exporters" if path.is_relative_to(ROOT / "exporters") else ROOT
+            found.add(path.relative_to(top).as_posix())
+    return {name for name in found if "/" in name}
+
+
+def exporter_packages() -> list[str]:
+    return sorted(path.parent.name for path in (ROOT / "exporters").glob("*/__init__.py"))
+
+
+def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert not files_in_the_checkout() - names
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {
+        "vera_edge",
+        *exporter_packages(),
+    }
+
+
+def test_the_wheel_says_that_it_is_typed_and_under_which_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = [name for name in names if name.endswith(".dist-info/METADATA")]
+        text = archive.read(metadata).decode()
+    assert {f"{package}/py.typed" for package in ("vera_edge", *exporter_packages())} <= names
+    assert "License-Expression: Apache-2.0" in text
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_exporters_is_a_folder_and_never_an_import_package(wheel: Path) -> None:
+    """Another distribution owns the import name `exporters`; shipping it would break both."""
+    assert not (ROOT / "exporters" / "__init__.py").exists()
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("exporters")]
+
+
+def test_every_exporter_is_registered_and_loads() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = project["entry-points"]["vera_edge.exporters"]
+    assert sorted({target.split(":")[0] for target in declared.values()}) == exporter_packages()
+    installed = {point.name: point for point in entry_points(group="vera_edge.exporters")}
+    assert set(installed) == set(declared)
+    for name, point in installed.items():
+        assert point.load().name == name
+
+
+def test_every_dependency_is_pinned() -> None:
+    """A fresh environment next month must be the one the tests ran in."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(d for group in project["optional-dependencies"].values() for d in group),
+    ]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower() for line in lines if "==" in line}
+    for requirement in wanted:
+        name = requirement.split(">=")[0].split("[")[0].lower()
+        assert name in pinned, f"constraints.txt doesn't pin {name}"
+
+
+def test_the_device_part_works_alone(fresh: Path) -> None:
+    """No torch in the environment: the command answers, and the device package imports."""
+    shown = subprocess.run([fresh / "vera-edge", "--help"], capture_output=True, text=True, check=True)
+    assert "merge" in shown.stdout
+    code = (
+        "import importlib.util as u, vera_edge.device\n"
+        "print([n for n in ('torch', 'transformers', 'peft', 'onnx', 'bitsandbytes') if u.find_spec(n)])"
+    )
+    found = subprocess.run([fresh / "python", "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_without_the_build_extra_a_build_command_says_which_extra_is_missing(
+    fresh: Path, tiny_llama_and_adapter: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = tiny_llama_and_adapter
+    command = [fresh / "vera-edge", "export", base, adapter, "-o", tmp_path / "out", "--onnx"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2, run.stderr
+    assert "vera-edge[build]" in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "out").exists()
