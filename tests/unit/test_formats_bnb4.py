@@ -44,7 +44,7 @@ def truth(packed: torch.Tensor, state: bnb.QuantState) -> npt.NDArray[np.float32
         state.shape,
         torch.float32,
     ).numpy()
-    if state.shape[-1] % state.blocksize == 0:
+    if state.shape[-1] % state.blocksize == 0 and state.blocksize < 2048:  # above, bitsandbytes compiles
         assert np.array_equal(values, bnb.dequantize_4bit(packed, state).float().numpy())
     return values
 
