@@ -22,6 +22,8 @@ from vera_edge.progress import Progress, silent
 
 FORMAT = 1
 MANIFEST = "vera_edge.json"
+SIGNATURE = "model.sig"  # signs the manifest too, so the manifest can't list it
+_UNLISTED = frozenset({MANIFEST, SIGNATURE})
 KINDS = ("decoder", "encoder")
 MODES = ("merged", "branch")
 _MAX_MANIFEST = 16 << 20  # bytes
@@ -97,7 +99,7 @@ def write(folder: Path, facts: Facts, progress: Progress = silent) -> Manifest:
     A manifest that is there already is replaced. Raises BundleError when `facts` contradict the files or the
     folder holds a link, OutputError when the manifest can't be written.
     """
-    names = sorted(name for name in _walk(folder) if name != MANIFEST)
+    names = sorted(name for name in _walk(folder) if name not in _UNLISTED)
     entries: dict[str, Json] = {}
     for done, name in enumerate(names):
         progress("hashing the bundle", done, len(names))
@@ -146,7 +148,7 @@ def verify(folder: Path, deep: bool = True, progress: Progress = silent) -> Mani
     Raises BundleError naming the first file that is missing, damaged, a link, or not listed.
     """
     manifest = read(folder)
-    present = set(_walk(folder)) - {MANIFEST}
+    present = set(_walk(folder)) - _UNLISTED
     if missing := sorted(manifest.files.keys() - present):
         raise BundleError(f"{folder / missing[0]} is missing; copy or download the bundle again")
     if extra := sorted(present - manifest.files.keys()):
@@ -248,12 +250,15 @@ _FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
 def _parse_files(value: Json, folder: Path, need: Callable[[bool, str], None]) -> dict[str, FileEntry]:
     need(_is_map(value) and 0 < len(value) <= _MAX_FILES, "files isn't an object of 1 to 10000 files")
     files: dict[str, FileEntry] = {}
-    folded: set[str] = {MANIFEST}
+    folded: set[str] = set(_UNLISTED)
     for name, entry in value.items():
         need(len(name) <= 512 and name.isprintable(), f"the file name {name[:80]!r} isn't a plain name")
         safe_join(folder, name)
         # Windows and macOS hold names that differ in case as one file.
-        need(name.casefold() not in folded, f"the file {name!r} is listed twice or is the manifest itself")
+        need(
+            name.casefold() not in folded,
+            f"the file {name!r} is listed twice, or is the manifest or its signature",
+        )
         folded.add(name.casefold())
         sound = isinstance(entry, dict) and _is_count(entry.get("size")) and _is_hash(entry.get("sha256"))
         need(sound, f"the entry of {name!r} has no size and sha256")

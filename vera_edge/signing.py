@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vera_edge.bundle import SIGNATURE
 from vera_edge.errors import BundleError
 from vera_edge.files import sha256_file
-
-SIGNATURE = "model.sig"
 
 
 @dataclass(frozen=True)
