@@ -36,6 +36,7 @@ ORDER = (
     "reference",
     "target",
     "bundle",
+    "signing",
     "device",
     "drift",
     "release",

@@ -1,6 +1,6 @@
 """The documentation is true: its links lead somewhere, its commands exist, and the README's recipes run.
 
-In the README's recipes `base`, `adapter` and `text.txt` stand for the reader's own; here they are the tiny model.
+In the README's recipes `base`, `adapter` and `text.txt` stand for the reader's own; here they are tiny ones.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_scripts_named_in_the_pages_exist() -> None:
 
 
 def test_the_recipes_run(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path) -> None:
-    """Every `vera-edge` command of the README, in order, in one folder; a broken drift limit (3) is an answer too."""
+    """Every `vera-edge` command of the README, in order, in one folder; exit 3 (a broken limit) is fine."""
     shutil.copytree(tiny_llama.nf4, tmp_path / "base")
     shutil.copytree(tiny_adapter, tmp_path / "adapter")
     (tmp_path / "text.txt").write_text(tiny.TEXT * 30)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (ROOT / "vera_edge", ROOT / "exporters")
 
@@ -121,11 +123,10 @@ def test_the_device_part_works_alone(fresh: Path) -> None:
 
 
 def test_without_the_build_extra_a_build_command_says_which_extra_is_missing(
-    fresh: Path, tiny_llama_and_adapter: tuple[Path, Path], tmp_path: Path
+    fresh: Path, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    base, adapter = tiny_llama_and_adapter
-    command = [fresh / "vera-edge", "export", base, adapter, "-o", tmp_path / "out", "--onnx"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = ["export", str(tiny_llama.nf4), str(tiny_adapter), "-o", str(tmp_path / "out"), "--onnx"]
+    run = subprocess.run([str(fresh / "vera-edge"), *words], capture_output=True, text=True, check=False)
     assert run.returncode == 2, run.stderr
     assert "vera-edge[build]" in run.stderr
     assert "Traceback" not in run.stderr
