@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from scripts.prepare_demo import Demo, prepare
-from tests import tiny
+from tests import tiny, tiny_bundle
 
 # Before any of them is imported: no look at a hub, no bars and no advice in the tests' output.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -77,6 +77,14 @@ def tiny_gpt2_adapter(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory)
     """A VeRA adapter on the Conv1D layers of the tiny GPT-2."""
     folder = tmp_path_factory.mktemp("tiny-gpt2-adapter") / "adapter"
     return tiny.make_adapter(tiny_gpt2, folder, targets=tiny.GPT2_LINEARS, fan_in_fan_out=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(
+    tiny_llama: tiny.TinyLlama, tmp_path_factory: pytest.TempPathFactory
+) -> tiny_bundle.TinyBundles:
+    """Bundles of the tiny Llama for the device; `.fp32`, `.int4`, `.branch`, `.rows` are their folders."""
+    return tiny_bundle.TinyBundles(tiny_llama.fp32, tmp_path_factory.mktemp("tiny-bundles"))
 
 
 @pytest.fixture

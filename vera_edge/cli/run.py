@@ -1,0 +1,69 @@
+"""`vera-edge run`: text from an exported folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from vera_edge.cli.show import FOLDER, json_option, print_json
+
+
+@click.command()
+@click.argument("bundle", type=FOLDER)
+@click.argument("prompt")
+@click.option(
+    "--adapter", default="default", metavar="FILE|NAME|none", help="Branch mode: the adapter to run."
+)
+@click.option("--max-tokens", default=256, show_default=True, help="Stop after this many tokens.")
+@click.option(
+    "--temperature", default=0.0, show_default=True, help="0 takes the most likely token each time."
+)
+@click.option("--top-k", default=0, show_default=True, help="Draw among the k most likely tokens; 0: all.")
+@click.option("--top-p", default=1.0, show_default=True, help="Draw among the likeliest tokens that hold p.")
+@click.option("--min-p", default=0.0, show_default=True, help="Drop tokens below p times the likeliest one.")
+@click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: repeat less.")
+@click.option("--seed", type=int, help="The same seed draws the same text.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Can be repeated.")
+@click.option("--system", metavar="TEXT", help="A system message before the prompt.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
+@json_option
+def run(
+    bundle: Path,
+    prompt: str,
+    adapter: str,
+    system: str | None,
+    threads: int | None,
+    raw: bool,
+    as_json: bool,
+    **sampling: object,
+) -> None:
+    """Generate text from BUNDLE for PROMPT (- reads it from the standard input), without torch.
+
+    The text goes to the standard output as it is generated.
+    """
+    from vera_edge.device.session import Session
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    session = Session.open(bundle, _adapter(adapter), threads=threads)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}] if system else text
+    generation = session.generate(messages, raw=raw, **sampling)  # type: ignore[arg-type]
+    pieces = []
+    for piece in generation:
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+    if as_json:
+        print_json(generation.summary() | {"text": "".join(pieces)})
+    else:
+        click.echo()
+
+
+def _adapter(word: str) -> str | Path | None:
+    """`none`, a name of the bundle, or a file: what holds a slash or ends in .onnx_adapter."""
+    if word == "none":
+        return None
+    return Path(word) if "/" in word or "\\" in word or word.endswith(".onnx_adapter") else word

@@ -1,0 +1,13 @@
+"""Running a bundle on the device: numpy, onnxruntime, tokenizers and jinja2; never torch, transformers, onnx.
+
+graph     an ONNX graph opened in ONNX Runtime, and what its inputs say
+adapters  the vectors of a .onnx_adapter, checked against a graph
+decoding  one step of a decoder with a KV cache that is never copied
+sampling  logits to a token
+chat      messages to text, text to tokens, tokens back to whole characters
+generate  streaming generation
+session   all of it behind one class: `Session.open(folder)`
+golden    what the reference answered, carried in the bundle
+validate  the golden vectors on this device: drift, determinism, swap, leaks
+install   versions on the device, the `current` link, rollback
+"""

@@ -1,0 +1,98 @@
+"""An ONNX graph opened in ONNX Runtime for a small device, and what its inputs and outputs say."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from vera_edge.errors import BundleError
+
+Array = npt.NDArray[Any]
+Shape = tuple[int | str | None, ...]  # a name or None where the size isn't fixed
+_TYPES: Mapping[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+}
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph: shape with names for free axes, dtype as numpy has it."""
+
+    name: str
+    shape: Shape
+    dtype: np.dtype[Any]
+
+
+class Graph:
+    """An ONNX Runtime session on the CPU, with its ports. Running it is safe from several threads at once."""
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        """Open `path`; `threads` within an operator, by default one per core that this process may use.
+
+        Raises BundleError when ONNX Runtime refuses the graph or its weights.
+        """
+        self.path = path
+        self.threads = threads or available_cores()
+        try:
+            self.session = onnxruntime.InferenceSession(
+                path, _options(self.threads), providers=["CPUExecutionProvider"]
+            )
+        except Exception as cause:  # onnxruntime's classes share no base but Exception
+            raise BundleError(f"ONNX Runtime can't open {path}: {first_line(cause)}") from None
+        self.inputs = _ports(self.session.get_inputs(), path)
+        self.outputs = _ports(self.session.get_outputs(), path)
+        self.vectors = _ports(self.session.get_overridable_initializers(), path)
+
+    def binding(self) -> Any:
+        """A fresh IO binding of this session."""
+        return self.session.io_binding()
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity where the system tells, else the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def first_line(cause: BaseException) -> str:
+    """The first line of a runtime's message, without the code position it starts with."""
+    lines = str(cause).strip().splitlines()
+    return re.sub(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )", "", lines[0] if lines else type(cause).__name__)
+
+
+def _options(threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # ONNX Runtime warns once for every overridable initializer; errors are raised anyway.
+    options.log_severity_level = 3
+    # A pattern is kept for every shape seen, and a growing attention mask never has the same shape twice.
+    options.enable_mem_pattern = False
+    return options
+
+
+def _ports(arguments: Any, path: Path) -> dict[str, Port]:
+    ports = {}
+    for argument in arguments:
+        if argument.type not in _TYPES:
+            raise BundleError(f"{argument.name} of {path} is a {argument.type}, which vera-edge doesn't feed")
+        ports[argument.name] = Port(argument.name, tuple(argument.shape), np.dtype(_TYPES[argument.type]))
+    return ports
+
+
+def bind(binding: Any, port: Port, array: Array, output: bool = False) -> None:
+    """Bind `array`, contiguous and alive as long as the binding, to a port without a copy."""
+    call = binding.bind_output if output else binding.bind_input
+    call(port.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
