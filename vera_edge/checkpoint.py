@@ -16,8 +16,9 @@ from typing import Any
 
 from vera_edge import formats
 from vera_edge.errors import CheckpointError
-from vera_edge.files import read_json
+from vera_edge.files import read_json, sha256_bytes
 from vera_edge.formats import StoredLinear, Weight
+from vera_edge.formats.dense import DTYPES, is_conv1d_module
 from vera_edge.tensors import Float32, TensorFolder
 
 
@@ -40,6 +41,19 @@ class Checkpoint:
         tensors = TensorFolder.open(path)
         config = read_json(path / "config.json", CheckpointError)
         return cls(path, config, tensors, formats.find_linears(tensors, config))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any linear is stored in a quantized format."""
+        return any(linear.format not in DTYPES for linear in self.linears.values())
+
+    def is_conv1d(self, module: str) -> bool:
+        """Whether the unquantized model stores this linear as (in, out), as GPT-2's Conv1D does.
+
+        A quantized linear is stored as (out, in) in any case.
+        """
+        linear = self.linear(module)
+        return linear.transposed or (linear.format not in DTYPES and is_conv1d_module(module, self.config))
 
     def linear(self, module: str) -> StoredLinear:
         """The linear called `module`; raises CheckpointError when there is none."""
@@ -66,6 +80,14 @@ class Checkpoint:
         """The tensors that aren't part of a linear's weight, in file order."""
         taken = {name for linear in self.linears.values() for name in linear.tensors.values()}
         return tuple(name for name in self.tensors if name not in taken)
+
+    @cached_property
+    def layout_digest(self) -> str:
+        """Hex SHA-256 of config and headers: what a plan is made for. Reads no tensor."""
+        headers = [[name, info.dtype, list(info.shape)] for name, info in sorted(self.tensors.items())]
+        # Not canonical_json: a config may hold infinities, which Python's JSON reads.
+        text = json.dumps({"config": self.config, "tensors": headers}, sort_keys=True)
+        return sha256_bytes(text.encode())
 
     @cached_property
     def digest(self) -> str:

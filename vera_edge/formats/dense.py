@@ -42,9 +42,13 @@ def is_conv1d(module: str, tensors: TensorFolder, config: Mapping[str, Any]) -> 
     bias = tensors.get(f"{module}.bias")
     if bias is not None and rows != columns and bias.shape in ((rows,), (columns,)):
         return bias.shape == (columns,)
-    return module.rsplit(".", 1)[-1] in _CONV1D_NAMES and not _CONV1D_FAMILIES.isdisjoint(
-        _model_types(config)
-    )
+    return is_conv1d_module(module, config)
+
+
+def is_conv1d_module(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether the model's family makes this module a Conv1D."""
+    in_family = not _CONV1D_FAMILIES.isdisjoint(_model_types(config))
+    return in_family and module.rsplit(".", 1)[-1] in _CONV1D_NAMES
 
 
 @dataclass(frozen=True)
