@@ -37,12 +37,23 @@ ORDER = (
     "target",
     "bundle",
     "signing",
+    "chunks",
     "device",
     "drift",
     "release",
     "cli",
 )
-DEVICE_PARTS = {"errors", "progress", "files", "tensors", "projection", "bundle", "device"}
+DEVICE_PARTS = {
+    "errors",
+    "progress",
+    "files",
+    "tensors",
+    "projection",
+    "bundle",
+    "signing",
+    "chunks",
+    "device",
+}
 NOT_ON_THE_DEVICE = {
     "torch",
     "transformers",
