@@ -3,7 +3,7 @@
     scripts/bench_drift [--tokens 4096] [--only NAME ...]
 
 Writes docs/drift-table.md and the same table between the markers in README.md. All rows are measured on the
-same windows of the demo's held-out text, against logits that the reference gave once. Speed is greedy decoding
+same windows of the demo's held-out text, against logits the reference gave once. Speed is greedy decoding
 of 64 tokens, the best of three; it belongs to the machine named under the table.
 """
 
@@ -193,10 +193,10 @@ def render(rows: Iterable[Row], scored: int) -> str:
 def _footnote(scored: int, perplexity: float) -> str:
     packages = ", ".join(f"{n} {version(n)}" for n in ("onnxruntime", "torch", "peft", "bitsandbytes"))
     return (
-        f"SmolLM2-135M-Instruct in NF4 with a VeRA adapter of rank 256 on all seven linears; {scored} tokens\n"
-        "of held-out text. KL in nats, from the model as trained (NF4 base, exact values in float32, adapter\n"
-        f"unmerged in PEFT; perplexity {perplexity:.3f}) to what is shipped; *of the effect* divides it by the\n"
-        "KL to the base without the adapter. Speed: greedy decoding on\n"
+        "SmolLM2-135M-Instruct in NF4 with a VeRA adapter of rank 256 on all seven linears;\n"
+        f"{scored} tokens of held-out text. KL in nats, from the model as trained (NF4 base, exact values in\n"
+        f"float32, adapter unmerged in PEFT; perplexity {perplexity:.3f}) to what is shipped; *of the effect*\n"
+        "divides it by the KL to the base without the adapter. Speed: greedy decoding on\n"
         f"{os.cpu_count()} cores of {_processor()}; PEFT's row runs in torch.\n"
         f"{packages}."
     )
