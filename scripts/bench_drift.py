@@ -14,6 +14,7 @@ import copy
 import os
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -192,14 +193,14 @@ def render(rows: Iterable[Row], scored: int) -> str:
 
 def _footnote(scored: int, perplexity: float) -> str:
     packages = ", ".join(f"{n} {version(n)}" for n in ("onnxruntime", "torch", "peft", "bitsandbytes"))
-    return (
-        "SmolLM2-135M-Instruct in NF4 with a VeRA adapter of rank 256 on all seven linears;\n"
-        f"{scored} tokens of held-out text. KL in nats, from the model as trained (NF4 base, exact values in\n"
-        f"float32, adapter unmerged in PEFT; perplexity {perplexity:.3f}) to what is shipped; *of the effect*\n"
-        "divides it by the KL to the base without the adapter. Speed: greedy decoding on\n"
-        f"{os.cpu_count()} cores of {_processor()}; PEFT's row runs in torch.\n"
-        f"{packages}."
+    note = (
+        "SmolLM2-135M-Instruct in NF4 with a VeRA adapter of rank 256 on all seven linears; "
+        f"{scored} tokens of held-out text. KL in nats, from the model as trained (NF4 base, exact values "
+        f"in float32, adapter unmerged in PEFT; perplexity {perplexity:.3f}) to what is shipped; "
+        "*of the effect* divides it by the KL to the base without the adapter. Speed: greedy decoding on "
+        f"{os.cpu_count()} cores of {_processor()}; PEFT's row runs in torch. {packages}."
     )
+    return textwrap.fill(note, 110)
 
 
 def _processor() -> str:

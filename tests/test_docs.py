@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import pytest
 
+from scripts.bench_drift import MARKS, PAGE
 from tests import tiny
 from vera_edge.cli import COMMANDS, main
 
@@ -93,10 +94,17 @@ def test_a_documented_command_exists_with_its_options(command: Command) -> None:
             pytest.fail(f"{command}: {error.format_message()}")
 
 
-def test_every_command_is_in_the_readme() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_every_command_is_documented() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     missing = [name for name in COMMANDS if f"vera-edge {name}" not in text]
-    assert not missing, f"README.md says nothing of {missing}"
+    assert not missing, f"no page says anything of {missing}"
+
+
+def test_the_readme_shows_the_table_that_was_measured() -> None:
+    before, after = MARKS
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").split(before)[1].split(after)[0]
+    measured = PAGE.read_text(encoding="utf-8").split("\n", 2)[2]
+    assert shown.strip() == measured.strip()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
