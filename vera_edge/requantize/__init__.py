@@ -1,0 +1,33 @@
+"""Requantization that loses less than rounding: from a float32 weight to codes on a format's grid.
+
+    grids     what codes and scales a format can store (NF4, FP4, LLM.int8 rows, integer blocks), and `Codes`
+    rtn       scales from each block's range, codes to nearest: what other tools do
+    search    scales that minimise the error weighted by how much each input matters
+    hqq       scales and zero points by half-quadratic splitting, no activations needed
+    gptq      codes that make up for each other's errors, on scales that are given
+    refit     scales that are best for given codes, for a whole row at once
+    quantize  the methods as one function, `requantize`
+
+The measure is the layer's output error, `tr((W - Q) H (W - Q)^T)` with `H = X^T X / n` over calibration
+inputs X: an error in the weight hardly predicts what it does to the model. docs/requantize.md has the numbers.
+Everything is numpy, works on pieces of rows, and gives the same bytes whatever the number of threads.
+"""
+
+from __future__ import annotations
+
+from vera_edge.requantize.gram import Gram, output_error
+from vera_edge.requantize.grids import Codes, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.requantize.quantize import METHODS, Effort, requantize
+
+__all__ = [
+    "METHODS",
+    "Codes",
+    "Effort",
+    "Gram",
+    "Grid",
+    "bnb_grid",
+    "int8_rows",
+    "int_blocks",
+    "output_error",
+    "requantize",
+]

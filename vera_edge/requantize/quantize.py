@@ -1,0 +1,195 @@
+"""The methods as one function: pieces of rows, scales over the whole weight, the better result kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from vera_edge.errors import DataError, PlanError
+from vera_edge.formats.weight import row_chunks
+from vera_edge.requantize.gptq import compensate, descend
+from vera_edge.requantize.gram import Floats, Gram, one_blas_thread
+from vera_edge.requantize.grids import Codes, Grid, inverse, spread
+from vera_edge.requantize.hqq import half_quadratic
+from vera_edge.requantize.refit import NestedScales, Normal
+from vera_edge.requantize.rtn import range_scales
+from vera_edge.requantize.search import search
+from vera_edge.tensors import Bytes, Float32
+
+METHODS = ("rtn", "search", "hqq", "gptq")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How far "gptq" goes. `rounds` of refitting the scales and then `sweeps` over the codes.
+
+    `damp` and `act_order` apply where a plain Gram matrix is given; a prepared one brings its own.
+    """
+
+    rounds: int = 3
+    sweeps: int = 2
+    damp: float = 0.01
+    act_order: bool = False
+
+
+def requantize(
+    weight: Float32,
+    grid: Grid,
+    method: str = "gptq",
+    gram: Floats | Gram | None = None,
+    effort: Effort | None = None,
+) -> Codes:
+    """Put `weight` (out, in) on `grid`.
+
+    `gram`: X^T X of the layer's inputs (in, in), at any scale; "gptq" needs it, "search" is weighted by its
+    diagonal, "rtn" and "hqq" take no notice of it. Raises PlanError for an unknown method, a missing or misfit
+    Gram matrix, DataError where the weight or the statistics aren't finite.
+    """
+    effort = effort or Effort()
+    prepared = _prepared(weight, method, gram, effort)
+    with one_blas_thread():
+        return _Work(weight, grid, prepared, effort).run(method)
+
+
+def _prepared(weight: Float32, method: str, gram: Floats | Gram | None, effort: Effort) -> Gram | None:
+    if method not in METHODS:
+        raise PlanError(f"no quantization method is called {method!r}; known: {', '.join(METHODS)}")
+    if not np.isfinite(weight).all():
+        raise DataError(
+            f"a weight of shape {list(weight.shape)} holds NaN or infinities; it can't be quantized"
+        )
+    if gram is None:
+        if method == "gptq":
+            raise PlanError(
+                "method gptq needs calibration statistics; pass calibration text or choose search"
+            )
+        return None
+    if not isinstance(gram, Gram):
+        gram = Gram.of(gram, effort.damp, effort.act_order)
+    if gram.size != weight.shape[1]:
+        raise PlanError(f"statistics of {gram.size} inputs don't fit a weight with {weight.shape[1]}")
+    return gram
+
+
+class _Work:
+    """One weight on its way to the grid. Levels are kept as codes, one byte for each weight."""
+
+    def __init__(self, weight: Float32, grid: Grid, gram: Gram | None, effort: Effort) -> None:
+        self.weight, self.grid, self.gram, self.effort = weight, grid, gram, effort
+        self.shape = (weight.shape[0], weight.shape[1])
+        self.in_rows = grid.rows(self.shape[1])
+        # Blocks that run over row ends tie rows together: such a weight is one piece.
+        self.pieces = list(row_chunks(self.shape)) if self.in_rows else [(0, self.shape[0])]
+        self.scales = np.empty(grid.scales_shape(self.shape), np.float32)
+        self.zeros = np.empty_like(self.scales)
+        self.codes: Bytes = np.empty(self.shape, np.uint8)
+        self.nested: NestedScales | None = None
+
+    def run(self, method: str) -> Codes:
+        self._set_scales(method)
+        if self.grid.nested:
+            self._nest()
+        for piece in self.pieces:
+            self._put(piece, self._first_levels(piece, method))
+        if method == "gptq" and self.in_rows:
+            for turn in range(self.effort.rounds):
+                # Where scales are nested, the first refit also moves the grid that they lie on.
+                self._improve(self.effort.sweeps, renest=self.grid.nested and turn == 0)
+            self._improve(0, renest=False)
+        return self._result()
+
+    def _set_scales(self, method: str) -> None:
+        importance = None if self.gram is None else self.gram.importance
+        ways: dict[str, Callable[[Float32], tuple[Float32, Float32]]] = {
+            "rtn": lambda part: range_scales(part, self.grid),
+            "hqq": lambda part: half_quadratic(part, self.grid),
+        }
+        way = ways.get(method, lambda part: search(part, self.grid, importance))
+        for begin, end in self.pieces:
+            rows = slice(begin, end) if self.in_rows else slice(None)
+            self.scales[rows], self.zeros[rows] = way(self.weight[begin:end])
+
+    def _nest(self) -> None:
+        self.nested = NestedScales(self.scales)
+        self.scales = self.nested.nearest(self.scales, (slice(None),) * self.scales.ndim)
+
+    def _at(self, piece: tuple[int, int]) -> slice:
+        return slice(*piece) if self.in_rows else slice(None)
+
+    def _first_levels(self, piece: tuple[int, int], method: str) -> Float32:
+        part, rows = self.weight[slice(*piece)], self._at(piece)
+        scales, zeros = self.scales[rows], self.zeros[rows]
+        if method == "gptq":
+            assert self.gram is not None
+            return compensate(part, self.grid, scales, zeros, self.gram)
+        shape = (part.shape[0], part.shape[1])
+        scaled = part * spread(inverse(scales), self.grid, shape)
+        return self.grid.nearest(scaled, spread(zeros, self.grid, shape))
+
+    def _levels(self, piece: tuple[int, int]) -> Float32:
+        codes = self.codes[slice(*piece)]
+        return self.grid.levels_of(codes, self._zeros_of(piece))
+
+    def _put(self, piece: tuple[int, int], levels: Float32) -> None:
+        self.codes[slice(*piece)] = self.grid.codes_of(levels, self._zeros_of(piece))
+
+    def _zeros_of(self, piece: tuple[int, int]) -> Float32 | None:
+        if not self.grid.integer:
+            return None
+        return spread(self.zeros[self._at(piece)], self.grid, (piece[1] - piece[0], self.shape[1]))
+
+    def _improve(self, sweeps: int, renest: bool) -> None:
+        """Refit the scales to the codes, then the codes to the scales; keep what lowers the error."""
+        assert self.gram is not None
+        nested = self.nested
+        if renest:
+            nested = NestedScales(np.concatenate([self._normal(piece).solve() for piece in self.pieces]))
+        before = [(self.codes.copy(), self.scales.copy(), self.nested)] if renest else []
+        errors = [0.0, 0.0]
+        for piece in self.pieces:
+            fell = self._improve_piece(piece, nested, sweeps, keep=not renest)
+            errors = [total + one for total, one in zip(errors, fell, strict=True)]
+        if renest and errors[1] >= errors[0]:
+            self.codes, self.scales, self.nested = before[0]
+        elif renest:
+            self.nested = nested
+
+    def _normal(self, piece: tuple[int, int]) -> Normal:
+        assert self.gram is not None
+        rows = slice(*piece)
+        return Normal(self.weight[rows], self._levels(piece), self.grid, self.scales[rows], self.gram)
+
+    def _improve_piece(
+        self, piece: tuple[int, int], nested: NestedScales | None, sweeps: int, keep: bool
+    ) -> tuple[float, float]:
+        """Improve one piece; with `keep` rows whose error rose stay as they were. Errors before and after."""
+        assert self.gram is not None
+        rows = slice(*piece)
+        part, levels, normal = self.weight[rows], self._levels(piece), self._normal(piece)
+        scales = normal.solve()
+        if nested is not None:
+            scales = normal.place(scales, lambda block, values: nested.nearest(values, (rows, block)))
+        zeros = self.zeros[rows]
+        better = descend(part, levels, self.grid, scales, zeros, self.gram, sweeps)
+        before = self._row_errors(part, levels, self.scales[rows])
+        after = self._row_errors(part, better, scales)
+        if keep:
+            worse = after >= before
+            better[worse], scales[worse] = levels[worse], self.scales[rows][worse]
+        self.scales[rows] = scales
+        self._put(piece, better)
+        return float(before.sum()), float(after.sum())
+
+    def _row_errors(self, part: Float32, levels: Float32, scales: Float32) -> Float32:
+        assert self.gram is not None
+        difference = part - levels * spread(scales, self.grid, (part.shape[0], part.shape[1]))
+        errors: Float32 = ((difference @ self.gram.values) * difference).sum(axis=1)
+        return errors
+
+    def _result(self) -> Codes:
+        zeros = None if self.grid.symmetric else self.zeros.astype(np.uint8)
+        nested = self.nested.stored(self.scales) if self.nested else None
+        scales = nested.absmax().reshape(self.scales.shape) if nested else self.scales
+        return Codes(self.grid, self.codes, scales, zeros, nested)
