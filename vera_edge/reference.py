@@ -11,6 +11,8 @@ checkpoint is run.
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -102,7 +104,8 @@ def open_reference(
         return Reference(model.eval(), vocabulary, has_adapter=False)
     if projections is None:
         raise AdapterError("a reference with an adapter needs the projections it was trained with")
-    wrapped, swaps = _with_adapters(model, adapters, projections)
+    with _quiet():
+        wrapped, swaps = _with_adapters(model, adapters, projections)
     return Reference(wrapped.eval(), vocabulary, True, tuple(swaps))
 
 
@@ -116,7 +119,7 @@ def load_dense(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM")
     if type(config) not in mapping:
         raise CheckpointError(f"transformers has no {auto_class} for model type {config.model_type!r}")
     tensors = {name: torch.from_numpy(values) for name, values in _dense_tensors(checkpoint)}
-    with _quiet_transformers():
+    with _quiet():
         try:
             model, loading = mapping[type(config)].from_pretrained(
                 None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
@@ -241,15 +244,39 @@ def _first(cause: Exception) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and advice off the user's terminal while it loads."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def _quiet() -> Iterator[None]:
+    """Keep transformers', PEFT's and bitsandbytes' bars and advice off the terminal while they load."""
+    theirs = transformers.utils.logging
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "peft")]
+    levels = [logger.level for logger in loggers]
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logging.set_verbosity(level)
+        theirs.set_verbosity(level)
         if bars:
-            logging.enable_progress_bar()
+            theirs.enable_progress_bar()
+        for logger, before in zip(loggers, levels, strict=True):
+            logger.setLevel(before)
+
+
+def load_as_stored(checkpoint: Checkpoint) -> Reference:
+    """The checkpoint as its users load it: transformers' own loading, bitsandbytes' own kernels, no adapter.
+
+    Those kernels have a noise of their own (a mean KL of about 2e-4 on SmolLM2). Raises CheckpointError when
+    transformers can't load it.
+    """
+    options = {"dtype": torch.float32, "device_map": "cpu", "local_files_only": True, "use_safetensors": True}
+    with _quiet():
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.path, **options)
+        except (OSError, RuntimeError, ValueError, ImportError) as cause:
+            raise CheckpointError(f"transformers can't load {checkpoint.path}: {_first(cause)}") from None
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))
+    return Reference(model.eval(), vocabulary, has_adapter=False)

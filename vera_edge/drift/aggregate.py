@@ -60,7 +60,7 @@ class Aggregate:
         self._histogram = np.zeros(len(HISTOGRAM_EDGES) + 1, np.int64)
         self._position_sum = np.zeros(0)
         self._position_count = np.zeros(0, np.int64)
-        self._worst: list[tuple[float, int, int]] = []
+        self._worst: list[tuple[float, int, int, int, int]] = []
 
     def add(self, metrics: TokenMetrics) -> None:
         """Add one window's tokens, in the order of their positions."""
@@ -78,7 +78,7 @@ class Aggregate:
             np.searchsorted(HISTOGRAM_EDGES, metrics.kl, side="right"), minlength=len(self._histogram)
         )
         self._add_positions(metrics.kl)
-        self._add_worst(metrics.kl)
+        self._add_worst(metrics)
 
     def window_sums(self, column: str) -> Float64:
         """Per-window sums (windows,) of one figure, to combine with another comparison's."""
@@ -99,10 +99,11 @@ class Aggregate:
         self._position_sum[: len(kl)] += kl
         self._position_count[: len(kl)] += 1
 
-    def _add_worst(self, kl: Float64) -> None:
+    def _add_worst(self, metrics: TokenMetrics) -> None:
         window = len(self._windows) - 1
-        for position in np.argsort(kl)[-WORST:]:
-            heapq.heappush(self._worst, (float(kl[position]), -window, -int(position)))
+        for position in np.argsort(metrics.kl)[-WORST:].tolist():
+            choices = int(metrics.reference_top1[position]), int(metrics.top1[position])
+            heapq.heappush(self._worst, (float(metrics.kl[position]), -window, -position, *choices))
             if len(self._worst) > WORST:
                 heapq.heappop(self._worst)
 
@@ -192,7 +193,7 @@ class _Summary:
             logit_largest_error=source._largest_error,
             kl_histogram=tuple(int(n) for n in source._histogram),
             kl_by_position=tuple(float(value) for value in positions),
-            worst=tuple(WorstToken(-window, -position, value) for value, window, position in worst),
+            worst=tuple(WorstToken(-entry[1], -entry[2], entry[0], *entry[3:]) for entry in worst),
         )
 
     def _distribution(self, index: int, values: Float64, owners: npt.NDArray[np.int64]) -> Distribution:
@@ -251,5 +252,6 @@ class _Summary:
 
 
 def _exponential(log: Estimate) -> Estimate:
-    value = math.exp(log.value)
-    return Estimate(value, value * log.standard_error, math.exp(log.low), math.exp(log.high))
+    # A broken model's loss can pass what exp holds; e^700 says "broken" as well and stays a number.
+    value, low, high = (math.exp(min(x, 700.0)) for x in (log.value, log.low, log.high))
+    return Estimate(value, value * log.standard_error, low, high)

@@ -36,11 +36,13 @@ class Distribution:
 
 @dataclass(frozen=True)
 class WorstToken:
-    """A token where the two models differ most: window, position in it, KL there in nats."""
+    """Where the two models differ most: after `position` of `window`, KL in nats, and each one's choice."""
 
     window: int
     position: int
     kl: float
+    reference_choice: int
+    choice: int
 
 
 @dataclass(frozen=True)

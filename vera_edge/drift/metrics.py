@@ -40,20 +40,28 @@ _ROWS = 16
 
 @dataclass(frozen=True)
 class TokenMetrics:
-    """One value per token, each of shape (n,); the module's docstring defines them."""
+    """One value per token, each of shape (n,); the module's docstring defines them.
+
+    `reference_top1` and `top1` are the most likely tokens' ids.
+    """
 
     kl: Float64
     reverse_kl: Float64
     delta_p: Float64
     reference_nll: Float64
     nll: Float64
-    same_top1: Bool
+    reference_top1: Int64
+    top1: Int64
     top5: Float64
     reference_right: Bool
     right: Bool
     cosine: Float64
     squared_error: Float64
     largest_error: Float64
+
+    @property
+    def same_top1(self) -> Bool:
+        return self.reference_top1 == self.top1
 
     def __len__(self) -> int:
         return len(self.kl)
@@ -145,7 +153,8 @@ def _compare_block(reference: _Scores, candidate: _Scores, targets: Int64) -> To
         delta_p=candidate.p[rows, targets] - reference.p[rows, targets],
         reference_nll=-reference.log_p[rows, targets],
         nll=-candidate.log_p[rows, targets],
-        same_top1=reference.top1 == candidate.top1,
+        reference_top1=reference.top1,
+        top1=candidate.top1,
         top5=shared.mean(axis=1),
         reference_right=reference.top1 == targets,
         right=candidate.top1 == targets,

@@ -1,0 +1,164 @@
+"""`vera-edge drift`: parse, measure, hold to limits, show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from vera_edge.cli import show
+from vera_edge.drift.comparison import Comparison, Estimate
+from vera_edge.drift.result import DriftReport
+
+_STATES = {"kept": "green", "broken": "red", "undecided": "yellow"}
+_LEVELS = {"faithful": "green", "degraded": "yellow", "lost": "red", "undecided": "yellow"}
+
+
+# What a person reads first; --json and --report have the rest.
+_ROWS: tuple[tuple[str, Callable[[Comparison], str]], ...] = (
+    ("mean KL, nats", lambda c: f"{c.kl.mean.value:.4g}"),
+    ("  95 % interval", lambda c: _interval(c.kl.mean)),
+    ("median KL", lambda c: f"{c.kl.quantiles['median']:.4g}"),
+    ("99 % KL", lambda c: f"{c.kl.quantiles['p99']:.4g}"),
+    ("largest KL", lambda c: f"{c.kl.maximum:.4g}"),
+    ("top-1 agreement", lambda c: f"{c.same_top1.value:.4f}"),
+    ("  95 % interval", lambda c: _interval(c.same_top1)),
+    ("top-5 agreement", lambda c: f"{c.top5.value:.4f}"),
+    ("right to wrong", lambda c: f"{c.right_to_wrong.value:.4f}"),
+    ("wrong to right", lambda c: f"{c.wrong_to_right.value:.4f}"),
+    ("perplexity", lambda c: f"{c.perplexity.value:.5g}"),
+    ("  of the reference", lambda c: f"{c.reference_perplexity.value:.5g}"),
+    ("  ratio", lambda c: f"{c.perplexity_ratio.value:.5g} ± {c.perplexity_ratio.standard_error:.2g}"),
+)
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.low:.3g} to {estimate.high:.3g}"
+
+
+@click.command()
+@click.argument("reference", type=show.FOLDER)
+@click.argument("artefact", type=show.FOLDER)
+@click.option("--data", default="built-in", show_default=True, help="A UTF-8 text file, or built-in.")
+@click.option("--base", type=show.FOLDER, help="The base, when REFERENCE is an adapter that doesn't find it.")
+@click.option("--adapter", "adapters", multiple=True, help="PATH or PATH=WEIGHT, when REFERENCE is a base.")
+@click.option("--projection-dtype", help="What the projections were rounded to, when it can't be told.")
+@click.option("--tokens", default=8192, show_default=True, help="About how many tokens to measure on.")
+@click.option("--window", default=256, show_default=True, help="Tokens a window.")
+@click.option("--exact", is_flag=True, help="Run a bitsandbytes artefact on exact values, not its kernels.")
+@click.option("--by-layer", is_flag=True, help="Say which layer drifts (artefacts with readable weights).")
+@click.option("--max-kl", type=float, help="Limit: mean KL divergence in nats.")
+@click.option("--min-top1", type=float, help="Limit: top-1 agreement, 0 to 1.")
+@click.option("--max-flips", type=float, help="Limit: share of answers that flip, 0 to 1.")
+@click.option("--min-retained", type=float, help="Limit: retained effect; 0.5 unless given.")
+@click.option("--limits", "limits_file", type=show.FOLDER, help="A TOML file with a [limits] table.")
+@click.option(
+    "--baseline", type=show.FOLDER, help="An earlier report's JSON that this one must not fall behind."
+)
+@click.option("--report", type=show.FOLDER, help="Write an HTML report to this file.")
+@click.option("--junit", "junit_file", type=show.FOLDER, help="Write the limits as JUnit XML to this file.")
+@click.option("--plots", type=show.FOLDER, help="Write PNG plots to this folder (extra: report).")
+@show.json_option
+@show.quiet_option
+def drift(
+    reference: Path,
+    artefact: Path,
+    data: str,
+    base: Path | None,
+    adapters: tuple[str, ...],
+    projection_dtype: str | None,
+    tokens: int,
+    window: int,
+    exact: bool,
+    by_layer: bool,
+    limits_file: Path | None,
+    baseline: Path | None,
+    report: Path | None,
+    junit_file: Path | None,
+    plots: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: float | None,
+) -> None:
+    """Measure how far ARTEFACT is from the model as trained.
+
+    REFERENCE is the adapter's folder, a base folder with --adapter, or a branch export with float weights.
+    Fidelity is the KL divergence from the reference to the artefact, effect the one from the reference to the
+    base without the adapter: an artefact whose fidelity isn't far below the effect has lost the adapter.
+
+    Exit code 3 when a limit is broken or can't be decided.
+    """
+    from vera_edge.drift import baseline as baselines
+    from vera_edge.drift import limits, outputs
+    from vera_edge.drift.assess import Request, assess
+
+    bounds = limits.gather(limits_file, options)
+    earlier = baselines.read(baseline) if baseline else None
+    outputs.check(report, junit_file, plots)
+    request = Request(
+        reference,
+        artefact,
+        data=data,
+        base=base,
+        adapters=tuple(_weighted(word) for word in adapters),
+        projection_dtype=projection_dtype,
+        tokens=tokens,
+        window=window,
+        exact=exact,
+        samples=outputs.SAMPLES if report else 0,
+        by_layer=by_layer,
+    )
+    with show.progress_bar(quiet) as progress:
+        found = limits.hold(assess(request, progress), bounds)
+    if earlier is not None:
+        found = baselines.hold(found, earlier)
+    outputs.write(found, report, junit_file, plots)
+    if as_json:
+        show.print_json(found.to_dict())
+    else:
+        _show(found)
+    limits.raise_when_exceeded(found)
+
+
+def _weighted(word: str) -> tuple[Path, float]:
+    """PATH or PATH=WEIGHT."""
+    path, mark, weight = word.rpartition("=")
+    try:
+        return (Path(path), float(weight)) if mark else (Path(word), 1.0)
+    except ValueError:
+        return Path(word), 1.0
+
+
+def _show(found: DriftReport) -> None:
+    console = show.out()
+    console.print(f"[bold]{found.candidate.name}[/bold] ({found.candidate.kind})")
+    console.print(f"against [bold]{found.reference.name}[/bold] ({found.reference.kind})")
+    text = found.text
+    console.print(f"on {text.source}: {text.tokens} tokens in {text.windows} windows of {text.window}\n")
+    console.print(_figures(found))
+    level = found.verdict.level
+    console.print(f"\n[bold {_LEVELS[level]}]{level}[/]  {found.verdict.sentence}")
+    for note in found.notes:
+        console.print(f"note: {note}")
+    for outcome in found.outcomes:
+        console.print(f"[{_STATES[outcome.state]}]{outcome.state}[/]  {outcome.sentence}", markup=True)
+
+
+def _figures(found: DriftReport) -> Table:
+    table = Table(box=None, pad_edge=False)
+    columns: list[tuple[str, Comparison]] = [("fidelity", found.fidelity)]
+    columns += [(name, c) for name, c in (("effect", found.effect), ("noise", found.noise)) if c is not None]
+    table.add_column("")
+    for name, _ in columns:
+        table.add_column(name, justify="right")
+    for words, figure in _ROWS:
+        table.add_row(words, *(figure(comparison) for _, comparison in columns))
+    if found.retained is not None:
+        table.add_row("retained effect", f"{found.retained.value:.4f}")
+        table.add_row("  95 % interval", _interval(found.retained))
+    table.add_row(
+        "bytes on disk", f"{found.candidate.bytes:,}", f"{found.base.bytes:,}" if found.base else ""
+    )
+    return table

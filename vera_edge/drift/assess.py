@@ -1,0 +1,138 @@
+"""The whole of `vera-edge drift` as one call: open, measure, judge, gather what a report shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from vera_edge.drift import models, windows
+from vera_edge.drift.continuations import continue_both
+from vera_edge.drift.evaluate import Measurement, measure
+from vera_edge.drift.models import Candidate, Trained
+from vera_edge.drift.result import DriftReport, TextFacts, WorstText
+from vera_edge.drift.verdict import judge
+from vera_edge.drift.windows import Windows
+from vera_edge.errors import DataError
+from vera_edge.progress import Progress, silent
+
+_CONTEXT_SHOWN = 24
+_TOOLS = ("vera-edge", "numpy", "onnxruntime", "tokenizers", "torch", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare with what, and on what.
+
+    reference: an adapter folder (its base from `base` or its config), a base folder (with `adapters`, each
+        with its weight), or a branch export. candidate: a merged or exported folder.
+    data: a text file or "built-in". exact: run a bitsandbytes checkpoint on exact values, not in its kernels.
+    samples: how many prompts both models continue. by_layer: measure layer by layer too.
+    """
+
+    reference: Path
+    candidate: Path
+    data: str = windows.BUILT_IN
+    base: Path | None = None
+    adapters: tuple[tuple[Path, float], ...] = ()
+    projection_dtype: str | None = None
+    tokens: int = windows.TOKENS
+    window: int = windows.WINDOW
+    exact: bool = False
+    samples: int = 0
+    by_layer: bool = False
+
+
+def assess(request: Request, progress: Progress = silent) -> DriftReport:
+    """Measure `request.candidate` against the model as trained. Limits are `drift.limits`' business.
+
+    Raises a VeraEdgeError in one sentence when an input is at fault.
+    """
+    text = windows.read_text(request.data)
+    progress("opening the models", 0, 2)
+    trained = models.open_trained(request.reference, request.base, request.adapters, request.projection_dtype)
+    progress("opening the models", 1, 2)
+    candidate = models.open_candidate(request.candidate, request.exact)
+    progress("opening the models", 2, 2)
+    windows.check_tokenizers(text, [trained.folder, candidate.folder])
+    tokenizer = _tokenizer(trained, candidate)
+    vocabulary = min(trained.runner.vocab_size, candidate.runner.vocab_size)
+    cut = windows.make(text, tokenizer, vocabulary, request.tokens, request.window)
+    _check_context(cut, trained, candidate)
+    found = measure(
+        trained.runner, candidate.runner, cut, base=trained.base, noise=trained.noise, progress=progress
+    )
+    samples = continue_both(trained.runner, candidate.runner, cut, tokenizer, request.samples, progress)
+    return DriftReport(
+        reference=trained.artefact,
+        candidate=candidate.artefact,
+        base=trained.base_artefact,
+        text=TextFacts(text.source, text.sha256, cut.scored, len(cut.tokens), cut.window),
+        fidelity=found.fidelity,
+        effect=found.effect,
+        noise=found.noise,
+        retained=found.retained,
+        verdict=judge(found),
+        notes=(*trained.notes, *candidate.notes, *_text_notes(found, vocabulary)),
+        worst=_worst(found, cut, tokenizer),
+        generations=samples,
+        tools=_versions(),
+    )
+
+
+def _tokenizer(trained: Trained, candidate: Candidate) -> Tokenizer:
+    """The reference's tokenizer, or the artefact's where the reference's folder has none."""
+    having = [
+        folder for folder in (trained.folder, candidate.folder) if (folder / "tokenizer.json").is_file()
+    ]
+    return windows.open_tokenizer(having[0] if having else trained.folder)
+
+
+def _check_context(cut: Windows, trained: Trained, candidate: Candidate) -> None:
+    for context in (trained.context, candidate.context):
+        if context is not None and cut.window > context:
+            raise DataError(
+                f"a window of {cut.window} tokens is longer than the model's context of {context}"
+            )
+
+
+def _text_notes(found: Measurement, vocabulary: int) -> list[str]:
+    perplexity = found.fidelity.reference_perplexity.value
+    if perplexity < vocabulary:
+        return []
+    return [
+        f"the reference's perplexity on this text is {perplexity:.0f}, worse than guessing among "
+        f"{vocabulary} tokens: the tokenizer or the text may not be the model's"
+    ]
+
+
+def _worst(found: Measurement, cut: Windows, tokenizer: Tokenizer) -> tuple[WorstText, ...]:
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+    shown = []
+    for token in found.fidelity.worst:
+        ids = cut.tokens[token.window].tolist()
+        start = max(0, token.position + 1 - _CONTEXT_SHOWN)
+        shown.append(
+            WorstText(
+                before=text(ids[start : token.position + 1]),
+                truth=text([ids[token.position + 1]]),
+                reference_choice=text([token.reference_choice]),
+                choice=text([token.choice]),
+                kl=token.kl,
+            )
+        )
+    return tuple(shown)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

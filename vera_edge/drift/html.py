@@ -1,0 +1,5 @@
+from vera_edge.drift.result import DriftReport
+
+
+def render(report: DriftReport) -> bytes:
+    return b""

@@ -1,0 +1,233 @@
+"""Opens what drift compares: the model as trained in its several shapes, and the artefact in its own.
+
+torch is imported only when something has to run in it; a float branch export against another export is
+measured with numpy and ONNX Runtime alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge import adapter as adapters
+from vera_edge import bundle, provenance
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.drift.result import Artefact
+from vera_edge.errors import DataError, MismatchError
+from vera_edge.projection import Projections
+
+if TYPE_CHECKING:
+    from vera_edge.target import Runner
+
+# Branch exports whose base weights are exactly the trained base's, and so can stand for it.
+_EXACT_WEIGHTS = ("fp32", "nf4", "fp4")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The reference and its yardsticks; `base` is it without its adapter, `noise` it computed in bfloat16.
+
+    `folder` holds the tokenizer. `checkpoint`, `adapters` and `projections` are there when it was opened from
+    them, not from an export.
+    """
+
+    runner: Runner
+    base: Runner | None
+    noise: Runner | None
+    artefact: Artefact
+    base_artefact: Artefact | None
+    folder: Path
+    context: int | None
+    notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
+    adapters: tuple[tuple[adapters.Adapter, float], ...] = ()
+    projections: Projections | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The artefact; `checkpoint` is set when its weights can be read layer by layer."""
+
+    runner: Runner
+    artefact: Artefact
+    folder: Path
+    context: int | None
+    notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
+
+
+def open_trained(
+    path: Path,
+    base: Path | None = None,
+    adapter_paths: Sequence[tuple[Path, float]] = (),
+    projection_dtype: str | None = None,
+) -> Trained:
+    """The model as trained from an adapter folder, a base folder (with `adapter_paths`), or a branch export.
+
+    Raises a VeraEdgeError of the part that is at fault.
+    """
+    if (path / bundle.MANIFEST).is_file():
+        return _trained_export(path)
+    if (path / adapters.CONFIG_NAME).is_file():
+        adapter_paths = [(path, 1.0), *adapter_paths]
+        base = base or _base_of(path)
+    else:
+        base = path
+    checkpoint = Checkpoint.open(base)
+    read = tuple((adapters.read(folder), weight) for folder, weight in adapter_paths)
+    return _trained_checkpoint(checkpoint, read, projection_dtype)
+
+
+def _base_of(path: Path) -> Path:
+    """The base folder that an adapter's config names, when it is one on this machine."""
+    name = adapters.read(path).base_name
+    if name is None or not Path(name).is_dir():
+        raise MismatchError(
+            f"{path} was trained on {name or 'a base it does not name'}, which isn't a folder here; "
+            "give --base"
+        )
+    return Path(name)
+
+
+def _trained_checkpoint(
+    checkpoint: Checkpoint, read: tuple[tuple[adapters.Adapter, float], ...], projection_dtype: str | None
+) -> Trained:
+    found = [provenance.resolve(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    if any(other.projections.digest != found[0].projections.digest for other in found[1:]):
+        raise MismatchError("the adapters were trained on different projections, which one model can't hold")
+    projections = found[0].projections if found else None
+    from vera_edge import reference
+
+    model = reference.open_reference(checkpoint, read, projections)
+    base_bytes = folder_bytes(checkpoint.path)
+    kind = f"{_weights_of(checkpoint)} base, exact in float32" + ", adapter unmerged in PEFT" * bool(read)
+    paths = [adapter.path for adapter, _ in read] or [checkpoint.path]
+    own = base_bytes + sum(folder_bytes(adapter.path) for adapter, _ in read)
+    name = " + ".join(path.resolve().name for path in paths)
+    base_kind = f"{_weights_of(checkpoint)} base without the adapter"
+    return Trained(
+        runner=model,
+        base=model.adapter_off() if read else None,
+        noise=model.bfloat16(),
+        artefact=Artefact(name, str(paths[0]), kind, own),
+        base_artefact=_artefact(checkpoint.path, base_kind) if read else None,
+        folder=checkpoint.path,
+        context=_context(checkpoint),
+        notes=tuple(note for one in found for note in (*one.notes, f"projections: {one.how}")),
+        checkpoint=checkpoint,
+        adapters=read,
+        projections=projections,
+    )
+
+
+def _trained_export(path: Path) -> Trained:
+    from vera_edge.device.session import Session
+
+    manifest = bundle.read(path)
+    if manifest.mode != "branch" or manifest.weights not in _EXACT_WEIGHTS:
+        raise MismatchError(
+            f"{path} is a {manifest.mode} export with {manifest.weights} weights, which isn't the model as "
+            "trained; give the adapter folder, or a branch export with fp32 or nf4 weights"
+        )
+    session = Session.open(path)
+    kind = f"branch export, {manifest.weights} weights, adapter on"
+    return Trained(
+        runner=session,
+        base=_Swapped(session, None, session.adapter),
+        noise=None,
+        artefact=_artefact(path, kind),
+        base_artefact=_artefact(path, f"branch export, {manifest.weights} weights, adapter off"),
+        folder=path,
+        context=session.decoder.context,
+    )
+
+
+@dataclass(frozen=True)
+class _Swapped:
+    """A branch export's session with another adapter for the length of a call, so that it is opened once."""
+
+    session: Any
+    adapter: Any
+    default: Any
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.session.vocab_size)
+
+    def logits(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        self.session.swap(self.adapter)
+        try:
+            found: npt.NDArray[np.float32] = self.session.logits(tokens)
+            return found
+        finally:
+            self.session.swap(self.default)
+
+
+def open_candidate(path: Path, exact: bool = False) -> Candidate:
+    """The artefact in `path`: an exported folder, or a Hugging Face folder of any weight format.
+
+    A bitsandbytes checkpoint runs as its users run it, in bitsandbytes' kernels; with `exact`, on the exact
+    values of its weights in float32.
+    """
+    if (path / bundle.MANIFEST).is_file():
+        return _candidate_export(path)
+    if (path / adapters.CONFIG_NAME).is_file():
+        raise DataError(f"{path} is an adapter, not an artefact; give a merged or exported folder to measure")
+    checkpoint = Checkpoint.open(path)
+    from vera_edge import reference
+
+    weights, notes = _weights_of(checkpoint), []
+    quantized = "quantization_config" in checkpoint.config
+    if quantized and not exact and (odd := _split_blocks(checkpoint)):
+        exact = True
+        notes.append(
+            f"measured on exact values in float32: bitsandbytes' CPU kernels can't run {odd}, whose rows "
+            "aren't whole blocks"
+        )
+    if quantized and not exact:
+        runner = reference.load_as_stored(checkpoint)
+        kind = f"checkpoint, {weights}, bitsandbytes kernels"
+    else:
+        runner = reference.open_reference(checkpoint)
+        kind = f"checkpoint, {weights}, computed in float32"
+    return Candidate(runner, _artefact(path, kind), path, _context(checkpoint), tuple(notes), checkpoint)
+
+
+def _candidate_export(path: Path) -> Candidate:
+    from vera_edge.device.session import Session
+
+    session = Session.open(path)
+    kind = f"{session.manifest.mode} export, {session.manifest.weights} weights, ONNX Runtime"
+    return Candidate(session, _artefact(path, kind), path, session.decoder.context)
+
+
+def _split_blocks(checkpoint: Checkpoint) -> str | None:
+    """A 4-bit layer whose blocks run over the ends of rows: bitsandbytes 0.50 misreads those on a CPU."""
+    for module, linear in checkpoint.linears.items():
+        block = linear.params.get("blocksize")
+        if linear.format in ("nf4", "fp4") and isinstance(block, int) and linear.in_features % block:
+            return module
+    return None
+
+
+def _weights_of(checkpoint: Checkpoint) -> str:
+    return "/".join(sorted({linear.format for linear in checkpoint.linears.values()})) or "no linear"
+
+
+def _context(checkpoint: Checkpoint) -> int | None:
+    found = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
+    return found if isinstance(found, int) else None
+
+
+def _artefact(path: Path, kind: str) -> Artefact:
+    return Artefact(path.resolve().name, str(path), kind, folder_bytes(path))
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files under `path`."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

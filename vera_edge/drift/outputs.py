@@ -1,0 +1,37 @@
+"""The files that a report is written to: HTML, JUnit XML, PNG plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vera_edge.drift import html, junit
+from vera_edge.drift.result import DriftReport
+from vera_edge.errors import OutputError
+from vera_edge.files import write_atomic
+
+# Prompts that both models continue for the HTML report.
+SAMPLES = 3
+
+
+def check(report: Path | None, junit_file: Path | None, plots: Path | None) -> None:
+    """Raise OutputError for what can't be written, before anything is measured."""
+    for path in (report, junit_file):
+        if path is not None and path.is_dir():
+            raise OutputError(f"{path} is a folder; give the name of a file to write")
+    if plots is not None:
+        if plots.exists() and not plots.is_dir():
+            raise OutputError(f"{plots} is a file; give the name of a folder for the plots")
+        import matplotlib  # noqa: F401  (a missing extra is told before the long work, not after)
+
+
+def write(found: DriftReport, report: Path | None, junit_file: Path | None, plots: Path | None) -> None:
+    """Write what was asked for, each file whole or not at all; an earlier one is replaced."""
+    if report is not None:
+        write_atomic(report, html.render(found))
+    if junit_file is not None:
+        write_atomic(junit_file, junit.render(found))
+    if plots is not None:
+        from vera_edge.drift import plots as drawing
+
+        for name, png in drawing.render(found).items():
+            write_atomic(plots / name, png)
