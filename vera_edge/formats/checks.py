@@ -1,0 +1,113 @@
+"""Checks that every quantized format makes of a checkpoint's config and headers before it believes them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from vera_edge.errors import CheckpointError, FormatError, PlanError
+from vera_edge.tensors import Float32, TensorFolder
+
+SCALES = frozenset({"F16", "BF16", "F32"})
+
+
+def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The `quantization_config` of a config.json, empty when there is none.
+
+    Older compressed-tensors checkpoints call it `compression_config`; multimodal ones keep it with the text
+    model.
+    """
+    for holder in (config, config.get("text_config")):
+        if isinstance(holder, Mapping):
+            for key in ("quantization_config", "compression_config"):
+                found = holder.get(key)
+                if found is not None and not isinstance(found, Mapping):
+                    raise CheckpointError(
+                        f"{key} of config.json is {str(found)[:80]!r} where an object belongs"
+                    )
+                if found:
+                    return found
+    return {}
+
+
+def method(config: Mapping[str, Any]) -> str | None:
+    """The quantization method config.json names, None for an unquantized model."""
+    found = quantization(config)
+    name = found.get("quant_method")
+    if name is None and ("load_in_4bit" in found or "load_in_8bit" in found):
+        return "bitsandbytes"
+    if name is None and "config_groups" in found:
+        return "compressed-tensors"
+    if found and not isinstance(name, str):
+        raise FormatError(f"quantization_config of config.json names no quant_method, but {name!r}")
+    return name
+
+
+def roles(tensors: TensorFolder, module: str, kind: str, suffixes: Mapping[str, str]) -> dict[str, str]:
+    """The tensor of each role (role -> suffix); raises CheckpointError when one is missing."""
+    found = {role: f"{module}{suffix}" for role, suffix in suffixes.items()}
+    for role, name in found.items():
+        if name not in tensors:
+            raise CheckpointError(f"{module} is stored as {kind}, but its tensor {name} ({role}) is missing")
+    return found
+
+
+def expect(
+    tensors: TensorFolder, name: str, dtypes: Collection[str], shape: tuple[int, ...], why: str
+) -> None:
+    """Raise CheckpointError unless a tensor has one of the dtypes and the shape; `why` tells where
+    that's from.
+    """
+    info = tensors[name]
+    if info.dtype not in dtypes:
+        raise CheckpointError(
+            f"{name} in {info.file} has dtype {info.dtype} where {' or '.join(sorted(dtypes))} belongs"
+        )
+    if info.shape != shape:
+        raise CheckpointError(
+            f"{name} in {info.file} has shape {list(info.shape)}, but {why} asks for {list(shape)}"
+        )
+
+
+def matrix(tensors: TensorFolder, name: str) -> tuple[int, int]:
+    """The shape of a 2-D tensor; raises CheckpointError when it isn't one, or is empty."""
+    info = tensors[name]
+    if len(info.shape) != 2 or 0 in info.shape:
+        raise CheckpointError(f"{name} in {info.file} has shape {list(info.shape)} where a matrix belongs")
+    return info.shape[0], info.shape[1]
+
+
+def finite(tensors: TensorFolder, name: str) -> Float32:
+    """A tensor of scales or zeros as float32; raises CheckpointError on NaN and infinities."""
+    scales = tensors.float32(name)
+    if not np.isfinite(scales).all():
+        raise CheckpointError(
+            f"{name} in {tensors[name].file} holds NaN or infinite values; the checkpoint is damaged"
+        )
+    return scales
+
+
+def groups(
+    inside: int, size: Any, what: str, error: type[CheckpointError | PlanError] = CheckpointError
+) -> int:
+    """How many groups of `size` inputs (-1: one for all) there are; raises `error` when it doesn't divide."""
+    if type(size) is not int or size < -1 or size == 0:
+        raise error(f"{what}: group size {size!r} isn't a positive number or -1")
+    size = inside if size == -1 else size
+    if inside % size:
+        raise error(f"{what}: a group size of {size} doesn't divide its {inside} inputs")
+    return inside // size
+
+
+def known_options(given: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """`given` over `defaults`; raises PlanError on an option that isn't among them, or of another type."""
+    for key, value in given.items():
+        if key not in defaults:
+            raise PlanError(f"{name} takes no option {key!r}; it takes {', '.join(defaults)}")
+        if defaults[key] is not None and type(value) is not type(defaults[key]):
+            raise PlanError(
+                f"option {key} of {name} is {value!r} where {type(defaults[key]).__name__} belongs"
+            )
+    return {**defaults, **given}

@@ -1,0 +1,231 @@
+"""GPTQ's storage: 2, 3, 4 or 8 bits, packed along the inputs, with or without act-order.
+
+`qweight` int32 (in * bits / 32, out) and `qzeros` int32 (groups, out * bits / 32) hold codes lowest bit
+first, `scales` (groups, out), `g_idx` int32 (in,) the group of each input:
+`w[o, i] = scales[g, o] * (q[i, o] - z[g, o])`.
+Checkpoint format "gptq" (v1) stores each zero less one, "gptq_v2" as it is.
+Source: Frantar et al., https://arxiv.org/abs/2210.17323; the packing is AutoGPTQ's and GPTQModel's
+`QuantLinear`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.errors import CheckpointError, FormatError, PlanError
+from vera_edge.formats import affine, bitpack, checks
+from vera_edge.formats.affine import Grid
+from vera_edge.formats.weight import Layout, StoredLinear
+from vera_edge.tensors import Float32, RawTensor, TensorFolder
+
+_BITS = (2, 3, 4, 8)
+_VERSIONS = ("gptq", "gptq_v2")
+_DEFAULTS = {"bits": 4, "group_size": 128, "sym": True, "checkpoint_format": "gptq"}
+_SUFFIXES = {"qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales"}
+
+
+@dataclass(frozen=True)
+class GptqWeight:
+    """A GPTQ weight in memory: scales and zeros (groups, out) as float32, index (in,) or None for plain
+    order.
+    """
+
+    shape: tuple[int, int]
+    bits: int
+    qweight: npt.NDArray[np.int32]
+    scales: Float32
+    zeros: Float32
+    index: npt.NDArray[np.int64] | None
+    stored: Mapping[str, RawTensor]
+
+    def rows(self, start: int, stop: int) -> Float32:
+        codes = bitpack.unpack(self.qweight[:, start:stop].T, self.bits, self.shape[1])
+        return affine.values(codes, self.scales[:, start:stop].T, self.zeros[:, start:stop].T, self.index)
+
+    def tensors(self) -> Mapping[str, RawTensor]:
+        return self.stored
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """GPTQ, written with as many bits as asked for, or `bits`."""
+
+    name: str = "gptq"
+    bits: int = 4
+
+    quant_method = "gptq"
+
+    def find(self, tensors: TensorFolder, config: Mapping[str, Any]) -> Mapping[str, StoredLinear]:
+        if checks.method(config) != self.quant_method or self.name != "gptq":
+            return {}
+        settings = _settings(checks.quantization(config))
+        modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+        return {module: _stored(tensors, module, settings) for module in modules}
+
+    def load(self, tensors: TensorFolder, linear: StoredLinear) -> GptqWeight:
+        params, roles = linear.params, linear.tensors
+        stored = {f".{role}": tensors.read(name) for role, name in roles.items()}
+        scales = checks.finite(tensors, roles["scales"])
+        zeros = _zeros(
+            stored[".qzeros"].array(), params["bits"], linear.out_features, params["checkpoint_format"]
+        )
+        index = _index(tensors, linear) if "g_idx" in roles else None
+        qweight = stored[".qweight"].array()
+        return GptqWeight(linear.shape, params["bits"], qweight, scales, zeros, index, stored)
+
+    def options_of(self, linear: StoredLinear) -> Mapping[str, Any]:
+        return {key: linear.params[key] for key in _DEFAULTS}
+
+    def options(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """bits, group_size (-1: one group a row), sym, checkpoint_format ("gptq" or "gptq_v2")."""
+        found = checks.known_options(given, {**_DEFAULTS, "bits": self.bits}, self.name)
+        if found["bits"] not in _BITS or found["checkpoint_format"] not in _VERSIONS:
+            raise PlanError(
+                f"{self.name} has 2, 3, 4 or 8 bits and checkpoint_format {' or '.join(_VERSIONS)}, not "
+                f"{found['bits']} and {found['checkpoint_format']}"
+            )
+        return found
+
+    def layout(self, shape: tuple[int, int], options: Mapping[str, Any]) -> Layout:
+        out, inside = shape
+        bits, what = options["bits"], f"a linear of {out} x {inside} as {self.name}"
+        count = checks.groups(inside, options["group_size"], what, PlanError)
+        if out % 32 or inside % 32:
+            raise PlanError(f"{what}: both sides must be multiples of 32; keep it in a float format")
+        return {
+            ".qweight": ("I32", (inside * bits // 32, out)),
+            ".qzeros": ("I32", (count, out * bits // 32)),
+            ".scales": ("F16", (count, out)),
+            ".g_idx": ("I32", (inside,)),
+        }
+
+    def quantize(self, weight: Float32, options: Mapping[str, Any]) -> GptqWeight:
+        self.layout((weight.shape[0], weight.shape[1]), options)
+        count = checks.groups(weight.shape[1], options["group_size"], self.name, PlanError)
+        grid = affine.fit(
+            weight, options["bits"], count, options["sym"], fp16=True, least_zero=_least_zero(options)
+        )
+        return self.pack(grid, options)
+
+    def pack(
+        self, grid: Grid, options: Mapping[str, Any], index: npt.NDArray[Any] | None = None
+    ) -> GptqWeight:
+        """A weight from codes chosen elsewhere; index (in,): each input's group, when act-order permuted
+        them.
+
+        Scales must be float16 values and zeros whole numbers from 0 (v1: 1) to `2 ** bits - 1`.
+        """
+        bits, inside = options["bits"], grid.codes.shape[1]
+        least = _least_zero(options)
+        zeros = np.ascontiguousarray(grid.zeros.T)
+        if zeros.min() < least or zeros.max() >= 2**bits or (zeros != np.floor(zeros)).any():
+            raise PlanError(f"zero points of {options['checkpoint_format']} are whole numbers from {least}")
+        qweight = np.ascontiguousarray(bitpack.pack(grid.codes, bits).T)
+        qzeros = bitpack.pack((zeros - least).astype(np.uint8), bits)
+        scales = np.ascontiguousarray(grid.scales.T)
+        plain = np.arange(inside) // (inside // grid.scales.shape[1])
+        used = plain if index is None else np.asarray(index)
+        stored = {
+            ".qweight": RawTensor.of(qweight),
+            ".qzeros": RawTensor.of(qzeros),
+            ".scales": RawTensor.of(scales.astype(np.float16)),
+            ".g_idx": RawTensor.of(used.astype(np.int32)),
+        }
+        order = None if index is None else used.astype(np.int64)
+        return GptqWeight((grid.codes.shape[0], inside), bits, qweight, scales, zeros, order, stored)
+
+    def quantization_config(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
+        return {"quant_method": "gptq", **{key: options[key] for key in _DEFAULTS}, "desc_act": False}
+
+
+def _least_zero(options: Mapping[str, Any]) -> int:
+    """v1 would store a zero point of 0 as -1, which its readers take in different ways."""
+    return 1 if options["checkpoint_format"] == "gptq" else 0
+
+
+def _settings(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """bits, group_size and version of a quantization_config, each one that is known."""
+    version = str(found.get("checkpoint_format") or found.get("format") or "gptq")
+    if version not in _VERSIONS or found.get("is_marlin_format"):
+        raise FormatError(
+            f"GPTQ checkpoint format {'marlin' if found.get('is_marlin_format') else version!r} isn't known; "
+            f"save the model as {' or '.join(_VERSIONS)}"
+        )
+    if found.get("bits") not in _BITS:
+        raise FormatError(f"GPTQ with {found.get('bits')!r} bits isn't known; it has 2, 3, 4 or 8")
+    if found.get("pack_dtype") not in (None, "int32") or found.get("planar"):
+        raise FormatError(
+            "this GPTQ checkpoint is packed in another way than in 32-bit words, code after code"
+        )
+    return {
+        "bits": found["bits"],
+        "group_size": found.get("group_size", -1),
+        "checkpoint_format": version,
+        "sym": bool(found.get("sym", True)),
+        "desc_act": bool(found.get("desc_act", False)),
+        "dynamic": bool(found.get("dynamic")),
+    }
+
+
+def _stored(tensors: TensorFolder, module: str, settings: Mapping[str, Any]) -> StoredLinear:
+    roles = checks.roles(tensors, module, "gptq", _SUFFIXES)
+    words, out = checks.matrix(tensors, roles["qweight"])
+    bits, group = settings["bits"], settings["group_size"]
+    inside = words * 32 // bits
+    if f"{module}.g_idx" in tensors:
+        roles["g_idx"] = f"{module}.g_idx"
+        inside = tensors[roles["g_idx"]].shape[0] if tensors[roles["g_idx"]].shape else 0
+        checks.expect(tensors, roles["g_idx"], {"I32"}, (inside,), "g_idx")
+        if settings["dynamic"] and inside and words * 32 % inside == 0:  # rules may give modules other widths
+            bits = words * 32 // inside
+            group = max(1, inside // max(1, checks.matrix(tensors, roles["scales"])[0]))
+    elif settings["desc_act"]:
+        raise CheckpointError(
+            f"{module} is stored as gptq with act-order, but its tensor {module}.g_idx is missing"
+        )
+    if bits not in _BITS or inside * bits != words * 32:
+        raise CheckpointError(
+            f"{roles['qweight']} has {words} rows of 32 bits, which isn't {inside} inputs of {bits} bits; "
+            "the config is another model's"
+        )
+    count, why = checks.groups(inside, group, module), f"{bits} bits in groups of {group}"
+    checks.expect(tensors, roles["qweight"], {"I32"}, (words, out), why)
+    checks.expect(tensors, roles["scales"], checks.SCALES, (count, out), why)
+    checks.expect(tensors, roles["qzeros"], {"I32"}, (count, -(-out * bits // 32)), why)
+    kept = ("checkpoint_format", "sym", "desc_act")
+    params = {"bits": bits, "group_size": group, **{key: settings[key] for key in kept}}
+    return StoredLinear(module, out, inside, "gptq", roles, params)
+
+
+def _zeros(packed: npt.NDArray[np.int32], bits: int, out: int, version: str) -> Float32:
+    """Zero points (groups, out) as float32; v1 stores them less one.
+
+    A v1 zero point of 0 borrowed from the next field of its word when it was written: adding the ones back
+    to the whole word undoes that, and equals `code + 1` for all others. 3-bit fields run over words: each by
+    itself there.
+    """
+    if version == "gptq_v2":
+        return bitpack.unpack(packed, bits, out).astype(np.float32)
+    if bits == 3:
+        return ((bitpack.unpack(packed, bits, out) + 1) & 7).astype(np.float32)
+    ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+    return bitpack.unpack(packed.view(np.uint32) + ones, bits, out).astype(np.float32)
+
+
+def _index(tensors: TensorFolder, linear: StoredLinear) -> npt.NDArray[np.int64] | None:
+    """The group of each input, None when they lie in order."""
+    name = linear.tensors["g_idx"]
+    index = tensors.read(name).array().astype(np.int64)
+    count = tensors[linear.tensors["scales"]].shape[0]
+    if index.min() < 0 or index.max() >= count:
+        raise CheckpointError(
+            f"{name} in {tensors[name].file} names group {index.min() if index.min() < 0 else index.max()} "
+            f"where there are {count}; the checkpoint is damaged"
+        )
+    plain = np.arange(index.size) // (index.size // count)
+    return None if np.array_equal(index, plain) else index
