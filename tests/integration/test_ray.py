@@ -1,0 +1,51 @@
+"""The same work on a real local Ray cluster of two nodes, one of which is killed while it works."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vera_edge.engine import Engine
+from vera_edge.errors import PlanError
+
+
+def slow_square(item: tuple[Path, int]) -> int:
+    folder, number = item
+    (folder / f"begun-{number}").touch()
+    time.sleep(0.5)
+    return number * number
+
+
+def refuse(number: int) -> int:
+    raise PlanError("refused on a worker")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield made
+    made.shutdown()
+
+
+def test_a_killed_node_costs_time_and_nothing_else(cluster: Any, tmp_path: Path) -> None:
+    second = cluster.add_node(num_cpus=2)
+    items = [(tmp_path, number) for number in range(8)]
+    found = {}
+    for index, result in Engine("ray", address=cluster.address).map(slow_square, items):
+        if second is not None:
+            cluster.remove_node(second, allow_graceful=False)
+            second = None
+        found[index] = result
+    assert found == {number: number**2 for number in range(8)}
+
+
+def test_an_error_of_ours_passes_through(cluster: Any) -> None:
+    with pytest.raises(PlanError, match="refused on a worker"):
+        list(Engine("ray", address=cluster.address).map(refuse, [1]))
