@@ -37,6 +37,7 @@ ORDER = (
     "reference",
     "target",
     "bundle",
+    "packing",
     "signing",
     "chunks",
     "device",

@@ -1,0 +1,137 @@
+"""Packs an adapter's vectors for a branch bundle, as the `.onnx_adapter` that ONNX Runtime swaps in.
+
+ONNX Runtime checks neither that a file brings every vector nor whose they are, so what doesn't belong to the
+bundle's base, projections or layers is refused here, with the field that differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vera_edge.adapter import Adapter
+from vera_edge.bundle import Manifest
+from vera_edge.errors import MismatchError
+from vera_edge.files import sha256_bytes, write_atomic
+from vera_edge.projection import Projections, ProjectionSpec
+from vera_edge.tensors import Float32
+
+ADAPTER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An adapter packed for a bundle: the file, its bytes on disk, and the adapter's digest."""
+
+    path: Path
+    size: int
+    digest: str
+
+
+def vector_names(module: str) -> tuple[str, str]:
+    """The graph inputs that carry a module's lambda_b and lambda_d."""
+    return f"{module}.lambda_b", f"{module}.lambda_d"
+
+
+def vectors(adapter: Adapter, sizes: Mapping[str, int], weight: float = 1.0) -> dict[str, Float32]:
+    """Every vector of a graph, by input name, sorted; the adapter's delta scaled by `weight`.
+
+    sizes: output features of every module that the graph has vectors for. What the adapter leaves alone gets
+    zeros: a runtime that swaps adapters would otherwise keep the other one's values.
+    """
+    found: dict[str, Float32] = {}
+    for module, size in sizes.items():
+        name_b, name_d = vector_names(module)
+        pair = adapter.vectors.get(module)
+        found[name_b] = np.zeros(size, np.float32) if pair is None else pair.lambda_b * np.float32(weight)
+        found[name_d] = np.zeros(adapter.rank, np.float32) if pair is None else pair.lambda_d
+    return dict(sorted(found.items()))
+
+
+def write(path: Path, arrays: Mapping[str, Float32], model_version: int = 1) -> Packed:
+    """Write vectors as an `.onnx_adapter`, atomically; equal vectors give equal bytes."""
+    import tempfile
+
+    import onnxruntime
+
+    form = onnxruntime.AdapterFormat()
+    form.set_model_version(model_version)
+    form.set_adapter_version(ADAPTER_VERSION)
+    form.set_parameters(
+        {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in sorted(arrays.items())}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / "adapter"
+        form.export_adapter(str(draft))
+        data = draft.read_bytes()
+    write_atomic(path, data)
+    return Packed(path, len(data), sha256_bytes(data))
+
+
+def pack(
+    adapter: Adapter,
+    manifest: Manifest,
+    path: Path,
+    weight: float = 1.0,
+    spec: ProjectionSpec | None = None,
+    model_version: int = 1,
+) -> Packed:
+    """Pack `adapter` for the branch bundle that `manifest` describes.
+
+    spec: the projections the adapter was trained with, where they are known; else rank and seed are compared,
+    and the projections themselves when the adapter saved them.
+    Raises MismatchError when rank, seed, projections, layers or shapes aren't the bundle's.
+    """
+    check(adapter, manifest, spec)
+    return write(path, vectors(adapter, module_sizes(manifest), weight), model_version)
+
+
+def module_sizes(manifest: Manifest) -> dict[str, int]:
+    """Output features of every module that the bundle's graph has vectors for."""
+    steps: Any = (manifest.plan or {}).get("steps", [])
+    return {step["module"]: int(step["shape"][0]) for step in steps if step["action"] == "branch"}
+
+
+def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = None) -> None:
+    """Raise MismatchError unless `adapter` can run in the bundle that `manifest` describes."""
+    where = f"the bundle {manifest.folder}"
+    if manifest.mode != "branch" or manifest.projection is None:
+        raise MismatchError(f"{where} has its adapter merged; export it with --mode branch to swap adapters")
+    ours = manifest.projection
+    low = 0xFFFFFFFF  # torch uses the low 32 bits of a seed
+    if adapter.rank != ours["rank"]:
+        raise MismatchError(f"{adapter.path} has rank {adapter.rank} and {where} has rank {ours['rank']}")
+    if adapter.seed & low != ours["seed"] & low:
+        raise MismatchError(f"{adapter.path} has projection seed {adapter.seed}, {where} has {ours['seed']}")
+    if spec is not None and (theirs := spec.to_dict()) != {key: ours[key] for key in spec.to_dict()}:
+        field = next(key for key in theirs if theirs[key] != ours[key])
+        raise MismatchError(
+            f"{adapter.path} was trained with projections of {field} {theirs[field]}, and {where} has "
+            f"{ours[field]}"
+        )
+    if adapter.saved is not None and _saved_digest(adapter.saved, ours) != ours["digest"]:
+        raise MismatchError(f"the projections saved in {adapter.path} aren't those of {where}")
+    sizes = module_sizes(manifest)
+    for module, pair in adapter.vectors.items():
+        if module not in sizes:
+            raise MismatchError(f"{adapter.path} adapts {module}, which {where} has no side-branch for")
+        if pair.lambda_b.size != sizes[module]:
+            raise MismatchError(
+                f"{module} has {pair.lambda_b.size} outputs in {adapter.path} and {sizes[module]} in "
+                f"{where}; the adapter belongs to another base"
+            )
+    if more := sorted([*adapter.biases, *adapter.modules_to_save]):
+        raise MismatchError(
+            f"{adapter.path} also trained {more[0]}, which a side-branch can't carry; merge it"
+        )
+
+
+def _saved_digest(saved: tuple[Float32, Float32], facts: Mapping[str, Any]) -> str:
+    spec = ProjectionSpec.from_dict({key: value for key, value in facts.items() if key != "digest"})
+    if saved[0].shape != (spec.rank, spec.in_max) or saved[1].shape != (spec.out_max, spec.rank):
+        return ""
+    return Projections(spec, *saved).digest
