@@ -7,6 +7,7 @@ tested against a graph that no exporter of ours made.
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tests import tiny
 from vera_edge import bundle
 
 RANK = 8
@@ -165,6 +167,54 @@ def write_adapter(path: Path, found: Vectors, model_version: int = 1) -> Path:
     )
     adapter.export_adapter(str(path))
     return path
+
+
+class TorchRunner:
+    """A torch model as a reference."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.eval()
+
+    def logits(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Teacher-forced logits (n, vocab) of one sequence."""
+        import torch
+
+        with torch.no_grad():
+            found: npt.NDArray[np.float32] = self.model(torch.tensor(tokens)[None]).logits[0].numpy()
+        return found
+
+
+def with_delta(base: Path, found: Vectors) -> Any:
+    """The torch model of `base` with the branch's delta added to its weights."""
+    import torch
+
+    model = tiny.load(base).eval()
+    with torch.no_grad():
+        for layer in range(LAYERS):
+            model.model.layers[layer].mlp.down_proj.weight += torch.tensor(delta(found, layer))
+    return model
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Write the manifest of a changed folder anew, as its maker would."""
+    facts = {key.name: getattr(bundle.read(folder), key.name) for key in fields(bundle.Facts)}
+    bundle.write(folder, bundle.Facts(**facts | changes))
+
+
+def with_golden(bundles: TinyBundles, source: Path, folder: Path, limits: dict[str, float]) -> Path:
+    """A copy of a bundle with golden vectors by torch, for the base and every adapter it can swap to."""
+    from vera_edge.device import golden
+    from vera_edge.device.chat import Text
+
+    shutil.copytree(source, folder)
+    references: dict[str | None, golden.Reference] = {None: TorchRunner(tiny.load(bundles.base))}
+    for name, seed in (("first", 1), ("second", 2)) if bundle.read(folder).adapters else ():
+        references[name] = TorchRunner(with_delta(bundles.base, vectors(seed)))
+    prompts = ("The adapter", "Merge the two in float32")
+    made = golden.make(references, Text(folder), "torch", prompts, frozenset({2}), new_tokens=8, k=64)
+    golden.write(folder, made)
+    rewrite(folder, golden=golden.FILE, limits=limits)
+    return folder
 
 
 class TinyBundles:

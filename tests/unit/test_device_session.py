@@ -33,18 +33,6 @@ def torch_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
         return model(torch.tensor(tokens)[None]).logits[0].numpy()
 
 
-def with_delta(base: Path, vectors: tiny_bundle.Vectors) -> Any:
-    """The torch model with the branch's delta added to its weights."""
-    import torch
-
-    model = tiny.load(base).eval()
-    with torch.no_grad():
-        for layer in range(tiny_bundle.LAYERS):
-            weight = model.model.layers[layer].mlp.down_proj.weight
-            weight += torch.tensor(tiny_bundle.delta(vectors, layer))
-    return model
-
-
 def torch_greedy(model: Any, tokens: np.ndarray, count: int) -> list[int]:
     import torch
 
@@ -101,7 +89,7 @@ def test_adapters_add_their_delta_and_none_is_the_base(tiny_bundles: TinyBundles
     scale = np.abs(base).max()
     for name, seed in (("first", 1), ("second", 2)):
         session.swap(name)
-        expected = torch_logits(with_delta(tiny_bundles.base, tiny_bundle.vectors(seed)), TOKENS)
+        expected = torch_logits(tiny_bundle.with_delta(tiny_bundles.base, tiny_bundle.vectors(seed)), TOKENS)
         assert np.abs(expected - base).max() > 0.1 * scale
         np.testing.assert_allclose(session.logits(TOKENS), expected, atol=5e-5 * scale)
     session.swap(None)
@@ -136,7 +124,7 @@ def test_names_that_mean_nothing_and_merged_bundles_refuse(tiny_bundles: TinyBun
         session.swap(tmp_path / "x.onnx_adapter")
     assert session.adapter == "first"
     merged = Session.open(tiny_bundles.fp32)
-    for wrong in (tiny_bundles.branch / "adapters" / "first.onnx_adapter", "first"):
+    for wrong in (tiny_bundles.branch / "adapters" / "first.onnx_adapter", "first", None):
         with pytest.raises(MismatchError, match="is merged into"):
             merged.swap(wrong)
 

@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("vera_edge.cli.export:export", "Export base and adapter to ONNX, merged or as a side-branch."),
     "drift": ("vera_edge.cli.drift:drift", "Measure how far an artefact is from the model as trained."),
     "run": ("vera_edge.cli.run:run", "Generate text from an exported folder, without torch."),
+    "verify": ("vera_edge.cli.verify:verify", "Check every file of a bundle against its manifest."),
+    "validate": ("vera_edge.cli.validate:validate", "Hold a bundle to its limits on this device."),
 }
 
 # what the device part does without -> the extra that brings it

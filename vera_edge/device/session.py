@@ -65,8 +65,13 @@ class Session:
 
     @property
     def adapter(self) -> AdapterChoice:
-        """What runs now: a name of the bundle, a file, or None for the base alone."""
+        """What runs now: a name of the bundle, a file, None for the base alone, "default" when merged."""
         return self._active[0]
+
+    @property
+    def vectors(self) -> Vectors:
+        """The active adapter's vectors by graph input; empty for the base alone and for merged bundles."""
+        return self._active[1]
 
     def swap(self, adapter: AdapterChoice) -> None:
         """Change the adapter, as for `open`. The base's weights aren't touched; it takes milliseconds."""
@@ -122,15 +127,15 @@ class Session:
 
     def _choose(self, adapter: AdapterChoice) -> tuple[AdapterChoice, Vectors]:
         named = self.manifest.adapters
-        if adapter == "default":
-            adapter = self.manifest.default_adapter
         if self.manifest.mode == "merged":
-            if adapter != self.manifest.default_adapter:
+            if adapter != "default":
                 raise MismatchError(
                     f"the adapter is merged into {self.manifest.folder} and can't be changed; export with "
                     "--mode branch to swap adapters"
                 )
             return adapter, {}
+        if adapter == "default":
+            adapter = self.manifest.default_adapter
         if adapter is None:
             return None, {}
         if isinstance(adapter, str) and adapter not in named:

@@ -1,0 +1,100 @@
+"""`vera-edge run` as a person meets it: no torch, text as it comes, one sentence on bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli, CliProcess
+from tests.tiny_bundle import TinyBundles
+from vera_edge.device.session import Session
+
+PROMPT = "The adapter scales each row"
+HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "peft", "bitsandbytes", "onnxruntime_genai", "scipy"}
+
+
+def test_it_prints_what_the_session_generates(tiny_bundles: TinyBundles, cli: Cli) -> None:
+    expected = "".join(Session.open(tiny_bundles.fp32).generate(PROMPT, raw=True, max_tokens=12))
+    result = cli("run", tiny_bundles.fp32, PROMPT, "--raw", "--max-tokens", 12)
+    assert result.exit_code == 0 and result.stdout == expected + "\n"
+    result = cli("run", tiny_bundles.fp32, PROMPT, "--raw", "--max-tokens", 12, "--json")
+    found = json.loads(result.stdout)
+    assert found["text"] == expected and found["finish"] in ("length", "end")
+    assert len(found["tokens"]) <= 12 and found["prompt_tokens"] > 3
+
+
+def test_the_adapter_is_chosen_by_name_file_or_none(tiny_bundles: TinyBundles, cli: Cli) -> None:
+    file = tiny_bundles.branch / "adapters" / "second.onnx_adapter"
+    choices: dict[str, list[object]] = {
+        "default": [],
+        "first": ["--adapter", "first"],
+        "second": ["--adapter", "second"],
+        "file": ["--adapter", file],
+        "none": ["--adapter", "none"],
+    }
+    texts = {
+        word: cli("run", tiny_bundles.branch, PROMPT, "--raw", "--max-tokens", 12, *words).stdout
+        for word, words in choices.items()
+    }
+    assert texts["default"] == texts["first"] and texts["second"] == texts["file"]
+    assert len({texts["first"], texts["second"], texts["none"]}) == 3
+
+
+def test_a_system_message_reaches_the_template(tiny_bundles: TinyBundles, cli: Cli) -> None:
+    with_system = cli("run", tiny_bundles.fp32, "Hi", "--system", "Be brief.", "--json", "--max-tokens", 2)
+    without = cli("run", tiny_bundles.fp32, "Hi", "--json", "--max-tokens", 2)
+    assert json.loads(with_system.stdout)["prompt_tokens"] > json.loads(without.stdout)["prompt_tokens"]
+
+
+def test_no_framework_is_in_the_process(tiny_bundles: TinyBundles) -> None:
+    code = (
+        "import sys\n"
+        "from vera_edge.cli import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "finally:\n"
+        "    print('modules:', *sorted({name.split('.')[0] for name in sys.modules}))\n"
+    )
+    words = ["run", str(tiny_bundles.branch), PROMPT, "--max-tokens", "4"]
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    loaded = set(result.stdout.rsplit("modules:", 1)[1].split())
+    assert {"numpy", "onnxruntime", "tokenizers", "jinja2"} <= loaded
+    assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["nowhere", "x"], "isn't a folder"),
+        (["{branch}", "x", "--adapter", "third"], "has no adapter named 'third'"),
+        (["{branch}", "x", "--adapter", "./no.onnx_adapter"], "is missing"),
+        (
+            ["{fp32}", "x", "--temperature", "-1"],
+            "temperature is -1.0",
+        ),
+        (["{branch}", "x", "--max-tokens", "-1"], "max_tokens is -1"),
+        (["{branch}", "", "--raw"], "the prompt is empty"),
+    ],
+)
+def test_bad_input_is_one_sentence(tiny_bundles: TinyBundles, cli: Cli, words: list[str], says: str) -> None:
+    filled = [word.format(branch=tiny_bundles.branch, fp32=tiny_bundles.fp32) for word in words]
+    result = cli("run", *filled)
+    assert result.exit_code == 2 and says in result.stderr
+    assert result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_a_damaged_bundle_is_refused_before_it_opens(
+    tiny_bundles: TinyBundles, tmp_path: Path, cli_process: CliProcess
+) -> None:
+    folder = shutil.copytree(tiny_bundles.fp32, tmp_path / "b")
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text().replace("a", "b", 1))
+    result = cli_process("run", folder, "x")
+    assert result.returncode == 2 and "tokenizer.json is damaged" in result.stderr
+    assert "Traceback" not in result.stderr

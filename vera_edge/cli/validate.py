@@ -1,0 +1,75 @@
+"""`vera-edge validate`: does a bundle do on this device what it was released to do?"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import click
+from rich.table import Table
+
+from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option
+from vera_edge.errors import DriftExceeded
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
+    """A number of bytes: 400MB, 1.5GiB, 300000000."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]I?B)?", str(value).strip().upper())
+        if match is None:
+            self.fail(f"{value!r} isn't a size; write 400MB or 1.5GiB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+@click.command()
+@click.argument("bundle", type=FOLDER)
+@click.option(
+    "--max-memory", type=Size(), metavar="SIZE", help="Fail when this process ever held more: 400MB."
+)
+@click.option("--max-kl", type=float, help="Replace the bundle's limit on the mean KL divergence (nats).")
+@click.option("--min-top1", type=float, help="Replace the bundle's limit on top-1 agreement (0 to 1).")
+@click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
+@json_option
+@quiet_option
+def validate(
+    bundle: Path,
+    max_memory: int | None,
+    max_kl: float | None,
+    min_top1: float | None,
+    threads: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run BUNDLE's golden vectors on this device and hold them to its limits; exit 3 when one is broken."""
+    from vera_edge.device.validate import validate as run
+
+    limits = {"max_kl": max_kl, "min_top1": min_top1}
+    with progress_bar(quiet or as_json) as progress:
+        result = run(bundle, threads, max_memory, limits, progress)
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        checks = Table("check", "", "figure")
+        for check in result.checks:
+            checks.add_row(check.name, "pass" if check.passed else "FAIL", check.detail)
+        drift = Table("adapter", "positions", "mean KL", "p99", "prompt", "steps", "top-1", "greedy")
+        for row in result.drift:
+            kls = (f"{value:.3g}" for value in (row.kl, row.kl_p99, row.prompt_kl, row.step_kl))
+            shares = f"{row.same_top1:.4f}", f"{row.greedy:.3f}"
+            drift.add_row(row.adapter or "(base)", str(row.positions), *kls, *shares)
+        device = result.device
+        console = out()
+        console.print(checks, drift)
+        console.print(f"{device['processor']}, {device['threads']} threads, {', '.join(device['features'])}")
+        tools = ", ".join(f"{name} {number}" for name, number in device["tools"].items())
+        peak = "unknown" if result.peak_rss is None else f"{result.peak_rss / 1e6:.0f} MB"
+        console.print(f"{device['system']}, {tools}; peak memory {peak}; {result.seconds:.1f} s")
+        for note in result.notes:
+            console.print(f"note: {note}")
+    if failed := [check for check in result.checks if not check.passed]:
+        raise DriftExceeded(f"{bundle} fails on this device: {failed[0].name}, {failed[0].detail}")

@@ -1,0 +1,92 @@
+"""What this device is, and how much memory this process takes, as far as the system tells."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from vera_edge.device.graph import available_cores
+
+# Instruction sets that ONNX Runtime's kernels choose by, as Linux spells them on x86-64 and aarch64.
+_X86 = {"avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni"}
+_FEATURES = (
+    _X86 | {"avx512_bf16", "amx_int8"} | {"asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"}
+)
+_TOOLS = ("vera-edge", "onnxruntime", "numpy", "tokenizers", "jinja2")
+
+
+def device_facts() -> dict[str, Any]:
+    """Processor, instruction sets, cores, memory (bytes), system and the versions that take part."""
+    model, features = _processor()
+    return {
+        "machine": platform.machine(),
+        "processor": model,
+        "features": features,
+        "cores": available_cores(),
+        "memory": _total_memory(),
+        "system": platform.platform(aliased=True, terse=True),
+        "python": platform.python_version(),
+        "tools": {name: number for name in _TOOLS if (number := _version(name)) is not None},
+    }
+
+
+def rss() -> int | None:
+    """Bytes of physical memory this process holds now; None where the system doesn't tell."""
+    return _status("VmRSS")
+
+
+def peak_rss() -> int | None:
+    """The most bytes of physical memory this process has held; None where the system doesn't tell."""
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(key: str) -> int | None:
+    for line in _read("/proc/self/status").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> tuple[str, list[str]]:
+    """The processor's name and the instruction sets that matter here."""
+    model, flags = "", set()
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("model name", "Model") and not model:
+            model = value.strip()
+        elif key.strip() in ("flags", "Features"):
+            flags |= set(value.split())
+    return model or platform.processor() or platform.machine(), sorted(flags & _FEATURES)
+
+
+def _total_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
