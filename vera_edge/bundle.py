@@ -141,6 +141,11 @@ def read(folder: Path) -> Manifest:
     return _parse(value, folder, path)
 
 
+def change(manifest: Manifest, **changes: Json) -> Facts:
+    """The facts of `manifest` with some of them changed, to write it anew."""
+    return Facts(**{key: getattr(manifest, key) for key in _FIELDS} | changes)
+
+
 def verify(folder: Path, deep: bool = True, progress: Progress = silent) -> Manifest:
     """Check that `folder` holds exactly the listed files, in size and in SHA-256.
 
