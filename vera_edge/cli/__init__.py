@@ -25,12 +25,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("vera_edge.cli.run:run", "Generate text from an exported folder, without torch."),
     "verify": ("vera_edge.cli.verify:verify", "Check every file of a bundle against its manifest."),
     "validate": ("vera_edge.cli.validate:validate", "Hold a bundle to its limits on this device."),
+    "release": ("vera_edge.cli.release:release", "Make every bundle of a recipe: gated, described, signed."),
 }
 
 # what the device part does without -> the extra that brings it
 EXTRAS = {
     "bitsandbytes": "build",
     "cyclonedx": "release",
+    "filelock": "release",
     "gguf": "build",
     "matplotlib": "report",
     "model_signing": "release",
@@ -39,6 +41,7 @@ EXTRAS = {
     "onnxruntime_genai": "build",
     "optimum": "build",
     "peft": "build",
+    "pydantic": "release",
     "ray": "ray",
     "torch": "build",
     "transformers": "build",
