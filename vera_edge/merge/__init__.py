@@ -1,0 +1,101 @@
+"""Merging: `W' = dequantize(W) + sum_i weight_i * delta_i` in float32, then stored in the format asked for.
+
+`prepare` reads and decides, `write` performs; `to_folder` does both. What is read are the checkpoint's bytes,
+never a live bitsandbytes parameter, which repacks itself at its first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vera_edge import adapter as adapter_reader
+from vera_edge import plan as plans
+from vera_edge import provenance
+from vera_edge.adapter import Adapter
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.errors import PlanError
+from vera_edge.files import check_output
+from vera_edge.formats import FORMATS
+from vera_edge.merge.measure import Survival
+from vera_edge.merge.perform import check_plan, merged_weight, write
+from vera_edge.merge.report import LayerReport, MergeReport
+from vera_edge.plan import SAME, Plan
+from vera_edge.progress import Progress, silent
+from vera_edge.projection import Projections
+
+__all__ = [
+    "LayerReport",
+    "MergeReport",
+    "Prepared",
+    "Survival",
+    "check_plan",
+    "merged_weight",
+    "prepare",
+    "to_folder",
+    "write",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """All that a merge needs, read and decided; `notes` are sentences for a person to read."""
+
+    checkpoint: Checkpoint
+    adapters: tuple[tuple[Adapter, float], ...]
+    projections: Projections
+    plan: Plan
+    notes: tuple[str, ...]
+
+
+def prepare(
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    to: str = SAME,
+    options: Mapping[str, Any] | None = None,
+    projection_dtype: str | None = None,
+) -> Prepared:
+    """Read base and adapters (folders, each with its weight) and plan their merge; reads no weight.
+
+    to: a weight format's name or "same". options: of that format. projection_dtype: see `provenance.resolve`.
+    Raises a VeraEdgeError in one sentence when an input or the request is at fault.
+    """
+    if not adapters:
+        raise PlanError("give at least one adapter to merge")
+    if to != SAME and to not in FORMATS:
+        raise PlanError(f"no weight format is called {to!r}; choose {SAME} or one of {', '.join(FORMATS)}")
+    checkpoint = Checkpoint.open(base)
+    read = tuple((adapter_reader.read(path), weight) for path, weight in adapters)
+    plans.check_together(read)
+    found = [provenance.resolve(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    projections = plans.check_projections(read, [one.projections for one in found])
+    plan = plans.make(checkpoint, read, "merged", to, options, projections)
+    notes = dict.fromkeys(note for one in found for note in (one.how, *one.notes))
+    return Prepared(checkpoint, read, projections, plan, tuple(notes))
+
+
+def to_folder(
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    out: Path,
+    to: str = SAME,
+    options: Mapping[str, Any] | None = None,
+    projection_dtype: str | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> MergeReport:
+    """`prepare` and `write`: merge adapters into a base and write the model to `out`."""
+    check_output(out, force)
+    ready = prepare(base, adapters, to, options, projection_dtype)
+    return write(
+        ready.plan,
+        ready.checkpoint,
+        ready.adapters,
+        ready.projections,
+        out,
+        progress=progress,
+        force=force,
+        notes=ready.notes,
+    )

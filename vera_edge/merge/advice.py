@@ -1,0 +1,74 @@
+"""The warning when rounding drowned the adapter, and which format would have kept it, by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vera_edge import formats
+from vera_edge.adapter import Adapter
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.merge.delta import Delta
+from vera_edge.merge.measure import Survival, measure, total
+from vera_edge.merge.report import MergeReport
+from vera_edge.merge.units import merge_rows
+from vera_edge.projection import Projections
+
+# From small to large; the first that keeps the adapter is named.
+_LADDER = ("int8", "bf16", "fp16", "fp32")
+_TRIED = 3  # layers
+_GOOD_NOISE = 0.5
+
+
+def warning(
+    report: MergeReport,
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    projections: Projections,
+) -> str | None:
+    """One sentence when the adapter is drowned, in all layers taken as one or in most of them; else None."""
+    drowned = report.drowned
+    whole = report.survival
+    if not whole.drowned and 2 * len(drowned) <= len(report.layers):
+        return None
+    names = sorted({layer.result for layer in report.layers})
+    better = _better(report, checkpoint, adapters, projections)
+    return (
+        f"the adapter is drowned by rounding to {' and '.join(names)}: {_share(whole.retained)} of its delta "
+        f"is retained and the rounding noise is {whole.noise or 0:.2f} times its effect "
+        f"({len(drowned)} of {len(report.layers)} layers); {better} or keep it as a side-branch "
+        "(vera-edge export --mode branch)"
+    )
+
+
+def _share(retained: float | None) -> str:
+    return "none" if retained is None else f"{retained:.1%}"
+
+
+def _better(
+    report: MergeReport,
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    projections: Projections,
+) -> str:
+    worst = [layer.module for layer in report.drowned[:_TRIED]]
+    taken = {layer.result for layer in report.layers}
+    for name in _LADDER:
+        if name in taken:
+            continue
+        found = total(_try(name, module, checkpoint, adapters, projections) for module in worst)
+        if not found.drowned and (found.noise or 0) <= _GOOD_NOISE:
+            return f"merge with --to {name} (noise {found.noise or 0:.2g} in the worst layers)"
+    return "merge with --to fp32"
+
+
+def _try(
+    name: str,
+    module: str,
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    projections: Projections,
+) -> Survival:
+    base, target = checkpoint.load(module), formats.get(name)
+    merged = merge_rows(module, base, Delta(module, base.shape[1], adapters, projections))
+    options = target.options({})
+    return measure(base, merged, target.quantize(merged, options), target, options, on_grid=False)

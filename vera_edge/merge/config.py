@@ -1,0 +1,92 @@
+"""The config.json of a merged model: the base's, with what the merge changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vera_edge import formats
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.errors import PlanError
+from vera_edge.plan import DENSE, Plan, Step
+
+_TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# Output heads that transformers leaves unquantized by itself; their tensor is absent when they're tied.
+_HEADS = ("lm_head", "embed_out", "predictions.decoder")
+
+
+def merged_config(plan: Plan, checkpoint: Checkpoint, untied: bool) -> dict[str, Any]:
+    """config.json of the merged model. `untied`: the head got a tensor of its own.
+
+    Raises PlanError when the plan mixes quantized formats, which no config can describe.
+    """
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    if plan.others in _TORCH_NAMES:
+        config = _with_dtype(config, _TORCH_NAMES[plan.others])
+        config.setdefault("dtype", _TORCH_NAMES[plan.others])
+    if untied:
+        config["tie_word_embeddings"] = False
+    # Code is never copied, so the names of classes in it would lead nowhere.
+    local = {key: value for key, value in _mapping(config.get("auto_map")).items() if "--" not in str(value)}
+    if local:
+        config.pop("auto_map")
+    if quantization := _quantization_config(plan, checkpoint):
+        config["quantization_config"] = quantization
+    return config
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """`config` with every dtype it names, those of nested models included, set."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and isinstance(value, str):
+            changed[key] = dtype
+        else:
+            changed[key] = _with_dtype(value, dtype) if isinstance(value, Mapping) else value
+    return changed
+
+
+def _quantization_config(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    quantized = [step for step in plan.steps if step.result not in DENSE]
+    if not quantized:
+        return None
+    results = sorted({step.result for step in quantized})
+    if len(results) > 1:
+        raise PlanError(
+            f"one model can't hold {' and '.join(results)} weights together; choose one with --to"
+        )
+    before = _mapping(checkpoint.config.get("quantization_config"))
+    if {step.source for step in quantized} == set(results):
+        return dict(before)
+    fresh = formats.get(results[0]).quantization_config(quantized[0].options) or {}
+    if fresh.get("quant_method") == "bitsandbytes":
+        fresh |= _bitsandbytes_extras(plan, checkpoint, before)
+    return fresh
+
+
+def _bitsandbytes_extras(plan: Plan, checkpoint: Checkpoint, before: Mapping[str, Any]) -> dict[str, Any]:
+    extras: dict[str, Any] = {}
+    if plan.weights in ("nf4", "fp4"):
+        dtype = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype") or "float32"
+        extras["bnb_4bit_compute_dtype"] = before.get("bnb_4bit_compute_dtype", dtype)
+    skipped = before.get("llm_int8_skip_modules")
+    if skipped is None:
+        skipped = skip_modules(plan.steps)
+    return extras | ({"llm_int8_skip_modules": skipped} if skipped else {})
+
+
+def skip_modules(steps: tuple[Step, ...]) -> list[str] | None:
+    """The modules that transformers must not replace by quantized ones; None when its own rule finds them.
+
+    Its rule leaves out the output head. Named ones replace that rule, so the head is then named too.
+    """
+    dense = [step.module for step in steps if step.result in DENSE]
+    if all(module.endswith(_HEADS) for module in dense):
+        return None
+    quantized = [step.module for step in steps if step.result not in DENSE]
+    heads = [name for name in _HEADS if not any(module.endswith(name) for module in (*quantized, *dense))]
+    return sorted([*dense, *heads])
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
