@@ -40,6 +40,12 @@ _BUILT_IN: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "gptq": ("gptq:Gptq", {"bits": 4}),
     "gptq8": ("gptq:Gptq", {"bits": 8}),
     "awq": ("awq:Awq", {}),
+    "compressed-tensors": ("compressed_tensors:CompressedTensors", {}),
+    "w4a16": ("compressed_tensors:CompressedTensors", {"preset": "W4A16"}),
+    "w8a16": ("compressed_tensors:CompressedTensors", {"preset": "W8A16"}),
+    "w8a8": ("compressed_tensors:CompressedTensors", {"preset": "W8A8"}),
+    "fp8-dynamic": ("compressed_tensors:CompressedTensors", {"preset": "FP8_DYNAMIC"}),
+    "fp8": ("fp8:Fp8", {}),
 }
 # A tensor of such a name is never a plain one: if no format took it, config.json doesn't tell of it.
 _TELLTALE = (".qweight", ".weight_packed", ".W_q", "._weight_qdata", ".weight_scale_inv", ".SCB")
