@@ -24,6 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "drift": ("vera_edge.cli.drift:drift", "Measure how far an artefact is from the model as trained."),
     "run": ("vera_edge.cli.run:run", "Generate text from an exported folder, without torch."),
     "verify": ("vera_edge.cli.verify:verify", "Check every file of a bundle against its manifest."),
+    "install": ("vera_edge.cli.install:install", "Install a bundle on this device, atomically."),
+    "update": ("vera_edge.cli.install:update", "Update an installed bundle by the files that changed."),
+    "rollback": ("vera_edge.cli.install:rollback", "Go back to the version before."),
+    "patch": ("vera_edge.cli.install:patch", "Write what takes a device from one bundle to another."),
     "validate": ("vera_edge.cli.validate:validate", "Hold a bundle to its limits on this device."),
     "release": ("vera_edge.cli.release:release", "Make every bundle of a recipe: gated, described, signed."),
 }
