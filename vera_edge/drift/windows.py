@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from vera_edge.drift.bootstrap import MIN_WINDOWS
 from vera_edge.errors import CheckpointError, DataError, MismatchError
 from vera_edge.files import sha256_bytes
 
@@ -120,6 +121,7 @@ def make(
 ) -> Windows:
     """Windows of `window` tokens, about `tokens` in all, spread evenly over the text.
 
+    An interval needs several windows, so a text that would give too few is cut into shorter ones.
     Raises DataError when the text is too short or the request senseless, MismatchError when the tokenizer
     isn't that of a model of `vocab_size` tokens.
     """
@@ -131,6 +133,7 @@ def make(
         )
     ids = np.asarray(tokenizer.encode(text.content, add_special_tokens=False).ids, np.int64)
     start = _prefix(tokenizer)
+    window = min(window, max(MIN_WINDOW, len(ids) // MIN_WINDOWS + len(start)))
     body = window - len(start)
     pieces = [ids[at : at + body] for at in range(0, len(ids), body)]
     whole = [piece for piece in pieces if len(piece) == body]
