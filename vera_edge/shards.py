@@ -46,10 +46,10 @@ def assign(layout: Layout, max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, 
 
 
 class ShardWriter:
-    """Writes the tensors of `layout` (name -> dtype, shape) into `folder`.
+    """Writes the tensors of `layout` (name -> dtype, shape) into `folder`; `total` is the bytes of all of them.
 
-    Use as a context manager; leaving it without an error checks that every tensor was written, and writes the
-    index. Raises OSError when the disk is full or refuses.
+    Use as a context manager; leaving it without an error checks that every tensor was written, and writes
+    the index. Raises OSError when the disk is full or refuses.
     """
 
     def __init__(self, folder: Path, layout: Layout, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -59,11 +59,7 @@ class ShardWriter:
         self._offsets: dict[str, int] = {}
         self._handles: dict[str, int] = {}
         self._missing = set(layout)
-
-    @property
-    def total(self) -> int:
-        """Bytes of all tensors."""
-        return sum(nbytes(*entry) for entry in self._layout.values())
+        self.total = sum(nbytes(*entry) for entry in self._layout.values())
 
     def __enter__(self) -> ShardWriter:
         try:

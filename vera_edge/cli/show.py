@@ -22,7 +22,37 @@ json_option: Callable[[F], F] = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON for scripts."
 )
 force_option: Callable[[F], F] = click.option("--force", is_flag=True, help="Replace an existing output.")
+projection_dtype_option: Callable[[F], F] = click.option(
+    "--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16."
+)
 quiet_option: Callable[[F], F] = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+
+
+def weighted_paths(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[Path, float]]:
+    """PATH=0.3 as (PATH, 0.3), PATH alone as (PATH, 1.0); a path may hold a = of its own."""
+    found = []
+    for value in values:
+        path, _, weight = value.rpartition("=")
+        try:
+            found.append((Path(path), float(weight)) if path else (Path(value), 1.0))
+        except ValueError:
+            found.append((Path(value), 1.0))
+    return found
+
+
+more_adapters_option: Callable[[F], F] = click.option(
+    "--adapter",
+    "more",
+    multiple=True,
+    callback=weighted_paths,
+    metavar="PATH=WEIGHT",
+    help="A further adapter that shares the projections, and what scales its delta; repeat for more.",
+)
+weight_option: Callable[[F], F] = click.option(
+    "--weight", type=float, default=1.0, show_default=True, help="What scales ADAPTER's delta."
+)
 
 
 def out() -> Console:

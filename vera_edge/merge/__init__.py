@@ -1,6 +1,6 @@
 """Merging: `W' = dequantize(W) + sum_i weight_i * delta_i` in float32, then stored in the format asked for.
 
-`prepare` reads and decides, `write` performs; `to_folder` does both. What is read are the checkpoint's bytes,
+`prepare` reads and decides, `perform` writes; `to_folder` does both. What is read are the checkpoint's bytes,
 never a live bitsandbytes parameter, which repacks itself at its first use.
 """
 
@@ -19,8 +19,8 @@ from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
 from vera_edge.files import check_output
 from vera_edge.formats import FORMATS
+from vera_edge.merge.executor import check_plan, merged_weight, write
 from vera_edge.merge.measure import Survival
-from vera_edge.merge.perform import check_plan, merged_weight, write
 from vera_edge.merge.report import LayerReport, MergeReport
 from vera_edge.plan import SAME, Plan
 from vera_edge.progress import Progress, silent
@@ -33,6 +33,7 @@ __all__ = [
     "Survival",
     "check_plan",
     "merged_weight",
+    "perform",
     "prepare",
     "to_folder",
     "write",
@@ -76,19 +77,8 @@ def prepare(
     return Prepared(checkpoint, read, projections, plan, tuple(notes))
 
 
-def to_folder(
-    base: Path,
-    adapters: Sequence[tuple[Path, float]],
-    out: Path,
-    to: str = SAME,
-    options: Mapping[str, Any] | None = None,
-    projection_dtype: str | None = None,
-    force: bool = False,
-    progress: Progress = silent,
-) -> MergeReport:
-    """`prepare` and `write`: merge adapters into a base and write the model to `out`."""
-    check_output(out, force)
-    ready = prepare(base, adapters, to, options, projection_dtype)
+def perform(ready: Prepared, out: Path, progress: Progress = silent, force: bool = False) -> MergeReport:
+    """Write what was prepared to `out`, whole or not at all; see `write`."""
     return write(
         ready.plan,
         ready.checkpoint,
@@ -99,3 +89,18 @@ def to_folder(
         force=force,
         notes=ready.notes,
     )
+
+
+def to_folder(
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    out: Path,
+    to: str = SAME,
+    options: Mapping[str, Any] | None = None,
+    projection_dtype: str | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> MergeReport:
+    """`prepare` and `perform`: merge adapters into a base and write the model to `out`."""
+    check_output(out, force)
+    return perform(prepare(base, adapters, to, options, projection_dtype), out, progress, force)

@@ -45,5 +45,5 @@ class Delta:
 
     def _product(self, term: int, start: int, stop: int) -> Float32:
         lambda_b, scaled_a = self._terms[term]
-        product: Float32 = (lambda_b[start:stop, None] * self._b[start:stop]) @ scaled_a
+        product: Float32 = np.matmul(lambda_b[start:stop, None] * self._b[start:stop], scaled_a)
         return product

@@ -1,0 +1,127 @@
+"""`vera-edge merge`: adapters merged into their base, as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from vera_edge import merge as merging
+from vera_edge.cli.show import (
+    FOLDER,
+    err,
+    force_option,
+    json_option,
+    more_adapters_option,
+    out,
+    print_json,
+    progress_bar,
+    projection_dtype_option,
+    quiet_option,
+    weight_option,
+)
+from vera_edge.plan import Plan
+
+_SHOWN = 5
+
+
+@click.command()
+@click.argument("base", type=FOLDER)
+@click.argument("adapter", type=FOLDER)
+@click.option("-o", "--out", "folder", type=FOLDER, required=True, help="The folder to write.")
+@click.option(
+    "--to",
+    default="same",
+    show_default=True,
+    metavar="FORMAT",
+    help="same, fp32, bf16, fp16, nf4, fp4 or int8: how the linear layers are stored.",
+)
+@click.option("--block-size", type=int, help="Weights to one scale, for nf4 and fp4 (default 64).")
+@click.option("--double-quant", is_flag=True, help="Quantize the scales of nf4 and fp4 too.")
+@more_adapters_option
+@weight_option
+@projection_dtype_option
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@force_option
+@quiet_option
+@json_option
+def merge(
+    base: Path,
+    adapter: Path,
+    folder: Path,
+    to: str,
+    block_size: int | None,
+    double_quant: bool,
+    more: list[tuple[Path, float]],
+    weight: float,
+    projection_dtype: str | None,
+    dry_run: bool,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Merge ADAPTER into BASE, and say how much of it the format keeps.
+
+    The output loads with transformers as any model does. A warning says when rounding drowned the adapter.
+    """
+    options = {"blocksize": block_size} if block_size is not None else {}
+    options |= {"double_quant": True} if double_quant else {}
+    ready = merging.prepare(base, [(adapter, weight), *more], to, options, projection_dtype)
+    if dry_run:
+        if as_json:
+            print_json(ready.plan.to_dict())
+        else:
+            out().print(_plan_table(ready.plan))
+        return
+    with progress_bar(quiet or as_json) as progress:
+        report = merging.perform(ready, folder, progress=progress, force=force)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _show(report)
+    if report.warning:
+        err().print(f"warning: {report.warning}", markup=False, soft_wrap=True)
+
+
+def _plan_table(plan: Plan) -> Table:
+    table = Table("layer", "action", "from", "to", "out x in", box=SIMPLE_HEAD)
+    for step in plan.steps:
+        out_features, in_features = step.shape
+        table.add_row(step.module, step.action, step.source, step.result, f"{out_features} x {in_features}")
+    return table
+
+
+def _show(report: merging.MergeReport) -> None:
+    console, whole = out(), report.survival
+    table = Table(str(report.folder), "", box=SIMPLE_HEAD)
+    names = ", ".join(f"{name} (weight {weight:g})" for name, _, weight in report.adapters)
+    rows = {
+        "adapters": names,
+        "linear layers": ", ".join(f"{count} in {name}" for name, count in report.results.items()),
+        "merged layers": str(len(report.layers)),
+        "size": f"{report.size / 1e6:,.1f} MB",
+    }
+    if whole.retained is not None:
+        rows["delta / weight"] = f"{whole.size or 0:.2%}"
+        rows["retained share"] = f"{whole.retained:.1%} of the delta"
+        rows["rounding noise"] = f"{whole.noise or 0:.3g} times the delta"
+    if report.unchanged:
+        rows["unchanged"] = f"{len(report.unchanged)} layers, whose lambda_b is all zeros"
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    if report.drowned:
+        console.print(_layers(report))
+    for note in report.notes:
+        console.print(note, markup=False)
+
+
+def _layers(report: merging.MergeReport) -> Table:
+    """The layers that lost most."""
+    table = Table("drowned layers, the noisiest", "format", "retained", "noise", box=SIMPLE_HEAD)
+    for layer in report.drowned[:_SHOWN]:
+        found = layer.survival
+        table.add_row(layer.module, layer.result, f"{found.retained or 0:.1%}", f"{found.noise or 0:.3g}")
+    return table
