@@ -22,6 +22,8 @@ ORDER = (
     "engine",
     "files",
     "tensors",
+    "shards",
+    "side_files",
     "projection",
     "adapter",
     "formats",
