@@ -46,6 +46,8 @@ _BUILT_IN: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "w8a8": ("compressed_tensors:CompressedTensors", {"preset": "W8A8"}),
     "fp8-dynamic": ("compressed_tensors:CompressedTensors", {"preset": "FP8_DYNAMIC"}),
     "fp8": ("fp8:Fp8", {}),
+    "hqq": ("hqq:Hqq", {}),
+    "torchao": ("torchao:Torchao", {}),
 }
 # A tensor of such a name is never a plain one: if no format took it, config.json doesn't tell of it.
 _TELLTALE = (".qweight", ".weight_packed", ".W_q", "._weight_qdata", ".weight_scale_inv", ".SCB")

@@ -79,7 +79,7 @@ def read(found: Mapping[str, Any]) -> Sequence[Targets]:
     """The config groups of a quantization_config. Raises FormatError on what isn't known."""
     if found.get("quantization_status", "compressed") != "compressed":
         raise FormatError(
-            f"this compressed-tensors model is {found['quantization_status']!r}, its weights not yet rounded; "
+            f"this compressed-tensors model is {found['quantization_status']!r}, weights not yet rounded; "
             "save it compressed"
         )
     if found.get("transform_config"):
