@@ -46,7 +46,7 @@ def assign(layout: Layout, max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, 
 
 
 class ShardWriter:
-    """Writes the tensors of `layout` (name -> dtype, shape) into `folder`; `total` is the bytes of all of them.
+    """Writes the tensors of `layout` (name -> dtype, shape) into `folder`; `total` is their bytes.
 
     Use as a context manager; leaving it without an error checks that every tensor was written, and writes
     the index. Raises OSError when the disk is full or refuses.
