@@ -9,7 +9,7 @@
     quantize  the methods as one function, `requantize`
 
 The measure is the layer's output error, `tr((W - Q) H (W - Q)^T)` with `H = X^T X / n` over calibration
-inputs X: an error in the weight hardly predicts what it does to the model. docs/requantize.md has the numbers.
+inputs X: an error in the weight hardly predicts what it does to the model (docs/requantize.md).
 Everything is numpy, works on pieces of rows, and gives the same bytes whatever the number of threads.
 """
 

@@ -1,9 +1,8 @@
 """Codes that make up for each other's errors, on scales that are given.
 
-`compensate` rounds one input's weights after the other and moves the rest so as to undo the error's effect on the
-output (GPTQ, https://arxiv.org/abs/2210.17323). `descend` then revisits each weight with all others fixed and
-takes its best level: coordinate descent on the same error, which can't rise. On SmolLM2 the first halves the
-output error of a searched grid, the second takes away another fifth.
+`compensate` rounds one input's weights after the other and moves the rest so as to undo the error's effect
+on the output (GPTQ, https://arxiv.org/abs/2210.17323). `descend` then revisits each weight with all others
+fixed and takes its best level: coordinate descent on the same error, which can't rise.
 
 Both work on the transposed weight, so that a column of weights is contiguous, and in panels of columns, so
 that most of the work is matrix products.

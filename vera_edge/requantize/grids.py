@@ -2,8 +2,8 @@
 
 A value is `scale * level`. For NF4 and FP4 the levels are the format's table of 16; for integers they are
 `code - zero` with code in [0, top]. Blocks run along the input dimension, the last one of a row may be short
-(`Grid.rows` true), except where bitsandbytes cuts blocks out of the flat weight and the width is no multiple of
-the block: there blocks run over row ends (`rows` false).
+(`Grid.rows` true), except where bitsandbytes cuts blocks out of the flat weight and the width is no multiple
+of the block: there blocks run over row ends (`rows` false).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.errors import PlanError
+from vera_edge.formats.blocks import IntBlocks
 from vera_edge.formats.bnb4 import Bnb4Weight
 from vera_edge.formats.bnb8 import Int8Weight
 from vera_edge.formats.codes4 import LEVELS, pack
@@ -176,16 +177,10 @@ class Codes:
             return self.bnb4().rows(0, self.shape[0])
         if self.grid.per_row:
             return self.bnb8().rows(0, self.shape[0])
-        values = self.codes.astype(np.float32)
-        if self.zeros is None:
-            values -= np.float32(self.grid.middle)
-        else:
-            values -= spread(self.zeros, self.grid, self.shape)
-        values *= spread(self.scales, self.grid, self.shape)
-        return values
+        return self.int_blocks().dequantize()
 
     def weight(self) -> Bnb4Weight | Int8Weight:
-        """The weight as bitsandbytes stores it. Raises PlanError for integer blocks, which it doesn't know."""
+        """The weight as bitsandbytes stores it. Raises PlanError for integer blocks."""
         if self.grid.per_row:
             return self.bnb8()
         if self.grid.integer:
@@ -193,6 +188,18 @@ class Codes:
                 "integer blocks can't be stored in a bitsandbytes checkpoint; export them to ONNX"
             )
         return self.bnb4()
+
+    def int_blocks(self) -> IntBlocks:
+        """As integer blocks; the last block of a row is padded with codes of zero."""
+        if not self.grid.integer or self.grid.per_row:
+            raise PlanError(f"a {self.grid.kind} weight has no integer blocks")
+        out, inside = self.shape
+        blocks, width = self.scales.shape[1], self.grid.block
+        padded = np.empty((out, blocks, width), np.uint8)
+        zeros = self.grid.middle if self.zeros is None else self.zeros[:, -1:]
+        padded[:, -1] = zeros
+        padded.reshape(out, -1)[:, :inside] = self.codes
+        return IntBlocks(self.grid.bits, inside, padded, self.scales, self.zeros)
 
     def bnb4(self) -> Bnb4Weight:
         """As bitsandbytes' NF4 or FP4."""

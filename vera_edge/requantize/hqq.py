@@ -1,7 +1,7 @@
 """Half-quadratic quantization: scales and zero points for an error that forgives outliers, without data.
 
-Minimises `|W - Q|_p^p`, p = 0.7, by splitting off the outliers E: shrink `E = W - Q` towards zero, then fit zero
-point and scale to `W - E`, with a growing penalty (Badri and Shaji, Half-Quadratic Quantization, 2023,
+Minimises `|W - Q|_p^p`, p = 0.7, by splitting off the outliers E: shrink `E = W - Q` towards zero, then fit
+zero point and scale to `W - E`, with a growing penalty (Badri and Shaji, Half-Quadratic Quantization, 2023,
 https://mobiusml.github.io/hqq_blog/). There the zero point is a float; here it must lie on the format's grid.
 """
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,8 +43,8 @@ def requantize(
     """Put `weight` (out, in) on `grid`.
 
     `gram`: X^T X of the layer's inputs (in, in), at any scale; "gptq" needs it, "search" is weighted by its
-    diagonal, "rtn" and "hqq" take no notice of it. Raises PlanError for an unknown method, a missing or misfit
-    Gram matrix, DataError where the weight or the statistics aren't finite.
+    diagonal, "rtn" and "hqq" take no notice of it. Raises PlanError for an unknown method, a missing or
+    misfit Gram matrix, DataError where the weight or the statistics aren't finite.
     """
     effort = effort or Effort()
     prepared = _prepared(weight, method, gram, effort)
@@ -102,14 +101,15 @@ class _Work:
 
     def _set_scales(self, method: str) -> None:
         importance = None if self.gram is None else self.gram.importance
-        ways: dict[str, Callable[[Float32], tuple[Float32, Float32]]] = {
-            "rtn": lambda part: range_scales(part, self.grid),
-            "hqq": lambda part: half_quadratic(part, self.grid),
-        }
-        way = ways.get(method, lambda part: search(part, self.grid, importance))
-        for begin, end in self.pieces:
-            rows = slice(begin, end) if self.in_rows else slice(None)
-            self.scales[rows], self.zeros[rows] = way(self.weight[begin:end])
+        for piece in self.pieces:
+            part, rows = self.weight[slice(*piece)], self._at(piece)
+            if method == "rtn":
+                found = range_scales(part, self.grid)
+            elif method == "hqq":
+                found = half_quadratic(part, self.grid)
+            else:
+                found = search(part, self.grid, importance)
+            self.scales[rows], self.zeros[rows] = found
 
     def _nest(self) -> None:
         self.nested = NestedScales(self.scales)

@@ -1,7 +1,7 @@
 """Scales that are best for given codes: all the scales of a row at once, in closed form.
 
-With levels T (in, blocks; one block's levels to a column) a row's output error is quadratic in its scales s, and
-least where `(T^T H T) s = T^T H w`. Double-quantized scales can't take these values; they are rounded one
+With levels T (in, blocks; one block's levels to a column) a row's output error is quadratic in its scales s,
+and least where `(T^T H T) s = T^T H w`. Double-quantized scales can't take these values; they are rounded one
 after the other, the rest of the row making up for each one's error, as GPTQ does for weights.
 """
 
@@ -23,7 +23,7 @@ _RIDGE = 1e-5
 
 
 class Normal:
-    """A row's quadratic in its scales, for every row: `matrix` (out, blocks, blocks), `target` (out, blocks)."""
+    """Every row's quadratic in its scales: `matrix` (out, blocks, blocks), `target` (out, blocks)."""
 
     def __init__(self, weight: Float32, levels: Float32, grid: Grid, scales: Float32, gram: Gram) -> None:
         inside = weight.shape[1]

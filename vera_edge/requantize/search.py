@@ -1,8 +1,8 @@
 """Scales, and zero points, that minimise each block's error weighted by the importance of its inputs.
 
 Candidates shrink or stretch the block's range; each is judged after one least-squares step on its own codes:
-`scale = sum h w t / sum h t^2` for levels t and importances h leaves the error `sum h w^2 - (sum h w t)^2 / sum h
-t^2`. Then rounding and least squares take turns.
+`scale = sum h w t / sum h t^2` for levels t and importances h leaves the error
+`sum h w^2 - (sum h w t)^2 / sum h t^2`. Then rounding and least squares take turns.
 """
 
 from __future__ import annotations
