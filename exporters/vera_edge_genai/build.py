@@ -1,0 +1,62 @@
+"""Runs ONNX Runtime GenAI's model builder on a float32 folder, quietly, and reads back its graph."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from vera_edge.errors import TargetError
+
+FILENAME = "model.onnx"
+
+
+def build(source: Path, out: Path, architecture: str, options: Mapping[str, str]) -> ir.Model:
+    """The float32 CPU graph of the model in folder `source`; the builder's files land in `out`.
+
+    options: the builder's extra options. Raises TargetError when the builder doesn't take the architecture.
+    """
+    with _quiet():
+        from onnxruntime_genai.models.builder import create_model, parse_extra_options
+
+        cache = str(out / "cache")
+        extra = [f"{key}={value}" for key, value in options.items()]
+        try:
+            prepared = parse_extra_options(None, str(source), str(out), "fp32", "cpu", cache, extra)
+            create_model(None, str(source), str(out), "fp32", "cpu", cache, **prepared)
+        except NotImplementedError:
+            raise TargetError(
+                f"ONNX Runtime GenAI's model builder doesn't know the architecture {architecture}; "
+                "merge the adapter (vera-edge merge) and export the result with a tool that does"
+            ) from None
+        except (ValueError, KeyError, AttributeError, TypeError, RuntimeError) as cause:
+            what = str(cause).strip().splitlines() or [type(cause).__name__]
+            raise TargetError(
+                f"ONNX Runtime GenAI's model builder failed on this {architecture}: {what[0][:300]}"
+            ) from cause
+    return ir.load(out / FILENAME)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the builder's talk and bars off the terminal, and transformers off the network."""
+    kept: dict[str, Any] = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE")}
+    level = logging.root.manager.disable
+    os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)
+        for name, value in kept.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

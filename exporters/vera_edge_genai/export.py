@@ -1,0 +1,150 @@
+"""Exports a decoder as a folder that ONNX Runtime GenAI and plain ONNX Runtime open as it is.
+
+GenAI's builder draws the graph from a float32 copy of the model; then each linear gets the weight it is to be
+stored with, the side-branches are woven in, and the folder is described in its manifest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from vera_edge import bundle, merge, packing
+from vera_edge import plan as plans
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.errors import PlanError, TargetError
+from vera_edge.files import staged_folder
+from vera_edge.target import Export, ExportRequest
+from vera_edge_genai import build, configs, weights
+from vera_edge_genai.facts import describe, facts
+from vera_edge_onnx import branch, head, sites, storage
+from vera_edge_onnx.weaver import Range, Weaver
+
+MODEL = "onnx/model.onnx"
+# What embeddings and head are stored as, by the linears' format: the fidelity formats keep them exact.
+_HEADS = {"fp32": "fp32", "fp16": "fp16", "nf4": "fp32", "fp4": "fp32", "int8": "int8", "int4": "int4"}
+# And the projections of a side-branch: their error reaches the output only through the delta.
+_PROJECTIONS = {"fp32": "fp32", "fp16": "fp16", "nf4": "fp32", "fp4": "fp32", "int8": "int8", "int4": "int8"}
+
+
+class GenaiExporter:
+    """Decoders, through ONNX Runtime GenAI's model builder."""
+
+    @property
+    def name(self) -> str:
+        return "genai"
+
+    def export(self, request: ExportRequest) -> Export:
+        """Write `request.out`, whole or not at all.
+
+        Raises TargetError when the model or the adapter can't be exported this way, PlanError on an option
+        that isn't known.
+        """
+        architecture = check(request)
+        adapters: dict[str, str] = {}
+        with staged_folder(request.out, request.force) as stage:
+            with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as work:
+                model, found, graph = _float_graph(request, architecture, Path(work))
+                shared = _weave(request, model, found)
+                configs.fix_shapes(model, graph)
+                model.metadata_props.update(describe(request))
+                storage.save(model, stage / MODEL, shared, request.progress)
+                configs.copy(Path(work) / "float", graph, stage, MODEL, quiet=request.plan.mode == "branch")
+            if request.plan.mode == "branch":
+                adapters = _write_adapters(request, stage)
+            manifest = bundle.write(stage, facts(request, MODEL, adapters), request.progress)
+        return Export(
+            target=self.name,
+            folder=request.out,
+            model=request.out / MODEL,
+            size=manifest.size,
+            plan=request.plan,
+            adapters={name: request.out / file for name, file in adapters.items()},
+        )
+
+
+def check(request: ExportRequest) -> str:
+    """The architecture's name; raises before any work is done when the request can't be met."""
+    plan, checkpoint = request.plan, request.checkpoint
+    if unknown := sorted(set(request.options) - {"head", "projections"}):
+        raise PlanError(f"the target genai takes no option {unknown[0]!r}; it takes head and projections")
+    weights.kind(plan)
+    names = checkpoint.config.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise TargetError(f"{checkpoint.path / 'config.json'} names no architecture to export")
+    if not names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+        raise TargetError(
+            f"{names[0]} isn't a decoder, and only decoders can be exported; merge the adapter "
+            "(vera-edge merge) and export the result with a tool that takes it"
+        )
+    for adapter, _ in request.adapters if plan.mode == "branch" else ():
+        if more := sorted([*adapter.biases, *adapter.modules_to_save]):
+            raise TargetError(
+                f"{adapter.path} also trained {more[0]}, which a side-branch doesn't carry; use --mode merged"
+            )
+    return names[0]
+
+
+def sizes(request: ExportRequest) -> dict[str, int]:
+    """Output features of every module that an adapter touches, in the order of their names."""
+    modules = sorted({module for adapter, _ in request.adapters for module in adapter.vectors})
+    return {module: request.checkpoint.linear(module).out_features for module in modules}
+
+
+def _float_graph(
+    request: ExportRequest, architecture: str, work: Path
+) -> tuple[ir.Model, tuple[sites.Site, ...], Path]:
+    """The float32 graph, its weights merged or the base's own; its linear layers; the builder's folder."""
+    checkpoint, adapted = request.checkpoint, sizes(request)
+    merged = request.plan.mode == "merged"
+    adapters, projections = (request.adapters if merged else ()), request.projections
+    floats = plans.make(checkpoint, adapters, "merged", "fp32", projections=projections)
+    merge.write(floats, checkpoint, adapters, projections, work / "float", request.progress)
+    copy = Checkpoint.open(work / "float")
+    shapes = {module: linear.shape for module, linear in copy.linears.items()}
+    for fuse in ("true", "false"):
+        graph = work / f"graph-{fuse}"
+        request.progress("drawing the graph", 0, 1)
+        model = build.build(copy.path, graph, architecture, {"fuse_qkv": fuse})
+        found = sites.find(model, shapes, copy.dequantize)
+        # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
+        if merged or not any(_is_partial(site, adapted) for site in found):
+            break
+    sites.check_covered(found, {module: shapes[module] for module in adapted}, "adapted")
+    return model, found, graph
+
+
+def _is_partial(site: sites.Site, adapted: Mapping[str, int]) -> bool:
+    return len({part.module in adapted for part in site.parts}) > 1
+
+
+def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...]) -> dict[str, Range]:
+    """Store each weight as the plan says and add the side-branches; returns which bytes are shared."""
+    weaver, plan, kind = Weaver(model), request.plan, weights.kind(request.plan)
+    ends = head.find(model)
+    inner = tuple(site for site in found if ends is None or site.node is not ends.head)
+    bases = weights.stored(request, inner)
+    adapted = sizes(request) if plan.mode == "branch" else {}
+    if kind == "fp16":
+        for site in inner:
+            weaver.narrow_weight(site.node)
+    dtype = request.options.get("projections", _PROJECTIONS[kind])
+    branch.weave(weaver, inner, bases, adapted, request.projections, dtype)
+    if ends is not None:
+        head.store(weaver, ends, request.options.get("head", _HEADS[kind]), weights.BLOCK)
+    return weaver.finish()
+
+
+def _write_adapters(request: ExportRequest, stage: Path) -> dict[str, str]:
+    """One file for each adapter; the first is called default."""
+    adapted, files = sizes(request), {}
+    for number, (adapter, weight) in enumerate(request.adapters):
+        name = adapter.name if number else "default"
+        if name in files:
+            raise PlanError(f"two adapters are called {name}; rename the folder of one of them")
+        files[name] = f"adapters/{name}.onnx_adapter"
+        packing.write(stage / files[name], packing.vectors(adapter, adapted, weight))
+    return files

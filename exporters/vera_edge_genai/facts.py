@@ -1,0 +1,58 @@
+"""What an exported folder says about how it was made: in the graph's metadata, and in the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+
+import vera_edge
+from vera_edge.bundle import Facts
+from vera_edge.files import canonical_json, sha256_bytes
+from vera_edge.target import ExportRequest
+from vera_edge_genai.weights import kind
+
+_TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
+
+
+def tools() -> dict[str, str]:
+    """The versions of what takes part in an export."""
+    return {"vera-edge": vera_edge.__version__} | {name: version(name) for name in _TOOLS}
+
+
+def describe(request: ExportRequest) -> dict[str, str]:
+    """Metadata of the graph: text by name, without a path or a time."""
+    plan = request.plan
+    return {
+        "vera_edge.adapters": ",".join(adapter.digest for adapter, _ in request.adapters),
+        "vera_edge.base": request.checkpoint.digest,
+        "vera_edge.mode": plan.mode,
+        "vera_edge.plan": sha256_bytes(canonical_json(plan.to_dict())),
+        "vera_edge.projections": request.projections.digest,
+        "vera_edge.tools": ",".join(f"{name}={number}" for name, number in sorted(tools().items())),
+        "vera_edge.weights": kind(plan),
+    }
+
+
+def facts(request: ExportRequest, model: str, files: Mapping[str, str]) -> Facts:
+    """The manifest's facts. `files`: adapter name -> its file, in the order of `request.adapters`."""
+    plan, branch = request.plan, bool(files)
+    names = list(files) if branch else [adapter.name for adapter, _ in request.adapters]
+    spec = request.projections.spec.to_dict() | {"digest": request.projections.digest}
+    return Facts(
+        kind="decoder",
+        mode=plan.mode,
+        weights=kind(plan),
+        model=model,
+        base={
+            "digest": request.checkpoint.digest,
+            "architecture": request.checkpoint.config["architectures"][0],
+        },
+        adapters={
+            name: {"file": files.get(name), "digest": adapter.digest, "weight": weight}
+            for name, (adapter, weight) in zip(names, request.adapters, strict=True)
+        },
+        default_adapter=names[0] if branch else None,
+        projection=spec if branch else None,
+        plan=plan.to_dict(),
+        tools=tools(),
+    )

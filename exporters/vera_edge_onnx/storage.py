@@ -1,0 +1,89 @@
+"""Writes an ONNX model with external data: the same model gives the same bytes, each byte stored once.
+
+onnx-ir writes one range of the data file for each initializer. Here an initializer may also be a range of
+another one's bytes (the first rows of B, zeros), and then has none of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+
+from vera_edge.errors import OutputError
+from vera_edge.files import output_error
+from vera_edge.progress import Progress, silent
+from vera_edge_onnx.weaver import Range
+
+# Tensors start on a page, so that a runtime can map them: 4 KiB is enough on Linux and macOS, Windows maps at
+# 64 KiB, and asks that of tensors of some size only (as onnx-ir aligns them).
+_SMALL_ALIGNMENT = 64
+# Shape inference wants the values of the likes of Slice's ends, and reads no data file for them.
+_INLINE = 64
+_PAGE = 4096
+_LARGE = 1 << 20
+_GRANULE = 1 << 16
+
+
+def save(
+    model: ir.Model,
+    path: Path,
+    shared: Mapping[str, Range],
+    progress: Progress = silent,
+) -> None:
+    """Write `model` to `path` and its initializers to `<path>_data` beside it.
+
+    shared: initializer -> where its bytes lie within another one's.
+    Raises OutputError when the disk is full or a folder can't be written.
+    """
+    data_path = path.with_name(f"{path.name}_data")
+    places: dict[str, int] = {}
+    values = [
+        (name, value)
+        for name, value in sorted(model.graph.initializers.items())
+        if name in shared or value.const_value is None or value.const_value.nbytes > _INLINE
+    ]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with data_path.open("wb") as stream:
+            for done, (name, value) in enumerate(values):
+                progress("writing weights", done, len(values))
+                if name not in shared:
+                    places[name] = _append(stream, value)
+    except OSError as cause:
+        raise output_error(data_path, cause) from cause
+    for name, value in values:
+        tensor = value.const_value
+        assert tensor is not None
+        place = shared.get(name, Range(name))
+        start = places[place.source] + place.offset
+        value.const_value = ir.ExternalTensor(
+            data_path.name,
+            start,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
+            base_dir=data_path.parent,
+        )
+    proto: onnx.ModelProto = ir.to_proto(model)
+    if proto.ByteSize() >= 1 << 31:
+        raise OutputError(f"the graph of {path} is over 2 GiB without its weights, which ONNX can't hold")
+    try:
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+    except OSError as cause:
+        raise output_error(path, cause) from cause
+
+
+def _append(stream: BinaryIO, value: ir.Value) -> int:
+    tensor = value.const_value
+    assert tensor is not None
+    size = tensor.nbytes
+    alignment = _GRANULE if size >= _LARGE else _PAGE if size >= _PAGE else _SMALL_ALIGNMENT
+    stream.write(bytes(-stream.tell() % alignment))
+    start = stream.tell()
+    stream.write(tensor.tobytes())
+    return start

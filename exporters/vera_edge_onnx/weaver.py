@@ -1,0 +1,137 @@
+"""Edits an ONNX graph in place: new initializers, new nodes, a node's output taken over by another value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from vera_edge.errors import TargetError
+
+MICROSOFT = "com.microsoft"
+Dimension = int | str | None
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes that an initializer shares: those of the initializer `source`, from `offset` on."""
+
+    source: str
+    offset: int = 0
+
+
+@dataclass
+class Weaver:
+    """A graph under change. `shared` says which initializers lie within another one's bytes."""
+
+    model: ir.Model
+    shared: dict[str, Range] = field(default_factory=dict)
+    _rows: dict[str, dict[tuple[int, int], int]] = field(default_factory=dict)
+
+    def initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        """The initializer `name`, made of `array` when it isn't there yet."""
+        known = self.model.graph.initializers.get(name)
+        if known is not None:
+            return known
+        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+        value = ir.Value(
+            name=name,
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self.model.graph.register_initializer(value)
+        return value
+
+    def overridable(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        """An initializer that is a graph input too: a default that a run, or an adapter, may replace."""
+        if any(value.name == name for value in self.model.graph.inputs):
+            return self.model.graph.initializers[name]
+        if name in self.model.graph.initializers:
+            raise TargetError(f"the graph has a weight called {name} already; rename the adapter's module")
+        value = self.initializer(name, array)
+        self.model.graph.inputs.append(value)
+        return value
+
+    def rows(
+        self, name: str, matrix: npt.NDArray[Any], rows: tuple[int, int], overridable: bool = False
+    ) -> ir.Value:
+        """Rows `start` to `stop` of a matrix as an initializer; `finish` stores overlapping ones once."""
+        start, stop = rows
+        self._rows.setdefault(name, {})[rows] = matrix[:1].nbytes
+        make = self.overridable if overridable else self.initializer
+        return make(f"{name}[{start}:{stop}]", matrix[start:stop])
+
+    def _share_rows(self) -> None:
+        """Let every range of rows that lies within another one of the same matrix share its bytes."""
+        for name, ranges in self._rows.items():
+            outer = (0, 0)
+            for start, stop in sorted(ranges, key=lambda rows: (rows[0], -rows[1])):
+                if stop <= outer[1]:
+                    offset = (start - outer[0]) * ranges[start, stop]
+                    self.shared[f"{name}[{start}:{stop}]"] = Range(f"{name}[{outer[0]}:{outer[1]}]", offset)
+                else:
+                    outer = (start, stop)
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        shape: Sequence[Dimension],
+        *,
+        before: ir.Node,
+        domain: str = "",
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        **attributes: Any,
+    ) -> ir.Value:
+        """A node with one output of the given shape, inserted ahead of `before`; returns its output."""
+        node = ir.node(op, inputs, attributes, domain=domain, name=name)
+        output = node.outputs[0]
+        output.name, output.shape, output.type = f"{name}/output_0", ir.Shape(shape), ir.TensorType(dtype)
+        self.model.graph.insert_before(before, node)
+        return output
+
+    def take_over(self, old: ir.Node, new: ir.Value) -> None:
+        """Let `new` stand, under the old name, wherever the single output of `old` stood; remove `old`."""
+        output = old.outputs[0]
+        name, shape = output.name, output.shape
+        output.name = f"{name}/replaced"
+        output.replace_all_uses_with(new, replace_graph_outputs=True)
+        new.name, new.shape = name, shape
+        self.model.graph.remove(old, safe=True)
+
+    def narrow_weight(self, node: ir.Node) -> None:
+        """Store the weight of a MatMul as float16."""
+        weight = node.inputs[1]
+        assert weight is not None
+        self.narrow(weight, node)
+
+    def narrow(self, value: ir.Value, before: ir.Node) -> None:
+        """Store a float32 initializer as float16; it is widened when a runtime loads the graph."""
+        assert value.name is not None and value.const_value is not None
+        stored = self.initializer(f"{value.name}.fp16", value.const_value.numpy().astype(np.float16))
+        shape = tuple(value.const_value.shape.numpy())
+        wide = self.node("Cast", [stored], f"{value.name}/Cast", shape, before=before, to=ir.DataType.FLOAT)
+        value.replace_all_uses_with(wide)
+
+    def finish(self) -> dict[str, Range]:
+        """Remove what nothing uses any more, sort, and say which initializers share whose bytes."""
+        self._share_rows()
+        common.RemoveUnusedNodesPass()(self.model)
+        self.model.graph.sort()
+        initializers = self.model.graph.initializers
+        return {name: place for name, place in self.shared.items() if name in initializers}
+
+
+def leading(value: ir.Value) -> tuple[Dimension, ...]:
+    """All dimensions of `value` but the last."""
+    shape = value.shape
+    if shape is None:
+        return ("batch_size", "sequence_length")
+    return tuple(size if isinstance(size, int) else size.value for size in shape[:-1])

@@ -1,0 +1,98 @@
+"""`vera-edge export`: base and adapter as a folder that a runtime opens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vera_edge import target as targets
+from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, progress_bar, quiet_option
+
+WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "nf4", "fp4")
+STORED = ("fp32", "fp16", "int8", "int4")
+
+
+def _weighted(
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
+) -> list[tuple[Path, float]]:
+    found = []
+    for value in values:
+        path, _, weight = value.rpartition("=")
+        try:
+            found.append((Path(path), float(weight)) if path else (Path(value), 1.0))
+        except ValueError:
+            found.append((Path(value), 1.0))
+    return found
+
+
+@click.command()
+@click.argument("base", type=FOLDER)
+@click.argument("adapter", type=FOLDER)
+@click.option("-o", "--out", "folder", type=FOLDER, required=True, help="The folder to write.")
+@click.option("--onnx", "target", flag_value="onnx", default="onnx", help="Export to ONNX (the default).")
+@click.option("--target", help="Another target: onnx, genai, or one that is installed.")
+@click.option(
+    "--mode",
+    type=click.Choice(["merged", "branch"]),
+    default="merged",
+    show_default=True,
+    help="merged: the adapter in the weights. branch: beside them, and swapped at run time.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(WEIGHTS),
+    default="fp32",
+    show_default=True,
+    help="How the linear layers are stored; same: as the base stores them.",
+)
+@click.option(
+    "--adapter", "more", multiple=True, callback=_weighted, help="A further adapter, PATH or PATH=0.3."
+)
+@click.option("--weight", type=float, default=1.0, help="What scales ADAPTER's delta.")
+@click.option("--head", type=click.Choice(STORED), help="How embeddings and output head are stored.")
+@click.option("--projections-dtype", type=click.Choice(STORED), help="How a branch stores A and B.")
+@click.option("--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16.")
+@force_option
+@quiet_option
+@json_option
+def export(
+    base: Path,
+    adapter: Path,
+    folder: Path,
+    target: str,
+    mode: str,
+    weights: str,
+    more: list[tuple[Path, float]],
+    weight: float,
+    head: str | None,
+    projections_dtype: str | None,
+    projection_dtype: str | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Export BASE with ADAPTER to a folder that ONNX Runtime and ONNX Runtime GenAI open as it is."""
+    options = {"head": head, "projections": projections_dtype}
+    with progress_bar(quiet or as_json) as progress:
+        result = targets.export(
+            base,
+            [(adapter, weight), *more],
+            folder,
+            target=target,
+            mode=mode,
+            weights=weights,
+            options={key: value for key, value in options.items() if value is not None},
+            projection_dtype=projection_dtype,
+            force=force,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result.to_dict())
+        return
+    console = out()
+    console.print(f"{result.folder}: {mode}, {weights} weights, {result.size / 1e6:,.1f} MB")
+    for name, path in result.adapters.items():
+        console.print(f"adapter {name}: {path}")
+    for note in result.notes:
+        console.print(note)

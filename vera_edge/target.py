@@ -1,0 +1,153 @@
+"""What an export target is: an Exporter that turns a Plan into a folder, a Runner that gives logits.
+
+Exporters live outside this package and are found by entry point (group `vera_edge.exporters`), those in this
+repository through the same door as anybody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge import adapter as adapters
+from vera_edge import plan as plans
+from vera_edge import provenance
+from vera_edge.adapter import Adapter
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.errors import PlanError, TargetError
+from vera_edge.files import check_output
+from vera_edge.plan import Plan
+from vera_edge.progress import Progress, silent
+from vera_edge.projection import Projections
+from vera_edge.tensors import Float32
+
+GROUP = "vera_edge.exporters"
+
+
+class Runner(Protocol):
+    """Something that gives a model's logits."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def logits(self, tokens: npt.NDArray[np.int64]) -> Float32:
+        """Teacher-forced logits (n, vocab_size) of one sequence of n token ids."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """Everything an exporter needs.
+
+    adapters: each with its weight, which scales its delta. options: what the target alone understands; the
+    targets here take `projections` ("fp32", "fp16", "int8", "int4") and `head` ("fp32", "fp16", "int8",
+    "int4"): how projections and embeddings are stored.
+    """
+
+    checkpoint: Checkpoint
+    adapters: Sequence[tuple[Adapter, float]]
+    projections: Projections
+    plan: Plan
+    out: Path
+    options: Mapping[str, str] = field(default_factory=dict)
+    force: bool = False
+    progress: Progress = silent
+
+
+@dataclass(frozen=True)
+class Export:
+    """A folder that was exported. `model` is the file a runtime opens; `notes` are for a person to read."""
+
+    target: str
+    folder: Path
+    model: Path
+    size: int
+    plan: Plan
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as a JSON object."""
+        return {
+            "target": self.target,
+            "folder": str(self.folder),
+            "model": str(self.model),
+            "size": self.size,
+            "mode": self.plan.mode,
+            "weights": self.plan.weights,
+            "adapters": {name: str(path) for name, path in self.adapters.items()},
+            "notes": list(self.notes),
+        }
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """A target."""
+
+    @property
+    def name(self) -> str: ...
+
+    def export(self, request: ExportRequest) -> Export:
+        """Write `request.out`, whole or not at all. Raises TargetError when the model can't be exported."""
+
+
+def names() -> tuple[str, ...]:
+    """The installed targets."""
+    return tuple(sorted(entry_points(group=GROUP).names))
+
+
+def find(name: str) -> Exporter:
+    """The target called `name`; raises TargetError when there is none, or its extra isn't installed."""
+    found = [point for point in entry_points(group=GROUP) if point.name == name]
+    if not found:
+        raise TargetError(f"no export target is called {name!r}; installed: {', '.join(names()) or 'none'}")
+    try:
+        exporter = found[0].load()
+    except ImportError as cause:
+        raise TargetError(
+            f"export target {name} needs the package {cause.name}; "
+            "install the extra: pip install 'vera-edge[build]'"
+        ) from cause
+    if not isinstance(exporter, Exporter):
+        raise TargetError(f"{found[0].value} isn't an Exporter; reinstall the package that registers it")
+    return exporter
+
+
+def export(
+    base: Path,
+    adapter_paths: Sequence[tuple[Path, float]],
+    out: Path,
+    target: str = "onnx",
+    mode: str = "merged",
+    weights: str = "fp32",
+    options: Mapping[str, str] | None = None,
+    projection_dtype: str | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Export:
+    """Read base and adapters, plan, and export to `out`.
+
+    base, adapter_paths, out: folders; each adapter with its weight.
+    mode: "merged", or "branch": the base keeps its weights, the adapter runs beside it and can be swapped.
+    weights: the stored format of the linears. projection_dtype: see `provenance.resolve`.
+    Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
+    """
+    check_output(out, force)
+    exporter = find(target)
+    if not adapter_paths:
+        raise PlanError("give at least one adapter to export")
+    checkpoint = Checkpoint.open(base)
+    read = [(adapters.read(path), weight) for path, weight in adapter_paths]
+    plans.check_together(read)
+    found = [provenance.resolve(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    projections = plans.check_projections(read, [one.projections for one in found])
+    plan = plans.make(checkpoint, read, mode, weights, projections=projections)
+    notes = tuple(dict.fromkeys(note for one in found for note in (one.how, *one.notes)))
+    request = ExportRequest(checkpoint, read, projections, plan, out, options or {}, force, progress)
+    exported = exporter.export(request)
+    return replace(exported, notes=(*notes, *exported.notes))
