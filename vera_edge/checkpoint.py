@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge import formats
-from vera_edge.errors import CheckpointError
+from vera_edge.errors import CheckpointError, FormatError
 from vera_edge.files import read_json, sha256_bytes
-from vera_edge.formats import StoredLinear, Weight
+from vera_edge.formats import StoredLinear, Weight, checks, gguf
 from vera_edge.formats.dense import DTYPES, is_conv1d_module
 from vera_edge.tensors import Float32, TensorFolder
 
@@ -33,14 +33,18 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Read config and headers of a Hugging Face folder.
+        """Read config and headers of a Hugging Face folder, or of a GGUF file.
 
         Raises CheckpointError when something is missing, damaged or contradictory, FormatError when the
         weights are in a format that isn't known.
         """
-        tensors = TensorFolder.open(path)
-        config = read_json(path / "config.json", CheckpointError)
-        return cls(path, config, tensors, formats.find_linears(tensors, config))
+        if gguf.is_gguf(path):
+            tensors, config = gguf.open_model(path)
+        else:
+            tensors, config = TensorFolder.open(path), read_json(path / "config.json", CheckpointError)
+        linears = formats.find_linears(tensors, config)
+        _check_agreement(path, config, linears)
+        return cls(path, config, tensors, linears)
 
     @property
     def quantized(self) -> bool:
@@ -102,3 +106,33 @@ class Checkpoint:
             line = json.dumps([name, tensor.dtype, list(tensor.shape), inner], ensure_ascii=False)
             digest.update(line.encode() + b"\n")
         return digest.hexdigest()
+
+
+_BITSANDBYTES = {"load_in_4bit": frozenset({"nf4", "fp4"}), "load_in_8bit": frozenset({"int8"})}
+
+
+def _check_agreement(path: Path, config: Mapping[str, Any], linears: Mapping[str, StoredLinear]) -> None:
+    """Raise when config.json and the tensors say different things about how the weights are stored."""
+    method = checks.method(config)
+    stored = {linear.format: linear.module for linear in linears.values() if linear.format not in DTYPES}
+    if method is not None and not stored:
+        raise FormatError(
+            f"{path / 'config.json'} says the weights are quantized with {method}, but no layer is stored in "
+            f"a form of it that vera-edge knows; known formats: {', '.join(formats.FORMATS)}"
+        )
+    if method is None and stored:
+        name, module = next(iter(stored.items()))
+        raise CheckpointError(
+            f"{module} in {path} is stored as {name}, but config.json has no quantization_config; one of the "
+            "two belongs to another model"
+        )
+    if method != "bitsandbytes":
+        return
+    asked = checks.quantization(config)
+    allowed = frozenset[str]().union(*(names for key, names in _BITSANDBYTES.items() if asked.get(key)))
+    for name, module in stored.items():
+        if name not in allowed:
+            raise CheckpointError(
+                f"{module} in {path} is stored as {name}, which the quantization_config of config.json rules "
+                "out; one of the two belongs to another model"
+            )

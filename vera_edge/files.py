@@ -64,7 +64,8 @@ def read_json(path: Path, error: type[VeraEdgeError]) -> dict[str, Any]:
 def safe_join(root: Path, relative: str, error: type[VeraEdgeError] = BundleError) -> Path:
     """`root / relative`, refusing any name that could leave `root`.
 
-    Refused: absolute paths, `..`, drive letters, backslashes, NUL, empty names, and links that lead out.
+    Refused: absolute paths, `..`, drive letters, backslashes, NUL, empty names, and links that lead out; but
+    huggingface_hub's cache keeps a model as links from snapshots/<revision>/ to blobs/, which are its own.
     """
     pure = PurePosixPath(relative)
     bad = (
@@ -76,7 +77,10 @@ def safe_join(root: Path, relative: str, error: type[VeraEdgeError] = BundleErro
     if bad:
         raise error(f"unsafe path {relative!r} in {root}; names must be relative and stay in the folder")
     path = root / relative
-    if not path.resolve().is_relative_to(root.resolve()):
+    within = [root.resolve()]
+    if within[0].parent.name == "snapshots":
+        within.append(within[0].parent.parent / "blobs")
+    if not any(path.resolve().is_relative_to(folder) for folder in within):
         raise error(f"{path} leads out of {root} through a link; replace the link by the file itself")
     return path
 
