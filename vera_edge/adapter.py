@@ -175,10 +175,17 @@ def _place(parts: _Parts, key: str, raw: RawTensor, config: Mapping[str, Any], p
 
 
 def _is_saved_module(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether PEFT stores this module whole: `modules_to_save` names it or a parent, or it's an embedding."""
+    """Whether PEFT stores this module whole: `modules_to_save` names it or a parent, or it's an embedding.
+
+    PEFT takes a name as an ending: "norm" also names `layers.0.input_layernorm`.
+    """
     named = config.get("modules_to_save")
-    names = set(named) if isinstance(named, list) else set()
-    return any(part in names or part in _EMBEDDINGS for part in module.split("."))
+    endings = (
+        tuple(name for name in named if name and isinstance(name, str)) if isinstance(named, list) else ()
+    )
+    parts = module.split(".")
+    paths = (".".join(parts[: count + 1]) for count in range(len(parts)))
+    return not _EMBEDDINGS.isdisjoint(parts) or any(path.endswith(endings) for path in paths)
 
 
 def _floats(key: str, raw: RawTensor, dimensions: int, path: Path) -> Float32:
