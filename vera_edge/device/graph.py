@@ -17,6 +17,7 @@ from vera_edge.errors import BundleError
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]  # a name or None where the size isn't fixed
+_VECTORS = (".lambda_b", ".lambda_d")  # how the names of an adapter's inputs end
 _TYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -52,7 +53,9 @@ class Graph:
             raise BundleError(f"ONNX Runtime can't open {path}: {first_line(cause)}") from None
         self.inputs = _ports(self.session.get_inputs(), path)
         self.outputs = _ports(self.session.get_outputs(), path)
-        self.vectors = _ports(self.session.get_overridable_initializers(), path)
+        # vera.A and vera.B may be overridable too; they belong to the graph, not to an adapter.
+        overridable = _ports(self.session.get_overridable_initializers(), path)
+        self.vectors = {name: port for name, port in overridable.items() if name.endswith(_VECTORS)}
 
     def binding(self) -> Any:
         """A fresh IO binding of this session."""
