@@ -43,8 +43,15 @@ def _interval(estimate: Estimate) -> str:
 @click.argument("artefact", type=show.FOLDER)
 @click.option("--data", default="built-in", show_default=True, help="A UTF-8 text file, or built-in.")
 @click.option("--base", type=show.FOLDER, help="The base, when REFERENCE is an adapter that doesn't find it.")
-@click.option("--adapter", "adapters", multiple=True, help="PATH or PATH=WEIGHT, when REFERENCE is a base.")
-@click.option("--projection-dtype", help="What the projections were rounded to, when it can't be told.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    callback=show.weighted_paths,
+    metavar="PATH=WEIGHT",
+    help="An adapter of the reference, and what scales its delta, when REFERENCE is a base; repeat for more.",
+)
+@show.projection_dtype_option
 @click.option("--tokens", default=8192, show_default=True, help="About how many tokens to measure on.")
 @click.option("--window", default=256, show_default=True, help="Tokens a window.")
 @click.option("--exact", is_flag=True, help="Run a bitsandbytes artefact on exact values, not its kernels.")
@@ -58,6 +65,9 @@ def _interval(estimate: Estimate) -> str:
     "--baseline", type=show.FOLDER, help="An earlier report's JSON that this one must not fall behind."
 )
 @click.option("--report", type=show.FOLDER, help="Write an HTML report to this file.")
+@click.option(
+    "--beside", multiple=True, type=show.FOLDER, help="Another report's JSON to plot beside; repeat for more."
+)
 @click.option("--junit", "junit_file", type=show.FOLDER, help="Write the limits as JUnit XML to this file.")
 @click.option("--plots", type=show.FOLDER, help="Write PNG plots to this folder (extra: report).")
 @show.json_option
@@ -67,7 +77,7 @@ def drift(
     artefact: Path,
     data: str,
     base: Path | None,
-    adapters: tuple[str, ...],
+    adapters: list[tuple[Path, float]],
     projection_dtype: str | None,
     tokens: int,
     window: int,
@@ -76,6 +86,7 @@ def drift(
     limits_file: Path | None,
     baseline: Path | None,
     report: Path | None,
+    beside: tuple[Path, ...],
     junit_file: Path | None,
     plots: Path | None,
     as_json: bool,
@@ -96,13 +107,14 @@ def drift(
 
     bounds = limits.gather(limits_file, options)
     earlier = baselines.read(baseline) if baseline else None
+    others = [baselines.read(path) for path in beside]
     outputs.check(report, junit_file, plots)
     request = Request(
         reference,
         artefact,
         data=data,
         base=base,
-        adapters=tuple(_weighted(word) for word in adapters),
+        adapters=tuple(adapters),
         projection_dtype=projection_dtype,
         tokens=tokens,
         window=window,
@@ -114,21 +126,12 @@ def drift(
         found = limits.hold(assess(request, progress), bounds)
     if earlier is not None:
         found = baselines.hold(found, earlier)
-    outputs.write(found, report, junit_file, plots)
+    outputs.write(found, report, junit_file, plots, others)
     if as_json:
         show.print_json(found.to_dict())
     else:
         _show(found)
     limits.raise_when_exceeded(found)
-
-
-def _weighted(word: str) -> tuple[Path, float]:
-    """PATH or PATH=WEIGHT."""
-    path, mark, weight = word.rpartition("=")
-    try:
-        return (Path(path), float(weight)) if mark else (Path(word), 1.0)
-    except ValueError:
-        return Path(word), 1.0
 
 
 def _show(found: DriftReport) -> None:

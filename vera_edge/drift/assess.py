@@ -56,6 +56,11 @@ def assess(request: Request, progress: Progress = silent) -> DriftReport:
     progress("opening the models", 1, 2)
     candidate = models.open_candidate(request.candidate, request.exact)
     progress("opening the models", 2, 2)
+    if request.by_layer:
+        # torch is only there when the models' layers are.
+        from vera_edge.drift import layers
+
+        layers.check(trained, candidate)
     windows.check_tokenizers(text, [trained.folder, candidate.folder])
     tokenizer = _tokenizer(trained, candidate)
     vocabulary = min(trained.runner.vocab_size, candidate.runner.vocab_size)
@@ -64,6 +69,7 @@ def assess(request: Request, progress: Progress = silent) -> DriftReport:
     found = measure(
         trained.runner, candidate.runner, cut, base=trained.base, noise=trained.noise, progress=progress
     )
+    by_layer = layers.by_layer(trained, candidate, cut, progress) if request.by_layer else ()
     samples = continue_both(trained.runner, candidate.runner, cut, tokenizer, request.samples, progress)
     return DriftReport(
         reference=trained.artefact,
@@ -78,6 +84,7 @@ def assess(request: Request, progress: Progress = silent) -> DriftReport:
         notes=(*trained.notes, *candidate.notes, *_text_notes(found, vocabulary)),
         worst=_worst(found, cut, tokenizer),
         generations=samples,
+        layers=by_layer,
         tools=_versions(),
     )
 

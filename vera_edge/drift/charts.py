@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from vera_edge.drift import svg
 from vera_edge.drift.comparison import HISTOGRAM_EDGES, Comparison
@@ -17,7 +18,7 @@ _CELL_ROWS = re.compile(r"^(?P<before>.*?\.)?(?P<index>\d+)\.(?P<kind>.+)$")
 
 def kl_histogram(report: DriftReport) -> str:
     """Share of tokens by KL, fidelity filled and effect as an outline, on a logarithmic axis."""
-    shares = {name: _shares(comparison) for name, comparison in _series(report).items()}
+    shares = {name: _shares(comparison) for name, comparison in series(report).items()}
     used = [i for i in range(len(HISTOGRAM_EDGES) - 1) if any(share[i] > 0 for share in shares.values())]
     if not used:
         return ""
@@ -34,7 +35,8 @@ def kl_histogram(report: DriftReport) -> str:
     return chart.render()
 
 
-def _series(report: DriftReport) -> dict[str, Comparison]:
+def series(report: DriftReport) -> dict[str, Comparison]:
+    """The comparisons that a report has, by name."""
     found = {"fidelity": report.fidelity, "effect": report.effect, "noise": report.noise}
     return {name: comparison for name, comparison in found.items() if comparison is not None}
 
@@ -46,27 +48,28 @@ def _shares(comparison: Comparison) -> list[float]:
 def kl_by_position(report: DriftReport) -> str:
     """Mean KL by position in the window: drift that grows with context shows here."""
     lines = {}
-    for name, comparison in _series(report).items():
+    for name, comparison in series(report).items():
         if name == "noise":
             continue  # from a few windows only, it would be too ragged to read
-        points = _binned(comparison.kl_by_position)
-        if len(points) > 1:
-            lines[name] = points
+        stretches = binned(comparison.kl_by_position)
+        if len(stretches) > 1:
+            lines[name] = stretches
     if not lines:
         return ""
-    values = [value for points in lines.values() for _, value in points if value > 0]
+    values = [value for line in lines.values() for _, value in line if value > 0]
     if not values:
         return ""
     low, high = 10 ** math.floor(math.log10(min(values))), 10 ** math.ceil(math.log10(max(values)))
-    end = max(points[-1][0] for points in lines.values())
+    end = max(line[-1][0] for line in lines.values())
     chart = svg.Chart("Mean KL by position", (0.0, end), (low, high if high > low else low * 10), log_y=True)
     chart.grid("position in the window, tokens", "mean KL, nats")
-    for name, points in lines.items():
-        chart.line(name, points)
+    for name, line in lines.items():
+        chart.line(name, line)
     return chart.render()
 
 
-def _binned(values: Sequence[float]) -> list[tuple[float, float]]:
+def binned(values: Sequence[float]) -> list[tuple[float, float]]:
+    """(position, mean) of at most 48 stretches of the window."""
     size = max(1, math.ceil(len(values) / _SHOWN_POSITIONS))
     bins = [values[at : at + size] for at in range(0, len(values), size)]
     return [(index * size + (len(part) + 1) / 2, sum(part) / len(part)) for index, part in enumerate(bins)]
@@ -110,6 +113,20 @@ def layer_figure(layer: LayerDrift) -> float | None:
     return layer.delta_error if layer.delta_error is not None else layer.weight_error
 
 
+def ranked(report: DriftReport, count: int) -> list[LayerDrift]:
+    """The `count` layers that drift most."""
+    return sorted(report.layers, key=lambda layer: -(layer_figure(layer) or 0.0))[:count]
+
+
+def points(report: DriftReport, beside: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float]]:
+    """(name, bytes, mean KL) of the report's artefact and of other reports' (dicts)."""
+    found = [(report.candidate.name, report.candidate.bytes, report.fidelity.kl.mean.value)]
+    return found + [
+        (r["candidate"]["name"], r["candidate"]["bytes"], r["fidelity"]["kl"]["mean"]["value"])
+        for r in beside
+    ]
+
+
 def _shades(figures: Mapping[str, float]) -> dict[str, float]:
     """Opacity 0.08 to 1 by the logarithm over the largest three decades."""
     top = math.log10(max(figures.values()))
@@ -119,18 +136,18 @@ def _shades(figures: Mapping[str, float]) -> dict[str, float]:
     }
 
 
-def size_against_drift(points: Sequence[tuple[str, int, float]]) -> str:
+def size_against_drift(artefacts: Sequence[tuple[str, int, float]]) -> str:
     """Several artefacts (name, bytes, mean KL): down and left is better. The first is the report's own."""
-    points = [(name, size, kl) for name, size, kl in points if kl > 0 and size > 0]
-    if len(points) < 2:
+    shown = [(name, size, kl) for name, size, kl in artefacts if kl > 0 and size > 0]
+    if len(shown) < 2:
         return ""
-    sizes, kls = [size / 1e6 for _, size, _ in points], [kl for _, _, kl in points]
+    sizes, kls = [size / 1e6 for _, size, _ in shown], [kl for _, _, kl in shown]
     low, high = 10 ** math.floor(math.log10(min(kls))), 10 ** math.ceil(math.log10(max(kls)) + 0.05)
     chart = svg.Chart(
         "Size against drift", (0.0, max(sizes) * 1.15), (low, high if high > low else low * 10), log_y=True
     )
     chart.grid("size on disk, MB", "mean KL, nats")
-    for index, ((name, _, kl), size) in enumerate(zip(points, sizes, strict=True)):
+    for index, ((name, _, kl), size) in enumerate(zip(shown, sizes, strict=True)):
         chart.dot("fidelity" if index == 0 else "noise", size, kl, f"{name}: {size:.1f} MB, {kl:.3g} nats")
         right = chart.x(size) < svg.WIDTH * 0.7
         chart.text(chart.x(size) + (9 if right else -9), chart.y(kl) - 6, name, "start" if right else "end")

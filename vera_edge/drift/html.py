@@ -33,10 +33,11 @@ def render(report: DriftReport, beside: Sequence[Mapping[str, Any]] = ()) -> byt
     )
     environment.globals["figure"] = lambda path, form: _figure(value, path, form)
     environment.filters["megabytes"] = lambda size: f"{size / 1e6:.1f} MB"
+    environment.filters["visible"] = lambda text: text.replace("\n", "↵").replace("\t", "⇥")
     page = environment.get_template("report.html.j2").render(
         report=report,
         charts={name: Markup(text) for name, text in _charts(report, beside).items()},
-        layers=_ranked(report),
+        layers=charts.ranked(report, _WORST_LAYERS),
         worst=report.worst[:_SHOWN_WORST],
         samples=[_marked(sample) for sample in report.generations],
         theirs=value["llama.cpp"],
@@ -47,16 +48,11 @@ def render(report: DriftReport, beside: Sequence[Mapping[str, Any]] = ()) -> byt
 
 
 def _charts(report: DriftReport, beside: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    points = [(report.candidate.name, report.candidate.bytes, report.fidelity.kl.mean.value)]
-    points += [
-        (r["candidate"]["name"], r["candidate"]["bytes"], r["fidelity"]["kl"]["mean"]["value"])
-        for r in beside
-    ]
     return {
         "histogram": charts.kl_histogram(report),
         "position": charts.kl_by_position(report),
         "layers": charts.layer_map(report),
-        "size": charts.size_against_drift(points),
+        "size": charts.size_against_drift(charts.points(report, beside)),
     }
 
 
@@ -66,10 +62,6 @@ def _figure(value: Mapping[str, Any], path: str, form: str) -> Markup:
     for part in path.split("/"):
         found = found[part]
     return Markup('<span data-figure="{}" data-form="{}">{}</span>').format(path, form, format(found, form))
-
-
-def _ranked(report: DriftReport) -> list[Any]:
-    return sorted(report.layers, key=lambda layer: -(charts.layer_figure(layer) or 0.0))[:_WORST_LAYERS]
 
 
 def _marked(sample: Generations) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge import adapter as adapters
-from vera_edge import bundle, provenance
+from vera_edge import alignment, bundle, provenance
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.drift.result import Artefact
 from vera_edge.errors import DataError, MismatchError
@@ -79,7 +79,7 @@ def open_trained(
     else:
         base = path
     checkpoint = Checkpoint.open(base)
-    read = tuple((adapters.read(folder), weight) for folder, weight in adapter_paths)
+    read = tuple((alignment.read(folder, checkpoint), weight) for folder, weight in adapter_paths)
     return _trained_checkpoint(checkpoint, read, projection_dtype)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vera_edge.drift import html, junit
 from vera_edge.drift.result import DriftReport
@@ -24,14 +26,23 @@ def check(report: Path | None, junit_file: Path | None, plots: Path | None) -> N
         import matplotlib  # noqa: F401  (a missing extra is told before the long work, not after)
 
 
-def write(found: DriftReport, report: Path | None, junit_file: Path | None, plots: Path | None) -> None:
-    """Write what was asked for, each file whole or not at all; an earlier one is replaced."""
+def write(
+    found: DriftReport,
+    report: Path | None,
+    junit_file: Path | None,
+    plots: Path | None,
+    beside: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write what was asked for, each file whole or not at all; an earlier one is replaced.
+
+    beside: other reports' dicts, to plot size against drift with.
+    """
     if report is not None:
-        write_atomic(report, html.render(found))
+        write_atomic(report, html.render(found, beside))
     if junit_file is not None:
         write_atomic(junit_file, junit.render(found))
     if plots is not None:
         from vera_edge.drift import plots as drawing
 
-        for name, png in drawing.render(found).items():
+        for name, png in drawing.render(found, beside).items():
             write_atomic(plots / name, png)
