@@ -45,6 +45,7 @@ class Adapter:
     modules_to_save: tensors that replace the base's, by the name they have there.
     digest: hex SHA-256 of the tensors and of the facts that change what the adapter computes: rank, seed,
         bias and PEFT version. Names and paths aren't among them.
+    as_trained: the same under PEFT's names, where the base at hand has others (see `alignment`).
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Adapter:
     config: Mapping[str, Any]
     peft_version: str | None
     digest: str
+    as_trained: Adapter | None = None
 
 
 @dataclass

@@ -15,9 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge import adapter as adapters
+from vera_edge import alignment, provenance
 from vera_edge import plan as plans
-from vera_edge import provenance
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
@@ -142,7 +141,7 @@ def export(
     if not adapter_paths:
         raise PlanError("give at least one adapter to export")
     checkpoint = Checkpoint.open(base)
-    read = [(adapters.read(path), weight) for path, weight in adapter_paths]
+    read = [(alignment.read(path, checkpoint), weight) for path, weight in adapter_paths]
     plans.check_together(read)
     found = [provenance.resolve(adapter, checkpoint, projection_dtype) for adapter, _ in read]
     projections = plans.check_projections(read, [one.projections for one in found])

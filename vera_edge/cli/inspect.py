@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vera_edge import adapter as adapters
+from vera_edge import alignment
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.cli.show import FOLDER, json_option, out, print_json
 from vera_edge.errors import MismatchError
@@ -24,7 +25,8 @@ from vera_edge.inspection import inspect as inspect_adapter
 def inspect(adapter: Path, base: Path | None, projection_dtype: str | None, as_json: bool) -> None:
     """Say what ADAPTER is, whether it fits a base, and what it costs on the device."""
     checkpoint = None if base is None else Checkpoint.open(base)
-    result = inspect_adapter(adapters.read(adapter), checkpoint, projection_dtype)
+    read = adapters.read(adapter) if checkpoint is None else alignment.read(adapter, checkpoint)
+    result = inspect_adapter(read, checkpoint, projection_dtype)
     if as_json:
         print_json(result.to_dict())
     else:

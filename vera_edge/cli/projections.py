@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vera_edge import adapter as adapters
-from vera_edge import projection
+from vera_edge import alignment, projection
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json
 from vera_edge.files import check_output
@@ -40,7 +40,8 @@ def projections(
     if target is not None:
         check_output(target, force)
     checkpoint = None if base is None else Checkpoint.open(base)
-    found = (verify_saved if verify else resolve)(adapters.read(adapter), checkpoint, projection_dtype)
+    read = adapters.read(adapter) if checkpoint is None else alignment.read(adapter, checkpoint)
+    found = (verify_saved if verify else resolve)(read, checkpoint, projection_dtype)
     if target is not None:
         projection.write(found.projections, target)
     if as_json:

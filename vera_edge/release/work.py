@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import vera_edge
-from vera_edge import adapter as adapters
-from vera_edge import bundle, chunks, packing, provenance, signing, target
+from vera_edge import alignment, bundle, chunks, packing, provenance, signing, target
 from vera_edge.adapter import Adapter
 from vera_edge.bundle import Manifest
 from vera_edge.checkpoint import Checkpoint
@@ -134,7 +133,7 @@ class _Inputs:
 def _read_inputs(job: Job, store: Store) -> _Inputs:
     base_path = job.recipe.path(job.recipe.base(job.adapter.base).path)
     checkpoint = Checkpoint.open(base_path)
-    adapter = adapters.read(job.recipe.path(job.adapter.path))
+    adapter = alignment.read(job.recipe.path(job.adapter.path), checkpoint)
     found = provenance.resolve(adapter, checkpoint, job.adapter.projection_dtype)
     base_digest = store.folder_digest(base_path)
     facts = {
