@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge import adapter as adapters
+from vera_edge import bundle
 from vera_edge.adapter import Adapter
 from vera_edge.bundle import Manifest
 from vera_edge.errors import MismatchError
-from vera_edge.files import sha256_bytes, write_atomic
+from vera_edge.files import check_output, sha256_bytes, write_atomic
 from vera_edge.projection import Projections, ProjectionSpec
 from vera_edge.tensors import Float32
 
@@ -88,6 +90,12 @@ def pack(
     """
     check(adapter, manifest, spec)
     return write(path, vectors(adapter, module_sizes(manifest), weight), model_version)
+
+
+def pack_folder(adapter: Path, folder: Path, path: Path, weight: float = 1.0, force: bool = False) -> Packed:
+    """`pack` for a PEFT folder and a bundle's folder. Raises OutputError when `path` is taken."""
+    check_output(path, force)
+    return pack(adapters.read(adapter), bundle.read(folder), path, weight)
 
 
 def module_sizes(manifest: Manifest) -> dict[str, int]:

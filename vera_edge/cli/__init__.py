@@ -28,7 +28,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "update": ("vera_edge.cli.install:update", "Update an installed bundle by the files that changed."),
     "rollback": ("vera_edge.cli.install:rollback", "Go back to the version before."),
     "patch": ("vera_edge.cli.install:patch", "Write what takes a device from one bundle to another."),
+    "golden": ("vera_edge.cli.golden:golden", "Put the reference's answers into a bundle, to validate by."),
     "validate": ("vera_edge.cli.validate:validate", "Hold a bundle to its limits on this device."),
+    "adapter": ("vera_edge.cli.adapter:adapter", "Pack, list and compare adapters; write one as LoRA."),
+    "fetch": ("vera_edge.cli.fetch:fetch", "Bring a bundle over a slow link, only what is missing here."),
+    "diff": ("vera_edge.cli.fetch:diff", "Say what changed from one bundle to another."),
     "release": ("vera_edge.cli.release:release", "Make every bundle of a recipe: gated, described, signed."),
 }
 

@@ -1,0 +1,94 @@
+"""Packing for a branch bundle: the vectors arrive exactly, and what belongs elsewhere is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from tests import tiny
+from tests.conftest import Cli
+from vera_edge import adapter as adapters
+from vera_edge import target
+from vera_edge.device.session import Session
+
+
+@pytest.fixture(scope="module")
+def branch(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packing") / "branch"
+    target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], out, mode="branch", weights="fp32")
+    return out
+
+
+def test_a_packed_adapter_holds_the_vectors_and_runs(
+    branch: Path, tiny_llama: tiny.TinyLlama, tmp_path: Path, cli: Cli
+) -> None:
+    other = tiny.make_adapter(tiny_llama.nf4, tmp_path / "other", vectors_seed=77)
+    packed = tmp_path / "other.onnx_adapter"
+    assert cli("adapter", "pack", other, "--for", branch, "-o", packed).exit_code == 0
+    read = onnxruntime.AdapterFormat.read_adapter(str(packed)).get_parameters()
+    pairs = adapters.read(other).vectors
+    assert len(read) == 2 * len(pairs)
+    for module, pair in pairs.items():
+        np.testing.assert_array_equal(read[f"{module}.lambda_b"].numpy(), pair.lambda_b)
+        np.testing.assert_array_equal(read[f"{module}.lambda_d"].numpy(), pair.lambda_d)
+    tokens = np.arange(3, 30, dtype=np.int64)
+    session = Session.open(branch)
+    before = session.logits(tokens)
+    session.swap(packed)
+    after = session.logits(tokens)
+    own = tmp_path / "own"
+    target.export(tiny_llama.nf4, [(other, 1.0)], own, mode="branch", weights="fp32")
+    expected = Session.open(own).logits(tokens)
+    np.testing.assert_allclose(after, expected, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(before - after).max() > 0.01 * np.abs(expected).max()
+
+
+def test_the_same_vectors_give_the_same_bytes(
+    branch: Path, tiny_adapter: Path, tmp_path: Path, cli: Cli
+) -> None:
+    for name in ("one", "two"):
+        assert cli("adapter", "pack", tiny_adapter, "--for", branch, "-o", tmp_path / name).exit_code == 0
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"rank": 4}, "has rank 4"),
+        ({"seed": 32}, "has projection seed 32"),
+        ({"targets": ("q_proj",), "save_projection": True}, "aren't those of"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(
+    options: dict[str, object],
+    words: str,
+    branch: Path,
+    tiny_llama: tiny.TinyLlama,
+    tmp_path: Path,
+    cli: Cli,
+) -> None:
+    other = tiny.make_adapter(tiny_llama.nf4, tmp_path / "other", **options)  # type: ignore[arg-type]
+    result = cli("adapter", "pack", other, "--for", branch, "-o", tmp_path / "x.onnx_adapter")
+    assert result.exit_code == 2 and words in result.stderr
+    assert not (tmp_path / "x.onnx_adapter").exists()
+
+
+def test_a_merged_bundle_takes_no_adapter(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli
+) -> None:
+    target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "merged", mode="merged", weights="fp32")
+    result = cli("adapter", "pack", tiny_adapter, "--for", tmp_path / "merged", "-o", tmp_path / "x")
+    assert result.exit_code == 2 and "has its adapter merged" in result.stderr
+
+
+def test_list_and_diff(
+    branch: Path, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli
+) -> None:
+    assert "* default" in cli("adapter", "list", branch).stdout
+    assert cli("adapter", "diff", tiny_adapter, tiny_adapter).stdout.strip() == "nothing differs"
+    other = tiny.make_adapter(tiny_llama.nf4, tmp_path / "other", vectors_seed=6)
+    shown = cli("adapter", "diff", tiny_adapter, other).stdout
+    assert "vectors of model.layers." in shown and "and those of 4 more layers" in shown

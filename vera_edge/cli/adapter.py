@@ -1,0 +1,99 @@
+"""`vera-edge adapter`: pack, list, compare adapters, and write one as LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json
+
+_dtype_option = click.option(
+    "--projection-dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What PEFT rounded the projections to, where nothing else tells.",
+)
+
+
+@click.group()
+def adapter() -> None:
+    """Adapters on their own: kilobytes that an exported base takes in milliseconds."""
+
+
+@adapter.command()
+@click.argument("adapter", type=FOLDER)
+@click.option("--for", "bundle", type=FOLDER, required=True, help="The branch bundle that will run it.")
+@click.option("-o", "--output", type=FOLDER, required=True, help="The .onnx_adapter to write.")
+@click.option("--weight", type=float, default=1.0, show_default=True, help="Scales the adapter's delta.")
+@force_option
+@json_option
+def pack(adapter: Path, bundle: Path, output: Path, weight: float, force: bool, as_json: bool) -> None:
+    """Pack the PEFT folder ADAPTER for a bundle that was exported with --mode branch.
+
+    Refused when rank, seed, projections, layers or shapes aren't the bundle's: ONNX Runtime would run such a
+    file without a word.
+    """
+    from vera_edge.packing import pack_folder
+
+    packed = pack_folder(adapter, bundle, output, weight, force)
+    if as_json:
+        print_json({"path": str(packed.path), "size": packed.size, "sha256": packed.digest})
+    else:
+        out().print(f"{packed.path}: {packed.size / 1e3:.1f} KB, for {bundle}")
+
+
+@adapter.command("list")
+@click.argument("bundle", type=FOLDER)
+@json_option
+def list_adapters(bundle: Path, as_json: bool) -> None:
+    """List the adapters of BUNDLE; the default one is marked."""
+    from vera_edge import bundle as bundles
+
+    manifest = bundles.read(bundle)
+    if as_json:
+        print_json({"adapters": dict(manifest.adapters), "default": manifest.default_adapter})
+        return
+    for name, entry in manifest.adapters.items():
+        mark = "*" if name == manifest.default_adapter else " "
+        where = entry["file"] or "merged into the weights"
+        out().print(f"{mark} {name}  {where}  {entry['digest'][:12]}", markup=False)
+
+
+@adapter.command()
+@click.argument("old", type=FOLDER)
+@click.argument("new", type=FOLDER)
+@json_option
+def diff(old: Path, new: Path, as_json: bool) -> None:
+    """Compare two PEFT adapters: what differs, and by how much, layer by layer."""
+    from vera_edge.difference import compare_adapters
+
+    found = compare_adapters(old, new)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    for line in found.lines():
+        out().print(line, markup=False)
+
+
+@adapter.command("to-lora")
+@click.argument("adapter", type=FOLDER)
+@click.option("-o", "--output", type=FOLDER, required=True, help="The LoRA folder to write.")
+@click.option(
+    "--base", type=FOLDER, help="The base model's folder, where the adapter's config doesn't lead to it."
+)
+@_dtype_option
+@force_option
+@json_option
+def to_lora(
+    adapter: Path, output: Path, base: Path | None, projection_dtype: str | None, force: bool, as_json: bool
+) -> None:
+    """Write ADAPTER as a LoRA adapter that computes exactly the same, for tools that know only LoRA."""
+    from vera_edge import lora
+
+    made = lora.to_lora(adapter, output, base, projection_dtype, force)
+    if as_json:
+        print_json({"folder": str(made.folder), "layers": made.layers, "rank": made.rank, "size": made.size})
+    else:
+        out().print(
+            f"{made.folder}: LoRA of rank {made.rank} on {made.layers} layers, {made.size / 1e6:.1f} MB"
+        )

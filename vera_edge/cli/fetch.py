@@ -1,0 +1,57 @@
+"""`vera-edge fetch` and `vera-edge diff`: what a slow link has to carry from one version to the next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, progress_bar, quiet_option
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", type=FOLDER, required=True, help="The folder to write.")
+@click.option("--have", type=FOLDER, help="An older version; what it holds isn't transferred again.")
+@force_option
+@json_option
+@quiet_option
+def fetch(source: str, output: Path, have: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
+    """Bring the bundle at SOURCE, a folder or an HTTP address, here; an interrupted fetch goes on.
+
+    Any static server will do. With --have only the chunks that the older version lacks are transferred.
+    """
+    from vera_edge.device.fetch import fetch as fetch_bundle
+
+    with progress_bar(quiet or as_json) as progress:
+        found = fetch_bundle(source, output, have, force, progress)
+    if as_json:
+        print_json(
+            {
+                "folder": str(found.folder),
+                "digest": found.digest,
+                "size": found.size,
+                "transferred": found.transferred,
+            }
+        )
+        return
+    out().print(
+        f"{found.folder}: {found.size / 1e6:.2f} MB, {found.transferred / 1e6:.3f} MB of it transferred\n"
+        f"digest {found.digest}"
+    )
+
+
+@click.command()
+@click.argument("old", type=FOLDER)
+@click.argument("new", type=FOLDER)
+@json_option
+def diff(old: Path, new: Path, as_json: bool) -> None:
+    """Say what changed from the bundle OLD to NEW: facts, drift, plan, files, bytes to transfer."""
+    from vera_edge.difference import compare_bundles
+
+    found = compare_bundles(old, new)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    for line in found.lines():
+        out().print(line, markup=False)
