@@ -13,7 +13,24 @@ if TYPE_CHECKING:
     from vera_edge.release.work import Job
 
 
-@click.command()
+class _RecipeGroup(click.Group):
+    """A group whose first word may be a recipe: `release RECIPE` is `release make RECIPE`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, "-h", "--help"}:
+            args = ["make", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_RecipeGroup, no_args_is_help=True)
+def release() -> None:
+    """Make every bundle that a recipe describes: `vera-edge release RECIPE.toml -o OUT`.
+
+    A recipe (TOML) names bases, adapters, variants and limits; docs/release.md has every key.
+    """
+
+
+@release.command()
 @click.argument("recipe", type=show.FOLDER)
 @click.option(
     "-o", "--out", type=show.FOLDER, required=True, help="Folder that the bundles are published in."
@@ -26,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--store", type=show.FOLDER, help="Where finished work is kept between runs.")
 @show.json_option
 @show.quiet_option
-def release(
+def make(
     recipe: Path,
     out: Path,
     dry_run: bool,
@@ -79,3 +96,28 @@ def _show_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
         return
     for job in jobs:
         click.echo(f"{job.name}  ({job.variant.mode}, {job.variant.weights}, on {job.adapter.base})")
+
+
+@release.command()
+@click.argument("bundle", type=show.FOLDER)
+@click.option("--inputs", type=show.FOLDER, default=Path(), help="Folder that the recipe's paths start from.")
+@show.json_option
+@show.quiet_option
+def rebuild(bundle: Path, inputs: Path, as_json: bool, quiet: bool) -> None:
+    """Make a released BUNDLE again from its inputs, and compare the two byte for byte.
+
+    Exit code 3 when they differ.
+    """
+    from vera_edge.errors import DriftExceeded
+    from vera_edge.release import rebuild as rebuilding
+
+    with show.progress_bar(quiet or as_json) as progress:
+        found = rebuilding.rebuild(bundle, inputs, progress)
+    if as_json:
+        show.print_json({"same": found.same, "differing": list(found.differing), "digest": found.digest})
+    else:
+        click.echo(f"{bundle}: {'the same bytes' if found.same else 'differs'}")
+        for tool, (then, now) in found.tools.items():
+            click.echo(f"made with {tool} {then}, here is {now}")
+    if not found.same:
+        raise DriftExceeded(f"{bundle} wasn't made again as it is: {', '.join(found.differing[:5])} differ")

@@ -7,6 +7,7 @@ adapters of one base share one branch graph, and a changed limit doesn't export 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,7 +18,7 @@ from vera_edge import alignment, bundle, chunks, packing, provenance, signing, t
 from vera_edge.adapter import Adapter
 from vera_edge.bundle import Manifest
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.errors import VeraEdgeError
+from vera_edge.errors import MismatchError, VeraEdgeError
 from vera_edge.files import canonical_json, read_json, staged_folder, write_atomic
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
@@ -29,6 +30,7 @@ from vera_edge.release.recipe import AdapterEntry, Recipe, Variant
 
 ADAPTER_FILE = "adapters/default.onnx_adapter"
 EVIDENCE = "evidence"
+RECIPE = "recipe.json"
 _TOOLS = (
     "numpy",
     "onnx",
@@ -220,6 +222,7 @@ def _compose(
     parameters |= {"variant": inputs.facts["variant"], "projections": inputs.facts["projections"]}
     parts = {
         f"{EVIDENCE}/drift.json": evidence.report,
+        f"{EVIDENCE}/{RECIPE}": canonical_json(_own_recipe(job)),
         f"{EVIDENCE}/sbom.cdx.json": attestation.sbom(
             name, job.recipe.file.release.version, manifest.digest, materials, tools()
         ),
@@ -234,6 +237,36 @@ def _compose(
     write_atomic(stage / chunks.INDEX, chunks.index(stage, names))
     facts = bundle.change(manifest, limits=evidence.limits)
     return bundle.write(stage, facts)
+
+
+def _own_recipe(job: Job) -> dict[str, Any]:
+    """The part of the recipe that makes this bundle alone, without what is private to who made it."""
+
+    def portable(path: str) -> str:
+        return Path(path).name if Path(path).expanduser().is_absolute() else Path(path).as_posix()
+
+    file, base = job.recipe.file, job.recipe.base(job.adapter.base)
+    data = file.limits.data if file.limits.data == "built-in" else portable(file.limits.data)
+    own = file.model_copy(
+        update={
+            "base": (base.model_copy(update={"path": portable(base.path)}),),
+            "adapter": (job.adapter.model_copy(update={"path": portable(job.adapter.path)}),),
+            "variant": (job.variant.model_copy(update={"adapters": None}),),
+            "limits": file.limits.model_copy(update={"data": data}),
+            "sign": None,
+        }
+    )
+    return own.model_dump(mode="json", exclude_none=True)
+
+
+def check_inputs(job: Job, digests: Mapping[str, str]) -> None:
+    """Raise MismatchError unless base and adapter have these digests ("base" and "adapter")."""
+    inputs = _read_inputs(job, Store(job.store))
+    for kind, found in (("base", inputs.base_digest), ("adapter", inputs.adapter.digest)):
+        if digests.get(kind) != found:
+            raise MismatchError(
+                f"the {kind} here isn't the one that {job.name} was made from; give its inputs"
+            )
 
 
 def _release_facts(job: Job) -> dict[str, Any]:

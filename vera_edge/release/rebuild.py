@@ -1,0 +1,82 @@
+"""Makes a released bundle again from what it says of itself, and compares the two byte for byte."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from vera_edge import bundle
+from vera_edge.errors import BundleError, MismatchError, VeraEdgeError
+from vera_edge.files import read_json, sha256_bytes
+from vera_edge.progress import Progress, silent
+from vera_edge.release import work
+from vera_edge.release.recipe import Recipe, RecipeFile
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a rebuild found. `differing`: names of files that aren't the same, the signature aside.
+
+    `tools`: tool -> (version it was made with, version here), where they differ.
+    """
+
+    digest: str
+    differing: tuple[str, ...]
+    tools: dict[str, tuple[str | None, str | None]]
+
+    @property
+    def same(self) -> bool:
+        return not self.differing
+
+
+def rebuild(folder: Path, inputs: Path, progress: Progress = silent) -> Rebuilt:
+    """Make the bundle in `folder` again in a temporary folder, from nothing but its inputs.
+
+    inputs: the folder that the recipe's paths start from. Raises BundleError when the bundle wasn't made by
+    `vera-edge release` or isn't whole, MismatchError when the inputs aren't those it was made from.
+    """
+    old = bundle.verify(folder)
+    recipe = _recipe(folder, inputs)
+    statement = read_json(folder / work.EVIDENCE / "provenance.json", BundleError)
+    with tempfile.TemporaryDirectory(prefix="vera-edge-rebuild-") as name:
+        place = Path(name)
+        adapter, variant = recipe.jobs[0]
+        job = work.Job(recipe, adapter, variant, place / "out", place / "store")
+        work.check_inputs(job, _materials(statement, folder))
+        result = work.run(job, progress)
+        if result.state in ("failed", "stopped"):
+            raise VeraEdgeError(f"{folder} can't be made again: {result.message}")
+        new = bundle.read(job.out / job.name)
+    names = sorted(old.files.keys() | new.files.keys())
+    differing = tuple(name for name in names if old.files.get(name) != new.files.get(name))
+    tools = {
+        tool: (old.tools.get(tool), new.tools.get(tool))
+        for tool in sorted(old.tools.keys() | new.tools.keys())
+        if old.tools.get(tool) != new.tools.get(tool)
+    }
+    return Rebuilt(new.digest, differing, tools)
+
+
+def _recipe(folder: Path, inputs: Path) -> Recipe:
+    path = folder / work.EVIDENCE / work.RECIPE
+    if not path.is_file():
+        raise BundleError(f"{folder} carries no recipe; only what `vera-edge release` made can be made again")
+    try:
+        file = RecipeFile.model_validate(read_json(path, BundleError))
+    except ValidationError:
+        raise BundleError(f"{path} isn't a recipe that this vera-edge understands; update it") from None
+    if len(file.base) != 1 or len(file.adapter) != 1 or len(file.variant) != 1:
+        raise BundleError(f"{path} describes more than one bundle; it was changed")
+    return Recipe(file=file, folder=inputs.absolute(), digest=sha256_bytes(path.read_bytes()))
+
+
+def _materials(statement: dict[str, Any], folder: Path) -> dict[str, str]:
+    try:
+        listed = statement["predicate"]["buildDefinition"]["resolvedDependencies"]
+        return {entry["name"].partition(":")[0]: entry["digest"]["sha256"] for entry in listed}
+    except (KeyError, TypeError, AttributeError):
+        raise MismatchError(f"the provenance in {folder} doesn't name its inputs; it was changed") from None
