@@ -40,6 +40,18 @@ _SHOWN = 5
 )
 @click.option("--block-size", type=int, help="Weights to one scale, for nf4 and fp4 (default 64).")
 @click.option("--double-quant", is_flag=True, help="Quantize the scales of nf4 and fp4 too.")
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "search", "hqq", "gptq"]),
+    help="How to round: to nearest, by searched scales, by HQQ, or compensated (default for nf4 and fp4).",
+)
+@click.option(
+    "--calibration",
+    default="built-in",
+    show_default=True,
+    metavar="FILE",
+    help="Text to calibrate search and gptq on: a UTF-8 file like what the adapter is for, or built-in.",
+)
 @more_adapters_option
 @weight_option
 @projection_dtype_option
@@ -54,6 +66,8 @@ def merge(
     to: str,
     block_size: int | None,
     double_quant: bool,
+    method: str | None,
+    calibration: str,
     more: list[tuple[Path, float]],
     weight: float,
     projection_dtype: str | None,
@@ -75,8 +89,10 @@ def merge(
         else:
             out().print(_plan_table(ready.plan))
         return
+    from vera_edge.writeback import merge_to_folder  # imports torch
+
     with progress_bar(quiet or as_json) as progress:
-        report = merging.perform(ready, folder, progress=progress, force=force)
+        report = merge_to_folder(ready, folder, method, calibration, progress=progress, force=force)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vera_edge import adapter as adapter_reader
+from vera_edge import alignment, provenance
 from vera_edge import plan as plans
-from vera_edge import provenance
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
@@ -25,6 +24,7 @@ from vera_edge.merge.report import LayerReport, MergeReport
 from vera_edge.plan import SAME, Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
+from vera_edge.requantize import Codes
 
 __all__ = [
     "LayerReport",
@@ -68,7 +68,7 @@ def prepare(
     if to != SAME and to not in FORMATS:
         raise PlanError(f"no weight format is called {to!r}; choose {SAME} or one of {', '.join(FORMATS)}")
     checkpoint = Checkpoint.open(base)
-    read = tuple((adapter_reader.read(path), weight) for path, weight in adapters)
+    read = tuple((alignment.read(path, checkpoint), weight) for path, weight in adapters)
     plans.check_together(read)
     found = [provenance.resolve(adapter, checkpoint, projection_dtype) for adapter, _ in read]
     projections = plans.check_projections(read, [one.projections for one in found])
@@ -77,7 +77,14 @@ def prepare(
     return Prepared(checkpoint, read, projections, plan, tuple(notes))
 
 
-def perform(ready: Prepared, out: Path, progress: Progress = silent, force: bool = False) -> MergeReport:
+def perform(
+    ready: Prepared,
+    out: Path,
+    progress: Progress = silent,
+    force: bool = False,
+    requantized: Mapping[str, Codes] | None = None,
+    notes: Sequence[str] = (),
+) -> MergeReport:
     """Write what was prepared to `out`, whole or not at all; see `write`."""
     return write(
         ready.plan,
@@ -87,7 +94,8 @@ def perform(ready: Prepared, out: Path, progress: Progress = silent, force: bool
         out,
         progress=progress,
         force=force,
-        notes=ready.notes,
+        notes=(*ready.notes, *notes),
+        requantized=requantized,
     )
 
 

@@ -1,4 +1,4 @@
-"""The sum of what the adapters add to one weight, row range by row range, in float32."""
+"""The sum of what the adapters add to one weight, in float32."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from vera_edge.adapter import Adapter
+from vera_edge.formats import row_chunks
 from vera_edge.projection import Projections
 from vera_edge.tensors import Float32
+
+_MATMUL_ROWS = 512  # fewer make the product slow
 
 
 class Delta:
@@ -36,14 +39,16 @@ class Delta:
         """Whether no adapter changes this layer: it isn't adapted, or lambda_b was never trained."""
         return not any(lambda_b.any() for lambda_b, _ in self._terms)
 
-    def rows(self, start: int, stop: int) -> Float32:
-        """Rows `start` to `stop` (stop - start, in), by the products in PEFT's order (`get_delta_weight`)."""
-        total = self._product(0, start, stop)
-        for term in range(1, len(self._terms)):
-            np.add(total, self._product(term, start, stop), out=total)
-        return total
+    def into(self, out: Float32) -> None:
+        """Write the delta (out, in) over `out`, by the products in PEFT's order (`get_delta_weight`).
 
-    def _product(self, term: int, start: int, stop: int) -> Float32:
-        lambda_b, scaled_a = self._terms[term]
-        product: Float32 = np.matmul(lambda_b[start:stop, None] * self._b[start:stop], scaled_a)
-        return product
+        The first product needs no memory of its own, further ones a piece of some MiB.
+        """
+        first, *others = self._terms
+        np.matmul(self._scaled_b(first[0], 0, out.shape[0]), first[1], out=out)
+        for lambda_b, scaled_a in others:
+            for start, stop in row_chunks((out.shape[0], out.shape[1]), multiple=_MATMUL_ROWS):
+                out[start:stop] += np.matmul(self._scaled_b(lambda_b, start, stop), scaled_a)
+
+    def _scaled_b(self, lambda_b: Float32, start: int, stop: int) -> Float32:
+        return lambda_b[start:stop, None] * self._b[start:stop]

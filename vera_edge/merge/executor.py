@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from vera_edge.merge.report import LayerReport, MergeReport
 from vera_edge.plan import Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
+from vera_edge.requantize import Codes
 from vera_edge.shards import MAX_SHARD_BYTES, Layout, ShardWriter
 from vera_edge.tensors import Float32
 
@@ -48,23 +49,25 @@ def write(
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     notes: Sequence[str] = (),
+    requantized: Mapping[str, Codes] | None = None,
 ) -> MergeReport:
     """Perform `plan` and write the merged model to `out`, whole or not at all.
 
     adapters: those the plan was made for, with their weights. notes: sentences for the report.
+    requantized: weights that were rounded elsewhere, merged, by module; the others are rounded to nearest.
     Raises MismatchError when the plan was made for other inputs, PlanError when it isn't a merge, OutputError
     when `out` can't be written.
     """
     check_plan(plan, checkpoint, adapters, projections)
     check_output(out, force)
-    work, untied = units.cut(plan, checkpoint, adapters, projections)
+    work, untied = units.cut(plan, checkpoint, adapters, projections, requantized or {})
     config = merged_config(plan, checkpoint, untied)
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for unit in work:
         layout |= unit.layout
     with staged_folder(out, force) as stage:
         layers = _write_tensors(stage, layout, work, max_shard_bytes, progress)
-        report = _report(plan, checkpoint, adapters, projections, out, layers, notes)
+        report = _report(plan, checkpoint, adapters, projections, out, layers, notes, bool(requantized))
         _write_beside(stage, report, config, checkpoint, plan)
         size = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
     return replace(report, size=size)
@@ -121,6 +124,7 @@ def _report(
     out: Path,
     layers: tuple[LayerReport, ...],
     notes: Sequence[str],
+    calibrated: bool,
 ) -> MergeReport:
     changed = {layer.module for layer in layers}
     report = MergeReport(
@@ -137,6 +141,9 @@ def _report(
             step.module for step in plan.steps if step.action == "merge" and step.module not in changed
         ),
     )
+    if calibrated:
+        # Compensated rounding spends weight-space error to save output error: shares of the delta say little.
+        return report
     return replace(report, warning=advice.warning(report, checkpoint, adapters, projections))
 
 

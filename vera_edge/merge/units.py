@@ -7,7 +7,7 @@ keep one tensor in memory, and be spread over workers or taken up again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from vera_edge.merge.measure import measure
 from vera_edge.merge.report import LayerReport
 from vera_edge.plan import SAME, Plan, Step
 from vera_edge.projection import Projections
+from vera_edge.requantize import Codes
 from vera_edge.shards import Layout
 from vera_edge.tensors import FLOATS, Float32, RawTensor, TensorInfo
 
@@ -135,6 +136,7 @@ class Linear:
     step: Step
     adapters: Sequence[tuple[Adapter, float]]
     projections: Projections
+    requantized: Mapping[str, Codes] = field(default_factory=dict)  # what was rounded elsewhere, by module
 
     @property
     def names(self) -> Sequence[str]:
@@ -149,7 +151,8 @@ class Linear:
         step, target = self.step, formats.get(self.step.result)
         base = self.checkpoint.load(step.module)
         merged = merge_rows(step.module, base, self.delta())
-        result = target.quantize(merged, step.options)
+        codes = self.requantized.get(step.module)
+        result = target.quantize(merged, step.options) if codes is None else codes.weight()
         check_range(step, merged, result)
         layer = None
         if step.action == "merge":
@@ -170,16 +173,19 @@ class Linear:
 def merge_rows(module: str, base: Weight, delta: Delta | None) -> Float32:
     """The base's weight plus the delta, float32 (out, in). Raises CheckpointError when it isn't finite."""
     merged = np.empty(base.shape, np.float32)
+    if delta is not None:
+        delta.into(merged)
     for start, stop in row_chunks(base.shape):
-        rows = base.rows(start, stop)
-        if delta is not None:
-            rows = rows + delta.rows(start, stop)
+        rows = merged[start:stop]
+        if delta is None:
+            rows[:] = base.rows(start, stop)
+        else:
+            rows += base.rows(start, stop)
         if not np.isfinite(rows).all():
             raise CheckpointError(
                 f"the weight of {module} holds NaN or infinite values, so nothing sound can be made of it; "
                 "the checkpoint is damaged: copy it again"
             )
-        merged[start:stop] = rows
     return merged
 
 
@@ -213,6 +219,7 @@ def cut(
     checkpoint: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]],
     projections: Projections,
+    requantized: Mapping[str, Codes],
 ) -> tuple[list[Unit], bool]:
     """The units of a plan, in the order in which the base's files hold what they read, new tensors last.
 
@@ -224,7 +231,7 @@ def cut(
         if f"{step.module}.weight" in replaced:
             continue
         linear = checkpoint.linear(step.module)
-        unit = Linear(checkpoint, step, adapters, projections)
+        unit = Linear(checkpoint, step, adapters, projections, requantized)
         delta = unit.delta()
         same = step.source == step.result and formats.get(step.result).options_of(linear) == step.options
         if step.copies or (same and (delta is None or delta.is_zero)):

@@ -7,6 +7,7 @@
     gptq      codes that make up for each other's errors, on scales that are given
     refit     scales that are best for given codes, for a whole row at once
     quantize  the methods as one function, `requantize`
+    store     codes of many modules, on disk
 
 The measure is the layer's output error, `tr((W - Q) H (W - Q)^T)` with `H = X^T X / n` over calibration
 inputs X: an error in the weight hardly predicts what it does to the model (docs/requantize.md).
@@ -18,10 +19,12 @@ from __future__ import annotations
 from vera_edge.requantize.gram import Gram, output_error
 from vera_edge.requantize.grids import Codes, Grid, bnb_grid, int8_rows, int_blocks
 from vera_edge.requantize.quantize import METHODS, Effort, requantize
+from vera_edge.requantize.store import CodesFolder
 
 __all__ = [
     "METHODS",
     "Codes",
+    "CodesFolder",
     "Effort",
     "Gram",
     "Grid",

@@ -80,11 +80,11 @@ class Grid:
         if self.integer:
             assert zero is not None
             np.rint(scaled, out=scaled)
-            return np.clip(scaled, -zero, np.float32(self.top) - zero, out=scaled)
-        cells = (scaled * np.float32(_CELLS / 2) + np.float32(_CELLS / 2)).astype(np.int32)
-        np.clip(cells, 0, _CELLS - 1, out=cells)
-        found: Float32 = _level_of_cell(self.kind)[cells]
-        return found
+            np.maximum(scaled, -zero, out=scaled)
+            return np.minimum(scaled, np.float32(self.top) - zero, out=scaled)
+        scaled *= np.float32(_CELLS / 2)
+        scaled += np.float32(_CELLS / 2)
+        return _level_of_cell(self.kind).take(scaled.astype(np.intp), mode="clip")
 
     def codes_of(self, levels: Float32, zero: Float32 | None) -> Bytes:
         """The stored codes (uint8) of levels that lie on the grid."""

@@ -27,7 +27,7 @@ class Effort:
     `damp` and `act_order` apply where a plain Gram matrix is given; a prepared one brings its own.
     """
 
-    rounds: int = 3
+    rounds: int = 2
     sweeps: int = 2
     damp: float = 0.01
     act_order: bool = False
@@ -85,6 +85,7 @@ class _Work:
         self.zeros = np.empty_like(self.scales)
         self.codes: Bytes = np.empty(self.shape, np.uint8)
         self.nested: NestedScales | None = None
+        self.errors = np.empty(self.shape[0], np.float32)  # of each row, once `_improve` has begun
 
     def run(self, method: str) -> Codes:
         self._set_scales(method)
@@ -93,6 +94,7 @@ class _Work:
         for piece in self.pieces:
             self._put(piece, self._first_levels(piece, method))
         if method == "gptq" and self.in_rows:
+            self._measure()
             for turn in range(self.effort.rounds):
                 # Where scales are nested, the first refit also moves the grid that they lie on.
                 self._improve(self.effort.sweeps, renest=self.grid.nested and turn == 0)
@@ -140,19 +142,24 @@ class _Work:
             return None
         return spread(self.zeros[self._at(piece)], self.grid, (piece[1] - piece[0], self.shape[1]))
 
+    def _measure(self) -> None:
+        for piece in self.pieces:
+            rows = slice(*piece)
+            self.errors[rows] = self._row_errors(self.weight[rows], self._levels(piece), self.scales[rows])
+
     def _improve(self, sweeps: int, renest: bool) -> None:
         """Refit the scales to the codes, then the codes to the scales; keep what lowers the error."""
         assert self.gram is not None
         nested = self.nested
         if renest:
             nested = NestedScales(np.concatenate([self._normal(piece).solve() for piece in self.pieces]))
-        before = [(self.codes.copy(), self.scales.copy(), self.nested)] if renest else []
+        before = [(self.codes.copy(), self.scales.copy(), self.errors.copy())] if renest else []
         errors = [0.0, 0.0]
         for piece in self.pieces:
             fell = self._improve_piece(piece, nested, sweeps, keep=not renest)
             errors = [total + one for total, one in zip(errors, fell, strict=True)]
         if renest and errors[1] >= errors[0]:
-            self.codes, self.scales, self.nested = before[0]
+            self.codes, self.scales, self.errors = before[0]
         elif renest:
             self.nested = nested
 
@@ -173,12 +180,13 @@ class _Work:
             scales = normal.place(scales, lambda block, values: nested.nearest(values, (rows, block)))
         zeros = self.zeros[rows]
         better = descend(part, levels, self.grid, scales, zeros, self.gram, sweeps)
-        before = self._row_errors(part, levels, self.scales[rows])
+        before = self.errors[rows].copy()
         after = self._row_errors(part, better, scales)
         if keep:
             worse = after >= before
             better[worse], scales[worse] = levels[worse], self.scales[rows][worse]
-        self.scales[rows] = scales
+            after[worse] = before[worse]
+        self.scales[rows], self.errors[rows] = scales, after
         self._put(piece, better)
         return float(before.sum()), float(after.sum())
 

@@ -32,10 +32,11 @@ class Normal:
         self.matrix: Float64 = np.empty((*self.target.shape, starts.size))
         for index, begin in enumerate(starts):
             end = min(begin + grid.width(inside), inside)
-            product = levels[:, begin:end] @ gram.values[begin:end]
-            product *= levels
-            self.matrix[:, index] = _sum_blocks(product, starts)
-        self.matrix = (self.matrix + self.matrix.transpose(0, 2, 1)) / 2
+            # The matrix is symmetric: from the diagonal on will do.
+            product = levels[:, begin:end] @ gram.values[begin:end, begin:]
+            product *= levels[:, begin:]
+            sums = _sum_blocks(product, starts[index:] - begin)
+            self.matrix[:, index, index:], self.matrix[:, index:, index] = sums, sums
         diagonal = np.arange(starts.size)
         ridge = _RIDGE * self.matrix[:, diagonal, diagonal].mean(axis=1) + 1e-30
         self.matrix[:, diagonal, diagonal] += ridge[:, None]
