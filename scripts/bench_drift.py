@@ -198,8 +198,8 @@ def _footnote(scored: int, perplexity: float) -> str:
         f"{scored} tokens of held-out text. KL in nats, from the model as trained (NF4 base, exact values "
         f"in float32, adapter unmerged in PEFT; perplexity {perplexity:.3f}) to what is shipped; "
         "*of the effect* divides it by the KL to the base without the adapter. Speed: greedy decoding on "
-        f"{os.cpu_count()} cores of {_processor()}, load {os.getloadavg()[0]:.1f} while measuring; PEFT's row "
-        f"runs in torch. {packages}."
+        f"{os.cpu_count()} cores of {_processor()} (load {os.getloadavg()[0]:.1f}); PEFT's row runs "
+        f"in torch. {packages}."
     )
     return textwrap.fill(note, 110)
 

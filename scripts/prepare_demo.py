@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -162,5 +164,13 @@ def _say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
+def _hush() -> None:
+    """Keep the advice of the libraries below out of what a person reads; their errors still show."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that a faster kernel isn't installed
+    for package in ("peft", "torch", "transformers"):
+        warnings.filterwarnings("ignore", module=package)
+
+
 if __name__ == "__main__":
+    _hush()
     print(prepare().folder)
