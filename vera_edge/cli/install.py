@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, progress_bar, quiet_option
+from vera_edge.cli.trust import checks_signature
 from vera_edge.device.install import Accept, Installed, make_patch
 from vera_edge.device.install import install as install_bundle
 from vera_edge.device.install import rollback as roll_back
@@ -26,6 +27,7 @@ _validate_option = click.option(
 @_validate_option
 @json_option
 @quiet_option
+@checks_signature("src")
 def install(src: Path, dst: Path, validated: bool, as_json: bool, quiet: bool) -> None:
     """Install the bundle SRC into DST and switch DST/current to it; the last good version is kept."""
     with progress_bar(quiet or as_json) as progress:

@@ -9,6 +9,7 @@ import click
 from rich.table import Table
 
 from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option
+from vera_edge.cli.trust import checks_signature
 from vera_edge.errors import DriftExceeded
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -36,6 +37,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
 @json_option
 @quiet_option
+@checks_signature("bundle")
 def validate(
     bundle: Path,
     max_memory: int | None,

@@ -8,6 +8,7 @@ import click
 
 from vera_edge import bundle as bundles
 from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option
+from vera_edge.cli.trust import checks_signature
 
 
 @click.command()
@@ -15,6 +16,7 @@ from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_ba
 @click.option("--fast", is_flag=True, help="Don't read files over 64 MiB; their size is checked.")
 @json_option
 @quiet_option
+@checks_signature("bundle")
 def verify(bundle: Path, fast: bool, as_json: bool, quiet: bool) -> None:
     """Check every file of BUNDLE against its manifest, offline."""
     with progress_bar(quiet or as_json) as progress:
