@@ -101,11 +101,13 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
-            tensor = self.tensors.read(name)
-            inner = hashlib.sha256(tensor.data.data).hexdigest()
-            line = json.dumps([name, tensor.dtype, list(tensor.shape), inner], ensure_ascii=False)
-            digest.update(line.encode() + b"\n")
+            digest.update(self._digest_line(name).encode() + b"\n")
         return digest.hexdigest()
+
+    def _digest_line(self, name: str) -> str:
+        tensor = self.tensors.read(name)
+        inner = hashlib.sha256(tensor.data.data).hexdigest()
+        return json.dumps([name, tensor.dtype, list(tensor.shape), inner], ensure_ascii=False)
 
 
 _BITSANDBYTES = {"load_in_4bit": frozenset({"nf4", "fp4"}), "load_in_8bit": frozenset({"int8"})}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge.errors import PlanError
-from vera_edge.formats.weight import Layout, StoredLinear
+from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear
 from vera_edge.tensors import Float32, RawTensor, TensorFolder, float32_to_bf16
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -119,7 +119,11 @@ class Dense:
 
 def to_dtype(values: Float32, dtype: str) -> RawTensor:
     """Round float32 values to F32, F16 or BF16, to nearest with ties to even; fp16 overflow becomes inf."""
-    if dtype == "BF16":
-        return RawTensor.of(float32_to_bf16(values), "BF16")
+    result = np.empty(values.shape, {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[dtype])
+    rows = values.shape[0] if values.ndim else 1
+    step = max(1, CHUNK_VALUES * rows // max(1, values.size))
+    pieces = [slice(start, start + step) for start in range(0, rows, step)] if values.ndim else [...]
     with np.errstate(over="ignore"):
-        return RawTensor.of(values.astype({"F32": np.float32, "F16": np.float16}[dtype]))
+        for piece in pieces:
+            result[piece] = float32_to_bf16(values[piece]) if dtype == "BF16" else values[piece]
+    return RawTensor.of(result, dtype)

@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from vera_edge.tensors import Float32, RawTensor, TensorFolder
 
-# Rows are handled in pieces of about this many values, so that temporaries stay small beside the weight.
-CHUNK_VALUES = 1 << 21
+# Rows are handled in pieces of about this many values: temporaries stay in the processor's cache, and small
+# beside the weight.
+CHUNK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from vera_edge import formats
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
@@ -71,4 +73,6 @@ def _try(
     base, target = checkpoint.load(module), formats.get(name)
     merged = merge_rows(module, base, Delta(module, base.shape[1], adapters, projections))
     options = target.options({})
-    return measure(base, merged, target.quantize(merged, options), target, options, on_grid=False)
+    # Values beyond fp16 become infinite, their shares NaN, and NaN is never good enough to be named.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return measure(base, merged, target.quantize(merged, options), target, options, on_grid=False)
