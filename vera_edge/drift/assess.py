@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from vera_edge.drift import models, windows
 from vera_edge.drift.continuations import continue_both
-from vera_edge.drift.evaluate import Measurement, measure
+from vera_edge.drift.evaluate import Measurement, check_vocabularies, measure
 from vera_edge.drift.models import Candidate, Trained
 from vera_edge.drift.result import DriftReport, TextFacts, WorstText
 from vera_edge.drift.verdict import judge
@@ -61,9 +61,10 @@ def assess(request: Request, progress: Progress = silent) -> DriftReport:
         from vera_edge.drift import layers
 
         layers.check(trained, candidate)
+    check_vocabularies(trained.runner, candidate.runner)
     windows.check_tokenizers(text, [trained.folder, candidate.folder])
     tokenizer = _tokenizer(trained, candidate)
-    vocabulary = min(trained.runner.vocab_size, candidate.runner.vocab_size)
+    vocabulary = trained.runner.vocab_size
     cut = windows.make(text, tokenizer, vocabulary, request.tokens, request.window)
     _check_context(cut, trained, candidate)
     found = measure(

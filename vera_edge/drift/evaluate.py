@@ -52,7 +52,7 @@ def measure(
     Holds one window's logits of each model. Raises MismatchError on different vocabularies, DataError on
     logits that aren't finite and when there is too little text.
     """
-    _check_vocabularies(reference, candidate)
+    check_vocabularies(reference, candidate)
     gathered = {"artefact": Aggregate()}
     if base is not None:
         gathered["base"] = Aggregate()
@@ -77,7 +77,8 @@ def measure(
     return Measurement(found["artefact"], found.get("base"), found.get("noise"), retained)
 
 
-def _check_vocabularies(reference: Runner, candidate: Runner) -> None:
+def check_vocabularies(reference: Runner, candidate: Runner) -> None:
+    """Raise MismatchError when the two give logits over different numbers of tokens."""
     if reference.vocab_size != candidate.vocab_size:
         raise MismatchError(
             f"the reference has a vocabulary of {reference.vocab_size} tokens and the artefact one of "

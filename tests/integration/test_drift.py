@@ -1,0 +1,308 @@
+"""`vera-edge drift` through the command line: tiny models for every path, the real one for the numbers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scripts.prepare_demo import Demo
+from tests import tiny, tiny_bundle
+from tests.conftest import Cli
+from vera_edge import adapter as adapters
+from vera_edge import provenance
+from vera_edge.checkpoint import Checkpoint
+
+torch.set_num_threads(1)
+QUICK = ("--tokens", 512, "--window", 32)
+
+
+def merge_by_numpy(base: Path, adapter_path: Path, out: Path, shape_of: Path) -> Path:
+    """The exactly merged model in float32, made without vera-edge's merge. `shape_of`: a dense sibling."""
+    checkpoint, adapter = Checkpoint.open(base), adapters.read(adapter_path)
+    projections = provenance.resolve(adapter, checkpoint).projections
+    model = tiny.load(shape_of)
+    for module, pair in adapter.vectors.items():
+        weight = checkpoint.dequantize(module)
+        delta = (pair.lambda_b[:, None] * projections.b[: weight.shape[0]]) @ (
+            pair.lambda_d[:, None] * projections.a[:, : weight.shape[1]]
+        )
+        model.get_submodule(module).weight.data = torch.from_numpy(weight + delta)
+    return tiny.save(model, out)
+
+
+@pytest.fixture(scope="module")
+def merged(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("merged") / "fp32"
+    return merge_by_numpy(tiny_llama.nf4, tiny_adapter, out, tiny_llama.fp32)
+
+
+def test_an_exact_merge_is_faithful_and_the_base_is_lost(
+    cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, merged: Path
+) -> None:
+    kept = cli("drift", tiny_adapter, merged, "--base", tiny_llama.nf4, *QUICK, "--json")
+    assert kept.exit_code == 0, kept.stderr
+    report = json.loads(kept.stdout)
+    assert report["verdict"]["level"] == "faithful" and report["passed"]
+    assert report["fidelity"]["kl"]["mean"]["value"] < 1e-9 < report["effect"]["kl"]["mean"]["value"]
+    assert report["retained"]["value"] > 0.999999
+    assert report["fidelity"]["same_top1"]["value"] > 0.999
+    lost = cli("drift", tiny_adapter, tiny_llama.nf4, "--base", tiny_llama.nf4, *QUICK, "--json")
+    assert lost.exit_code == 3
+    report = json.loads(lost.stdout)
+    assert report["verdict"]["level"] == "lost"
+    assert report["fidelity"]["kl"]["mean"] == report["effect"]["kl"]["mean"]
+    assert "min_retained (broken)" in lost.stderr
+
+
+def test_every_output_of_one_run(cli: Cli, tiny_adapter: Path, merged: Path, tmp_path: Path) -> None:
+    """The base is found through the adapter's config; limits, report, JUnit, plots, and the printed text."""
+    limits = tmp_path / "drift.toml"
+    limits.write_text("[limits]\nmax_kl = 1e-6\nmin_top1 = 0.99\n")
+    files = [
+        "--report",
+        tmp_path / "out.html",
+        "--junit",
+        tmp_path / "out.xml",
+        "--plots",
+        tmp_path / "plots",
+    ]
+    found = cli(
+        "drift", tiny_adapter, merged, *QUICK, "--by-layer", "--limits", limits, "--max-flips", 0.5, *files
+    )
+    assert found.exit_code == 0, found.stderr
+    for words in ("fidelity", "effect", "noise", "mean KL, nats", "retained effect", "faithful", "kept"):
+        assert words in found.stdout
+    suites = ET.parse(tmp_path / "out.xml").getroot()
+    names = {case.get("name") for case in suites.iter("testcase")}
+    assert names == {"measured", "max_kl", "min_top1", "max_flips", "min_retained"}
+    page = (tmp_path / "out.html").read_text()
+    assert "The same prompts, continued by both" in page and "The layers that drift most" in page
+    assert "32 of 32 tokens the same" in page
+    assert {file.name for file in (tmp_path / "plots").iterdir()} >= {"kl_histogram.png", "layers.png"}
+
+
+def test_a_release_is_held_to_its_baseline(
+    cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, merged: Path, tmp_path: Path
+) -> None:
+    baseline = tmp_path / "baseline.json"
+    first = cli("drift", tiny_adapter, merged, *QUICK, "--json")
+    baseline.write_text(first.stdout)
+    again = cli("drift", tiny_adapter, merged, *QUICK, "--baseline", baseline)
+    assert again.exit_code == 0, again.stderr
+    words = (
+        "--baseline",
+        baseline,
+        "--min-retained",
+        -9,
+        "--beside",
+        baseline,
+        "--report",
+        tmp_path / "r.html",
+    )
+    worse = cli("drift", tiny_adapter, tiny_llama.nf4, *QUICK, *words)
+    assert worse.exit_code == 3 and "baseline_kl (broken)" in worse.stderr
+    assert "Size against drift" in (tmp_path / "r.html").read_text()
+
+
+def test_a_base_folder_with_a_weighted_adapter_is_a_reference_too(
+    cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, merged: Path
+) -> None:
+    whole = cli("drift", tiny_llama.nf4, merged, "--adapter", tiny_adapter, *QUICK, "--json")
+    assert whole.exit_code == 0 and json.loads(whole.stdout)["retained"]["value"] > 0.9999
+    half = cli("drift", tiny_llama.nf4, merged, "--adapter", f"{tiny_adapter}=0.5", *QUICK, "--json")
+    assert json.loads(half.stdout)["fidelity"]["kl"]["mean"]["value"] > 1e-4
+
+
+def test_a_dense_base_against_its_16_bit_copy_has_no_effect_to_retain(
+    cli: Cli, tiny_llama: tiny.TinyLlama
+) -> None:
+    found = cli("drift", tiny_llama.fp32, tiny_llama.bf16, *QUICK, "--json")
+    assert found.exit_code == 0, found.stderr
+    report = json.loads(found.stdout)
+    assert report["effect"] is None and report["retained"] is None and report["outcomes"] == []
+    assert 0 < report["fidelity"]["kl"]["mean"]["value"] < 1e-3
+
+
+def test_a_bitsandbytes_artefact_runs_in_its_own_kernels(
+    cli: Cli, tiny_llama: tiny.TinyLlama, tmp_path: Path
+) -> None:
+    """Rows of whole blocks run in bitsandbytes; others, which its CPU kernels misread, on exact values."""
+    odd = cli("drift", tiny_llama.nf4, tiny_llama.nf4, *QUICK, "--json")
+    report = json.loads(odd.stdout)
+    assert report["fidelity"]["kl"]["maximum"] == 0
+    assert any("whole blocks" in note for note in report["notes"])
+    options = tiny.four_bit("nf4", llm_int8_skip_modules=["down_proj", "lm_head"])
+    base = tiny.quantize(tiny_llama.fp32, tmp_path / "nf4", **options)
+    own = json.loads(cli("drift", base, base, *QUICK, "--json").stdout)
+    assert "bitsandbytes kernels" in own["candidate"]["kind"]
+    assert 0 < own["fidelity"]["kl"]["mean"]["value"] < 0.01
+    exact = json.loads(cli("drift", base, base, *QUICK, "--exact", "--json").stdout)
+    assert exact["fidelity"]["kl"]["maximum"] == 0
+
+
+@pytest.fixture(scope="module")
+def bundles(tiny_llama: tiny.TinyLlama, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A float branch export and a merged one of the untouched base, by ONNX Runtime GenAI's builder."""
+    root = tmp_path_factory.mktemp("bundles")
+    branch = tiny_bundle.branch(tiny_llama.fp32, root / "branch")
+    return branch, tiny_bundle.merged(tiny_llama.fp32, root / "merged")
+
+
+def test_exports_are_compared_without_torch(bundles: tuple[Path, Path], tmp_path: Path) -> None:
+    """A branch export with its adapter is a reference; a merged export of the bare base has lost it all."""
+    branch, merged = bundles
+    code = (
+        "import sys, runpy\n"
+        "from vera_edge.cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n    heavy = ('torch', 'transformers', 'onnx', 'peft')\n"
+        "    print('LOADED', [name for name in heavy if name in sys.modules])"
+    )
+    words = ["drift", str(branch), str(merged), "--tokens", "512", "--window", "32"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--report", str(tmp_path / "r.html")],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert "LOADED []" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 3 and "nothing of its effect" in done.stdout
+
+
+def test_a_branch_export_is_faithful_to_itself(cli: Cli, bundles: tuple[Path, Path]) -> None:
+    found = cli("drift", bundles[0], bundles[0], *QUICK, "--json")
+    report = json.loads(found.stdout)
+    assert found.exit_code == 0 and report["fidelity"]["kl"]["maximum"] == 0
+    assert report["effect"]["kl"]["mean"]["value"] > 1e-3 and report["noise"] is None
+
+
+def _with_nan(source: Path, out: Path) -> Path:
+    shutil.copytree(source, out)
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
+
+
+def _with_vocabulary(source: Path, out: Path, size: int) -> Path:
+    shutil.copytree(source, out)
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:size].contiguous()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    config = json.loads((out / "config.json").read_text()) | {"vocab_size": size}
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def _bad(case: str, tmp: Path, base: Path, adapter: Path, merged: Path, bundle: Path) -> list[Any]:
+    """The words of a command that must be refused."""
+    text = tmp / "text.txt"
+    if case in ("empty", "tiny", "binary"):
+        text.write_bytes({"empty": b"", "tiny": b"few words", "binary": b"\xff\xfe\x00"}[case])
+        return [adapter, merged, "--data", text]
+    if case == "nan":
+        return [adapter, _with_nan(merged, tmp / "nan")]
+    if case == "vocabulary":
+        return [adapter, _with_vocabulary(merged, tmp / "other", 380)]
+    if case == "tokenizer":
+        shutil.copytree(merged, tmp / "other")
+        from tokenizers import Tokenizer, models
+
+        Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp / "other" / "tokenizer.json"))
+        return [adapter, tmp / "other"]
+    if case == "limits":
+        (tmp / "drift.toml").write_text("[limits]\nmax_klx = 1\n")
+        return [adapter, merged, "--limits", tmp / "drift.toml"]
+    commands: dict[str, list[Any]] = {
+        "no reference": [tmp / "none", merged],
+        "no artefact": [adapter, tmp / "none"],
+        "adapter as artefact": [adapter, adapter],
+        "merged export as reference": [bundle, merged],
+        "no such data": [adapter, merged, "--data", tmp / "none.txt"],
+        "window": [adapter, merged, "--window", 4],
+        "context": [adapter, merged, "--window", 300],
+        "baseline": [adapter, merged, "--baseline", base / "config.json"],
+        "report is a folder": [adapter, merged, "--report", tmp],
+        "by layer of an export": [base, bundle, "--by-layer"],
+    }
+    return commands[case]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("empty", "holds no text"),
+        ("tiny", "too few to measure on"),
+        ("binary", "isn't UTF-8 text"),
+        ("nan", "logits hold NaN"),
+        ("vocabulary", "vocabulary of 384 tokens and the artefact one of 380"),
+        ("tokenizer", "split the same text differently"),
+        ("limits", "no limit 'max_klx'"),
+        ("no reference", "none isn't a folder"),
+        ("no artefact", "none isn't a folder"),
+        ("adapter as artefact", "is an adapter, not an artefact"),
+        ("merged export as reference", "isn't the model as trained"),
+        ("no such data", "none.txt is missing"),
+        ("window", "too small"),
+        ("context", "longer than the model's context of 256"),
+        ("baseline", "isn't a report"),
+        ("report is a folder", "give the name of a file"),
+        ("by layer of an export", "leave --by-layer out"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(
+    cli: Cli,
+    tiny_llama: tiny.TinyLlama,
+    tiny_adapter: Path,
+    merged: Path,
+    bundles: tuple[Path, Path],
+    tmp_path: Path,
+    case: str,
+    message: str,
+) -> None:
+    words = _bad(case, tmp_path, tiny_llama.nf4, tiny_adapter, merged, bundles[1])
+    before = sorted(tmp_path.rglob("*"))
+    found = cli("drift", *words, *(() if "--window" in words else QUICK), "--junit", tmp_path / "j.xml")
+    assert found.exit_code == 2
+    assert message in found.stderr and found.stderr.startswith("vera-edge: ")
+    assert found.stderr.count("\n") == 1 and found.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_adapter_that_does_not_find_its_base_asks_for_it(
+    cli: Cli, tiny_adapter: Path, merged: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": "hub/name"
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    found = cli("drift", folder, merged, *QUICK)
+    assert found.exit_code == 2 and "hub/name, which isn't a folder here; give --base" in found.stderr
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_demo_adapter_on_its_real_base(cli: Cli, demo: Demo, tmp_path: Path) -> None:
+    """SmolLM2: the exact merge keeps the adapter, the untouched base has lost it."""
+    exact = merge_by_numpy(demo.base, demo.adapter, tmp_path / "exact", demo.float_base)
+    words = ("--base", demo.base, "--data", demo.eval_text, "--tokens", 1024, "--window", 128, "--json")
+    kept = cli("drift", demo.adapter, exact, *words)
+    report = json.loads(kept.stdout)
+    assert kept.exit_code == 0, kept.stderr
+    assert report["fidelity"]["kl"]["mean"]["value"] < 1e-7 and report["retained"]["value"] > 0.99999
+    # The adapter learned something: it changes what the base says, and says its kind of text better.
+    effect = report["effect"]
+    assert effect["kl"]["mean"]["low"] > 0.05
+    assert effect["perplexity"]["value"] > 1.1 * effect["reference_perplexity"]["value"]
+    assert np.isfinite(report["noise"]["kl"]["mean"]["value"])
+    lost = cli("drift", demo.adapter, demo.base, *words, "--exact")
+    assert lost.exit_code == 3 and json.loads(lost.stdout)["retained"]["value"] == 0
