@@ -31,6 +31,7 @@ ORDER = (
     "checkpoint",
     "alignment",
     "fit",
+    "rounding",
     "provenance",
     "lora",
     "plan",

@@ -24,7 +24,7 @@ from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.files import open_atomic
 from vera_edge.tensors import Float32, bf16_to_float32, float32_to_bf16, write_header
 
-Rounding = Literal["float32", "bfloat16", "float16"]
+Rounding = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 MAX_SIDE = 1 << 24
@@ -206,12 +206,20 @@ def _pieces(source: Projections | ProjectionSpec) -> Iterator[Float32]:
 
 
 def round_to(values: Float32, rounding: Rounding) -> Float32:
-    """`values` rounded to another float dtype (to nearest, ties to even) and widened back to float32."""
+    """`values` rounded to another float dtype (to nearest, ties to even) and widened back to float32.
+
+    For float8_e4m3fn they must be within 448, its largest value; projections are within 2.5.
+    """
     if rounding == "bfloat16":
         return bf16_to_float32(float32_to_bf16(values))
     if rounding == "float16":
         with np.errstate(over="ignore"):
             return values.astype(np.float16).astype(np.float32)
+    if rounding == "float8_e4m3fn":
+        # Three mantissa bits; below 2**-6 the values lie 2**-9 apart.
+        step = np.ldexp(np.float32(1), np.maximum(np.frexp(values)[1] - 1, -6) - 3)
+        rounded: Float32 = np.rint(values / step) * step
+        return rounded
     return values
 
 

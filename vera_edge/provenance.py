@@ -9,8 +9,7 @@ tells their size and its dtype, and `peft_version` tells which rule held.
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +19,6 @@ from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.fit import check_fit
-from vera_edge.formats import StoredLinear
 from vera_edge.projection import (
     ROUNDINGS,
     Projections,
@@ -30,19 +28,10 @@ from vera_edge.projection import (
     round_to,
     stream,
 )
+from vera_edge.rounding import ASK, NAMES, infer
 from vera_edge.tensors import Float32
 
 __all__ = ["Provenance", "check_fit", "resolve", "verify"]
-
-_ASK = "give the dtype with --projection-dtype float32, bfloat16 or float16"
-# As torch spells them, as vera-edge's weight formats do, and as safetensors does.
-_SPELLINGS: Mapping[Rounding, tuple[str, ...]] = {
-    "float32": ("float32", "fp32", "F32"),
-    "bfloat16": ("bfloat16", "bf16", "BF16"),
-    "float16": ("float16", "fp16", "F16"),
-}
-_STORAGES = {"float32": "uint8 or float32", "bfloat16": "bfloat16", "float16": "float16"}
-_NAMES: Mapping[str, Rounding] = {name: key for key, names in _SPELLINGS.items() for name in names}
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +69,14 @@ def resolve(
 ) -> Provenance:
     """Find the projections `adapter` was trained with.
 
-    projection_dtype: what to round to ("float32", "bfloat16", "float16", or fp32, bf16, fp16), when the
-        base can't tell.
+    projection_dtype: what to round to ("float32", "bfloat16", "float16", "float8_e4m3fn", or fp32, bf16,
+        fp16, fp8), when the base can't tell.
     Raises AdapterError when neither tells, MismatchError when adapter and base don't belong together or
     `projection_dtype` contradicts the saved projections.
     """
-    if projection_dtype is not None and projection_dtype not in _NAMES:
-        raise AdapterError(f"projection dtype {projection_dtype!r} isn't known; {_ASK}")
-    asked = None if projection_dtype is None else _NAMES[projection_dtype]
+    if projection_dtype is not None and projection_dtype not in NAMES:
+        raise AdapterError(f"projection dtype {projection_dtype!r} isn't known; {ASK}")
+    asked = None if projection_dtype is None else NAMES[projection_dtype]
     notes = check_fit(adapter, checkpoint) if checkpoint is not None else ()
     if adapter.saved is not None:
         found = _from_saved(adapter, *adapter.saved, asked)
@@ -99,7 +88,7 @@ def resolve(
             f"{adapter.path} doesn't hold its projections, and their size depends on the base: give --base"
         )
     in_max, out_max = _sizes(adapter, checkpoint)
-    rounding, how = (asked, f"as asked, rounded to {asked}") if asked else _infer(adapter, checkpoint)
+    rounding, how = (asked, f"as asked, rounded to {asked}") if asked else infer(adapter, checkpoint)
     spec = ProjectionSpec(adapter.seed, adapter.rank, in_max, out_max, rounding)
     return Provenance(
         spec,
@@ -157,7 +146,7 @@ def _from_saved(adapter: Adapter, a: Float32, b: Float32, asked: Rounding | None
                 )
             how = f"the saved projections equal what seed {adapter.seed} gives, {_form(spec)}, bit for bit"
             return Provenance(spec, Projections(spec, a, b), how, verified=True, from_seed=True)
-    rounding = next(name for name in ("bfloat16", "float16", "float32") if _representable(a, b, name))
+    rounding = next(name for name in reversed(ROUNDINGS) if _representable(a, b, name))
     spec = spec_of(rounding, True)
     how = (
         f"the saved projections are used as they are, for seed {adapter.seed} doesn't give them: "
@@ -190,83 +179,3 @@ def _difference(a: Float32, b: Float32, spec: ProjectionSpec) -> str:
 def _form(spec: ProjectionSpec) -> str:
     kept = "unrounded" if spec.rounding == "float32" else f"rounded to {spec.rounding}"
     return kept if spec.fused else f"{kept}, by torch's kernel without fused multiply-add"
-
-
-def _infer(adapter: Adapter, checkpoint: Checkpoint) -> tuple[Rounding, str]:
-    """What PEFT rounded to, and why, from the base's layers and the PEFT version."""
-    reasons: dict[Rounding, str] = {}
-    for module in adapter.vectors:
-        rounding, why = _layer_rounding(adapter, checkpoint, checkpoint.linears[module])
-        reasons.setdefault(rounding, why)
-    # The layers share one pair of buffers, cast to each layer's dtype in turn: the coarsest cast remains.
-    coarse = [rounding for rounding in reasons if rounding != "float32"]
-    if len(coarse) > 1:
-        raise AdapterError(
-            f"{adapter.path} adapts layers that PEFT rounds to bfloat16 and others it rounds to float16, one "
-            "after the other, so neither gives its projections; train with save_projection=True to keep them"
-        )
-    rounding = coarse[0] if coarse else "float32"
-    return rounding, reasons[rounding]
-
-
-def _layer_rounding(adapter: Adapter, checkpoint: Checkpoint, linear: StoredLinear) -> tuple[Rounding, str]:
-    """What PEFT rounds the shared projections to when it adapts this layer, and why."""
-    if linear.format in _NAMES:
-        rounding = _NAMES[linear.format]
-        return rounding, f"PEFT {_does(rounding)} on a base in {rounding}"
-    if linear.format == "int8":
-        return "float32", "PEFT leaves them as drawn on an 8-bit base"
-    if linear.format in ("nf4", "fp4"):
-        return _four_bit_rounding(adapter, checkpoint.config, linear)
-    raise AdapterError(
-        f"how PEFT rounded the projections on a {linear.format} base isn't known ({linear.module}); {_ASK}"
-    )
-
-
-def _four_bit_rounding(
-    adapter: Adapter, config: Mapping[str, Any], linear: StoredLinear
-) -> tuple[Rounding, str]:
-    """PEFT 0.19 and later round to the 4-bit layer's compute dtype, earlier ones to its storage dtype.
-
-    See https://github.com/huggingface/peft/pull/2893.
-    """
-    quantization = config.get("quantization_config")
-    given = quantization.get("bnb_4bit_compute_dtype") if isinstance(quantization, Mapping) else None
-    compute = _NAMES.get(str(given or "float32").removeprefix("torch."))
-    if compute is None:
-        raise AdapterError(
-            f"bnb_4bit_compute_dtype {given!r} of the base isn't a dtype PEFT rounds to; {_ASK}"
-        )
-    storage = _NAMES.get(str(linear.params.get("storage")), "float32")
-    if compute == storage:
-        return compute, f"PEFT of any version {_does(compute)} on a 4-bit base that computes in {compute}"
-    newer = _rounds_to_compute_dtype(adapter.peft_version)
-    if newer is None:
-        raise AdapterError(
-            f"PEFT {adapter.peft_version} may have rounded the projections of {adapter.path} to {compute} or "
-            f"to {storage}; {_ASK}"
-        )
-    name = adapter.peft_version or "before 0.18.1 (it records no version)"
-    if newer:
-        return compute, f"PEFT {name} {_does(compute)} on a 4-bit base that computes in {compute}"
-    return storage, f"PEFT {name} {_does(storage)} on a 4-bit base stored as {_STORAGES[storage]}"
-
-
-def _does(rounding: Rounding) -> str:
-    return "leaves them as drawn" if rounding == "float32" else f"rounds them to {rounding}"
-
-
-def _rounds_to_compute_dtype(version: str | None) -> bool | None:
-    """Whether this PEFT rounds to the compute dtype; None for a development version that may or may not.
-
-    PEFT before 0.18.1 writes no version, so none at all means an old one.
-    """
-    if version is None:
-        return False
-    match = re.match(r"(\d+)\.(\d+)\.(\d+)(.*)$", version)
-    if match is None:
-        return None
-    release = (int(match[1]), int(match[2]), int(match[3]))
-    if "dev" in match[4] and (0, 18, 1) <= release <= (0, 19, 0):
-        return None
-    return release >= (0, 19, 0)

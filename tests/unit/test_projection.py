@@ -137,12 +137,14 @@ def test_only_the_low_32_bits_of_a_seed_count(low: int, high: int) -> None:
 def test_values_stay_within_the_kaiming_bound(spec: ProjectionSpec) -> None:
     ours = regenerate(spec)
     for array, fan_in in ((ours.a, spec.in_max), (ours.b, spec.rank)):
-        assert np.abs(array).max() <= np.sqrt(6 / fan_in) * (1 + 2**-8)
+        assert np.abs(array).max() <= np.sqrt(6 / fan_in) * (1 + 2**-4)
 
 
 @given(st_numpy.arrays(np.float32, st.integers(1, 50), elements=st.floats(width=32, allow_nan=False)))
 def test_rounding_is_torchs_cast(values: Any) -> None:
     for rounding in ROUNDINGS:
+        if rounding == "float8_e4m3fn":
+            values = np.clip(values, -448, 448)
         cast = torch.from_numpy(values).to(getattr(torch, rounding)).float().numpy()
         assert np.array_equal(bits(round_to(values, rounding)), bits(cast)), rounding
 
@@ -168,7 +170,7 @@ def test_spec_survives_json(spec: ProjectionSpec) -> None:
         ({"in_max": -5}, "in_max -5"),
         ({"out_max": MAX_SIDE + 1}, "out_max 16777217"),
         ({"rank": 1 << 20, "in_max": 1 << 20}, "at most 1073741824"),
-        ({"rounding": "int8"}, "rounding 'int8' isn't one of float32, bfloat16, float16"),
+        ({"rounding": "int8"}, "rounding 'int8' isn't one of float32, bfloat16, float16, float8"),
         ({"rounding": ["float32"]}, "rounding"),
         ({"fused": 1}, "fused is 1"),
     ],

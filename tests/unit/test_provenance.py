@@ -68,7 +68,7 @@ def test_finds_what_the_installed_peft_holds(name: str, tiny_llama: tiny.TinyLla
     [
         ("0.21.2", "fp32", "PEFT leaves them as drawn on a base in float32"),
         ("0.21.2", "bf16", "PEFT rounds them to bfloat16 on a base in bfloat16"),
-        ("0.21.2", "int8", "PEFT leaves them as drawn on an 8-bit base"),
+        ("0.21.2", "int8", "PEFT leaves them as drawn on an LLM.int8 base"),
         (
             "0.21.2",
             "nf4",
@@ -139,11 +139,60 @@ def test_refuses_layers_of_two_half_precisions(tiny_llama: tiny.TinyLlama) -> No
         provenance.resolve(unsaved("0.21.2", "bf16"), dataclasses.replace(checkpoint, linears=linears))
 
 
+def as_format(checkpoint: Checkpoint, name: str, **config: Any) -> Checkpoint:
+    """The checkpoint as if its linears were stored in another format."""
+    linears = {
+        module: dataclasses.replace(linear, format=name) for module, linear in checkpoint.linears.items()
+    }
+    return dataclasses.replace(checkpoint, linears=linears, config={**checkpoint.config, **config})
+
+
+def test_an_fp8_base_rounds_to_fp8(tiny_llama: tiny.TinyLlama) -> None:
+    """PEFT casts the projections to the weights' dtype even where that is an eight-bit float."""
+    import torch
+    from peft import VeraConfig, get_peft_model
+
+    model = tiny.load(tiny_llama.fp32)
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.self_attn.v_proj, layer.mlp.down_proj):
+            weight = linear.weight.data.to(torch.float8_e4m3fn)
+            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    targets = list(peft_cases.TARGETS)
+    held = get_peft_model(model, VeraConfig(r=4, projection_prng_key=41, target_modules=targets)).base_model
+    found = provenance.resolve(unsaved("0.21.2", "fp32"), as_format(base(tiny_llama, "fp32"), "fp8"))
+    assert found.spec.rounding == "float8_e4m3fn"
+    assert np.array_equal(found.projections.a, held.vera_A["default"].numpy())
+    assert np.array_equal(found.projections.b, held.vera_B["default"].numpy())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "rounding"),
+    [
+        ("hqq", {}, "float32"),
+        ("gptq", {}, "float32"),
+        ("awq", {}, "float32"),
+        ("torchao", {"dtype": "bfloat16"}, "bfloat16"),
+        ("torchao", {"dtype": None, "torch_dtype": "torch.float16"}, "float16"),
+    ],
+)
+def test_other_quantizers(
+    name: str, config: dict[str, Any], rounding: str, tiny_llama: tiny.TinyLlama
+) -> None:
+    """The rules that PEFT showed where these libraries were installed (see docs/projections.md)."""
+    checkpoint = as_format(base(tiny_llama, "fp32"), name, **config)
+    assert provenance.resolve(unsaved("0.21.2", "fp32"), checkpoint).spec.rounding == rounding
+
+
+def test_asks_on_a_torchao_base_without_a_dtype(tiny_llama: tiny.TinyLlama) -> None:
+    checkpoint = as_format(base(tiny_llama, "fp32"), "torchao", dtype=None)
+    with pytest.raises(AdapterError, match="gives None as its dtype; give the dtype with"):
+        provenance.resolve(unsaved("0.21.2", "fp32"), checkpoint)
+
+
 def test_asks_on_a_format_peft_is_not_known_for(tiny_llama: tiny.TinyLlama) -> None:
-    checkpoint = base(tiny_llama, "fp32")
-    linears = {name: dataclasses.replace(linear, format="awq") for name, linear in checkpoint.linears.items()}
-    with pytest.raises(AdapterError, match=r"on a awq base isn't known .*; give the dtype"):
-        provenance.resolve(unsaved("0.21.2", "fp32"), dataclasses.replace(checkpoint, linears=linears))
+    checkpoint = as_format(base(tiny_llama, "fp32"), "unheard-of")
+    with pytest.raises(AdapterError, match=r"on a unheard-of base isn't known .*; give the dtype"):
+        provenance.resolve(unsaved("0.21.2", "fp32"), checkpoint)
 
 
 def test_saved_projections_need_no_base() -> None:
