@@ -146,6 +146,17 @@ def test_a_patch_carries_only_what_changed(tmp_path: Path, old: Path, new: Path)
     assert content(dst) == b"old adapter"
 
 
+def test_a_signature_comes_along(tmp_path: Path, old: Path, new: Path) -> None:
+    dst, patch = tmp_path / "device", tmp_path / "patch"
+    (old / bundle.SIGNATURE).write_bytes(b"signed old")
+    (new / bundle.SIGNATURE).write_bytes(b"signed new")
+    install(old, dst)
+    assert (dst / "current" / bundle.SIGNATURE).read_bytes() == b"signed old"
+    make_patch(old, new, patch)
+    install(patch, dst, partial=True)
+    assert (dst / "current" / bundle.SIGNATURE).read_bytes() == b"signed new"
+
+
 def test_a_full_disk_is_said_before_anything_is_written(
     tmp_path: Path, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,7 +113,7 @@ def make_patch(old: Path, new: Path, out: Path, force: bool = False, progress: P
             if entry.sha256 not in had:
                 _copy(manifest.path(name), stage / name, progress)
                 size += entry.size
-        shutil.copyfile(new / bundle.MANIFEST, stage / bundle.MANIFEST)
+        _copy_seals(new, stage)
     return size
 
 
@@ -191,7 +191,7 @@ def _stage(
                 _link(path, stage / name, progress)
             else:
                 _copy(path, stage / name, progress)
-        write_atomic(stage / bundle.MANIFEST, (manifest.folder / bundle.MANIFEST).read_bytes())
+        _copy_seals(manifest.folder, stage)
         if bundle.verify(stage, progress=progress).digest != manifest.digest:
             raise BundleError(f"{manifest.folder} changed while it was installed; install it again")
         if accept is not None:
@@ -200,6 +200,14 @@ def _stage(
             if path.is_dir():
                 fsync_folder(path)
     return folder
+
+
+def _copy_seals(source: Path, target: Path) -> None:
+    """The manifest, and the signature where there is one: what says what the other files are."""
+    for name in (bundle.MANIFEST, bundle.SIGNATURE):
+        path = source / name
+        if path.is_file() and not path.is_symlink():
+            write_atomic(target / name, path.read_bytes())
 
 
 def _copy(source: Path, target: Path, progress: Progress) -> None:

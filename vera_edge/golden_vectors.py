@@ -1,0 +1,107 @@
+"""Golden vectors for a finished bundle, asked of the model as trained.
+
+The device part only reads and compares them; this is where they are made, with torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vera_edge import adapter as adapters
+from vera_edge import bundle, provenance
+from vera_edge.bundle import Manifest
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.device import golden
+from vera_edge.device.chat import Text
+from vera_edge.device.golden import PROMPTS, Reference
+from vera_edge.errors import BundleError, DataError, MismatchError, PlanError
+from vera_edge.files import read_json
+from vera_edge.progress import Progress, silent
+
+
+def attach(
+    folder: Path,
+    references: Mapping[str | None, Reference],
+    reference: str,
+    limits: Mapping[str, float] | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    new_tokens: int = 16,
+    progress: Progress = silent,
+) -> Manifest:
+    """Write golden vectors into the bundle `folder` and list them, with `limits`, in its manifest.
+
+    references: by adapter name, None for the base of a branch bundle or for a merged bundle as it is.
+    reference: a sentence that says what they are. limits: what validate holds the device to; None keeps what
+    is there. Raises MismatchError when the bundle has no adapter of that name.
+    """
+    manifest = bundle.verify(folder, progress=progress)
+    known: set[str | None] = {None} | (set(manifest.adapters) if manifest.mode == "branch" else set())
+    if strange := [name for name in references if name not in known]:
+        raise MismatchError(f"{folder} has no adapter {strange[0]!r} to make golden vectors for")
+    config = read_json(folder / "genai_config.json", BundleError)
+    ends = config.get("model", {}).get("eos_token_id", [])
+    made = golden.make(
+        references,
+        Text(folder),
+        reference,
+        prompts,
+        frozenset(ends if isinstance(ends, list) else [ends]),
+        new_tokens,
+        progress=progress,
+    )
+    name = golden.write(folder, made)
+    bound = manifest.limits if limits is None else limits
+    return bundle.write(folder, bundle.change(manifest, golden=name, limits=bound), progress)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt a line; empty lines are skipped. Raises DataError when there is none."""
+    try:
+        lines = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as cause:
+        raise DataError(f"{path} can't be read as UTF-8 text: {cause}") from None
+    if not lines:
+        raise DataError(f"{path} holds no prompt; write one a line")
+    return lines
+
+
+def ask(
+    folder: Path,
+    base: Path,
+    adapter_paths: Sequence[tuple[Path, float]],
+    limits: Mapping[str, float] | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    projection_dtype: str | None = None,
+    progress: Progress = silent,
+) -> Manifest:
+    """Open the model as trained from `base` and `adapter_paths` and `attach` what it says to `folder`.
+
+    One adapter of a branch bundle at a time, or all that were merged, each with its weight. Raises
+    MismatchError when the bundle was made of another base or another adapter.
+    """
+    from vera_edge.reference import open_reference
+
+    manifest = bundle.read(folder)
+    checkpoint = Checkpoint.open(base)
+    if checkpoint.digest != manifest.base["digest"]:
+        raise MismatchError(
+            f"{folder} was made of another base than {base}; name the one it was exported from"
+        )
+    read = [(adapters.read(path), weight) for path, weight in adapter_paths]
+    names = {entry["digest"]: name for name, entry in manifest.adapters.items()}
+    for found, _ in read:
+        if found.digest not in names:
+            raise MismatchError(
+                f"{folder} wasn't made of {found.path}; name the adapter it was exported with"
+            )
+    branch = manifest.mode == "branch"
+    if not read or (branch and len(read) > 1) or (not branch and len(read) != len(names)):
+        raise PlanError(f"name {'one adapter' if branch else 'every merged adapter'} of {folder}")
+    resolved = provenance.resolve(read[0][0], checkpoint, projection_dtype)
+    trained = open_reference(checkpoint, read, resolved.projections)
+    references: dict[str | None, Reference] = {None: trained}
+    if branch:
+        references = {None: trained.adapter_off(), names[read[0][0].digest]: trained}
+    what = "the base's exact values in float32 with the adapter unmerged, in torch"
+    return attach(folder, references, what, limits, prompts, progress=progress)
