@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import transformers
 
 from vera_edge.errors import TargetError
 
@@ -47,7 +48,7 @@ def build(source: Path, out: Path, architecture: str, options: Mapping[str, str]
 def _quiet() -> Iterator[None]:
     """Keep the builder's talk and bars off the terminal, and transformers off the network."""
     kept: dict[str, Any] = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE")}
-    level = logging.root.manager.disable
+    level, verbosity = logging.root.manager.disable, transformers.logging.get_verbosity()
     os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
     logging.disable(logging.WARNING)
     try:
@@ -55,6 +56,8 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+        # The builder raises it, for all of the process.
+        transformers.logging.set_verbosity(verbosity)
         for name, value in kept.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -108,7 +108,9 @@ def _float_graph(
     for fuse in ("true", "false"):
         graph = work / f"graph-{fuse}"
         request.progress("drawing the graph", 0, 1)
-        model = build.build(copy.path, graph, architecture, {"fuse_qkv": fuse})
+        # A window in the cache would ask every runtime but GenAI for a cache of that size from the start.
+        options = {"fuse_qkv": fuse, "windowed_kv_cache": "false"}
+        model = build.build(copy.path, graph, architecture, options)
         found = sites.find(model, shapes, copy.dequantize)
         # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
         if merged or not any(_is_partial(site, adapted) for site in found):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from vera_edge import formats
 from vera_edge.errors import TargetError
 from vera_edge.formats import Bnb4Weight, Int8Weight, Weight
+from vera_edge.formats.blocks import IntBlocks, quantize
 from vera_edge.plan import SAME, Plan, Step
 from vera_edge.target import ExportRequest
 from vera_edge.tensors import Float32
-from vera_edge_onnx.linear import Blocks, Bnb4, Linear, join_blocks, join_bnb4, quantize
+from vera_edge_onnx.linear import Blocks, Bnb4, Linear, join_blocks, join_bnb4
 from vera_edge_onnx.sites import Part, Site
 
 BLOCK = 32
@@ -71,16 +73,32 @@ def _rows(site: Site) -> list[tuple[Part, Float32]]:
 def _blocks(request: ExportRequest, step: Step, part: Part, rows: Float32) -> Blocks:
     own = _own(request, step)
     bits = _BITS[step.result]
-    if isinstance(own, Int8Weight) and bits == 8:
-        codes = (own.codes[part.start : part.stop].astype(np.int16) + 128).astype(np.uint8)
-        scales = own.scales[part.start : part.stop] / np.float32(127)
-        return Blocks(8, BLOCK, codes, np.repeat(scales[:, None], -(-rows.shape[1] // BLOCK), 1))
-    # Zero points cost 4 bits more than they're worth at 8 bits, and halve the drift at 4.
-    return quantize(rows, bits, BLOCK, symmetric=bits == 8)
+    if (codes := request.requantized.get(step.module)) is not None:
+        return Blocks(_cut(codes.int_blocks(), part))
+    if isinstance(own, Int8Weight) and bits == 8 and not step.shape[1] % BLOCK:
+        return _rowwise(own, part)
+    # Zero points cost more than they're worth at 8 bits, and halve the error at 4.
+    return Blocks(quantize(rows, bits, BLOCK, symmetric=bits == 8))
+
+
+def _cut(whole: IntBlocks, part: Part) -> IntBlocks:
+    """Some rows of a weight in blocks."""
+    rows = slice(part.start, part.stop)
+    zeros = None if whole.zero_points is None else whole.zero_points[rows]
+    return replace(whole, codes=whole.codes[rows], scales=whole.scales[rows], zero_points=zeros)
+
+
+def _rowwise(own: Int8Weight, part: Part) -> Blocks:
+    """LLM.int8's own codes; every block of a row has the row's scale."""
+    codes = (own.codes[part.start : part.stop].astype(np.int16) + 128).astype(np.uint8)
+    count = codes.shape[1] // BLOCK
+    scales = np.repeat(own.scales[part.start : part.stop, None] / np.float32(127), count, axis=1)
+    return Blocks(IntBlocks(8, codes.shape[1], codes.reshape(-1, count, BLOCK), scales))
 
 
 def _bnb4(request: ExportRequest, step: Step, part: Part, rows: Float32) -> Bnb4:
-    own = _own(request, step)
+    codes = request.requantized.get(step.module)
+    own = _own(request, step) if codes is None else codes.bnb4()
     if own is not None:
         assert isinstance(own, Bnb4Weight)
         whole = Bnb4(own.shape, own.quant_type, own.blocksize, own.packed, own.absmax)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from vera_edge.errors import PlanError
+from vera_edge.formats.blocks import quantize
 from vera_edge.tensors import Float32
-from vera_edge_onnx.linear import Blocks, quantize
+from vera_edge_onnx.linear import Blocks
 from vera_edge_onnx.weaver import MICROSOFT, Range, Weaver, leading
 
 DTYPES = ("fp32", "fp16", "int8", "int4")
@@ -85,7 +86,7 @@ def store(weaver: Weaver, ends: Ends, dtype: str, block: int) -> None:
 
 def _quantized(weight: Float32, dtype: str, block: int) -> Blocks:
     bits = int(dtype.removeprefix("int"))
-    return quantize(weight, bits, block, symmetric=bits == 8)
+    return Blocks(quantize(weight, bits, block, symmetric=bits == 8))
 
 
 def _look_up(weaver: Weaver, gather: ir.Node, blocks: Blocks, name: str) -> None:
@@ -105,8 +106,8 @@ def _look_up(weaver: Weaver, gather: ir.Node, blocks: Blocks, name: str) -> None
         shape,
         before=gather,
         domain=MICROSOFT,
-        bits=blocks.bits,
-        block_size=blocks.block,
+        bits=blocks.form.bits,
+        block_size=blocks.form.block,
         gather_axis=0,
         quantize_axis=1,
     )

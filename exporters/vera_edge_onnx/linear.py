@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vera_edge.errors import TargetError
-from vera_edge.formats import affine
+from vera_edge.formats.blocks import IntBlocks
 from vera_edge.tensors import Bytes, Float32
 from vera_edge_onnx.weaver import MICROSOFT, Weaver, leading
 
@@ -109,28 +109,19 @@ def join_bnb4(parts: list[Bnb4]) -> Bnb4:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Blocks:
-    """Integers in blocks along the input: value = (code - zero point) * scale.
+    """Integers in blocks along the input, for `MatMulNBits`."""
 
-    codes: uint8 (out, in). scales: float32 (out, blocks). zero_points: uint8 (out, blocks), or None for
-    2^(bits - 1). The last block of a row may be short.
-    """
-
-    bits: int
-    block: int
-    codes: Bytes
-    scales: Float32
-    zero_points: Bytes | None = None
+    form: IntBlocks
 
     @property
     def shape(self) -> tuple[int, int]:
-        out, inside = self.codes.shape
-        return out, inside
+        return self.form.shape
 
     def product(self, weaver: Weaver, x: ir.Value, weight: str, node: str, before: ir.Node) -> ir.Value:
         values = [weaver.initializer(name, array) for name, array in self.arrays(weight).items()]
-        return self._node(weaver, x, values, self.codes.shape[0], node, before)
+        return self._node(weaver, x, values, self.shape[0], node, before)
 
     def rows_product(
         self, weaver: Weaver, x: ir.Value, weight: str, rows: tuple[int, int], node: str, before: ir.Node
@@ -141,23 +132,14 @@ class Blocks:
 
     def arrays(self, weight: str) -> dict[str, Bytes | Float32]:
         """Codes (out, blocks, block * bits / 8), scales (out, blocks), zero points (out, bytes) if any."""
+        form = self.form
         arrays: dict[str, Bytes | Float32] = {
-            f"{weight}.int{self.bits}": self.packed(),
-            f"{weight}.scales": self.scales,
+            f"{weight}.int{form.bits}": pack_bits(form.codes, form.bits),
+            f"{weight}.scales": form.scales,
         }
-        if self.zero_points is not None:
-            arrays[f"{weight}.zero_points"] = pack_bits(self.zero_points, self.bits)
+        if form.zero_points is not None:
+            arrays[f"{weight}.zero_points"] = pack_bits(form.zero_points, form.bits)
         return arrays
-
-    def packed(self) -> Bytes:
-        out, inside = self.codes.shape
-        count = -(-inside // self.block)
-        codes = self.codes
-        if inside % self.block:
-            # What pads a row is multiplied by nothing; the zero point keeps it worth nothing as well.
-            fill = np.uint8(1 << (self.bits - 1))
-            codes = np.pad(codes, ((0, 0), (0, count * self.block - inside)), constant_values=fill)
-        return pack_bits(codes.reshape(out, count, self.block), self.bits)
 
     def _node(
         self, weaver: Weaver, x: ir.Value, values: list[ir.Value], out: int, node: str, before: ir.Node
@@ -169,23 +151,26 @@ class Blocks:
             (*leading(x), out),
             before=before,
             domain=MICROSOFT,
-            K=self.codes.shape[1],
+            K=self.form.in_features,
             N=out,
-            bits=self.bits,
-            block_size=self.block,
+            bits=self.form.bits,
+            block_size=self.form.block,
             accuracy_level=_ACCURACY,
         )
 
 
 def join_blocks(parts: list[Blocks]) -> Blocks:
     """Weights stacked by rows; all of one width, block size and kind."""
-    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    forms = [part.form for part in parts]
+    zeros = [form.zero_points for form in forms if form.zero_points is not None]
     return Blocks(
-        parts[0].bits,
-        parts[0].block,
-        np.concatenate([part.codes for part in parts]),
-        np.concatenate([part.scales for part in parts]),
-        np.concatenate(zeros) if zeros else None,
+        IntBlocks(
+            forms[0].bits,
+            forms[0].in_features,
+            np.concatenate([form.codes for form in forms]),
+            np.concatenate([form.scales for form in forms]),
+            np.concatenate(zeros) if zeros else None,
+        )
     )
 
 
@@ -199,14 +184,3 @@ def pack_bits(codes: Bytes, bits: int) -> Bytes:
     for place in range(1, share):
         packed |= codes[..., place::share] << np.uint8(place * bits)
     return packed
-
-
-def quantize(weight: Float32, bits: int, block: int, symmetric: bool) -> Blocks:
-    """A weight (out, in) rounded to the nearest integers, block by block along the input."""
-    inside = weight.shape[1]
-    count = -(-inside // block)
-    if inside % block:
-        weight = np.pad(weight, ((0, 0), (0, count * block - inside)))
-    grid = affine.fit(weight, bits, count, symmetric, fp16=False)
-    zeros = None if symmetric else grid.zeros.astype(np.uint8)
-    return Blocks(bits, block, grid.codes[:, :inside], grid.scales, zeros)

@@ -18,9 +18,10 @@ import numpy as np
 import onnx_ir as ir
 
 from vera_edge.errors import PlanError
+from vera_edge.formats.blocks import quantize
 from vera_edge.projection import Projections
 from vera_edge.tensors import Float32
-from vera_edge_onnx.linear import Blocks, quantize
+from vera_edge_onnx.linear import Blocks
 from vera_edge_onnx.weaver import MICROSOFT, Weaver, leading
 
 DTYPES = ("fp32", "fp16", "int8", "int4")
@@ -87,7 +88,7 @@ class StoredProjections:
 
     def _blocks(self, name: str, matrix: Float32) -> Blocks:
         if name not in self._quantized:
-            self._quantized[name] = quantize(matrix, _BITS[self.dtype], _BLOCK, symmetric=True)
+            self._quantized[name] = Blocks(quantize(matrix, _BITS[self.dtype], _BLOCK, symmetric=True))
         return self._quantized[name]
 
     def _float_rows(

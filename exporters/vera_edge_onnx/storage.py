@@ -41,11 +41,14 @@ def save(
     """
     data_path = path.with_name(f"{path.name}_data")
     places: dict[str, int] = {}
-    values = [
-        (name, value)
-        for name, value in sorted(model.graph.initializers.items())
-        if name in shared or value.const_value is None or value.const_value.nbytes > _INLINE
-    ]
+    values = []
+    for name, value in sorted(model.graph.initializers.items()):
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes > _INLINE or name in shared:
+            values.append((name, value))
+        else:
+            value.const_value = ir.Tensor(tensor.numpy().copy(), name=name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with data_path.open("wb") as stream:

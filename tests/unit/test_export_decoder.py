@@ -1,0 +1,402 @@
+"""Whole exports of tiny decoders, held against PEFT's own forward and against the checkpoint's bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests import exported, tiny
+from vera_edge import bundle, target
+from vera_edge.errors import MismatchError, OutputError, PlanError, TargetError, VeraEdgeError
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def float_adapter(tiny_llama: tiny.TinyLlama, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of the tiny Llama in float32, so that PEFT alone gives the truth."""
+    return tiny.make_adapter(tiny_llama.fp32, tmp_path_factory.mktemp("float") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def make(tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Exports, each made once: make(mode, weights, base=..., adapter=..., **options)."""
+    done: dict[str, Path] = {}
+
+    def export(
+        mode: str, weights: str, base: Path | None = None, adapter: Path | None = None, **options: Any
+    ) -> Path:
+        base, adapter = base or tiny_llama.fp32, adapter or float_adapter
+        key = repr((mode, weights, base, adapter, options))
+        if key not in done:
+            out = tmp_path_factory.mktemp("export") / "out"
+            target.export(base, [(adapter, 1.0)], out, mode=mode, weights=weights, options=options)
+            done[key] = out
+        return done[key]
+
+    return export
+
+
+def adapter_of(folder: Path) -> Path:
+    return folder / "adapters" / "default.onnx_adapter"
+
+
+@pytest.mark.parametrize("mode", ["merged", "branch"])
+def test_fp32_agrees_with_peft(
+    mode: str, make: Make, tiny_llama: tiny.TinyLlama, float_adapter: Path
+) -> None:
+    ids, out = exported.tokens(), make(mode, "fp32")
+    truth = exported.peft_logits(tiny_llama.fp32, float_adapter, ids)
+    found = exported.logits(out, ids, adapter_of(out) if mode == "branch" else None)
+    assert exported.error(found, truth) < 1e-5
+    base = exported.peft_logits(tiny_llama.fp32, float_adapter, ids, active=False)
+    assert exported.error(base, truth) > 0.1  # so that a lost adapter would have failed
+
+
+def test_without_vectors_a_branch_is_the_base(
+    make: Make, tiny_llama: tiny.TinyLlama, float_adapter: Path
+) -> None:
+    ids = exported.tokens()
+    truth = exported.peft_logits(tiny_llama.fp32, float_adapter, ids, active=False)
+    assert exported.error(exported.logits(make("branch", "fp32"), ids), truth) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights", "options", "limit"),
+    [
+        ("branch", "fp16", {}, 1e-4),
+        ("branch", "int8", {}, 0.02),
+        ("branch", "int8", {"projections": "int4"}, 0.03),
+        ("branch", "int4", {"head": "int8"}, 0.4),
+        ("branch", "nf4", {"projections": "int8"}, 0.4),
+        ("merged", "fp16", {}, 1e-4),
+        ("merged", "int8", {}, 0.02),
+        ("merged", "int4", {}, 0.4),
+        ("merged", "fp4", {}, 0.6),
+    ],
+)
+def test_drift_is_of_the_size_of_the_format(
+    mode: str,
+    weights: str,
+    options: dict[str, str],
+    limit: float,
+    make: Make,
+    tiny_llama: tiny.TinyLlama,
+    float_adapter: Path,
+) -> None:
+    ids, out = exported.tokens(), make(mode, weights, **options)
+    truth = exported.peft_logits(tiny_llama.fp32, float_adapter, ids)
+    found = exported.logits(out, ids, adapter_of(out) if mode == "branch" else None)
+    assert exported.divergence(truth, found) < limit
+
+
+def test_int8_projections_cost_the_delta_next_to_nothing(
+    make: Make, tiny_llama: tiny.TinyLlama, float_adapter: Path
+) -> None:
+    ids, out = exported.tokens(), make("branch", "fp32", projections="int8")
+    truth = exported.peft_logits(tiny_llama.fp32, float_adapter, ids)
+    effect = exported.divergence(
+        truth, exported.peft_logits(tiny_llama.fp32, float_adapter, ids, active=False)
+    )
+    assert exported.divergence(truth, exported.logits(out, ids, adapter_of(out))) < 1e-3 * effect
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bit_bytes_are_the_checkpoints(
+    kind: str, make: Make, tiny_llama: tiny.TinyLlama, tiny_adapter: Path
+) -> None:
+    base = getattr(tiny_llama, kind)
+    out = make("branch", kind, base, tiny_adapter)
+    raw = load_file(base / "model.safetensors")
+    packs: dict[str, tuple[str, ...]] = {
+        "attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    }
+    packs |= {"attn.o_proj": ("self_attn.o_proj",)}
+    packs |= {f"mlp.{name}": (f"mlp.{name}",) for name in ("gate_proj", "up_proj", "down_proj")}
+    for layer in range(2):
+        for site, modules in packs.items():
+            found = exported.data(out, f"model.layers.{layer}.{site}.weight.{kind}")
+            stored = [raw[f"model.layers.{layer}.{module}.weight"].reshape(-1) for module in modules]
+            np.testing.assert_array_equal(found, np.concatenate(stored))
+
+
+def test_nf4_branch_is_the_model_as_trained(
+    make: Make, tiny_llama: tiny.TinyLlama, tiny_adapter: Path
+) -> None:
+    """The truth: bitsandbytes' own dequantization of every linear, under PEFT's own layers."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from peft import PeftModel
+
+    model = tiny.load(tiny_llama.nf4)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):  # none has run yet: its bytes are the checkpoint's
+            plain = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            state = module.weight.quant_state
+            # As one row: with blocks that run over row ends, bitsandbytes 0.50 gives wrong values on a CPU.
+            state.shape = torch.Size([plain.weight.numel()])
+            values = dequantize_4bit(module.weight.data, state).float()
+            plain.weight.data = values.reshape(plain.weight.shape)
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, plain)
+    ids, out = exported.tokens(), make("branch", "nf4", tiny_llama.nf4, tiny_adapter)
+    with torch.no_grad():
+        wrapped = PeftModel.from_pretrained(model, tiny_adapter).eval()
+        truth = wrapped(torch.from_numpy(ids[None])).logits[0].numpy()
+    found = exported.logits(out, ids, adapter_of(out))
+    assert exported.error(found, truth) < 1e-5
+    assert exported.divergence(truth, found) < 1e-9
+
+
+def test_an_int8_base_keeps_its_codes(make: Make, tiny_llama: tiny.TinyLlama, tiny_adapter: Path) -> None:
+    out = make("branch", "same", tiny_llama.int8, tiny_adapter)
+    raw = load_file(tiny_llama.int8 / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    found = exported.data(out, "model.layers.1.mlp.down_proj.weight.int8").reshape(raw.shape)
+    np.testing.assert_array_equal(found.astype(np.int16) - 128, raw)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("int8", 1)])
+def test_projections_are_stored_once(dtype: str, width: int, make: Make) -> None:
+    out = make("branch", "fp32", projections=dtype)
+    kept = [
+        (start, start + length)
+        for name, (start, length, _) in exported.ranges(out).items()
+        if name.startswith("vera.") and not name.split("[")[0].endswith("scales") and ".scales" not in name
+    ]
+    taken: set[int] = set()
+    for start, stop in kept:
+        taken.update(range(start, stop))
+    rank, widest_in, widest_out = 8, 160, 160
+    # int8 rows are padded to whole blocks: A to 128 + 128 columns of its cuts at 64 and 160, B to 128.
+    padded = rank * (128 + 128) + widest_out * 128
+    assert len(taken) == (rank * (widest_in + widest_out) * width if width == 4 else padded)
+
+
+def test_vectors_default_to_zeros_and_take_no_room(make: Make) -> None:
+    out = make("branch", "fp32")
+    vectors = {
+        name: at for name, at in exported.ranges(out).items() if name.endswith((".lambda_b", ".lambda_d"))
+    }
+    assert len(vectors) == 2 * 7 * 2
+    assert len({start for start, _, _ in vectors.values()}) == 1
+    assert not any(exported.data(out, name).any() for name in vectors)
+
+
+def test_tied_embeddings_are_stored_once_when_quantized(make: Make) -> None:
+    at = exported.ranges(make("merged", "int8"))
+    assert at["lm_head.weight.int8"][:2] == at["lm_head.weight.int8.rows"][:2]
+    assert not any(name.startswith("model.embed_tokens") for name in at)
+
+
+def test_layers_that_read_the_same_input_share_one_product(make: Make) -> None:
+    import onnx
+
+    graph = onnx.load(make("branch", "fp32") / "onnx" / "model.onnx", load_external_data=False).graph
+    downs = [node.name for node in graph.node if "/vera/A" in node.name]
+    assert len(downs) == 2 * 4  # for qkv, o, gate and up, down of two layers
+
+
+def test_two_exports_are_the_same_bytes(
+    make: Make, tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path: Path
+) -> None:
+    first = make("branch", "int8")
+    again = tmp_path / "elsewhere" / "again"
+    target.export(tiny_llama.fp32, [(float_adapter, 1.0)], again, mode="branch", weights="int8")
+    names = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    for name in names:
+        assert (first / name).read_bytes() == (again / name).read_bytes(), name
+
+
+def test_nothing_names_the_build_machine(make: Make, tiny_llama: tiny.TinyLlama) -> None:
+    out = make("branch", "int8")
+    for path in out.rglob("*"):
+        if path.is_file():
+            assert str(tiny_llama.root).encode() not in path.read_bytes(), path
+            assert b"/.work-" not in path.read_bytes(), path
+
+
+def test_the_folder_is_laid_out_as_runtimes_expect(make: Make) -> None:
+    import onnx
+
+    out = make("branch", "int8")
+    config = json.loads((out / "genai_config.json").read_text())
+    assert config["model"]["decoder"]["filename"] == "onnx/model.onnx"
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    model = onnx.load(out / "onnx" / "model.onnx", load_external_data=False)
+    caches = [value for value in model.graph.input if value.name.startswith("past_key_values.")]
+    assert len(caches) == 4
+    assert all(value.type.tensor_type.shape.dim[3].dim_value == 16 for value in caches)
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    assert told["vera_edge.mode"] == "branch" and "onnxruntime-genai=" in told["vera_edge.tools"]
+    manifest = bundle.verify(out)
+    assert manifest.default_adapter == "default"
+    assert manifest.adapters["default"]["file"] == "adapters/default.onnx_adapter"
+
+
+def test_genai_generates_and_swaps(make: Make, tiny_llama: tiny.TinyLlama, float_adapter: Path) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    out = make("branch", "fp32")
+    model = og.Model(str(out))
+    adapters = og.Adapters(model)
+    adapters.load(str(adapter_of(out)), "default")
+    prompt = exported.tokens(12)
+
+    def generate(name: str | None) -> list[int]:
+        params = og.GeneratorParams(model)
+        params.set_search_options(do_sample=False, max_length=24, min_length=24)
+        generator = og.Generator(model, params)
+        if name is not None:
+            generator.set_active_adapter(adapters, name)
+        generator.append_tokens(prompt.astype(np.int32)[None])
+        while not generator.is_done():
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)]
+
+    plain, adapted = generate(None), generate("default")
+    assert plain != adapted and generate(None) == plain
+    for found, active in ((plain, False), (adapted, True)):
+        ids = np.array(found, np.int64)
+        best = exported.peft_logits(tiny_llama.fp32, float_adapter, ids, active)[11:-1]
+        best[:, 2] = -np.inf  # min_length keeps the end token away
+        assert best.argmax(-1).tolist() == found[12:]
+
+
+def test_several_adapters_are_packed_side_by_side(
+    make: Make, tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path: Path
+) -> None:
+    other = tiny.make_adapter(
+        tiny_llama.fp32,
+        tmp_path / "other",
+        targets=["q_proj", "down_proj"],
+        vectors_seed=9,
+        save_projection=True,
+    )
+    # Fewer targets, other sizes: PEFT would draw other projections, so the graph can't be shared.
+    with pytest.raises(MismatchError, match="projections"):
+        target.export(tiny_llama.fp32, [(float_adapter, 1.0), (other, 0.5)], tmp_path / "out", mode="branch")
+    second = tiny.make_adapter(tiny_llama.fp32, tmp_path / "second", vectors_seed=9)
+    result = target.export(
+        tiny_llama.fp32, [(float_adapter, 1.0), (second, 0.5)], tmp_path / "out", mode="branch"
+    )
+    assert sorted(result.adapters) == ["default", "second"]
+    ids = exported.tokens()
+    for name, source in (("default", float_adapter), ("second", second)):
+        truth = exported.peft_logits(tiny_llama.fp32, source, ids)
+        found = exported.logits(tmp_path / "out", ids, result.adapters[name])
+        assert (exported.error(found, truth) < 1e-5) == (name == "default")  # the second is at half strength
+
+
+def test_an_adapter_on_some_of_qkv(make: Make, tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
+    adapter = tiny.make_adapter(tiny_llama.fp32, tmp_path / "qv", targets=["q_proj", "v_proj"])
+    ids, out = exported.tokens(), make("branch", "fp32", adapter=adapter)
+    truth = exported.peft_logits(tiny_llama.fp32, adapter, ids)
+    assert exported.error(exported.logits(out, ids, adapter_of(out)), truth) < 1e-5
+
+
+def test_biases_and_packed_checkpoints(tmp_path: Path) -> None:
+    """Phi-3 stores qkv and gate_up packed; the builder takes gate and up apart, each half a lambda_b."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    sizes: dict[str, Any] = {
+        "vocab_size": tiny.VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(3)
+    models = {
+        "phi3": (
+            Phi3ForCausalLM(Phi3Config(**sizes, original_max_position_embeddings=256)),
+            ["qkv_proj", "gate_up_proj"],
+        ),
+        "qwen2": (Qwen2ForCausalLM(Qwen2Config(**sizes)), list(tiny.LLAMA_LINEARS)),
+    }
+    ids = exported.tokens()
+    for name, (model, targets) in models.items():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+        base = tiny.save(model, tmp_path / name)
+        adapter = tiny.make_adapter(base, tmp_path / f"{name}-adapter", targets=targets)
+        result = target.export(base, [(adapter, 1.0)], tmp_path / f"{name}-out", mode="branch")
+        truth = exported.peft_logits(base, adapter, ids)
+        assert (
+            exported.error(exported.logits(result.folder, ids, result.adapters["default"]), truth) < 1e-5
+        ), name
+
+
+def refused(
+    error: type[VeraEdgeError],
+    match: str,
+    out: Path,
+    base: Path,
+    adapters: list[tuple[Path, float]],
+    **options: Any,
+) -> None:
+    with pytest.raises(error, match=match) as caught:
+        target.export(base, adapters, out, **options)
+    assert "\n" not in str(caught.value)
+    assert not out.exists() and not list(out.parent.glob(".*"))
+
+
+def test_refusals_leave_nothing_behind(
+    tiny_llama: tiny.TinyLlama,
+    tiny_adapter: Path,
+    float_adapter: Path,
+    tiny_gpt2: Path,
+    tiny_gpt2_adapter: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    one = [(float_adapter, 1.0)]
+    refused(TargetError, "GPT2LMHeadModel", out, tiny_gpt2, [(tiny_gpt2_adapter, 1.0)])
+    refused(
+        PlanError,
+        "projections can't be stored as 'int3'",
+        out,
+        tiny_llama.fp32,
+        one,
+        mode="branch",
+        options={"projections": "int3"},
+    )
+    refused(PlanError, "takes no option 'block'", out, tiny_llama.fp32, one, options={"block": "32"})
+    refused(TargetError, "no export target is called 'tflite'", out, tiny_llama.fp32, one, target="tflite")
+    refused(TargetError, "bf8", out, tiny_llama.fp32, one, weights="bf8")
+    refused(PlanError, "at least one adapter", out, tiny_llama.fp32, [])
+    (out / "kept").mkdir(parents=True)
+    with pytest.raises(OutputError, match="--force"):
+        target.export(tiny_llama.fp32, one, out)
+    assert [path.name for path in out.iterdir()] == ["kept"]
+
+
+def test_an_encoder_is_refused(tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(load_file(tiny_llama.fp32 / "model.safetensors"), base / "model.safetensors")
+    config = json.loads((tiny_llama.fp32 / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
+    refused(TargetError, "BertModel isn't a decoder", tmp_path / "out", base, [(float_adapter, 1.0)])
+
+
+def test_what_a_branch_cannot_carry(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
+    adapter = tiny.make_adapter(tiny_llama.fp32, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    refused(TargetError, "embed_tokens", tmp_path / "out", tiny_llama.fp32, [(adapter, 1.0)], mode="branch")
