@@ -56,7 +56,7 @@ def test_a_coarser_model_breaks_its_limit_and_says_by_how_much(
 ) -> None:
     folder = tiny_bundle.with_golden(tiny_bundles, tiny_bundles.int4, tmp_path / "b", {"max_kl": 1e-4})
     result = validate(folder)
-    assert set(failed(result)) == {"drift (base)"}
+    assert set(failed(result)) == {"drift (model)"}
     assert "max_kl" in next(check.detail for check in result.checks if not check.passed)
     drift = result.drift[0]
     assert drift.prompt_kl > 1e-4 and drift.step_kl > 1e-4 and drift.kl_max >= drift.kl_p99 >= drift.kl

@@ -115,7 +115,7 @@ def validate(
         progress("golden vectors", len(drift), len(manifest.adapters) + 1)
         found, kl = _drift(session, cases, adapter)
         drift.append(found)
-        checks += _limit_checks(found, kl, held)
+        checks += _limit_checks(found, kl, held, manifest.mode == "branch")
     checks.append(_determinism(session, cases))
     checks += _swap(session, cases)
     progress("looking for leaks", 0, 1)
@@ -200,9 +200,9 @@ def _generate(session: Session, case: Case) -> list[int]:
     return generation.tokens
 
 
-def _limit_checks(drift: Drift, kl: Float64, limits: Mapping[str, float]) -> list[Check]:
+def _limit_checks(drift: Drift, kl: Float64, limits: Mapping[str, float], branch: bool) -> list[Check]:
     """The limits that a device can hold, against this adapter's figures."""
-    who = drift.adapter or "base"
+    who = drift.adapter or ("base" if branch else "model")
     checks = []
     for name, bound in sorted(limits.items()):
         if name in _STATISTICS:

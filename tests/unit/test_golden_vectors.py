@@ -1,0 +1,68 @@
+"""Golden vectors asked of the model as trained, for a bundle that the exporter made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from vera_edge import bundle, golden_vectors, target
+from vera_edge.device.session import Session
+from vera_edge.device.validate import validate
+from vera_edge.errors import DataError, MismatchError, PlanError
+
+PROMPTS = ("The adapter", "Merge the two in float32, then quantize again")
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "branch"
+    target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], out, mode="branch", weights="nf4")
+    return out
+
+
+def test_an_export_validates_against_the_model_as_trained(
+    exported: Path, tiny_llama: tiny.TinyLlama, tiny_adapter: Path
+) -> None:
+    limits = {"max_kl": 1e-4, "min_top1": 0.99}
+    manifest = golden_vectors.ask(exported, tiny_llama.nf4, [(tiny_adapter, 1.0)], limits, PROMPTS)
+    assert manifest.golden == "golden.json" and manifest.limits == limits
+    assert bundle.verify(exported) == manifest
+    result = validate(exported)
+    assert result.passed, result.checks
+    assert {drift.adapter for drift in result.drift} == {None, "default"}
+    assert all(drift.positions > 20 and drift.greedy == 1 for drift in result.drift)
+    tokens = np.arange(3, 60, dtype=np.int64)
+    session = Session.open(exported)
+    with_adapter = session.logits(tokens)
+    session.swap(None)
+    assert np.abs(with_adapter - session.logits(tokens)).max() > 0.1  # two models, both held
+
+
+def test_another_base_or_adapter_is_refused(
+    exported: Path, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MismatchError, match="made of another base"):
+        golden_vectors.ask(exported, tiny_llama.fp32, [(tiny_adapter, 1.0)])
+    other = tiny.make_adapter(tiny_llama.nf4, tmp_path / "other", vectors_seed=9)
+    with pytest.raises(MismatchError, match="wasn't made of"):
+        golden_vectors.ask(exported, tiny_llama.nf4, [(other, 1.0)])
+    with pytest.raises(PlanError, match="name one adapter"):
+        golden_vectors.ask(exported, tiny_llama.nf4, [])
+    with pytest.raises(MismatchError, match="no adapter 'other'"):
+        golden_vectors.attach(exported, {"other": Session.open(exported)}, "x")
+
+
+def test_prompts_come_one_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n\n  two \n")
+    assert golden_vectors.read_prompts(path) == ("one", "two")
+    path.write_text("\n")
+    with pytest.raises(DataError, match="holds no prompt"):
+        golden_vectors.read_prompts(path)
+    with pytest.raises(DataError, match="can't be read"):
+        golden_vectors.read_prompts(tmp_path / "none")
