@@ -31,7 +31,7 @@ ORDER = (
     "checkpoint",
     "alignment",
     "fit",
-    "rounding",
+    "peft_rounding",
     "provenance",
     "lora",
     "plan",

@@ -19,6 +19,7 @@ from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.fit import check_fit
+from vera_edge.peft_rounding import ASK, NAMES, infer
 from vera_edge.projection import (
     ROUNDINGS,
     Projections,
@@ -28,7 +29,6 @@ from vera_edge.projection import (
     round_to,
     stream,
 )
-from vera_edge.rounding import ASK, NAMES, infer
 from vera_edge.tensors import Float32
 
 __all__ = ["Provenance", "check_fit", "resolve", "verify"]
