@@ -11,7 +11,7 @@ from rich.table import Table
 from vera_edge import adapter as adapters
 from vera_edge import alignment
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.cli.show import FOLDER, json_option, out, print_json
+from vera_edge.cli.show import FOLDER, json_option, out, print_json, projection_dtype_option
 from vera_edge.errors import MismatchError
 from vera_edge.inspection import Cost, Inspection, Kind
 from vera_edge.inspection import inspect as inspect_adapter
@@ -20,7 +20,7 @@ from vera_edge.inspection import inspect as inspect_adapter
 @click.command()
 @click.argument("adapter", type=FOLDER)
 @click.option("--base", type=FOLDER, help="The base model's folder.")
-@click.option("--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16.")
+@projection_dtype_option
 @json_option
 def inspect(adapter: Path, base: Path | None, projection_dtype: str | None, as_json: bool) -> None:
     """Say what ADAPTER is, whether it fits a base, and what it costs on the device."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from vera_edge import adapter as adapters
 from vera_edge import alignment, projection
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json
+from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, projection_dtype_option
 from vera_edge.files import check_output
 from vera_edge.provenance import Provenance, resolve
 from vera_edge.provenance import verify as verify_saved
@@ -22,7 +22,7 @@ from vera_edge.provenance import verify as verify_saved
 @click.option("--base", type=FOLDER, help="The base model's folder; needed when ADAPTER doesn't hold them.")
 @click.option("--verify", is_flag=True, help="Fail when the saved projections aren't what the seed gives.")
 @click.option("--out", "target", type=FOLDER, help="Write vera_A and vera_B to this safetensors file.")
-@click.option("--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16.")
+@projection_dtype_option
 @force_option
 @json_option
 def projections(
