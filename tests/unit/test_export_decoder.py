@@ -199,7 +199,7 @@ def test_layers_that_read_the_same_input_share_one_product(make: Make) -> None:
     import onnx
 
     graph = onnx.load(make("branch", "fp32") / "onnx" / "model.onnx", load_external_data=False).graph
-    downs = [node.name for node in graph.node if "/vera/A" in node.name]
+    downs = [node.name for node in graph.node if "/vera/A/" in node.name]
     assert len(downs) == 2 * 4  # for qkv, o, gate and up, down of two layers
 
 
