@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,20 @@ def test_does_not_replace_a_file_unasked(cli: Cli, tmp_path: Path) -> None:
     assert target.read_text() == "precious"
     assert cli(*words, "--force").exit_code == 0
     assert set(load_file(target)) == {"vera_A", "vera_B"}
+
+
+def test_a_refusing_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    """The process may write 512 bytes to a file and no more, as on a disk that runs full."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512));"
+        "sys.argv[0] = 'vera-edge'; from vera_edge.cli import main; main()"
+    )
+    words = ["projections", str(GOLDEN / "saved-fp32"), "--out", str(tmp_path / "projections.safetensors")]
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "projections.safetensors grows past the file size" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_verify_and_out_exclude_each_other(cli: Cli, tmp_path: Path) -> None:
