@@ -67,6 +67,7 @@ class Awq:
     name: str = "awq"
 
     quant_method = "awq"
+    skip_key = "modules_to_not_convert"  # of quantization_config: the modules left as they were
 
     def find(self, tensors: TensorFolder, config: Mapping[str, Any]) -> Mapping[str, StoredLinear]:
         if checks.method(config) != self.quant_method:

@@ -60,9 +60,8 @@ class CompressedTensors:
     name: str = "compressed-tensors"
     preset: str = "W4A16"
 
-    @property
-    def quant_method(self) -> str:
-        return "compressed-tensors"
+    quant_method = "compressed-tensors"
+    skip_key = "ignore"  # of quantization_config: the modules left as they were
 
     def find(self, tensors: TensorFolder, config: Mapping[str, Any]) -> Mapping[str, StoredLinear]:
         if checks.method(config) != self.quant_method or self.name != self.quant_method:

@@ -85,6 +85,7 @@ class Fp8:
     name: str = "fp8"
 
     quant_method = "fp8"
+    skip_key = "modules_to_not_convert"  # of quantization_config: the modules left as they were
 
     def find(self, tensors: TensorFolder, config: Mapping[str, Any]) -> Mapping[str, StoredLinear]:
         if checks.method(config) != self.quant_method:

@@ -58,9 +58,13 @@ def _quantization_config(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any] |
     before = _mapping(checkpoint.config.get("quantization_config"))
     if {step.source for step in quantized} == set(results):
         return dict(before)
-    fresh = formats.get(results[0]).quantization_config(quantized[0].options) or {}
+    target = formats.get(results[0])
+    fresh = target.quantization_config(quantized[0].options) or {}
     if fresh.get("quant_method") == "bitsandbytes":
-        fresh |= _bitsandbytes_extras(plan, checkpoint, before)
+        return fresh | _bitsandbytes_extras(plan, checkpoint, before)
+    key, skipped = getattr(target, "skip_key", None), skip_modules(plan.steps)
+    if key and skipped:
+        fresh[key] = sorted({*fresh.get(key, ()), *skipped})
     return fresh
 
 
