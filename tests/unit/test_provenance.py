@@ -16,6 +16,7 @@ from vera_edge.adapter import Adapter, read
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.projection import regenerate
+from vera_edge.tensors import TensorFolder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "adapters"
 HELD = {
@@ -209,6 +210,22 @@ def test_saved_projections_need_no_base() -> None:
 
 def with_saved(adapter: Adapter, a: Any, b: Any) -> Adapter:
     return dataclasses.replace(adapter, saved=(a, b))
+
+
+def test_reads_projections_saved_in_half_precision(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
+    """autocast_adapter_dtype=False keeps everything in the base's dtype, in memory and in the file."""
+    import torch
+    from peft import VeraConfig, get_peft_model
+
+    config = VeraConfig(r=4, projection_prng_key=41, target_modules=["k_proj"], save_projection=True)
+    model = tiny.load(tiny_llama.bf16, dtype=torch.bfloat16)
+    get_peft_model(model, config, autocast_adapter_dtype=False).save_pretrained(tmp_path)
+    adapter = read(tmp_path)
+    dtypes = {info.dtype for info in TensorFolder.open(tmp_path, "adapter_model").values()}
+    assert dtypes == {"BF16"}
+    found = provenance.resolve(adapter, Checkpoint.open(tiny_llama.bf16))
+    assert found.verified
+    assert found.spec.rounding == "bfloat16"
 
 
 def test_recognises_a_processor_without_fused_multiply_add() -> None:
