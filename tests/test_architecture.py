@@ -48,6 +48,7 @@ ORDER = (
     "golden_vectors",
     "drift",
     "writeback",
+    "weight_rounding",
     "recover",
     "precision",
     "difference",

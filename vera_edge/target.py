@@ -7,6 +7,7 @@ repository through the same door as anybody else's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -24,6 +25,7 @@ from vera_edge.files import check_output
 from vera_edge.plan import Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
+from vera_edge.requantize import Codes
 from vera_edge.tensors import Float32
 
 GROUP = "vera_edge.exporters"
@@ -45,7 +47,8 @@ class ExportRequest:
 
     adapters: each with its weight, which scales its delta. options: what the target alone understands; the
     targets here take `projections` ("fp32", "fp16", "int8", "int4") and `head` ("fp32", "fp16", "int8",
-    "int4"): how projections and embeddings are stored.
+    "int4"): how projections and embeddings are stored. requantized: by module, weights of the plan's formats
+    that were rounded with care (merged where the plan merges); the exporter rounds the others itself.
     """
 
     checkpoint: Checkpoint
@@ -56,6 +59,7 @@ class ExportRequest:
     options: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
     progress: Progress = silent
+    requantized: Mapping[str, Codes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,21 @@ class Export:
             "adapters": {name: str(path) for name, path in self.adapters.items()},
             "notes": list(self.notes),
         }
+
+
+class Rounding(Protocol):
+    """Rounds the weights of a plan before the exporter sees them; see `weight_rounding.Rounding`."""
+
+    def codes(
+        self,
+        checkpoint: Checkpoint,
+        adapters: Sequence[tuple[Adapter, float]],
+        projections: Projections,
+        plan: Plan,
+        out: Path,
+        progress: Progress,
+    ) -> AbstractContextManager[tuple[Mapping[str, Codes], tuple[str, ...]]]:
+        """Codes by module, kept beside `out` while the context lasts, and sentences for a person to read."""
 
 
 @runtime_checkable
@@ -128,12 +147,14 @@ def export(
     projection_dtype: str | None = None,
     force: bool = False,
     progress: Progress = silent,
+    rounding: Rounding | None = None,
 ) -> Export:
     """Read base and adapters, plan, and export to `out`.
 
     base, adapter_paths, out: folders; each adapter with its weight.
     mode: "merged", or "branch": the base keeps its weights, the adapter runs beside it and can be swapped.
     weights: the stored format of the linears. projection_dtype: see `provenance.resolve`.
+    rounding: how weights are rounded to 4 and 8 bits; None: to nearest, by the exporter.
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
     check_output(out, force)
@@ -147,6 +168,8 @@ def export(
     projections = plans.check_projections(read, [one.projections for one in found])
     plan = plans.make(checkpoint, read, mode, weights, projections=projections)
     notes = tuple(dict.fromkeys(note for one in found for note in (one.how, *one.notes)))
-    request = ExportRequest(checkpoint, read, projections, plan, out, options or {}, force, progress)
-    exported = exporter.export(request)
-    return replace(exported, notes=(*notes, *exported.notes))
+    facts = (checkpoint, read, projections, plan, out)
+    with rounding.codes(*facts, progress) if rounding else nullcontext(({}, ())) as (codes, more):
+        request = ExportRequest(*facts, options or {}, force, progress, codes)
+        exported = exporter.export(request)
+    return replace(exported, notes=(*notes, *more, *exported.notes))

@@ -7,43 +7,22 @@ included.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from vera_edge import merge as merging
 from vera_edge.adapter import Adapter
 from vera_edge.calibration import Inputs, Int64, Sees, Walk, follow_target
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.drift import windows
-from vera_edge.errors import MismatchError, PlanError
-from vera_edge.files import PARTIAL_MARK, check_output, output_error
-from vera_edge.plan import Step
+from vera_edge.errors import MismatchError
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.reference import load_dense
-from vera_edge.requantize import (
-    METHODS,
-    Codes,
-    CodesFolder,
-    Effort,
-    Gram,
-    Grid,
-    bnb_grid,
-    int8_rows,
-    requantize,
-)
+from vera_edge.requantize import Codes, Effort, Gram, Grid, requantize
 from vera_edge.tensors import Float32
-
-FOUR_BIT = ("nf4", "fp4")
-BUILT_IN = windows.BUILT_IN
-# Enough for the Gram matrices of SmolLM2's widest input to have full rank, many times over.
-TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -55,84 +34,6 @@ class Calibration:
     sees: Sees = "original"
     follow: float = 0.0
     effort: Effort = field(default_factory=Effort)
-
-
-def default_method(steps: Sequence[Step]) -> str:
-    """`gptq` when any layer goes to 4 bits, where rounding to nearest drowns adapters; else `rtn`."""
-    return "gptq" if any(step.result in FOUR_BIT and not step.copies for step in steps) else "rtn"
-
-
-def grid_of(step: Step) -> Grid | None:
-    """The grid that a merge step's result is stored on; None where it isn't one of bitsandbytes' formats."""
-    if step.result in FOUR_BIT:
-        options = dict(step.options)
-        return bnb_grid(
-            step.result, options.pop("blocksize"), double_quant=options.pop("double_quant"), **options
-        )
-    return int8_rows() if step.result == "int8" else None
-
-
-def merge_to_folder(
-    ready: merging.Prepared,
-    out: Path,
-    method: str | None = None,
-    text: str = BUILT_IN,
-    tokens: int = TOKENS,
-    progress: Progress = silent,
-    force: bool = False,
-) -> merging.MergeReport:
-    """Merge what was prepared into `out`, rounding by `method`, calibrated on `text`.
-
-    method: one of requantize.METHODS, None for `default_method`. text: a UTF-8 file or "built-in".
-    Raises PlanError for an unknown method or one that no layer's format can use, DataError for unusable text.
-    """
-    check_output(out, force)
-    method = method or default_method(ready.plan.steps)
-    if method not in METHODS:
-        raise PlanError(f"no quantization method is called {method!r}; known: {', '.join(METHODS)}")
-    if method == "rtn":
-        return merging.perform(ready, out, progress=progress, force=force)
-    changed = [step for step in ready.plan.steps if step.action == "merge" or not step.copies]
-    grids = {step.module: grid for step in changed if (grid := grid_of(step)) is not None}
-    if not grids:
-        raise PlanError(f"method {method} rounds to nf4, fp4 or int8, and no layer becomes one; see --to")
-    calibration, notes = _calibration(ready.checkpoint, method, text, tokens)
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(
-            prefix=f".{out.name}{PARTIAL_MARK}codes-", dir=out.absolute().parent
-        )
-    except OSError as cause:
-        raise output_error(out, cause) from cause
-    with scratch as folder:
-        store = CodesFolder(Path(folder))
-        write_back(
-            ready.checkpoint,
-            ready.adapters,
-            ready.projections,
-            grids,
-            calibration,
-            store.put,
-            progress=progress,
-        )
-        return merging.perform(ready, out, progress=progress, force=force, requantized=store, notes=notes)
-
-
-def _calibration(
-    checkpoint: Checkpoint, method: str, source: str, tokens: int
-) -> tuple[Calibration, tuple[str, ...]]:
-    if method == "hqq":
-        return Calibration((), method), ("weights were rounded by hqq, which needs no calibration",)
-    text = windows.read_text(source)
-    config = checkpoint.config.get("text_config") or checkpoint.config
-    cut = windows.make(
-        text, windows.open_tokenizer(checkpoint.path), int(config.get("vocab_size", 0)), tokens
-    )
-    count = sum(len(window) for window in cut.tokens)
-    note = f"weights were rounded by {method}, calibrated on {count} tokens of {source} text"
-    if source == BUILT_IN:
-        note += "; text like the adapter's own (--calibration FILE) loses less"
-    return Calibration(cut.tokens, method), (note,)
 
 
 def write_back(

@@ -19,7 +19,8 @@ from vera_edge.drift.windows import open_tokenizer
 from vera_edge.errors import DataError, MismatchError, PlanError
 from vera_edge.reference import load_dense
 from vera_edge.requantize import Codes, CodesFolder, bnb_grid, int_blocks, requantize
-from vera_edge.writeback import Calibration, default_method, merge_to_folder, write_back
+from vera_edge.weight_rounding import Rounding, default_method, merge_to_folder
+from vera_edge.writeback import Calibration, write_back
 
 WINDOWS = [np.random.default_rng(seed).integers(3, 380, 64) for seed in range(24)]
 
@@ -60,7 +61,7 @@ def test_gptq_drifts_less_than_rounding(
     ready = merging.prepare(base, adapters, to)
     drifts = {}
     for method in ("rtn", "gptq"):
-        report = merge_to_folder(ready, tmp_path / method, method, str(text))
+        report = merge_to_folder(ready, tmp_path / method, Rounding(method, str(text)))
         drifts[method] = drift(tmp_path / method, reference)
     assert drifts["gptq"] < drifts["rtn"]
     assert any("calibrated on" in note for note in report.notes)
@@ -72,7 +73,7 @@ def test_transformers_and_bitsandbytes_load_what_was_written(
     tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, text: Path
 ) -> None:
     ready = merging.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)])
-    merge_to_folder(ready, tmp_path / "out", None, str(text))
+    merge_to_folder(ready, tmp_path / "out", Rounding(None, str(text)))
     ours = Checkpoint.open(tmp_path / "out")
     stored = load_file(tmp_path / "out" / "model.safetensors")
     for module, linear in ours.linears.items():
@@ -137,11 +138,11 @@ def test_bad_requests_write_nothing(tiny_llama: tiny.TinyLlama, tiny_adapter: Pa
     ready = merging.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)])
     assert default_method(ready.plan.steps) == "gptq"
     with pytest.raises(DataError, match="missing"):
-        merge_to_folder(ready, tmp_path / "out", None, str(tmp_path / "nowhere.txt"))
+        merge_to_folder(ready, tmp_path / "out", Rounding(None, str(tmp_path / "nowhere.txt")))
     with pytest.raises(PlanError, match="no quantization method"):
-        merge_to_folder(ready, tmp_path / "out", "best")
+        merge_to_folder(ready, tmp_path / "out", Rounding("best"))
     wide = merging.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)], "fp32")
     assert default_method(wide.plan.steps) == "rtn"
-    with pytest.raises(PlanError, match="no layer becomes one"):
-        merge_to_folder(wide, tmp_path / "out", "gptq")
+    with pytest.raises(PlanError, match="no such layer"):
+        merge_to_folder(wide, tmp_path / "out", Rounding("gptq"))
     assert not list(tmp_path.iterdir())

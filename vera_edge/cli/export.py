@@ -7,7 +7,18 @@ from pathlib import Path
 import click
 
 from vera_edge import target as targets
-from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, progress_bar, quiet_option
+from vera_edge.cli.show import (
+    FOLDER,
+    calibration_option,
+    force_option,
+    json_option,
+    method_option,
+    out,
+    print_json,
+    progress_bar,
+    quiet_option,
+)
+from vera_edge.weight_rounding import Rounding
 
 WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "nf4", "fp4")
 STORED = ("fp32", "fp16", "int8", "int4")
@@ -53,6 +64,8 @@ def _weighted(
 @click.option("--head", type=click.Choice(STORED), help="How embeddings and output head are stored.")
 @click.option("--projections-dtype", type=click.Choice(STORED), help="How a branch stores A and B.")
 @click.option("--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16.")
+@method_option
+@calibration_option
 @force_option
 @quiet_option
 @json_option
@@ -68,6 +81,8 @@ def export(
     head: str | None,
     projections_dtype: str | None,
     projection_dtype: str | None,
+    method: str | None,
+    calibration: str,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -86,6 +101,7 @@ def export(
             projection_dtype=projection_dtype,
             force=force,
             progress=progress,
+            rounding=Rounding(method, calibration),
         )
     if as_json:
         print_json(result.to_dict())

@@ -11,9 +11,11 @@ from rich.table import Table
 from vera_edge import merge as merging
 from vera_edge.cli.show import (
     FOLDER,
+    calibration_option,
     err,
     force_option,
     json_option,
+    method_option,
     more_adapters_option,
     out,
     print_json,
@@ -23,6 +25,7 @@ from vera_edge.cli.show import (
     weight_option,
 )
 from vera_edge.plan import Plan
+from vera_edge.weight_rounding import Rounding, merge_to_folder
 
 _SHOWN = 5
 
@@ -40,18 +43,8 @@ _SHOWN = 5
 )
 @click.option("--block-size", type=int, help="Weights to one scale, for nf4 and fp4 (default 64).")
 @click.option("--double-quant", is_flag=True, help="Quantize the scales of nf4 and fp4 too.")
-@click.option(
-    "--method",
-    type=click.Choice(["rtn", "search", "hqq", "gptq"]),
-    help="How to round: to nearest, by searched scales, by HQQ, or compensated (default for nf4 and fp4).",
-)
-@click.option(
-    "--calibration",
-    default="built-in",
-    show_default=True,
-    metavar="FILE",
-    help="Text to calibrate search and gptq on: a UTF-8 file like what the adapter is for, or built-in.",
-)
+@method_option
+@calibration_option
 @more_adapters_option
 @weight_option
 @projection_dtype_option
@@ -89,10 +82,8 @@ def merge(
         else:
             out().print(_plan_table(ready.plan))
         return
-    from vera_edge.writeback import merge_to_folder  # imports torch
-
     with progress_bar(quiet or as_json) as progress:
-        report = merge_to_folder(ready, folder, method, calibration, progress=progress, force=force)
+        report = merge_to_folder(ready, folder, Rounding(method, calibration), progress, force)
     if as_json:
         print_json(report.to_dict())
     else:

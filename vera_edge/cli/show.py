@@ -25,6 +25,18 @@ force_option: Callable[[F], F] = click.option("--force", is_flag=True, help="Rep
 projection_dtype_option: Callable[[F], F] = click.option(
     "--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16."
 )
+method_option: Callable[[F], F] = click.option(
+    "--method",
+    type=click.Choice(["rtn", "search", "hqq", "gptq"]),
+    help="How to round: to nearest, by searched scales, by HQQ, or compensated (the default for 4 bits).",
+)
+calibration_option: Callable[[F], F] = click.option(
+    "--calibration",
+    default="built-in",
+    show_default=True,
+    metavar="FILE",
+    help="Text to calibrate search and gptq on: a UTF-8 file like what the adapter is for, or built-in.",
+)
 quiet_option: Callable[[F], F] = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 
 

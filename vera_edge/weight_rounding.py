@@ -1,0 +1,152 @@
+"""How the weights of a plan are rounded: by which method, calibrated on what, and where the codes are kept.
+
+Import this freely: torch comes in only when there's something to calibrate.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vera_edge import merge as merging
+from vera_edge.adapter import Adapter
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.drift import windows
+from vera_edge.errors import PlanError
+from vera_edge.files import PARTIAL_MARK, check_output, output_error
+from vera_edge.formats import FORMATS
+from vera_edge.plan import Plan, Step
+from vera_edge.progress import Progress, silent
+from vera_edge.projection import Projections
+from vera_edge.requantize import METHODS, Codes, CodesFolder, Grid, bnb_grid, int8_rows, int_blocks
+
+FOUR_BIT = ("nf4", "fp4", "int4", "gptq", "awq", "w4a16")
+BLOCK = 32  # of integers in ONNX graphs
+BUILT_IN = windows.BUILT_IN
+# Enough for the Gram matrices of SmolLM2's widest input to have full rank, many times over.
+TOKENS = 16384
+
+
+def default_method(steps: Sequence[Step]) -> str:
+    """`gptq` when any layer goes to 4 bits, where rounding to nearest drowns adapters; else `rtn`."""
+    return "gptq" if any(step.result in FOUR_BIT and not step.copies for step in steps) else "rtn"
+
+
+def grid_of(step: Step, exported: bool = False) -> Grid | None:
+    """The grid that a step's result is stored on; None for one that isn't rounded.
+
+    exported: in an ONNX graph, where "int8" means blocks and not LLM.int8, and absmax are float32.
+    """
+    if step.result in ("nf4", "fp4"):
+        options = dict(step.options)
+        double = options.pop("double_quant", False) and not exported
+        return bnb_grid(step.result, options.pop("blocksize", 64), double_quant=double, **options)
+    if step.result == "int8" and not exported:
+        return int8_rows()
+    if step.result in ("int8", "int4"):
+        # Zero points cost more than they're worth at 8 bits, and halve the error at 4.
+        return int_blocks(int(step.result[3:]), BLOCK, symmetric=step.result == "int8")
+    # GPTQ, AWQ, compressed-tensors: the formats that store any integer codes
+    facts = getattr(FORMATS.get(step.result), "integer_grid", lambda options: None)(step.options)
+    if facts is not None and not exported:
+        bits, group, symmetric = facts
+        return Grid("int", bits, step.shape[1] if group == -1 else group, symmetric=symmetric)
+    return None
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a plan's weights are rounded. method: of requantize.METHODS, None for `default_method`.
+
+    text: what "search" and "gptq" are calibrated on, a UTF-8 file or "built-in"; about `tokens` of it.
+    """
+
+    method: str | None = None
+    text: str = BUILT_IN
+    tokens: int = TOKENS
+
+    @contextmanager
+    def codes(
+        self,
+        checkpoint: Checkpoint,
+        adapters: Sequence[tuple[Adapter, float]],
+        projections: Projections,
+        plan: Plan,
+        out: Path,
+        progress: Progress = silent,
+        exported: bool = True,
+    ) -> Iterator[tuple[Mapping[str, Codes], tuple[str, ...]]]:
+        """Codes by module, kept beside `out` while the context lasts, and sentences for a person to read.
+
+        No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or one
+        that no layer can use, DataError for unusable text.
+        """
+        method = self.method or default_method(plan.steps)
+        if method not in METHODS:
+            raise PlanError(f"no quantization method is called {method!r}; known: {', '.join(METHODS)}")
+        if method == "rtn":
+            yield {}, ()
+            return
+        changed = [step for step in plan.steps if not step.copies]
+        grids = {step.module: grid for step in changed if (grid := grid_of(step, exported)) is not None}
+        if not grids:
+            raise PlanError(
+                f"method {method} rounds to 4 or 8 bits, and this plan has no such layer to round"
+            )
+        from vera_edge.writeback import Calibration, write_back  # they import torch
+
+        cut, notes = _windows(checkpoint, method, self.text, self.tokens)
+        calibration = Calibration(cut, method)
+        with _scratch(out) as folder:
+            store = CodesFolder(folder)
+            merged = plan.mode == "merged"
+            facts = (checkpoint, adapters, projections, grids, calibration)
+            write_back(*facts, store.put, merged, progress=progress)
+            yield store, notes
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that is gone in the end."""
+    parent = out.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}{PARTIAL_MARK}codes-", dir=parent)
+    except OSError as cause:
+        raise output_error(out, cause) from cause
+    with scratch as folder:
+        yield Path(folder)
+
+
+def merge_to_folder(
+    ready: merging.Prepared,
+    out: Path,
+    rounding: Rounding | None = None,
+    progress: Progress = silent,
+    force: bool = False,
+) -> merging.MergeReport:
+    """Merge what was prepared into `out`, its weights rounded as `rounding` says. Raises as that does."""
+    check_output(out, force)
+    facts = (ready.checkpoint, ready.adapters, ready.projections, ready.plan, out, progress)
+    with (rounding or Rounding()).codes(*facts, exported=False) as (codes, notes):
+        return merging.perform(ready, out, progress, force, codes, notes)
+
+
+def _windows(
+    checkpoint: Checkpoint, method: str, source: str, tokens: int
+) -> tuple[tuple[windows.Int64, ...], tuple[str, ...]]:
+    if method == "hqq":
+        return (), ("weights were rounded by hqq, which needs no calibration",)
+    text = windows.read_text(source)
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    cut = windows.make(
+        text, windows.open_tokenizer(checkpoint.path), int(config.get("vocab_size", 0)), tokens
+    )
+    count = sum(len(window) for window in cut.tokens)
+    note = f"weights were rounded by {method}, calibrated on {count} tokens of {source} text"
+    if source == BUILT_IN:
+        note += "; text like the adapter's own (--calibration FILE) loses less"
+    return cut.tokens, (note,)
