@@ -106,11 +106,14 @@ class Awq:
         count = checks.groups(weight.shape[1], options["group_size"], self.name, PlanError)
         return self.pack(affine.fit(weight, 4, count, symmetric=False, fp16=True), options)
 
+    def integer_grid(self, options: Mapping[str, Any]) -> tuple[int, int, bool]:
+        """Bits, group size (-1: the whole row) and whether it's symmetric: the grid `pack` takes codes of."""
+        return 4, options["group_size"], False
+
     def pack(self, grid: Grid, options: Mapping[str, Any]) -> AwqWeight:
-        """A weight from codes chosen elsewhere: scales are float16 values, zeros whole numbers from 0 to
-        15.
-        """
-        zeros, scales = np.ascontiguousarray(grid.zeros.T), np.ascontiguousarray(grid.scales.T)
+        """A weight from codes chosen elsewhere; scales are rounded to float16, zeros whole, from 0 to 15."""
+        zeros = np.ascontiguousarray(grid.zeros.T)
+        scales = np.ascontiguousarray(grid.scales.T.astype(np.float16).astype(np.float32))
         if zeros.min() < 0 or zeros.max() > 15 or (zeros != np.floor(zeros)).any():
             raise PlanError("zero points of awq are whole numbers from 0 to 15")
         qweight = _pack(np.ascontiguousarray(grid.codes.T))

@@ -128,8 +128,13 @@ class CompressedTensors:
         grid = affine.fit(weight, scheme.bits, groups, scheme.symmetric, fp16=scheme.packed)
         return self.pack(grid, options)
 
+    def integer_grid(self, options: Mapping[str, Any]) -> tuple[int, int, bool] | None:
+        """Bits, group size (-1: the whole row) and whether it's symmetric; None for FP8."""
+        scheme = ct_schemes.preset(options)
+        return (scheme.bits, scheme.group_size or -1, scheme.symmetric) if scheme.kind == "int" else None
+
     def pack(self, grid: Grid, options: Mapping[str, Any]) -> IntegerWeight:
-        """A weight from codes chosen elsewhere; scales of packed presets are float16 values."""
+        """A weight from codes chosen elsewhere; scales of packed presets are rounded to float16."""
         scheme, shape = ct_schemes.preset(options), (grid.codes.shape[0], grid.codes.shape[1])
         half = 1 << scheme.bits - 1
         zeros = None if scheme.symmetric else grid.zeros - np.float32(half)
@@ -140,15 +145,16 @@ class CompressedTensors:
             stored = {".weight": RawTensor.of(codes), ".weight_scale": RawTensor.of(grid.scales)}
             return IntegerWeight(shape, codes, None, grid.scales, zeros, None, stored)
         words = bitpack.pack(grid.codes, scheme.bits)
+        rounded = grid.scales.astype(np.float16)
         stored = {
             ".weight_packed": RawTensor.of(words),
-            ".weight_scale": RawTensor.of(grid.scales.astype(np.float16)),
+            ".weight_scale": RawTensor.of(rounded),
             ".weight_shape": RawTensor.of(np.array(shape, np.int64)),
         }
         if not scheme.symmetric:
             packed = bitpack.pack(np.ascontiguousarray(grid.zeros.T.astype(np.uint8)), scheme.bits)
             stored[".weight_zero_point"] = RawTensor.of(np.ascontiguousarray(packed.T))
-        return IntegerWeight(shape, words, scheme.bits, grid.scales, zeros, None, stored)
+        return IntegerWeight(shape, words, scheme.bits, rounded.astype(np.float32), zeros, None, stored)
 
     def quantization_config(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
         return ct_schemes.quantization_config(options)

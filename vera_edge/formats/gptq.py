@@ -112,13 +112,17 @@ class Gptq:
         )
         return self.pack(grid, options)
 
+    def integer_grid(self, options: Mapping[str, Any]) -> tuple[int, int, bool]:
+        """Bits, group size (-1: the whole row) and whether it's symmetric: the grid `pack` takes codes of."""
+        return options["bits"], options["group_size"], options["sym"]
+
     def pack(
         self, grid: Grid, options: Mapping[str, Any], index: npt.NDArray[Any] | None = None
     ) -> GptqWeight:
         """A weight from codes chosen elsewhere; index (in,): each input's group, when act-order permuted
         them.
 
-        Scales must be float16 values and zeros whole numbers from 0 (v1: 1) to `2 ** bits - 1`.
+        Scales are rounded to float16; zeros must be whole numbers from 0 (v1: 1) to `2 ** bits - 1`.
         """
         bits, inside = options["bits"], grid.codes.shape[1]
         least = _least_zero(options)
@@ -127,7 +131,7 @@ class Gptq:
             raise PlanError(f"zero points of {options['checkpoint_format']} are whole numbers from {least}")
         qweight = np.ascontiguousarray(bitpack.pack(grid.codes, bits).T)
         qzeros = bitpack.pack((zeros - least).astype(np.uint8), bits)
-        scales = np.ascontiguousarray(grid.scales.T)
+        scales = np.ascontiguousarray(grid.scales.T.astype(np.float16).astype(np.float32))
         plain = np.arange(inside) // (inside // grid.scales.shape[1])
         used = plain if index is None else np.asarray(index)
         stored = {

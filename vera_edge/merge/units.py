@@ -16,7 +16,7 @@ from vera_edge import formats
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, PlanError
-from vera_edge.formats import Weight, dense, row_chunks
+from vera_edge.formats import Weight, affine, dense, row_chunks
 from vera_edge.merge.delta import Delta
 from vera_edge.merge.measure import measure
 from vera_edge.merge.report import LayerReport
@@ -152,7 +152,7 @@ class Linear:
         base = self.checkpoint.load(step.module)
         merged = merge_rows(step.module, base, self.delta())
         codes = self.requantized.get(step.module)
-        result = target.quantize(merged, step.options) if codes is None else codes.weight()
+        result = target.quantize(merged, step.options) if codes is None else _stored(codes, step)
         check_range(step, merged, result)
         layer = None
         if step.action == "merge":
@@ -168,6 +168,18 @@ class Linear:
         if self.step.action != "merge":
             return None
         return Delta(self.step.module, self.step.shape[1], self.adapters, self.projections)
+
+
+def _stored(codes: Codes, step: Step) -> Weight:
+    """Codes that were chosen elsewhere, in the format that stores them."""
+    pack = getattr(formats.get(step.result), "pack", None)
+    if pack is None:
+        return codes.weight()
+    zeros = np.full_like(codes.scales, codes.grid.middle)
+    if codes.zeros is not None:
+        zeros = codes.zeros.astype(np.float32)
+    weight: Weight = pack(affine.Grid(codes.codes, codes.scales, zeros), step.options)
+    return weight
 
 
 def merge_rows(module: str, base: Weight, delta: Delta | None) -> Float32:
