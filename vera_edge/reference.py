@@ -55,15 +55,37 @@ class Reference:
 
     def logits(self, tokens: Int64) -> Float32:
         """Teacher-forced logits (n, vocab_size) float32 of one sequence of n token ids."""
+        with self._running():
+            found = self.model(input_ids=torch.from_numpy(tokens[None]), use_cache=False).logits
+            result: Float32 = found[0].float().numpy()
+            return result
+
+    def greedy(self, tokens: Int64, count: int, ends: Sequence[int]) -> list[int]:
+        """The `count` tokens that follow, the likeliest each time, up to one of `ends`; with a KV cache."""
+        prompt = torch.from_numpy(tokens[None])
+        with self._running():
+            found = self.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=count,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                eos_token_id=list(ends) or None,
+                pad_token_id=0,
+            )
+        return [int(token) for token in found[0, len(tokens) :]]
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Without gradients, with the adapter and the precision that this view of the model has."""
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             if self.has_adapter and not self.adapter_on:
                 stack.enter_context(self._without_adapter())
             if self.autocast:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-            found = self.model(input_ids=torch.from_numpy(tokens[None]), use_cache=False).logits
-            result: Float32 = found[0].float().numpy()
-            return result
+            yield
 
     def adapter_off(self) -> Reference:
         """The same base without the adapter: what an artefact falls back to when the adapter is lost."""
@@ -104,8 +126,9 @@ def open_reference(
         return Reference(model.eval(), vocabulary, has_adapter=False)
     if projections is None:
         raise AdapterError("a reference with an adapter needs the projections it was trained with")
+    trained = [(adapter.as_trained or adapter, weight) for adapter, weight in adapters]
     with _quiet():
-        wrapped, swaps = _with_adapters(model, adapters, projections)
+        wrapped, swaps = _with_adapters(model, trained, projections)
     return Reference(wrapped.eval(), vocabulary, True, tuple(swaps))
 
 

@@ -184,3 +184,18 @@ def test_an_adapter_of_another_size_is_refused(
     projections = provenance.resolve(adapter, Checkpoint.open(tiny_llama.nf4)).projections
     with pytest.raises(MismatchError):
         open_reference(Checkpoint.open(tiny_gpt2), [(adapter, 1.0)], projections)
+
+
+def test_greedy_continues_with_its_own_likeliest_tokens(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
+    folder = tiny.make_adapter(tiny_llama.nf4, tmp_path / "adapter")
+    trained = _open(tiny_llama.nf4, folder)
+    continuations = []
+    for view in (trained, trained.adapter_off()):
+        found = view.greedy(TOKENS[:20], 12, [])
+        tokens = np.append(TOKENS[:20], found)
+        assert found == view.logits(tokens)[19:-1].argmax(axis=1).tolist()
+        continuations.append(found)
+    assert continuations[0] != continuations[1]
+    end = continuations[0][3]
+    first = continuations[0].index(end)
+    assert trained.greedy(TOKENS[:20], 12, [end]) == continuations[0][: first + 1]
