@@ -20,13 +20,18 @@ def tools() -> dict[str, str]:
 
 
 def describe(request: ExportRequest) -> dict[str, str]:
-    """Metadata of the graph: text by name, without a path or a time."""
+    """Metadata of the graph: text by name, without a path or a time.
+
+    A graph with side-branches holds no adapter, so it names none: it's the same file for all of them.
+    """
     plan = request.plan
+    merged = request.adapters if plan.mode == "merged" else ()
+    decided = plan.to_dict() | ({} if merged else {"adapters": []})
     return {
-        "vera_edge.adapters": ",".join(adapter.digest for adapter, _ in request.adapters),
+        "vera_edge.adapters": ",".join(adapter.digest for adapter, _ in merged),
         "vera_edge.base": request.checkpoint.digest,
         "vera_edge.mode": plan.mode,
-        "vera_edge.plan": sha256_bytes(canonical_json(plan.to_dict())),
+        "vera_edge.plan": sha256_bytes(canonical_json(decided)),
         "vera_edge.projections": request.projections.digest,
         "vera_edge.tools": ",".join(f"{name}={number}" for name, number in sorted(tools().items())),
         "vera_edge.weights": kind(plan),

@@ -75,9 +75,7 @@ def make(
             chosen,
             store,
             progress,
-            lambda one: (
-                None if as_json else click.echo(f"{one.state:>9}  {one.name}  {one.message}".rstrip())
-            ),
+            lambda one: click.echo(f"{one.state:>9}  {one.name}  {one.message}".rstrip(), err=True),
         )
     if as_json:
         show.print_json(made.to_dict())

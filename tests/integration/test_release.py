@@ -1,0 +1,210 @@
+"""A recipe of two adapters: bundles, gates, caching, rebuilding and faults, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.conftest import Cli
+from tests.unit.test_signing import make_key
+from vera_edge import bundle, signing
+from vera_edge.signing import Trust
+
+RECIPE = """
+[release]
+name = "tiny"
+version = "1.2.0"
+[[base]]
+id = "tiny"
+path = "nf4"
+licence = "Apache-2.0"
+[[adapter]]
+id = "a"
+base = "tiny"
+path = "a"
+[[adapter]]
+id = "b"
+base = "tiny"
+path = "b"
+[[variant]]
+target = "onnx"
+mode = "branch"
+weights = "int8"
+[limits]
+data = "t.txt"
+max_kl = 0.05
+"""
+NAME = "onnx-branch-int8"
+
+
+@pytest.fixture(scope="module")
+def inputs(tiny_llama: tiny.TinyLlama, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release") / "inputs"
+    folder.mkdir()
+    shutil.copytree(tiny_llama.nf4, folder / "nf4")
+    tiny.make_adapter(tiny_llama.nf4, folder / "a")
+    tiny.make_adapter(tiny_llama.nf4, folder / "b", vectors_seed=9)
+    (folder / "t.txt").write_text(tiny.TEXT * 8)
+    (folder / "r.toml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def released(inputs: Path, store: Path) -> Path:
+    from vera_edge.release.run import release
+
+    out = inputs.parent / "out"
+    made = release(inputs / "r.toml", out, store=store)
+    assert [result.state for result in made.results] == ["built", "built"]
+    return out
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_bundles_are_whole_and_say_what_they_are(released: Path) -> None:
+    for name in ("a", "b"):
+        folder = released / name / NAME
+        manifest = bundle.verify(folder)
+        assert manifest.limits["max_kl"] == 0.05
+        drift = json.loads((folder / "evidence" / "drift.json").read_bytes())
+        assert drift["passed"] and drift["fidelity"]["kl"]["mean"]["value"] < 0.05
+        card = (folder / "README.md").read_text()
+        assert "The adapter is kept" in card and f"adapter `{name}`" in card
+    index = json.loads((released / "release.json").read_bytes())
+    assert [entry["state"] for entry in index["bundles"]] == ["ok", "ok"]
+    assert "| a/onnx-branch-int8 | ok |" in (released / "SUMMARY.md").read_text()
+
+
+def test_the_bill_of_materials_is_valid_cyclonedx(released: Path) -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    text = (released / "a" / NAME / "evidence" / "sbom.cdx.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    named = {part["name"] for part in json.loads(text)["components"]}
+    assert {"tiny", "a", "torch", "onnxruntime"} <= named
+
+
+def test_adapters_of_one_base_share_its_graph(released: Path) -> None:
+    a, b = (content(released / name / NAME) for name in ("a", "b"))
+    for name in ("onnx/model.onnx_data", "onnx/model.onnx", "tokenizer.json"):
+        assert a[name] == b[name]
+    assert a["adapters/default.onnx_adapter"] != b["adapters/default.onnx_adapter"]
+
+
+def test_a_second_run_does_nothing(inputs: Path, store: Path, released: Path, cli: Cli) -> None:
+    before = content(released)
+    result = cli("release", inputs / "r.toml", "-o", released, "--store", store)
+    assert result.exit_code == 0 and result.stderr.count("unchanged") == 2
+    assert content(released) == before
+
+
+def test_another_folder_time_zone_and_worker_count_give_the_same_bytes(
+    inputs: Path, released: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "some where" / "else"
+    shutil.copytree(inputs, elsewhere)
+    command = [
+        sys.executable,
+        "-m",
+        "vera_edge",
+        "release",
+        str(elsewhere / "r.toml"),
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    subprocess.run(
+        [*command, "--store", str(tmp_path / "store"), "--workers", "2"],
+        env={**os.environ, "TZ": "Pacific/Auckland", "LC_ALL": "C", "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    assert content(tmp_path / "o") == content(released)
+
+
+def test_a_bundle_can_be_made_again(inputs: Path, released: Path, cli: Cli) -> None:
+    result = cli("release", "rebuild", released / "b" / NAME, "--inputs", inputs)
+    assert result.exit_code == 0 and "the same bytes" in result.stdout
+
+
+def test_other_inputs_are_refused_for_a_rebuild(
+    inputs: Path, released: Path, tmp_path: Path, cli: Cli
+) -> None:
+    shutil.copytree(inputs, tmp_path / "inputs")
+    shutil.rmtree(tmp_path / "inputs" / "a")
+    shutil.copytree(inputs / "b", tmp_path / "inputs" / "a")
+    result = cli("release", "rebuild", released / "a" / NAME, "--inputs", tmp_path / "inputs")
+    assert result.exit_code == 2 and "the adapter here isn't the one" in result.stderr
+
+
+def test_a_gate_stops_its_variant_only(inputs: Path, store: Path, tmp_path: Path, cli: Cli) -> None:
+    recipe = RECIPE.replace("max_kl = 0.05", "max_kl = 1e-9").replace(
+        'id = "tiny"\npath', 'id = "tiny"\npath'
+    )
+    path = inputs / "strict.toml"
+    path.write_text(recipe)
+    result = cli("release", path, "-o", tmp_path / "out", "--store", store)
+    assert result.exit_code == 3 and "2 of 2 bundles were stopped" in result.stderr
+    assert not (tmp_path / "out" / "a").exists()
+    assert (tmp_path / "out" / "rejected" / "a" / NAME / "drift.json").is_file()
+    junit = (tmp_path / "out" / "junit.xml").read_text()
+    assert 'failures="2"' in junit and "mean KL is" in junit
+
+
+def test_an_unreadable_adapter_does_not_stop_the_others(
+    inputs: Path, store: Path, released: Path, tmp_path: Path, cli: Cli
+) -> None:
+    path = inputs / "broken.toml"
+    path.write_text(RECIPE.replace('path = "a"', 'path = "nothing-here"'))
+    result = cli("release", path, "-o", tmp_path / "out", "--store", store)
+    assert result.exit_code == 2 and "1 of 2 bundles failed: a/onnx-branch-int8" in result.stderr
+    assert "nothing-here" in result.stderr
+    assert content(tmp_path / "out" / "b" / NAME) == content(released / "b" / NAME)
+    assert not (tmp_path / "out" / "a").exists()
+
+
+def test_a_signed_release(inputs: Path, store: Path, tmp_path: Path, cli: Cli) -> None:
+    private, public = make_key(inputs, "publisher")
+    path = inputs / "signed.toml"
+    path.write_text(RECIPE + f'[sign]\nkey = "{private.name}"\npublic_key = "{public.name}"\n')
+    out = tmp_path / "out"
+    assert cli("release", path, "-o", out, "--store", store).exit_code == 0
+    assert signing.check(out / "a" / NAME, Trust(public, required=True)) is not None
+    # The signature has chance in it and the bundle hasn't: a second run leaves both.
+    before = content(out)
+    assert cli("release", path, "-o", out, "--store", store).stderr.count("unchanged") == 2
+    assert content(out) == before
+
+
+def test_a_dry_run_touches_nothing(inputs: Path, tmp_path: Path, cli: Cli) -> None:
+    result = cli("release", inputs / "r.toml", "-o", tmp_path / "out", "--dry-run", "--json")
+    assert [entry["name"] for entry in json.loads(result.stdout)["bundles"]] == [f"a/{NAME}", f"b/{NAME}"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_diff_names_what_changed(released: Path, cli: Cli) -> None:
+    same = cli("diff", released / "a" / NAME, released / "a" / NAME, "--json")
+    assert json.loads(same.stdout)["same"]
+    found = json.loads(cli("diff", released / "a" / NAME, released / "b" / NAME, "--json").stdout)
+    assert "adapters" in found["facts"] and "adapters/default.onnx_adapter" in found["files"]
+    assert "onnx/model.onnx_data" not in found["files"]
+    assert found["transfer"] < (released / "b" / NAME / "onnx" / "model.onnx_data").stat().st_size
