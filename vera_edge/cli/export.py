@@ -41,8 +41,8 @@ def _weighted(
 @click.argument("base", type=FOLDER)
 @click.argument("adapter", type=FOLDER)
 @click.option("-o", "--out", "folder", type=FOLDER, required=True, help="The folder to write.")
-@click.option("--onnx", "target", flag_value="onnx", default="onnx", help="Export to ONNX (the default).")
-@click.option("--target", help="Another target: onnx, genai, or one that is installed.")
+@click.option("--onnx", is_flag=True, expose_value=False, help="Export to ONNX, which is the default.")
+@click.option("--target", default="onnx", show_default=True, help="onnx, genai, or one that is installed.")
 @click.option(
     "--mode",
     type=click.Choice(["merged", "branch"]),
