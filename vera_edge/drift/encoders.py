@@ -1,0 +1,197 @@
+"""Drift of models that give vectors or classes instead of text. numpy only.
+
+For embeddings what counts is retrieval: whether texts stay as near to each other as they were. For
+classifiers it is the answer, how it flips, and whether the confidence still means what it says.
+
+    cosine            of a text's two embeddings, reference and artefact
+    rank_correlation  Spearman's, of one text's similarities to all others under both models
+    overlap           share of a text's k nearest under the reference that are so under the artefact
+    agreement         the same class wins
+    calibration       expected calibration error: mean |accuracy - confidence| over 15 equal bins of the
+                      winning probability, weighted by their texts (Guo et al., arXiv:1706.04599)
+
+Intervals hold 95 %, by resampling texts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.drift import bootstrap
+from vera_edge.drift.comparison import Estimate
+from vera_edge.drift.metrics import compare, log_softmax
+from vera_edge.errors import DataError, MismatchError
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+Int64 = npt.NDArray[np.int64]
+
+NEAREST = 10
+MIN_TEXTS = 3
+_BINS = 15
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class EmbeddingDrift:
+    """How an artefact's embeddings differ from the reference's over a set of texts.
+
+    effect_cosine and retained compare with the base without the adapter: retained is
+    1 - mean(1 - cosine to the artefact) / mean(1 - cosine to the base).
+    """
+
+    texts: int
+    nearest: int
+    cosine: Estimate
+    cosine_minimum: float
+    cosine_p1: float
+    rank_correlation: Estimate
+    overlap: Estimate
+    effect_cosine: Estimate | None
+    retained: Estimate | None
+
+
+@dataclass(frozen=True)
+class ClassDrift:
+    """How an artefact's classes differ from the reference's; what needs labels is None without them."""
+
+    texts: int
+    kl: Estimate
+    agreement: Estimate
+    right_to_wrong: Estimate | None
+    wrong_to_right: Estimate | None
+    flips: Estimate | None
+    reference_accuracy: float | None
+    accuracy: float | None
+    reference_calibration: float | None
+    calibration: float | None
+
+
+def compare_embeddings(
+    reference: Float32, candidate: Float32, base: Float32 | None = None, nearest: int = NEAREST
+) -> EmbeddingDrift:
+    """Compare embeddings (n, d) of the same n texts; `base` are those without the adapter.
+
+    Similarity is the cosine. Memory is a block of 256 x n similarities. Raises MismatchError when shapes
+    differ, DataError on too few texts, on vectors that aren't finite or are zero.
+    """
+    vectors = {"reference": reference, "artefact": candidate}
+    if base is not None:
+        vectors["base"] = base
+    units = {name: _unit(name, values, reference.shape) for name, values in vectors.items()}
+    cosine = np.einsum("ij,ij->i", units["reference"], units["artefact"])
+    nearest = min(nearest, len(reference) - 1)
+    ranks, overlap = _retrieval(units["reference"], units["artefact"], nearest)
+    effect = np.einsum("ij,ij->i", units["reference"], units["base"]) if base is not None else None
+    return EmbeddingDrift(
+        texts=len(reference),
+        nearest=nearest,
+        cosine=_estimate(cosine),
+        cosine_minimum=float(cosine.min()),
+        cosine_p1=float(np.quantile(cosine, 0.01)),
+        rank_correlation=_estimate(ranks),
+        overlap=_estimate(overlap),
+        effect_cosine=_estimate(effect) if effect is not None else None,
+        retained=_retained(1.0 - cosine, 1.0 - effect) if effect is not None else None,
+    )
+
+
+def _unit(name: str, values: Float32, shape: tuple[int, ...]) -> Float64:
+    if values.ndim != 2 or values.shape != shape:
+        raise MismatchError(
+            f"the {name} gives embeddings of shape {list(values.shape)}, the reference {list(shape)}"
+        )
+    if len(values) < MIN_TEXTS:
+        raise DataError(f"{len(values)} texts are too few to compare embeddings; give at least {MIN_TEXTS}")
+    wide = values.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    if not np.isfinite(norms).all() or not (norms > 0).all():
+        raise DataError(f"the {name} gives embeddings that aren't finite or are zero; the model is broken")
+    unit: Float64 = wide / norms
+    return unit
+
+
+def _retrieval(reference: Float64, candidate: Float64, nearest: int) -> tuple[Float64, Float64]:
+    """Per text: Spearman's correlation of its similarities to all others, and the top-k overlap."""
+    count = len(reference)
+    ranks, overlap = np.empty(count), np.empty(count)
+    for start in range(0, count, _ROWS):
+        rows = np.arange(start, min(start + _ROWS, count))
+        others = np.ones((len(rows), count), bool)
+        others[np.arange(len(rows)), rows] = False
+        a, b = (
+            (side[rows] @ side.T)[others].reshape(len(rows), count - 1) for side in (reference, candidate)
+        )
+        for index, row in enumerate(rows):
+            ranks[row] = np.corrcoef(_average_ranks(a[index]), _average_ranks(b[index]))[0, 1]
+            best = (set(np.argsort(-side[index], kind="stable")[:nearest].tolist()) for side in (a, b))
+            overlap[row] = len(set.intersection(*best)) / nearest
+    # Similarities that are all the same have no order to keep.
+    return np.nan_to_num(ranks, nan=1.0), overlap
+
+
+def _average_ranks(values: Float64) -> Float64:
+    """Ranks from 0, equal values sharing the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    ranks: Float64 = (ends - (counts + 1) / 2.0)[inverse]
+    return ranks
+
+
+def compare_classes(reference: Float32, candidate: Float32, labels: Int64 | None = None) -> ClassDrift:
+    """Compare class logits (n, classes) of the same n texts; `labels` (n,) are the true classes.
+
+    Raises MismatchError when shapes differ, DataError when logits aren't finite or there are too few texts.
+    """
+    if len(reference) < MIN_TEXTS:
+        raise DataError(f"{len(reference)} texts are too few to compare classes; give at least {MIN_TEXTS}")
+    truth = reference.argmax(axis=1).astype(np.int64) if labels is None else labels
+    found = compare(reference, candidate, truth)
+    agreement = _estimate(found.same_top1.astype(np.float64))
+    if labels is None:
+        nothing = (None,) * 7
+        return ClassDrift(len(reference), _estimate(found.kl), agreement, *nothing)
+    lost = found.reference_right & ~found.right
+    won = found.right & ~found.reference_right
+    return ClassDrift(
+        texts=len(reference),
+        kl=_estimate(found.kl),
+        agreement=agreement,
+        right_to_wrong=_estimate(lost.astype(np.float64)),
+        wrong_to_right=_estimate(won.astype(np.float64)),
+        flips=_estimate((lost | won).astype(np.float64)),
+        reference_accuracy=float(found.reference_right.mean()),
+        accuracy=float(found.right.mean()),
+        reference_calibration=calibration_error(reference, labels),
+        calibration=calibration_error(candidate, labels),
+    )
+
+
+def calibration_error(logits: Float32, labels: Int64) -> float:
+    """Expected calibration error of class logits (n, classes) against true classes (n,)."""
+    confidence = np.exp(log_softmax(logits).max(axis=1))
+    right = (logits.argmax(axis=1) == labels).astype(np.float64)
+    bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
+    gaps = np.bincount(bins, right - confidence, _BINS)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def _estimate(values: Float64) -> Estimate:
+    """Mean of per-text values with its standard error and bootstrap interval."""
+    low, high = bootstrap.interval(bootstrap.totals(values[:, None])[:, 0] / len(values))
+    error = float(values.std(ddof=1) / np.sqrt(len(values)))
+    return Estimate(float(values.mean()), error, low, high)
+
+
+def _retained(lost: Float64, effect: Float64) -> Estimate | None:
+    total = float(effect.sum())
+    if total <= 1e-12 * len(effect):
+        return None
+    ratio = float(lost.sum()) / total
+    drawn = bootstrap.totals(np.stack([lost, effect], axis=1))
+    low, high = bootstrap.interval(1.0 - drawn[:, 0] / np.maximum(drawn[:, 1], 1e-300))
+    spread = float(np.sqrt(((lost - ratio * effect) ** 2).sum())) / total
+    return Estimate(1.0 - ratio, spread, low, high)
