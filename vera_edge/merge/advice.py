@@ -17,7 +17,7 @@ from vera_edge.projection import Projections
 
 # From small to large; the first that keeps the adapter is named.
 _LADDER = ("int8", "bf16", "fp16", "fp32")
-_TRIED = 3  # layers
+_TRIED = 6  # layers at most, spread over the drowned ones
 _GOOD_NOISE = 0.5
 
 
@@ -37,7 +37,7 @@ def warning(
     return (
         f"the adapter is drowned by rounding to {' and '.join(names)}: {_share(whole.retained)} of its delta "
         f"is retained and the rounding noise is {whole.noise or 0:.2f} times its effect "
-        f"({len(drowned)} of {len(report.layers)} layers); {better} or keep it as a side-branch "
+        f"({len(drowned)} of {len(report.layers)} layers); {better}, or keep it as a side-branch "
         "(vera-edge export --mode branch)"
     )
 
@@ -52,14 +52,16 @@ def _better(
     adapters: Sequence[tuple[Adapter, float]],
     projections: Projections,
 ) -> str:
-    worst = [layer.module for layer in report.drowned[:_TRIED]]
+    drowned = report.drowned or report.layers
+    tried = [layer.module for layer in drowned[:: -(-len(drowned) // _TRIED)]]
     taken = {layer.result for layer in report.layers}
     for name in _LADDER:
         if name in taken:
             continue
-        found = total(_try(name, module, checkpoint, adapters, projections) for module in worst)
+        found = total(_try(name, module, checkpoint, adapters, projections) for module in tried)
         if not found.drowned and (found.noise or 0) <= _GOOD_NOISE:
-            return f"merge with --to {name} (noise {found.noise or 0:.2g} in the worst layers)"
+            noise = f"{found.noise or 0:.2g}"
+            return f"merge with --to {name} (noise {noise}, tried on {len(tried)} of these layers)"
     return "merge with --to fp32"
 
 
