@@ -47,9 +47,12 @@ def test_names_a_module_that_is_no_linear(checkpoint: Checkpoint) -> None:
         check_fit(golden(vectors=vectors), checkpoint)
 
 
-def test_names_both_shapes(checkpoint: Checkpoint) -> None:
-    vectors = {DOWN: Vectors(np.ones(65, np.float32), np.ones(4, np.float32))}
-    with pytest.raises(MismatchError, match=r"down_proj with 65 outputs, and .* one of shape 64 x 160"):
+@pytest.mark.parametrize("outputs", [63, 65])
+def test_names_both_shapes(checkpoint: Checkpoint, outputs: int) -> None:
+    vectors = {DOWN: Vectors(np.ones(outputs, np.float32), np.ones(4, np.float32))}
+    with pytest.raises(
+        MismatchError, match=rf"down_proj with {outputs} outputs, and .* one of shape 64 x 160"
+    ):
         check_fit(golden(vectors=vectors), checkpoint)
 
 
