@@ -92,7 +92,7 @@ class Bench:
 
     def _stored(self, module: str, weight: Any) -> torch.Tensor:
         found = torch.from_numpy(np.ascontiguousarray(weight))
-        return found.T.contiguous() if self.ready.checkpoint.linears[module].transposed else found
+        return found.T.contiguous() if self.ready.checkpoint.is_conv1d(module) else found
 
     def _set(self, weights: dict[str, torch.Tensor]) -> None:
         for name, weight in weights.items():

@@ -130,4 +130,4 @@ class _WriteBack:
 
     def _stored(self, module: str, weight: torch.Tensor) -> torch.Tensor:
         """In the model's own orientation: Conv1D holds (in, out)."""
-        return weight.T.contiguous() if self.checkpoint.linears[module].transposed else weight
+        return weight.T.contiguous() if self.checkpoint.is_conv1d(module) else weight
