@@ -65,3 +65,25 @@ def test_rounded_to_nearest_it_reads_back(
         weight = exact.dequantize(module)
         error = np.linalg.norm(written.dequantize(module) - weight) / np.linalg.norm(weight)
         assert error < (0.02 if "8" in name else 0.16), module
+
+
+def test_wide_layers_are_measured_in_pieces_that_the_formats_take(tmp_path: Path) -> None:
+    """A piece of rows is quantized by itself to see what survives; at 1536 inputs it would be 170 rows."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=192,
+        intermediate_size=1536,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    adapter = tiny.make_adapter(tmp_path / "base", tmp_path / "adapter")
+    for name in ("gptq8", "awq", "w4a16", "fp8"):
+        options = {} if name == "fp8" else {"group_size": 32}
+        report = merge.to_folder(tmp_path / "base", [(adapter, 1.0)], tmp_path / name, name, options)
+        assert len(report.layers) == 7

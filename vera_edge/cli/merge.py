@@ -24,6 +24,7 @@ from vera_edge.cli.show import (
     quiet_option,
     weight_option,
 )
+from vera_edge.formats import block_option
 from vera_edge.plan import Plan
 from vera_edge.weight_rounding import Rounding, merge_to_folder
 
@@ -39,9 +40,12 @@ _SHOWN = 5
     default="same",
     show_default=True,
     metavar="FORMAT",
-    help="same, fp32, bf16, fp16, nf4, fp4 or int8: how the linear layers are stored.",
+    help="How the linear layers are stored: same, fp32, bf16, fp16, nf4, fp4, int8, gptq, gptq8, awq, w4a16, "
+    "w8a16, w8a8, fp8, fp8-dynamic.",
 )
-@click.option("--block-size", type=int, help="Weights to one scale, for nf4 and fp4 (default 64).")
+@click.option(
+    "--block-size", type=int, help="Weights to one scale: of nf4, fp4 (default 64), gptq, awq, w4a16 (128)."
+)
 @click.option("--double-quant", is_flag=True, help="Quantize the scales of nf4 and fp4 too.")
 @method_option
 @calibration_option
@@ -73,7 +77,7 @@ def merge(
 
     The output loads with transformers as any model does. A warning says when rounding drowned the adapter.
     """
-    options = {"blocksize": block_size} if block_size is not None else {}
+    options = {block_option(to): block_size} if block_size is not None else {}
     options |= {"double_quant": True} if double_quant else {}
     ready = merging.prepare(base, [(adapter, weight), *more], to, options, projection_dtype)
     if dry_run:

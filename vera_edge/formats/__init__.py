@@ -28,6 +28,7 @@ __all__ = [
     "StoredLinear",
     "Weight",
     "WeightFormat",
+    "block_option",
     "dequantize",
     "find_linears",
     "get",
@@ -111,6 +112,11 @@ def get(name: str) -> WeightFormat:
     if name not in FORMATS:
         raise FormatError(f"no weight format is called {name!r}; known: {', '.join(FORMATS)}")
     return FORMATS[name]
+
+
+def block_option(name: str) -> str:
+    """The option by which a format takes how many weights share one scale."""
+    return getattr(FORMATS.get(name), "block_key", "blocksize")
 
 
 def find_linears(tensors: TensorFolder, config: Mapping[str, Any]) -> dict[str, StoredLinear]:

@@ -67,6 +67,7 @@ class Awq:
     name: str = "awq"
 
     quant_method = "awq"
+    block_key = "group_size"
     skip_key = "modules_to_not_convert"  # of quantization_config: the modules left as they were
 
     def find(self, tensors: TensorFolder, config: Mapping[str, Any]) -> Mapping[str, StoredLinear]:
@@ -102,7 +103,6 @@ class Awq:
         }
 
     def quantize(self, weight: Float32, options: Mapping[str, Any]) -> AwqWeight:
-        self.layout((weight.shape[0], weight.shape[1]), options)
         count = checks.groups(weight.shape[1], options["group_size"], self.name, PlanError)
         return self.pack(affine.fit(weight, 4, count, symmetric=False, fp16=True), options)
 

@@ -61,6 +61,7 @@ class CompressedTensors:
     preset: str = "W4A16"
 
     quant_method = "compressed-tensors"
+    block_key = "group_size"
     skip_key = "ignore"  # of quantization_config: the modules left as they were
 
     def find(self, tensors: TensorFolder, config: Mapping[str, Any]) -> Mapping[str, StoredLinear]:
@@ -117,14 +118,12 @@ class CompressedTensors:
         return layout
 
     def quantize(self, weight: Float32, options: Mapping[str, Any]) -> Weight:
-        shape = (weight.shape[0], weight.shape[1])
-        self.layout(shape, options)
-        scheme = ct_schemes.preset(options)
+        shape, scheme = (weight.shape[0], weight.shape[1]), ct_schemes.preset(options)
         if scheme.kind == "float":
             codes, scales = quantize_blocks(weight, (1, shape[1]))
             stored = {".weight": RawTensor.of(codes, "F8_E4M3"), ".weight_scale": RawTensor.of(scales)}
             return BlockFloat8(codes, "F8_E4M3", scales, (1, shape[1]), stored)
-        groups = shape[1] // (scheme.group_size or shape[1])
+        groups = checks.groups(shape[1], scheme.group_size or -1, options["preset"], PlanError)
         grid = affine.fit(weight, scheme.bits, groups, scheme.symmetric, fp16=scheme.packed)
         return self.pack(grid, options)
 

@@ -59,6 +59,7 @@ class Gptq:
     bits: int = 4
 
     quant_method = "gptq"
+    block_key = "group_size"
 
     def find(self, tensors: TensorFolder, config: Mapping[str, Any]) -> Mapping[str, StoredLinear]:
         if checks.method(config) != self.quant_method or self.name != "gptq":
@@ -105,7 +106,6 @@ class Gptq:
         }
 
     def quantize(self, weight: Float32, options: Mapping[str, Any]) -> GptqWeight:
-        self.layout((weight.shape[0], weight.shape[1]), options)
         count = checks.groups(weight.shape[1], options["group_size"], self.name, PlanError)
         grid = affine.fit(
             weight, options["bits"], count, options["sym"], fp16=True, least_zero=_least_zero(options)

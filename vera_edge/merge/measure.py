@@ -22,6 +22,10 @@ MAX_NOISE = 1.0
 MIN_RETAINED = 0.5
 
 
+# Formats pack outputs in eights or 32s, and FP8 scales blocks of 128 rows.
+_ROWS = 128
+
+
 @dataclass(frozen=True)
 class Survival:
     """Sums over the values of one or many layers, in float64, from which the shares follow."""
@@ -79,7 +83,7 @@ def measure(
     on_grid: the base is stored in the very format of the result, so that Q(W) is W.
     """
     sums = np.zeros(4)
-    for start, stop in row_chunks(base.shape):
+    for start, stop in row_chunks(base.shape, _ROWS):
         weight, exact = base.rows(start, stop), merged[start:stop]
         delta = exact - weight
         rounded = result.rows(start, stop)
