@@ -71,10 +71,10 @@ def _facts(result: Inspection) -> Table:
 def _kinds(kinds: tuple[Kind, ...]) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for name in ("module", "count", "out x in", "|lambda_b|", "|lambda_d|", "dead"):
-        table.add_column(name, no_wrap=name != "module", overflow="fold")
+        table.add_column(name, no_wrap=True, overflow="fold")
     for kind in kinds:
         shape = "" if kind.shape is None else f"{kind.shape[0]} x {kind.shape[1]}"
-        ranges = [f"{low:.1g} to {high:.2g}" for low, high in (kind.lambda_b, kind.lambda_d)]
+        ranges = [f"{low:.0e}..{high:.2g}" for low, high in (kind.lambda_b, kind.lambda_d)]
         table.add_row(kind.name, str(kind.modules), shape, *ranges, str(kind.dead))
     return table
 
