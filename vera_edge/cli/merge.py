@@ -123,7 +123,7 @@ def _show(report: merging.MergeReport) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     console.print(table)
-    if report.drowned:
+    if report.warning and report.drowned:
         console.print(_layers(report))
     for note in report.notes:
         console.print(note, markup=False)
