@@ -7,7 +7,7 @@ has reached yet cost no memory, since the system maps them when they are first w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,8 +184,3 @@ class Steps:
             self._bound["logits"] = bound
             bind(self._binding, port, bound, output=True)
         return bound
-
-
-def stacked(vectors: Sequence[Mapping[str, Array]]) -> Vectors:
-    """One row's vectors after another along the batch axis, for a graph whose vectors have one."""
-    return {name: np.concatenate([row[name] for row in vectors]) for name in vectors[0]}

@@ -7,7 +7,7 @@ over. Random numbers come from numpy's PCG64: the same logits and seed give the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,10 @@ class Sampling:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+
+    def seeded(self, seed: int) -> Sampling:
+        """The same with another seed."""
+        return replace(self, seed=seed)
 
     def __post_init__(self) -> None:
         for name, holds, range_ in (

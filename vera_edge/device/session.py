@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from vera_edge import bundle
 from vera_edge.bundle import Manifest
 from vera_edge.device import adapters
 from vera_edge.device.adapters import Vectors
+from vera_edge.device.batch import Batch
 from vera_edge.device.chat import Message, Text
 from vera_edge.device.decoding import Decoder, Steps
 from vera_edge.device.generate import Generation
@@ -24,6 +26,7 @@ from vera_edge.errors import BundleError, DataError, MismatchError
 Float32 = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
 AdapterChoice = str | Path | None
+GREEDY = Sampling()
 
 
 class Session:
@@ -112,11 +115,42 @@ class Session:
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         if max_tokens < 0:
             raise DataError(f"max_tokens is {max_tokens}; it must be 0 or more")
-        if isinstance(prompt, np.ndarray):
-            tokens = self._checked(prompt)
-        else:
-            tokens = self.text.prompt(prompt, raw=raw or not self.text.has_template)
+        tokens = self._tokens(prompt, raw)
         return Generation(self.decoder, self.text, tokens, self._active[1], sampling, max_tokens, stop)
+
+    async def stream(self, prompt: str | Sequence[Message] | Tokens, **options: Any) -> AsyncIterator[str]:
+        """`generate` for asyncio: each piece is computed in a thread, so the event loop stays free."""
+        generation = self.generate(prompt, **options)
+        while (piece := await asyncio.to_thread(next, generation, None)) is not None:
+            yield piece
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[Message] | Tokens],
+        adapters: Sequence[AdapterChoice] | None = None,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        raw: bool = False,
+    ) -> Batch:
+        """Text for several prompts at once, as an iterator of (row, piece); see Batch.
+
+        adapters: one for each row, as for `swap`, which needs a graph with a batch axis on its vectors; by
+        default all rows run the active one. Raises MismatchError when the graph can't.
+        """
+        vectors = [self._active[1]] * len(prompts)
+        if adapters is not None:
+            loaded = {choice: self._choose(choice)[1] for choice in set(adapters)}
+            vectors = [loaded[choice] for choice in adapters]
+        if len(vectors) != len(prompts) or not prompts:
+            raise DataError(f"{len(vectors)} adapters for {len(prompts)} prompts; give one for each prompt")
+        tokens = [self._tokens(prompt, raw) for prompt in prompts]
+        return Batch(self.decoder, self.text, tokens, vectors, sampling, max_tokens)
+
+    def _tokens(self, prompt: str | Sequence[Message] | Tokens, raw: bool) -> Tokens:
+        if isinstance(prompt, np.ndarray):
+            return self._checked(prompt)
+        return self.text.prompt(prompt, raw=raw or not self.text.has_template)
 
     def _checked(self, tokens: Tokens) -> Tokens:
         if tokens.ndim != 1 or not 0 < len(tokens) <= self.decoder.context:

@@ -1,0 +1,120 @@
+"""Several texts at once: each row its own prompt and, where the graph allows, its own adapter.
+
+Prompts are fed row by row into the row's part of one cache, so none is padded; then all rows step together.
+A row of a quantized model may round differently than alone, since other kernels run for several rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.device.adapters import Vectors
+from vera_edge.device.chat import Text, TextStream
+from vera_edge.device.decoding import Decoder, Steps
+from vera_edge.device.graph import Graph
+from vera_edge.device.sampling import Sampler, Sampling
+from vera_edge.errors import DataError, MismatchError
+
+Tokens = npt.NDArray[np.int64]
+
+
+class Batch:
+    """An iterator of (row, text piece) until every row has ended.
+
+    tokens: the ids generated so far, a list per row. finish: None, "end" or "length", per row.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        text: Text,
+        prompts: Sequence[Tokens],
+        vectors: Sequence[Vectors],
+        sampling: Sampling,
+        max_tokens: int,
+    ) -> None:
+        stacked(decoder.graph, vectors)  # refuses what can't be combined before any work is done
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        if not 0 < longest < decoder.context:
+            raise DataError(
+                f"the longest of {len(prompts)} prompts has {longest} tokens; {decoder.context} fit"
+            )
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        self.finish: list[str | None] = [None for _ in prompts]
+        self._decoder, self._text, self._prompts = decoder, text, prompts
+        self._vectors = vectors
+        self._limit = min(max_tokens, decoder.context - longest)
+        self._capacity = longest + self._limit
+        # A seed of its own for each row, drawn from the one that was given.
+        seeds = np.random.SeedSequence(sampling.seed).generate_state(len(prompts), np.uint64)
+        self._samplers = [Sampler(sampling.seeded(int(seed))) for seed in seeds]
+        self._pieces = self._run()
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return self
+
+    def __next__(self) -> tuple[int, str]:
+        return next(self._pieces)
+
+    def _run(self) -> Iterator[tuple[int, str]]:
+        rows = range(len(self._prompts))
+        streams = [TextStream(self._text) for _ in rows]
+        cache = self._decoder.cache(self._capacity, len(rows))
+        logits = np.empty((len(rows), self._decoder.vocab_size), np.float32)
+        for row in rows if self._limit > 0 else ():
+            part = [array[row : row + 1] for array in cache]
+            logits[row] = Steps(self._decoder, part, self._vectors[row]).prefill(self._prompts[row])
+        lengths = [len(prompt) for prompt in self._prompts]
+        steps = Steps(self._decoder, cache, stacked(self._decoder.graph, self._vectors), lengths)
+        chosen = np.zeros((len(rows), 1), np.int64)
+        for _ in range(self._limit):
+            for row in rows:
+                if self.finish[row] is None and self._choose(row, logits[row], chosen):
+                    yield from self._piece(row, streams[row].push(int(chosen[row, 0])))
+            if all(self.finish):
+                break
+            logits = steps.feed(chosen)[:, 0]
+            # A row that has ended is fed along, always into the same place behind its text.
+            steps.lengths -= np.array([finish is not None for finish in self.finish], np.int64)
+        for row in rows:
+            self.finish[row] = self.finish[row] or "length"
+            yield from self._piece(row, streams[row].flush())
+
+    def _choose(self, row: int, logits: npt.NDArray[np.float32], chosen: Tokens) -> bool:
+        """Pick the row's next token; False when it ends the row."""
+        seen = np.append(self._prompts[row], np.array(self.tokens[row], np.int64))
+        token = self._samplers[row].pick(logits, seen)
+        chosen[row, 0] = token
+        if token in self._decoder.ends:
+            self.finish[row] = "end"
+            return False
+        self.tokens[row].append(token)
+        if len(self.tokens[row]) == self._limit:
+            self.finish[row] = "length"
+        return True
+
+    def _piece(self, row: int, text: str) -> Iterator[tuple[int, str]]:
+        if text:
+            yield row, text
+
+
+def stacked(graph: Graph, rows: Sequence[Vectors]) -> Vectors:
+    """The rows' vectors as the graph takes them: one set when all are equal, else along the batch axis.
+
+    Raises MismatchError when they differ and the graph's vectors have no batch axis.
+    """
+    if all(row is rows[0] for row in rows):
+        return rows[0]
+    fixed = [name for name, port in graph.vectors.items() if isinstance(port.shape[0], int)]
+    if fixed:
+        raise MismatchError(
+            f"{graph.path} takes one adapter for all rows; one per row needs a batch axis on its vectors"
+        )
+    zeros = {
+        name: np.zeros([size if isinstance(size, int) else 1 for size in port.shape], port.dtype)
+        for name, port in graph.vectors.items()
+    }
+    return {name: np.concatenate([row.get(name, zeros[name]) for row in rows]) for name in zeros}
