@@ -6,13 +6,7 @@ from pathlib import Path
 
 import click
 
-from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json
-
-_dtype_option = click.option(
-    "--projection-dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="What PEFT rounded the projections to, where nothing else tells.",
-)
+from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, projection_dtype_option
 
 
 @click.group()
@@ -81,7 +75,7 @@ def diff(old: Path, new: Path, as_json: bool) -> None:
 @click.option(
     "--base", type=FOLDER, help="The base model's folder, where the adapter's config doesn't lead to it."
 )
-@_dtype_option
+@projection_dtype_option
 @force_option
 @json_option
 def to_lora(

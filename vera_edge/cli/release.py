@@ -10,7 +10,7 @@ import click
 from vera_edge.cli import show
 
 if TYPE_CHECKING:
-    from vera_edge.release.work import Job
+    from vera_edge.release.job import Job
 
 
 class _RecipeGroup(click.Group):

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import TYPE_CHECKING
 
 import jinja2
 
 from vera_edge.bundle import Manifest
 from vera_edge.release.attestation import Material
 from vera_edge.release.evidence import Evidence
-
-if TYPE_CHECKING:
-    from vera_edge.release.work import Job
+from vera_edge.release.job import Job
 
 _RUNTIMES = {"onnx": "ONNX Runtime", "genai": "ONNX Runtime GenAI"}
 

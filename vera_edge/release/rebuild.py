@@ -14,6 +14,7 @@ from vera_edge.errors import BundleError, MismatchError, VeraEdgeError
 from vera_edge.files import read_json, sha256_bytes
 from vera_edge.progress import Progress, silent
 from vera_edge.release import work
+from vera_edge.release.job import Job
 from vera_edge.release.recipe import Recipe, RecipeFile
 
 
@@ -45,7 +46,7 @@ def rebuild(folder: Path, inputs: Path, progress: Progress = silent) -> Rebuilt:
     with tempfile.TemporaryDirectory(prefix="vera-edge-rebuild-") as name:
         place = Path(name)
         adapter, variant = recipe.jobs[0]
-        job = work.Job(recipe, adapter, variant, place / "out", place / "store")
+        job = Job(recipe, adapter, variant, place / "out", place / "store")
         work.check_inputs(job, _materials(statement, folder))
         result = work.run(job, progress)
         if result.state in ("failed", "stopped"):

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from vera_edge.errors import PlanError
 from vera_edge.files import sha256_bytes
+from vera_edge.projection import Rounding
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -54,7 +55,7 @@ class AdapterEntry(_Model):
     id: Id
     base: Id
     path: str = Field(min_length=1)
-    projection_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    projection_dtype: Rounding | None = None
     licence: str | None = None
 
 

@@ -15,8 +15,9 @@ from vera_edge.progress import Progress, silent
 from vera_edge.release import recipe as recipes
 from vera_edge.release import work
 from vera_edge.release.cache import default_root
+from vera_edge.release.job import Job
 from vera_edge.release.recipe import Recipe
-from vera_edge.release.work import Job, Result
+from vera_edge.release.work import Result
 
 INDEX = "release.json"
 SUMMARY = "SUMMARY.md"

@@ -26,7 +26,7 @@ from vera_edge.release import attestation, card
 from vera_edge.release.attestation import Material
 from vera_edge.release.cache import Store, key_of
 from vera_edge.release.evidence import Evidence, gather_evidence
-from vera_edge.release.recipe import AdapterEntry, Recipe, Variant
+from vera_edge.release.job import Job
 
 ADAPTER_FILE = "adapters/default.onnx_adapter"
 EVIDENCE = "evidence"
@@ -42,23 +42,6 @@ _TOOLS = (
     "torch",
     "transformers",
 )
-
-
-@dataclass(frozen=True)
-class Job:
-    """One bundle to make. Picklable, so that any worker can do it; `rank` is its place in the recipe."""
-
-    recipe: Recipe
-    adapter: AdapterEntry
-    variant: Variant
-    out: Path
-    store: Path
-    rank: int = 0
-
-    @property
-    def name(self) -> str:
-        """The bundle's folder within the release."""
-        return f"{self.adapter.id}/{self.variant.name}"
 
 
 @dataclass(frozen=True)

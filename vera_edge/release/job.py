@@ -1,0 +1,25 @@
+"""One bundle that a release has to make, as data that any worker can be sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vera_edge.release.recipe import AdapterEntry, Recipe, Variant
+
+
+@dataclass(frozen=True)
+class Job:
+    """One bundle to make. Picklable, so that any worker can do it; `rank` is its place in the recipe."""
+
+    recipe: Recipe
+    adapter: AdapterEntry
+    variant: Variant
+    out: Path
+    store: Path
+    rank: int = 0
+
+    @property
+    def name(self) -> str:
+        """The bundle's folder within the release."""
+        return f"{self.adapter.id}/{self.variant.name}"
