@@ -301,11 +301,24 @@ def test_an_adapter_on_some_of_qkv(make: Make, tiny_llama: tiny.TinyLlama, tmp_p
     assert exported.error(exported.logits(out, ids, adapter_of(out)), truth) < 1e-5
 
 
-def test_biases_and_packed_checkpoints(tmp_path: Path) -> None:
-    """Phi-3 stores qkv and gate_up packed; the builder takes gate and up apart, each half a lambda_b."""
-    import torch
-    from transformers import Phi3Config, Phi3ForCausalLM, Qwen2Config, Qwen2ForCausalLM
+FAMILIES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
+    "llama with biases": ("Llama", list(tiny.LLAMA_LINEARS), {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", list(tiny.LLAMA_LINEARS), {}),
+    "qwen2, biases on q, k, v": ("Qwen2", list(tiny.LLAMA_LINEARS), {}),
+    "qwen3, norms on q and k": ("Qwen3", list(tiny.LLAMA_LINEARS), {"head_dim": 16}),
+    # The checkpoint packs qkv and gate_up; the builder takes gate and up apart, half a lambda_b for each.
+    "phi3": ("Phi3", ["qkv_proj", "gate_up_proj"], {"original_max_position_embeddings": 256}),
+    "gemma2": ("Gemma2", list(tiny.LLAMA_LINEARS), {"head_dim": 16, "query_pre_attn_scalar": 16}),
+    "smollm3": ("SmolLM3", list(tiny.LLAMA_LINEARS), {}),
+}
 
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    name, targets, options = FAMILIES[family]
     sizes: dict[str, Any] = {
         "vocab_size": tiny.VOCABULARY,
         "hidden_size": 64,
@@ -318,28 +331,18 @@ def test_biases_and_packed_checkpoints(tmp_path: Path) -> None:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
-        "tie_word_embeddings": False,
     }
     torch.manual_seed(3)
-    models = {
-        "phi3": (
-            Phi3ForCausalLM(Phi3Config(**sizes, original_max_position_embeddings=256)),
-            ["qkv_proj", "gate_up_proj"],
-        ),
-        "qwen2": (Qwen2ForCausalLM(Qwen2Config(**sizes)), list(tiny.LLAMA_LINEARS)),
-    }
-    ids = exported.tokens()
-    for name, (model, targets) in models.items():
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.1)
-        base = tiny.save(model, tmp_path / name)
-        adapter = tiny.make_adapter(base, tmp_path / f"{name}-adapter", targets=targets)
-        result = target.export(base, [(adapter, 1.0)], tmp_path / f"{name}-out", mode="branch")
-        truth = exported.peft_logits(base, adapter, ids)
-        assert (
-            exported.error(exported.logits(result.folder, ids, result.adapters["default"]), truth) < 1e-5
-        ), name
+    cls = getattr(transformers, f"{name}ForCausalLM")
+    model = cls(cls.config_class(**sizes, **options))
+    for key, parameter in model.named_parameters():
+        if key.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    base, ids = tiny.save(model, tmp_path / "base"), exported.tokens()
+    adapter = tiny.make_adapter(base, tmp_path / "adapter", targets=targets)
+    result = target.export(base, [(adapter, 1.0)], tmp_path / "out", mode="branch")
+    found = exported.logits(result.folder, ids, result.adapters["default"])
+    assert exported.error(found, exported.peft_logits(base, adapter, ids)) < 1e-5
 
 
 def refused(
