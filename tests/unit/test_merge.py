@@ -30,6 +30,7 @@ from vera_edge.adapter import Adapter, Vectors
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, MismatchError, OutputError, PlanError
 from vera_edge.projection import Projections, ProjectionSpec, regenerate
+from vera_edge.reference import load_dense
 from vera_edge.tensors import Float32
 
 TOKENS = torch.arange(3, 63)[None] * 5 % 384
@@ -170,6 +171,8 @@ def test_conv1d_models(tiny_gpt2: Path, tmp_path: Path, kind: str) -> None:
     merge.to_folder(base, [(adapter, 1.0)], tmp_path / "out", "fp32")
     settings_file.write_text(json.dumps(facts | {"fan_in_fan_out": True}))
     assert close(logits(tiny.load(tmp_path / "out")), truth(base, tiny_gpt2, adapter))
+    # The reference lays a quantized base's weights out as the unquantized model has them, too.
+    assert close(logits(load_dense(Checkpoint.open(base))), logits(dense(base, tiny_gpt2)))
     merge.to_folder(base, [(adapter, 1.0)], tmp_path / "int8", "int8")
     model = tiny.load(tmp_path / "int8")
     assert type(model.transformer.h[0].mlp.c_fc).__name__ == "Linear8bitLt"

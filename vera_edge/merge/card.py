@@ -9,8 +9,6 @@ from typing import Any
 from vera_edge import __version__
 from vera_edge.merge.report import MergeReport
 
-_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-
 
 def text(report: MergeReport, base_name: str, config: Mapping[str, Any]) -> str:
     """The model card as Markdown with Hugging Face's front matter."""

@@ -15,7 +15,10 @@ _MATMUL_ROWS = 512  # fewer make the product slow
 
 
 class Delta:
-    """`sum_i weight_i * diag(lambda_b_i) B diag(lambda_d_i) A` for one linear (out, in)."""
+    """`sum_i weight_i * diag(lambda_b_i) B diag(lambda_d_i) A` for one linear (out, in).
+
+    Raises MismatchError when an adapter's vectors don't fit the projections.
+    """
 
     def __init__(
         self,
@@ -24,15 +27,13 @@ class Delta:
         adapters: Sequence[tuple[Adapter, float]],
         projections: Projections,
     ) -> None:
-        self._b = projections.b
+        self._projections = projections
         self._terms: list[tuple[Float32, Float32]] = []
         for adapter, weight in adapters:
-            if module not in adapter.vectors:
-                continue
-            vectors = adapter.vectors[module]
-            projections.check(vectors.lambda_b, vectors.lambda_d, in_features)
-            scaled_a = vectors.lambda_d[:, None] * projections.a[:, :in_features]
-            self._terms.append((np.float32(weight) * vectors.lambda_b, scaled_a))
+            if module in adapter.vectors:
+                vectors = adapter.vectors[module]
+                projections.check(vectors.lambda_b, vectors.lambda_d, in_features)
+                self._terms.append((np.float32(weight) * vectors.lambda_b, vectors.lambda_d))
 
     @property
     def is_zero(self) -> bool:
@@ -44,11 +45,14 @@ class Delta:
 
         The first product needs no memory of its own, further ones a piece of some MiB.
         """
-        first, *others = self._terms
-        np.matmul(self._scaled_b(first[0], 0, out.shape[0]), first[1], out=out)
-        for lambda_b, scaled_a in others:
-            for start, stop in row_chunks((out.shape[0], out.shape[1]), multiple=_MATMUL_ROWS):
+        rows, columns = out.shape
+        for number, (lambda_b, lambda_d) in enumerate(self._terms):
+            scaled_a = lambda_d[:, None] * self._projections.a[:, :columns]
+            if number == 0:
+                np.matmul(self._scaled_b(lambda_b, 0, rows), scaled_a, out=out)
+                continue
+            for start, stop in row_chunks((rows, columns), multiple=_MATMUL_ROWS):
                 out[start:stop] += np.matmul(self._scaled_b(lambda_b, start, stop), scaled_a)
 
     def _scaled_b(self, lambda_b: Float32, start: int, stop: int) -> Float32:
-        return lambda_b[start:stop, None] * self._b[start:stop]
+        return lambda_b[start:stop, None] * self._projections.b[start:stop]

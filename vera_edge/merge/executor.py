@@ -13,10 +13,12 @@ from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError, OutputError, PlanError
 from vera_edge.files import canonical_json, check_output, staged_folder, write_atomic
-from vera_edge.merge import advice, card, units
+from vera_edge.merge import advice, card
 from vera_edge.merge.config import merged_config
+from vera_edge.merge.cutting import cut
 from vera_edge.merge.delta import Delta
 from vera_edge.merge.report import LayerReport, MergeReport
+from vera_edge.merge.units import Unit, merge_rows
 from vera_edge.plan import Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
@@ -36,7 +38,7 @@ def merged_weight(
     """One linear's weight with the adapters' deltas added, exact base values, float32 (out, in)."""
     base = checkpoint.load(module)
     delta = Delta(module, base.shape[1], adapters, projections)
-    return units.merge_rows(module, base, None if delta.is_zero else delta)
+    return merge_rows(module, base, None if delta.is_zero else delta)
 
 
 def write(
@@ -60,7 +62,7 @@ def write(
     """
     check_plan(plan, checkpoint, adapters, projections)
     check_output(out, force)
-    work, untied = units.cut(plan, checkpoint, adapters, projections, requantized or {})
+    work, untied = cut(plan, checkpoint, adapters, projections, requantized or {})
     config = merged_config(plan, checkpoint, untied)
     layout: dict[str, tuple[str, tuple[int, ...]]] = {}
     for unit in work:
@@ -95,7 +97,7 @@ def check_plan(
 
 
 def _write_tensors(
-    stage: Path, layout: Layout, work: Sequence[units.Unit], max_shard_bytes: int, progress: Progress
+    stage: Path, layout: Layout, work: Sequence[Unit], max_shard_bytes: int, progress: Progress
 ) -> tuple[LayerReport, ...]:
     writer, layers, done = ShardWriter(stage, layout, max_shard_bytes), [], 0
     free = shutil.disk_usage(stage).free

@@ -20,11 +20,11 @@ from vera_edge.formats import Weight, affine, dense, row_chunks
 from vera_edge.merge.delta import Delta
 from vera_edge.merge.measure import measure
 from vera_edge.merge.report import LayerReport
-from vera_edge.plan import SAME, Plan, Step
+from vera_edge.plan import Step
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
 from vera_edge.shards import Layout
-from vera_edge.tensors import FLOATS, Float32, RawTensor, TensorInfo
+from vera_edge.tensors import FLOATS, Float32, RawTensor
 
 
 @dataclass(frozen=True)
@@ -156,12 +156,16 @@ class Linear:
         check_range(step, merged, result)
         layer = None
         if step.action == "merge":
-            linear = self.checkpoint.linear(step.module)
-            on_grid = linear.format == step.result and target.options_of(linear) == step.options
-            survival = measure(base, merged, result, target, step.options, on_grid)
+            survival = measure(base, merged, result, target, step.options, self.on_grid)
             layer = LayerReport(step.module, step.source, step.result, survival)
         tensors = {step.module + suffix: tensor for suffix, tensor in result.tensors().items()}
         yield Result(tensors, layer)
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether the base stores the weight in the very format, options included, that it will have."""
+        linear, result = self.checkpoint.linear(self.step.module), self.step.result
+        return linear.format == result and formats.get(result).options_of(linear) == self.step.options
 
     def delta(self) -> Delta | None:
         """What is added to the weight, None when nothing is."""
@@ -224,82 +228,3 @@ def cast(name: str, tensor: RawTensor, dtype: str) -> RawTensor:
     if dtype == "F16" and not np.isfinite(result.array()[np.isfinite(values)]).all():
         raise out_of_range(name)
     return result
-
-
-def cut(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    adapters: Sequence[tuple[Adapter, float]],
-    projections: Projections,
-    requantized: Mapping[str, Codes],
-) -> tuple[list[Unit], bool]:
-    """The units of a plan, in the order in which the base's files hold what they read, new tensors last.
-
-    Also whether the output head is untied from the embedding by it.
-    """
-    replaced = replacements(adapters)
-    units: list[Unit] = []
-    for step in plan.steps:
-        if f"{step.module}.weight" in replaced:
-            continue
-        linear = checkpoint.linear(step.module)
-        unit = Linear(checkpoint, step, adapters, projections, requantized)
-        delta = unit.delta()
-        same = step.source == step.result and formats.get(step.result).options_of(linear) == step.options
-        if step.copies or (same and (delta is None or delta.is_zero)):
-            units.append(Copy(checkpoint, unit.names))
-        else:
-            units.append(unit)
-    target = None if plan.others == SAME else dense.DTYPES[plan.others]
-    for name in checkpoint.other_names:
-        info = checkpoint.tensors[name]
-        if name in replaced:
-            continue
-        if target and info.dtype in FLOATS and info.dtype != target:
-            units.append(Cast(checkpoint, name, target))
-        else:
-            units.append(Copy(checkpoint, (name,)))
-    files = {file: number for number, file in enumerate(checkpoint.tensors.files)}
-    units.sort(key=lambda unit: min((files[info.file], info.start) for info in _infos(checkpoint, unit)))
-    for name, tensor in sorted(replaced.items()):
-        own = checkpoint.tensors[name].dtype if name in checkpoint.tensors else tensor.dtype
-        units.append(Place(name, tensor, (target or own) if tensor.dtype in FLOATS else own))
-    untied = _untie(checkpoint, replaced, target)
-    return units + untied, bool(untied) or (_HEAD in replaced and _HEAD not in checkpoint.tensors)
-
-
-_HEAD = "lm_head.weight"
-
-
-def replacements(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, RawTensor]:
-    """The tensors that adapters put in place of the base's, by name."""
-    found: dict[str, RawTensor] = {}
-    for adapter, _ in adapters:
-        found |= adapter.modules_to_save
-        found |= {f"{module}.bias": RawTensor.of(bias) for module, bias in adapter.biases.items()}
-    return found
-
-
-def _infos(checkpoint: Checkpoint, unit: Unit) -> list[TensorInfo]:
-    return [checkpoint.tensors[name] for name in unit.names]
-
-
-def _untie(checkpoint: Checkpoint, replaced: Mapping[str, RawTensor], target: str | None) -> list[Unit]:
-    """PEFT replaces an embedding alone and leaves a head that was tied to it with the base's values."""
-    if _HEAD in checkpoint.tensors or _HEAD in replaced or not tied(checkpoint):
-        return []
-    vocabulary = checkpoint.config.get("vocab_size")
-    return [
-        Untie(checkpoint, _HEAD, name, target or checkpoint.tensors[name].dtype)
-        for name in replaced
-        if name in checkpoint.tensors
-        and dense.is_embedding(name.removesuffix(".weight"))
-        and checkpoint.tensors[name].shape[0] == vocabulary
-    ]
-
-
-def tied(checkpoint: Checkpoint) -> bool:
-    """Whether the output head takes its weight from the embedding."""
-    architectures = checkpoint.config.get("architectures") or [""]
-    has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    return has_head and checkpoint.config.get("tie_word_embeddings", True) is not False
