@@ -60,6 +60,19 @@ class Reference:
             result: Float32 = found[0].float().numpy()
             return result
 
+    def embed(self, tokens: Int64) -> Float32:
+        """An encoder's embedding (d,) float32: the mean of its last hidden states over the tokens."""
+        with self._running():
+            found = self.model(input_ids=torch.from_numpy(tokens[None])).last_hidden_state
+            result: Float32 = found[0].float().mean(dim=0).numpy()
+            return result
+
+    def classify(self, tokens: Int64) -> Float32:
+        """A classifier's logits (classes,) float32."""
+        with self._running():
+            result: Float32 = self.model(input_ids=torch.from_numpy(tokens[None])).logits[0].float().numpy()
+            return result
+
     def greedy(self, tokens: Int64, count: int, ends: Sequence[int]) -> list[int]:
         """The `count` tokens that follow, the likeliest each time, up to one of `ends`; with a KV cache."""
         prompt = torch.from_numpy(tokens[None])
@@ -167,9 +180,9 @@ def _config(checkpoint: Checkpoint) -> Any:
 
 def _dense_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Every tensor as the unquantized model would store it."""
-    for module, linear in checkpoint.linears.items():
+    for module in checkpoint.linears:
         weight = checkpoint.dequantize(module)
-        yield f"{module}.weight", np.ascontiguousarray(weight.T) if linear.transposed else weight
+        yield f"{module}.weight", np.ascontiguousarray(weight.T) if checkpoint.is_conv1d(module) else weight
     for name in checkpoint.other_names:
         raw = checkpoint.tensors.read(name)
         yield name, raw.float32() if raw.dtype in ("F16", "BF16", "F32", "F64") else raw.array()
@@ -289,7 +302,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(before)
 
 
-def load_as_stored(checkpoint: Checkpoint) -> Reference:
+def load_as_stored(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM") -> Reference:
     """The checkpoint as its users load it: transformers' own loading, bitsandbytes' own kernels, no adapter.
 
     Those kernels have a noise of their own (a mean KL of about 2e-4 on SmolLM2). Raises CheckpointError when
@@ -298,7 +311,7 @@ def load_as_stored(checkpoint: Checkpoint) -> Reference:
     options = {"dtype": torch.float32, "device_map": "cpu", "local_files_only": True, "use_safetensors": True}
     with _quiet():
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint.path, **options)
+            model = getattr(transformers, auto_class).from_pretrained(checkpoint.path, **options)
         except (OSError, RuntimeError, ValueError, ImportError) as cause:
             raise CheckpointError(f"transformers can't load {checkpoint.path}: {_first(cause)}") from None
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))

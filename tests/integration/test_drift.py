@@ -184,6 +184,67 @@ def test_a_branch_export_is_faithful_to_itself(cli: Cli, bundles: tuple[Path, Pa
     assert report["effect"]["kl"]["mean"]["value"] > 1e-3 and report["noise"] is None
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A tiny BERT, a VeRA adapter on it, and the exact merge of the two by PEFT."""
+    from peft import PeftModel, VeraConfig, get_peft_model
+    from transformers import BertConfig, BertModel
+
+    root = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(3)
+    config = BertConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=160, max_position_embeddings=128, initializer_range=0.15,
+    )  # fmt: skip
+    base = tiny.save(BertModel(config), root / "base")
+    settings = VeraConfig(r=8, target_modules=["query", "value"], save_projection=False)
+    model = get_peft_model(BertModel.from_pretrained(base), settings)
+    tiny.randomize(model, 1.0, 5)
+    model.save_pretrained(root / "adapter")
+    merged = PeftModel.from_pretrained(BertModel.from_pretrained(base), root / "adapter").merge_and_unload()
+    return base, root / "adapter", tiny.save(merged, root / "merged")
+
+
+def test_an_encoder_is_measured_by_what_it_retrieves(
+    cli: Cli, encoder: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    base, adapter, merged = encoder
+    kept = cli("drift", adapter, merged, "--base", base, "--json", "--junit", tmp_path / "j.xml")
+    assert kept.exit_code == 0, kept.stderr
+    report = json.loads(kept.stdout)
+    assert report["embeddings"]["cosine"]["value"] > 0.999999
+    assert report["embeddings"]["overlap"]["value"] > 0.99 and report["retained"]["value"] > 0.999
+    assert report["effect"]["cosine"]["value"] < 0.999 and report["verdict"]["level"] == "faithful"
+    assert (tmp_path / "j.xml").is_file()
+    lost = cli("drift", adapter, base, "--base", base, "--min-retained", 0.9)
+    assert lost.exit_code == 3 and "The adapter is lost" in lost.stdout and "cosine" in lost.stdout
+    limits = tmp_path / "drift.toml"
+    limits.write_text("[limits]\nmin_cosine = 0.99\nmin_overlap = 0.9\n")
+    assert cli("drift", adapter, merged, "--base", base, "--limits", limits).exit_code == 0
+    limits.write_text("[limits]\nmax_flips = 0.1\n")
+    refused = cli("drift", adapter, merged, "--base", base, "--limits", limits)
+    assert refused.exit_code == 2 and "of this model only min_cosine" in refused.stderr
+    refused = cli("drift", adapter, merged, "--base", base, "--report", tmp_path / "r.html")
+    assert refused.exit_code == 2 and "gives no text" in refused.stderr
+
+
+def test_a_classifier_is_measured_by_its_answers(cli: Cli, tmp_path: Path) -> None:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(4)
+    config = BertConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=64, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=160, num_labels=4, initializer_range=0.15,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    base = tiny.save(model, tmp_path / "base")
+    model.classifier.weight.data *= 1.02
+    moved = tiny.save(model, tmp_path / "moved")
+    found = json.loads(cli("drift", base, moved, "--json").stdout)
+    assert found["classes"]["agreement"]["value"] > 0.9 and found["effect"] is None
+    assert 0 < found["classes"]["kl"]["value"] < 0.1
+
+
 def _with_nan(source: Path, out: Path) -> Path:
     shutil.copytree(source, out)
     tensors = load_file(out / "model.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+import scipy.special
 import scipy.stats
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import accuracy_score
@@ -28,15 +29,17 @@ def _embeddings(noise: float = 0.3, texts: int = 60) -> tuple[Float32, Float32, 
 
 def test_cosine_is_sklearns() -> None:
     reference, moved, base = _embeddings()
-    found = compare_embeddings(reference, moved, base)
+    found = compare_embeddings(reference, moved)
     truth = np.diag(cosine_similarity(reference.astype(float), moved.astype(float)))
     assert found.cosine.value == pytest.approx(truth.mean(), rel=1e-9)
     assert found.cosine_minimum == pytest.approx(truth.min(), rel=1e-9)
     assert found.cosine.standard_error == pytest.approx(scipy.stats.sem(truth), rel=1e-9)
     effect = np.diag(cosine_similarity(reference.astype(float), base.astype(float)))
-    assert found.retained is not None
-    assert found.retained.value == pytest.approx(1 - (1 - truth).mean() / (1 - effect).mean(), rel=1e-9)
-    assert found.retained.low < found.retained.value < found.retained.high
+    kept = encoders.retained(
+        encoders.embedding_distances(reference, moved), encoders.embedding_distances(reference, base)
+    )
+    assert kept is not None and kept.low < kept.value < kept.high
+    assert kept.value == pytest.approx(1 - (1 - truth).mean() / (1 - effect).mean(), rel=1e-9)
 
 
 def test_rank_correlation_is_scipys_spearman(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,10 +68,14 @@ def test_overlap_is_that_of_sklearns_neighbours() -> None:
 
 def test_a_model_does_not_drift_from_itself_at_any_scale() -> None:
     reference, _, base = _embeddings()
-    found = compare_embeddings(reference, (3 * reference).astype(np.float32), base)
+    scaled = (3 * reference).astype(np.float32)
+    found = compare_embeddings(reference, scaled)
     assert found.cosine.value == pytest.approx(1.0) and found.overlap.value == 1.0
     assert found.rank_correlation.value == pytest.approx(1.0)
-    assert found.retained is not None and found.retained.value == pytest.approx(1.0)
+    own, effect = (encoders.embedding_distances(reference, side) for side in (scaled, base))
+    kept = encoders.retained(own, effect)
+    assert kept is not None and kept.value == pytest.approx(1.0)
+    assert encoders.retained(own, own * 0) is None
 
 
 def _classes(noise: float = 2.0) -> tuple[Float32, Float32, npt.NDArray[np.int64]]:
@@ -107,6 +114,14 @@ def test_labels_drawn_from_the_model_are_calibrated_and_noise_is_not() -> None:
     found = compare_classes(reference, moved, labels)
     assert found.reference_calibration is not None and found.calibration is not None
     assert found.reference_calibration < 0.08 < found.calibration
+
+
+def test_class_distances_are_scipys_relative_entropy() -> None:
+    reference, moved, _ = _classes()
+    p, q = (scipy.special.softmax(side.astype(float), axis=1) for side in (reference, moved))
+    truth = scipy.special.rel_entr(p, q).sum(1)
+    np.testing.assert_allclose(encoders.class_distances(reference, moved), truth, rtol=1e-9)
+    assert compare_classes(reference, moved).kl.value == pytest.approx(truth.mean(), rel=1e-9)
 
 
 def test_without_labels_there_is_agreement_but_no_accuracy() -> None:

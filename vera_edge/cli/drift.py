@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from vera_edge.cli import show
 from vera_edge.drift.comparison import Comparison, Estimate
+from vera_edge.drift.encoder_report import EncoderReport
 from vera_edge.drift.result import DriftReport
 
 _STATES = {"kept": "green", "broken": "red", "undecided": "yellow"}
@@ -103,7 +105,7 @@ def drift(
     """
     from vera_edge.drift import baseline as baselines
     from vera_edge.drift import limits, outputs
-    from vera_edge.drift.assess import Request, assess
+    from vera_edge.drift.assess import Request, assess_any
 
     bounds = limits.gather(limits_file, options)
     earlier = baselines.read(baseline) if baseline else None
@@ -121,10 +123,11 @@ def drift(
         exact=exact,
         samples=outputs.SAMPLES if report else 0,
         by_layer=by_layer,
+        text_only=any((report, plots, baseline)),
     )
     with show.progress_bar(quiet) as progress:
-        found = limits.hold(assess(request, progress), bounds)
-    if earlier is not None:
+        found = limits.hold(assess_any(request, progress), bounds)
+    if isinstance(found, DriftReport) and earlier is not None:
         found = baselines.hold(found, earlier)
     outputs.write(found, report, junit_file, plots, others)
     if as_json:
@@ -134,19 +137,36 @@ def drift(
     limits.raise_when_exceeded(found)
 
 
-def _show(found: DriftReport) -> None:
+def _show(found: DriftReport | EncoderReport) -> None:
     console = show.out()
-    console.print(f"[bold]{found.candidate.name}[/bold] ({found.candidate.kind})")
-    console.print(f"against [bold]{found.reference.name}[/bold] ({found.reference.kind})")
-    text = found.text
-    console.print(f"on {text.source}: {text.tokens} tokens in {text.windows} windows of {text.window}\n")
-    console.print(_figures(found))
-    level = found.verdict.level
-    console.print(f"\n[bold {_LEVELS[level]}]{level}[/]  {found.verdict.sentence}")
+
+    def say(words: str) -> None:
+        console.print(words, markup=False)
+
+    text, level = found.text, found.verdict.level
+    say(f"{found.candidate.name} ({found.candidate.kind})")
+    say(f"against {found.reference.name} ({found.reference.kind})")
+    say(f"on {text.source}: {text.tokens} tokens in {text.windows} windows of {text.window}\n")
+    console.print(_figures(found) if isinstance(found, DriftReport) else _encoder_figures(found))
+    console.print(f"\n[bold {_LEVELS[level]}]{level}[/]  {escape(found.verdict.sentence)}")
     for note in found.notes:
-        console.print(f"note: {note}")
+        say(f"note: {note}")
     for outcome in found.outcomes:
-        console.print(f"[{_STATES[outcome.state]}]{outcome.state}[/]  {outcome.sentence}", markup=True)
+        console.print(f"[{_STATES[outcome.state]}]{outcome.state}[/]  {escape(outcome.sentence)}")
+
+
+def _encoder_figures(found: EncoderReport) -> Table:
+    """Every estimate of the artefact, beside the base's."""
+    table = Table("", "artefact", "95 % interval", "base", box=None, pad_edge=False)
+    own = found.embeddings or found.classes
+    for name, estimate in vars(own).items():
+        if isinstance(estimate, Estimate):
+            beside = getattr(found.effect, name, None)
+            base = f"{beside.value:.4f}" if isinstance(beside, Estimate) else ""
+            table.add_row(name.replace("_", " "), f"{estimate.value:.4f}", _interval(estimate), base)
+    if found.retained is not None:
+        table.add_row("retained effect", f"{found.retained.value:.4f}", _interval(found.retained), "")
+    return table
 
 
 def _figures(found: DriftReport) -> Table:

@@ -10,11 +10,13 @@ from tokenizers import Tokenizer
 
 from vera_edge.drift import models, windows
 from vera_edge.drift.continuations import continue_both
+from vera_edge.drift.encoder_assess import assess_encoder
+from vera_edge.drift.encoder_report import EncoderReport
 from vera_edge.drift.evaluate import Measurement, check_vocabularies, measure
 from vera_edge.drift.models import Candidate, Trained
 from vera_edge.drift.result import DriftReport, TextFacts, WorstText
 from vera_edge.drift.verdict import judge
-from vera_edge.drift.windows import Windows
+from vera_edge.drift.windows import Text, Windows
 from vera_edge.errors import DataError
 from vera_edge.progress import Progress, silent
 
@@ -30,6 +32,7 @@ class Request:
         with its weight), or a branch export. candidate: a merged or exported folder.
     data: a text file or "built-in". exact: run a bitsandbytes checkpoint on exact values, not in its kernels.
     samples: how many prompts both models continue. by_layer: measure layer by layer too.
+    text_only: refuse a model that gives embeddings or classes, before it is measured.
     """
 
     reference: Path
@@ -43,35 +46,72 @@ class Request:
     exact: bool = False
     samples: int = 0
     by_layer: bool = False
+    text_only: bool = False
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Both sides, the text, and the tokenizer that reads it for both."""
+
+    trained: Trained
+    candidate: Candidate
+    text: Text
+    tokenizer: Tokenizer
 
 
 def assess(request: Request, progress: Progress = silent) -> DriftReport:
-    """Measure `request.candidate` against the model as trained. Limits are `drift.limits`' business.
+    """Measure a text model's `request.candidate` against it as trained. Limits are `drift.limits`' business.
 
     Raises a VeraEdgeError in one sentence when an input is at fault.
     """
+    return _assess_text(request, _open(request, progress), progress)
+
+
+def assess_any(request: Request, progress: Progress = silent) -> DriftReport | EncoderReport:
+    """`assess`, and for models that give embeddings or classes what is measured of those."""
+    opened = _open(request, progress)
+    checkpoint = opened.trained.checkpoint
+    if checkpoint is None or models.auto_class_of(checkpoint) == "AutoModelForCausalLM":
+        return _assess_text(request, opened, progress)
+    if request.by_layer or request.text_only:
+        raise DataError(
+            f"{request.reference} gives no text: layers, HTML report, plots and baselines are for models "
+            "that do; use --json or --junit"
+        )
+    return assess_encoder(
+        opened.trained, opened.candidate, opened.text, opened.tokenizer, _versions(), progress
+    )
+
+
+def _open(request: Request, progress: Progress) -> _Opened:
     text = windows.read_text(request.data)
     progress("opening the models", 0, 2)
     trained = models.open_trained(request.reference, request.base, request.adapters, request.projection_dtype)
     progress("opening the models", 1, 2)
     candidate = models.open_candidate(request.candidate, request.exact)
     progress("opening the models", 2, 2)
+    check_vocabularies(trained.runner, candidate.runner)
+    windows.check_tokenizers(text, [trained.folder, candidate.folder])
+    return _Opened(trained, candidate, text, _tokenizer(trained, candidate))
+
+
+def _assess_text(request: Request, opened: _Opened, progress: Progress) -> DriftReport:
+    trained, candidate, text = opened.trained, opened.candidate, opened.text
     if request.by_layer:
         # torch is only there when the models' layers are.
         from vera_edge.drift import layers
 
         layers.check(trained, candidate)
-    check_vocabularies(trained.runner, candidate.runner)
-    windows.check_tokenizers(text, [trained.folder, candidate.folder])
-    tokenizer = _tokenizer(trained, candidate)
     vocabulary = trained.runner.vocab_size
-    cut = windows.make(text, tokenizer, vocabulary, request.tokens, request.window)
+    cut = windows.make(text, opened.tokenizer, vocabulary, request.tokens, request.window)
     _check_context(cut, trained, candidate)
     found = measure(
         trained.runner, candidate.runner, cut, base=trained.base, noise=trained.noise, progress=progress
     )
     by_layer = layers.by_layer(trained, candidate, cut, progress) if request.by_layer else ()
-    samples = continue_both(trained.runner, candidate.runner, cut, tokenizer, request.samples, progress)
+    samples = continue_both(
+        trained.runner, candidate.runner, cut, opened.tokenizer, request.samples, progress
+    )
     return DriftReport(
         reference=trained.artefact,
         candidate=candidate.artefact,
@@ -83,7 +123,7 @@ def assess(request: Request, progress: Progress = silent) -> DriftReport:
         retained=found.retained,
         verdict=judge(found),
         notes=(*trained.notes, *candidate.notes, *_text_notes(found, vocabulary)),
-        worst=_worst(found, cut, tokenizer),
+        worst=_worst(found, cut, opened.tokenizer),
         generations=samples,
         layers=by_layer,
         tools=_versions(),

@@ -37,11 +37,7 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class EmbeddingDrift:
-    """How an artefact's embeddings differ from the reference's over a set of texts.
-
-    effect_cosine and retained compare with the base without the adapter: retained is
-    1 - mean(1 - cosine to the artefact) / mean(1 - cosine to the base).
-    """
+    """How an artefact's embeddings differ from the reference's over a set of texts."""
 
     texts: int
     nearest: int
@@ -50,8 +46,6 @@ class EmbeddingDrift:
     cosine_p1: float
     rank_correlation: Estimate
     overlap: Estimate
-    effect_cosine: Estimate | None
-    retained: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -70,22 +64,16 @@ class ClassDrift:
     calibration: float | None
 
 
-def compare_embeddings(
-    reference: Float32, candidate: Float32, base: Float32 | None = None, nearest: int = NEAREST
-) -> EmbeddingDrift:
-    """Compare embeddings (n, d) of the same n texts; `base` are those without the adapter.
+def compare_embeddings(reference: Float32, candidate: Float32, nearest: int = NEAREST) -> EmbeddingDrift:
+    """Compare embeddings (n, d) of the same n texts. Similarity is the cosine.
 
-    Similarity is the cosine. Memory is a block of 256 x n similarities. Raises MismatchError when shapes
-    differ, DataError on too few texts, on vectors that aren't finite or are zero.
+    Memory is a block of 256 x n similarities. Raises MismatchError when shapes differ, DataError on too few
+    texts, on vectors that aren't finite or are zero.
     """
-    vectors = {"reference": reference, "artefact": candidate}
-    if base is not None:
-        vectors["base"] = base
-    units = {name: _unit(name, values, reference.shape) for name, values in vectors.items()}
-    cosine = np.einsum("ij,ij->i", units["reference"], units["artefact"])
+    units = [_unit(name, side, reference.shape) for name, side in _sides(reference, candidate)]
+    cosine = np.einsum("ij,ij->i", *units)
     nearest = min(nearest, len(reference) - 1)
-    ranks, overlap = _retrieval(units["reference"], units["artefact"], nearest)
-    effect = np.einsum("ij,ij->i", units["reference"], units["base"]) if base is not None else None
+    ranks, overlap = _retrieval(units[0], units[1], nearest)
     return EmbeddingDrift(
         texts=len(reference),
         nearest=nearest,
@@ -94,9 +82,23 @@ def compare_embeddings(
         cosine_p1=float(np.quantile(cosine, 0.01)),
         rank_correlation=_estimate(ranks),
         overlap=_estimate(overlap),
-        effect_cosine=_estimate(effect) if effect is not None else None,
-        retained=_retained(1.0 - cosine, 1.0 - effect) if effect is not None else None,
     )
+
+
+def embedding_distances(reference: Float32, candidate: Float32) -> Float64:
+    """1 - cosine of each text's two embeddings, (n,). Raises as `compare_embeddings`."""
+    units = [_unit(name, side, reference.shape) for name, side in _sides(reference, candidate)]
+    # Clipped: two equal unit vectors' product may pass 1 by a rounding.
+    return np.maximum(1.0 - np.einsum("ij,ij->i", *units), 0.0)
+
+
+def class_distances(reference: Float32, candidate: Float32) -> Float64:
+    """KL divergence, nats, of each text's two class distributions (n,). Raises as `compare_classes`."""
+    return compare(reference, candidate, reference.argmax(axis=1).astype(np.int64)).kl
+
+
+def _sides(reference: Float32, candidate: Float32) -> tuple[tuple[str, Float32], tuple[str, Float32]]:
+    return ("reference", reference), ("artefact", candidate)
 
 
 def _unit(name: str, values: Float32, shape: tuple[int, ...]) -> Float64:
@@ -186,7 +188,11 @@ def _estimate(values: Float64) -> Estimate:
     return Estimate(float(values.mean()), error, low, high)
 
 
-def _retained(lost: Float64, effect: Float64) -> Estimate | None:
+def retained(lost: Float64, effect: Float64) -> Estimate | None:
+    """1 - sum(lost) / sum(effect): the share of the adapter's effect that is kept, None when it has none.
+
+    lost, effect: (n,) distances from the reference to the artefact, and to the base without the adapter.
+    """
     total = float(effect.sum())
     if total <= 1e-12 * len(effect):
         return None

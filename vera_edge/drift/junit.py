@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
+from vera_edge.drift.encoder_report import EncoderReport
 from vera_edge.drift.result import DriftReport
 
 
-def render(report: DriftReport) -> bytes:
+def render(report: DriftReport | EncoderReport) -> bytes:
     """One test case per limit; broken and undecided ones are failures of that type. UTF-8 XML."""
     failed = sum(outcome.state != "kept" for outcome in report.outcomes)
     counts: dict[str, str] = {

@@ -10,13 +10,16 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vera_edge.drift.bootstrap import MIN_WINDOWS
 from vera_edge.drift.comparison import Comparison, Estimate
+from vera_edge.drift.encoder_report import EncoderReport
 from vera_edge.drift.result import DriftReport, Outcome
 from vera_edge.drift.verdict import FAIL_RETAINED
 from vera_edge.errors import DriftExceeded, PlanError
+
+Report = TypeVar("Report", bound=DriftReport | EncoderReport)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class _Metric:
     """What a limit bounds: how it is called in a sentence, and where its figure is."""
 
     words: str
-    read: Callable[[DriftReport], Estimate | None]
+    read: Callable[[DriftReport], Estimate | None] | None  # None: measured of encoders only
 
 
 def _of(read: Callable[[Comparison], Estimate]) -> Callable[[DriftReport], Estimate | None]:
@@ -55,6 +58,8 @@ METRICS: Mapping[str, _Metric] = {
     "max_delta_p_rms": _Metric("RMS of delta p", _of(lambda c: c.delta_p_rms)),
     "max_logit_rms": _Metric("RMS of the logits' error", _of(lambda c: c.logit_rms)),
     "min_cosine": _Metric("logit cosine", _of(lambda c: c.logit_cosine)),
+    "min_overlap": _Metric("top-k overlap of retrieval", None),
+    "min_rank_correlation": _Metric("rank correlation of retrieval", None),
     "min_retained": _Metric("retained effect", lambda report: report.retained),
 }
 # Held unless told otherwise, wherever there is an adapter: less than half of it kept is a failed release.
@@ -90,8 +95,11 @@ def gather(path: Path | None, options: Mapping[str, float | None]) -> dict[str, 
     return {**DEFAULTS, **(read_limits(path) if path else {}), **check_limits(given, "options")}
 
 
-def hold(report: DriftReport, limits: Mapping[str, float]) -> DriftReport:
-    """`report` with an Outcome for each of `limits`. `min_retained` without an adapter has none."""
+def hold(report: Report, limits: Mapping[str, float]) -> Report:
+    """`report` with an Outcome for each of `limits`. `min_retained` without an adapter has none.
+
+    Raises PlanError for a limit on what this kind of report doesn't measure.
+    """
     asked = dict(limits)
     if report.effect is None:
         asked.pop("min_retained", None)
@@ -99,10 +107,10 @@ def hold(report: DriftReport, limits: Mapping[str, float]) -> DriftReport:
     return replace(report, outcomes=report.outcomes + outcomes)
 
 
-def _outcome(report: DriftReport, name: str, bound: float) -> Outcome:
+def _outcome(report: DriftReport | EncoderReport, name: str, bound: float) -> Outcome:
     metric = METRICS[name]
+    found = _figure(report, name, metric)
     upper = name.startswith("max_")
-    found = metric.read(report)
     if found is None or (name == "min_retained" and report.verdict.level == "undecided"):
         value = found.value if found else 0.0
         words = "the adapter changes too little on this text to tell what is retained; measure on other text"
@@ -129,7 +137,19 @@ def _outcome(report: DriftReport, name: str, bound: float) -> Outcome:
     return Outcome(name, bound, found.value, found.low, found.high, state, f"{figures}: {words}")
 
 
-def raise_when_exceeded(report: DriftReport) -> None:
+def _figure(report: DriftReport | EncoderReport, name: str, metric: _Metric) -> Estimate | None:
+    if isinstance(report, EncoderReport):
+        if name not in report.figures:
+            raise PlanError(
+                f"{name} can't be held: of this model only {', '.join(report.figures)} are measured"
+            )
+        return report.figures[name]
+    if metric.read is None:
+        raise PlanError(f"{name} can't be held: it is measured of encoders, and this model gives text")
+    return metric.read(report)
+
+
+def raise_when_exceeded(report: DriftReport | EncoderReport) -> None:
     """Raise DriftExceeded when a limit of `report` was broken or can't be decided."""
     failed = [outcome for outcome in report.outcomes if outcome.state != "kept"]
     if failed:

@@ -75,16 +75,18 @@ def open_trained(
         return _trained_export(path)
     if (path / adapters.CONFIG_NAME).is_file():
         adapter_paths = [(path, 1.0), *adapter_paths]
-        base = base or _base_of(path)
-    else:
-        base = path
+    base = base_folder(path, base)
     checkpoint = Checkpoint.open(base)
     read = tuple((alignment.read(folder, checkpoint), weight) for folder, weight in adapter_paths)
     return _trained_checkpoint(checkpoint, read, projection_dtype)
 
 
-def _base_of(path: Path) -> Path:
-    """The base folder that an adapter's config names, when it is one on this machine."""
+def base_folder(path: Path, base: Path | None) -> Path:
+    """The reference's base: `path` itself, or for an adapter `base`, or what its config names here."""
+    if not (path / adapters.CONFIG_NAME).is_file():
+        return path
+    if base is not None:
+        return base
     name = adapters.read(path).base_name
     if name is None or not Path(name).is_dir():
         raise MismatchError(
@@ -103,7 +105,7 @@ def _trained_checkpoint(
     projections = found[0].projections if found else None
     from vera_edge import reference
 
-    model = reference.open_reference(checkpoint, read, projections)
+    model = reference.open_reference(checkpoint, read, projections, auto_class_of(checkpoint))
     base_bytes = folder_bytes(checkpoint.path)
     kind = f"{_weights_of(checkpoint)} base, exact in float32" + ", adapter unmerged in PEFT" * bool(read)
     paths = [adapter.path for adapter, _ in read] or [checkpoint.path]
@@ -190,10 +192,10 @@ def open_candidate(path: Path, exact: bool = False) -> Candidate:
             "aren't whole blocks"
         )
     if quantized and not exact:
-        runner = reference.load_as_stored(checkpoint)
+        runner = reference.load_as_stored(checkpoint, auto_class_of(checkpoint))
         kind = f"checkpoint, {weights}, bitsandbytes kernels"
     else:
-        runner = reference.open_reference(checkpoint)
+        runner = reference.open_reference(checkpoint, auto_class=auto_class_of(checkpoint))
         kind = f"checkpoint, {weights}, computed in float32"
     return Candidate(runner, _artefact(path, kind), path, _context(checkpoint), tuple(notes), checkpoint)
 
@@ -204,6 +206,17 @@ def _candidate_export(path: Path) -> Candidate:
     session = Session.open(path)
     kind = f"{session.manifest.mode} export, {session.manifest.weights} weights, ONNX Runtime"
     return Candidate(session, _artefact(path, kind), path, session.decoder.context)
+
+
+def auto_class_of(checkpoint: Checkpoint) -> str:
+    """The transformers class for what the checkpoint's architecture does: text, classes or embeddings."""
+    found = checkpoint.config.get("architectures")
+    name = found[0] if isinstance(found, list) and found and isinstance(found[0], str) else ""
+    if name.endswith("ForSequenceClassification"):
+        return "AutoModelForSequenceClassification"
+    if name.endswith("Model") and not name.endswith("LMHeadModel"):
+        return "AutoModel"
+    return "AutoModelForCausalLM"
 
 
 def _split_blocks(checkpoint: Checkpoint) -> str | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge.drift import html, junit
+from vera_edge.drift.encoder_report import EncoderReport
 from vera_edge.drift.result import DriftReport
 from vera_edge.errors import OutputError
 from vera_edge.files import write_atomic
@@ -27,7 +28,7 @@ def check(report: Path | None, junit_file: Path | None, plots: Path | None) -> N
 
 
 def write(
-    found: DriftReport,
+    found: DriftReport | EncoderReport,
     report: Path | None,
     junit_file: Path | None,
     plots: Path | None,
@@ -35,12 +36,14 @@ def write(
 ) -> None:
     """Write what was asked for, each file whole or not at all; an earlier one is replaced.
 
-    beside: other reports' dicts, to plot size against drift with.
+    beside: other reports' dicts, to plot size against drift with. HTML and plots are of text models only.
     """
-    if report is not None:
-        write_atomic(report, html.render(found, beside))
     if junit_file is not None:
         write_atomic(junit_file, junit.render(found))
+    if isinstance(found, EncoderReport):
+        return
+    if report is not None:
+        write_atomic(report, html.render(found, beside))
     if plots is not None:
         from vera_edge.drift import plots as drawing
 

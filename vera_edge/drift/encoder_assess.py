@@ -1,0 +1,115 @@
+"""`vera-edge drift` for models that give embeddings or classes: open, measure over texts, judge.
+
+A text is a paragraph of the data, with the tokens that the tokenizer puts around it, cut at the model's
+longest input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from vera_edge.drift import encoders, models
+from vera_edge.drift.encoder_report import EncoderReport, judge
+from vera_edge.drift.models import Candidate, Trained
+from vera_edge.drift.result import TextFacts
+from vera_edge.drift.windows import Text
+from vera_edge.errors import DataError, MismatchError
+from vera_edge.progress import Progress
+
+if TYPE_CHECKING:
+    from vera_edge.reference import Reference
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+Encode = Callable[["Reference", Int64], Float32]
+
+_TEXTS = 500
+_LONGEST = 256
+
+
+def assess_encoder(
+    trained: Trained,
+    candidate: Candidate,
+    text: Text,
+    tokenizer: Tokenizer,
+    tools: dict[str, str],
+    progress: Progress,
+) -> EncoderReport:
+    """Measure an artefact that gives embeddings or classes.
+
+    Raises DataError when there are too few texts, MismatchError when the two models do different things.
+    """
+    assert trained.checkpoint is not None
+    task = models.auto_class_of(trained.checkpoint)
+    if candidate.checkpoint is None or models.auto_class_of(candidate.checkpoint) != task:
+        raise MismatchError(
+            f"{candidate.artefact.path} isn't a model of the kind of {trained.artefact.path}; "
+            "give a merged folder"
+        )
+    texts = cut_texts(text, tokenizer, min(_LONGEST, trained.context or _LONGEST))
+    encode = _embed if task == "AutoModel" else _classify
+    reference = _outputs(trained.runner, texts, encode, "the reference", progress)
+    found = _outputs(candidate.runner, texts, encode, "the artefact", progress)
+    base = _outputs(trained.base, texts, encode, "the base", progress) if trained.base is not None else None
+    compare, distances = (
+        (encoders.compare_embeddings, encoders.embedding_distances)
+        if task == "AutoModel"
+        else (encoders.compare_classes, encoders.class_distances)
+    )
+    measured = compare(reference, found)
+    lost = distances(reference, found)
+    effect = distances(reference, base) if base is not None else None
+    kept = encoders.retained(lost, effect) if effect is not None else None
+    tokens = sum(len(ids) for ids in texts)
+    return EncoderReport(
+        reference=trained.artefact,
+        candidate=candidate.artefact,
+        base=trained.base_artefact,
+        text=TextFacts(text.source, text.sha256, tokens, len(texts), max(len(ids) for ids in texts)),
+        embeddings=measured if isinstance(measured, encoders.EmbeddingDrift) else None,
+        classes=measured if isinstance(measured, encoders.ClassDrift) else None,
+        effect=compare(reference, base) if base is not None else None,
+        retained=kept,
+        verdict=judge(float(lost.mean()), float(effect.mean()) if effect is not None else None, kept),
+        notes=(*trained.notes, *candidate.notes),
+        tools=tools,
+    )
+
+
+def cut_texts(text: Text, tokenizer: Tokenizer, longest: int) -> list[Int64]:
+    """Token ids of at most 500 paragraphs spread over `text`. Raises DataError when there are too few."""
+    paragraphs = [part for part in re.split(r"\n\s*\n", text.content) if part.strip()]
+    if len(paragraphs) < encoders.MIN_TEXTS:
+        raise DataError(
+            f"{text.source} holds {len(paragraphs)} paragraphs, too few to compare; part texts by empty lines"
+        )
+    count = min(_TEXTS, len(paragraphs))
+    chosen = [paragraphs[index * len(paragraphs) // count] for index in range(count)]
+    tokenizer.enable_truncation(longest)
+    return [np.asarray(found.ids, np.int64) for found in tokenizer.encode_batch(chosen)]
+
+
+def _embed(runner: Reference, tokens: Int64) -> Float32:
+    return runner.embed(tokens)
+
+
+def _classify(runner: Reference, tokens: Int64) -> Float32:
+    return runner.classify(tokens)
+
+
+def _outputs(runner: object, texts: list[Int64], encode: Encode, who: str, progress: Progress) -> Float32:
+    from vera_edge.reference import Reference
+
+    assert isinstance(runner, Reference)
+    found = []
+    for index, tokens in enumerate(texts):
+        progress(f"running {who}", index, len(texts))
+        found.append(encode(runner, tokens))
+    progress(f"running {who}", len(texts), len(texts))
+    return np.stack(found)

@@ -1,0 +1,75 @@
+"""The drift report of a model that gives embeddings or classes: what was measured, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vera_edge.drift.comparison import Estimate
+from vera_edge.drift.encoders import ClassDrift, EmbeddingDrift
+from vera_edge.drift.result import FORMAT, Artefact, Outcome, TextFacts, Verdict
+from vera_edge.drift.verdict import FAIL_RETAINED, WARN_RETAINED
+
+
+@dataclass(frozen=True)
+class EncoderReport:
+    """One artefact against the model as trained; one of `embeddings` and `classes` is set.
+
+    effect: the same figures of the base without the adapter, None without one. retained: the share of what
+    the adapter changes (1 - cosine, or KL of the classes) that the artefact keeps.
+    """
+
+    reference: Artefact
+    candidate: Artefact
+    base: Artefact | None
+    text: TextFacts
+    embeddings: EmbeddingDrift | None
+    classes: ClassDrift | None
+    effect: EmbeddingDrift | ClassDrift | None
+    retained: Estimate | None
+    verdict: Verdict
+    notes: tuple[str, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
+    tools: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, Estimate | None]:
+        """What a limit may be set on, by the limit's name."""
+        found: dict[str, Estimate | None] = {}
+        if self.embeddings is not None:
+            found["min_cosine"] = self.embeddings.cosine
+            found["min_rank_correlation"] = self.embeddings.rank_correlation
+            found["min_overlap"] = self.embeddings.overlap
+        if self.classes is not None:
+            found["max_kl"] = self.classes.kl
+            found["min_top1"] = self.classes.agreement
+        return found | {"min_retained": self.retained}
+
+    @property
+    def passed(self) -> bool:
+        """Whether every limit was kept; a limit that can't be decided isn't."""
+        return all(outcome.state == "kept" for outcome in self.outcomes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self) | {"format": FORMAT, "kind": "encoder", "passed": self.passed}
+
+
+def judge(lost: float, effect: float | None, retained: Estimate | None) -> Verdict:
+    """The verdict, from what the artefact changes and what dropping the adapter does (`effect`)."""
+    if effect is None:
+        return Verdict(
+            "faithful" if lost < 0.01 else "degraded",
+            f"The artefact moves its answers by {lost:.2g}; no adapter is involved.",
+        )
+    if retained is None or effect < 1e-7:
+        return Verdict(
+            "undecided", f"The adapter changes these texts by only {effect:.2g}, too little to tell."
+        )
+    figures = f"{retained.value:.1%} of its effect is retained ({lost:.2g} against an effect of {effect:.2g})"
+    if retained.value < FAIL_RETAINED:
+        return Verdict("lost", f"The adapter is lost: {figures}.")
+    if retained.value < WARN_RETAINED:
+        return Verdict("degraded", f"The adapter is degraded: {figures}.")
+    return Verdict("faithful", f"The adapter is kept: {figures}.")
