@@ -16,6 +16,7 @@ from vera_edge.tensors import RawTensor, write_header
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:Specified to not load vera_A and vera_B"),
 ]
 OPTIONS = {"gptq": {"group_size": 64}, "awq": {"group_size": 64}}
