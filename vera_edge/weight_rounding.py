@@ -62,11 +62,14 @@ class Rounding:
     """How a plan's weights are rounded. method: of requantize.METHODS, None for `default_method`.
 
     text: what "search" and "gptq" are calibrated on, a UTF-8 file or "built-in"; about `tokens` of it.
+    any_adapter: calibrate a side-branch's base without its adapter, so that the weights come out the same
+        whichever adapter they are exported with.
     """
 
     method: str | None = None
     text: str = BUILT_IN
     tokens: int = TOKENS
+    any_adapter: bool = False
 
     @contextmanager
     def codes(
@@ -103,7 +106,8 @@ class Rounding:
         with _scratch(out) as folder:
             store = CodesFolder(folder)
             merged = plan.mode == "merged"
-            facts = (checkpoint, adapters, projections, grids, calibration)
+            seen = () if self.any_adapter and not merged else adapters
+            facts = (checkpoint, seen, projections, grids, calibration)
             write_back(*facts, store.put, merged, progress=progress)
             yield store, notes
 

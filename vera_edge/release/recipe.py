@@ -66,6 +66,8 @@ class Variant(_Model):
     mode: Literal["merged", "branch"] = "merged"
     weights: str = Field(default="int8", min_length=1)
     projections_dtype: Literal["fp32", "fp16", "int8", "int4"] | None = None
+    method: Literal["rtn", "search", "hqq", "gptq"] | None = None
+    calibration: str = "built-in"
     id: Id | None = None
     adapters: tuple[Id, ...] | None = Field(default=None, strict=False)
 

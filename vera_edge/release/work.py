@@ -18,6 +18,7 @@ from vera_edge import alignment, bundle, chunks, packing, provenance, signing, t
 from vera_edge.adapter import Adapter
 from vera_edge.bundle import Manifest
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.drift import windows
 from vera_edge.errors import MismatchError, VeraEdgeError
 from vera_edge.files import canonical_json, read_json, staged_folder, write_atomic
 from vera_edge.progress import Progress, silent
@@ -27,6 +28,7 @@ from vera_edge.release.attestation import Material
 from vera_edge.release.cache import Store, key_of
 from vera_edge.release.evidence import Evidence, gather_evidence
 from vera_edge.release.job import Job
+from vera_edge.weight_rounding import Rounding
 
 ADAPTER_FILE = "adapters/default.onnx_adapter"
 EVIDENCE = "evidence"
@@ -122,11 +124,12 @@ def _read_inputs(job: Job, store: Store) -> _Inputs:
     found = provenance.resolve(adapter, checkpoint, job.adapter.projection_dtype)
     base_digest = store.folder_digest(base_path)
     facts = {
+        "calibration": windows.read_text(_calibration(job)).sha256,
         "base": base_digest,
         "adapter": adapter.digest,
         "adapter_name": job.adapter.id,
         "projections": found.projections.digest,
-        "variant": job.variant.model_dump(exclude={"id", "adapters"}, exclude_none=True),
+        "variant": job.variant.model_dump(exclude={"id", "adapters", "calibration"}, exclude_none=True),
         "tools": tools(),
     }
     return _Inputs(checkpoint, adapter, found.projections, base_digest, facts)
@@ -161,7 +164,14 @@ def _call(job: Job, stage: Path, progress: Progress) -> None:
         options=options,
         projection_dtype=job.adapter.projection_dtype,
         progress=progress,
+        rounding=Rounding(job.variant.method, _calibration(job), any_adapter=True),
     )
+
+
+def _calibration(job: Job) -> str:
+    """The text that weights are calibrated on, as `Rounding` takes it."""
+    text = job.variant.calibration
+    return text if text == windows.BUILT_IN else str(job.recipe.path(text))
 
 
 def _swap_in(graph: Path, stage: Path, inputs: _Inputs) -> None:
@@ -229,12 +239,14 @@ def _own_recipe(job: Job) -> dict[str, Any]:
         return Path(path).name if Path(path).expanduser().is_absolute() else Path(path).as_posix()
 
     file, base = job.recipe.file, job.recipe.base(job.adapter.base)
-    data = file.limits.data if file.limits.data == "built-in" else portable(file.limits.data)
+    data = file.limits.data if file.limits.data == windows.BUILT_IN else portable(file.limits.data)
+    text = job.variant.calibration
+    calibration = text if text == windows.BUILT_IN else portable(text)
     own = file.model_copy(
         update={
             "base": (base.model_copy(update={"path": portable(base.path)}),),
             "adapter": (job.adapter.model_copy(update={"path": portable(job.adapter.path)}),),
-            "variant": (job.variant.model_copy(update={"adapters": None}),),
+            "variant": (job.variant.model_copy(update={"adapters": None, "calibration": calibration}),),
             "limits": file.limits.model_copy(update={"data": data}),
             "sign": None,
         }
