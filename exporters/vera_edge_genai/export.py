@@ -18,9 +18,9 @@ from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import staged_folder
 from vera_edge.target import Export, ExportRequest
-from vera_edge_genai import build, configs, weights
-from vera_edge_genai.facts import describe, facts
-from vera_edge_onnx import branch, head, sites, storage
+from vera_edge_genai import build, configs
+from vera_edge_onnx import branch, head, sites, storage, weights
+from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"

@@ -9,17 +9,21 @@ import vera_edge
 from vera_edge.bundle import Facts
 from vera_edge.files import canonical_json, sha256_bytes
 from vera_edge.target import ExportRequest
-from vera_edge_genai.weights import kind
+from vera_edge_onnx.weights import kind
 
-_TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "torch", "transformers")
-
-
-def tools() -> dict[str, str]:
-    """The versions of what takes part in an export."""
-    return {"vera-edge": vera_edge.__version__} | {name: version(name) for name in _TOOLS}
+_TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
+# Who draws the graph, by the kind of model.
+_DRAWN_BY = {"decoder": ("onnxruntime-genai",), "encoder": ("onnxscript", "optimum")}
 
 
-def describe(request: ExportRequest) -> dict[str, str]:
+def tools(kind: str) -> dict[str, str]:
+    """The versions of what takes part in the export of a "decoder" or "encoder"."""
+    return {"vera-edge": vera_edge.__version__} | {
+        name: version(name) for name in (*_TOOLS, *_DRAWN_BY[kind])
+    }
+
+
+def describe(request: ExportRequest, model_kind: str = "decoder") -> dict[str, str]:
     """Metadata of the graph: text by name, without a path or a time.
 
     A graph with side-branches holds no adapter, so it names none: it's the same file for all of them.
@@ -33,18 +37,18 @@ def describe(request: ExportRequest) -> dict[str, str]:
         "vera_edge.mode": plan.mode,
         "vera_edge.plan": sha256_bytes(canonical_json(decided)),
         "vera_edge.projections": request.projections.digest,
-        "vera_edge.tools": ",".join(f"{name}={number}" for name, number in sorted(tools().items())),
+        "vera_edge.tools": ",".join(f"{name}={number}" for name, number in sorted(tools(model_kind).items())),
         "vera_edge.weights": kind(plan),
     }
 
 
-def facts(request: ExportRequest, model: str, files: Mapping[str, str]) -> Facts:
+def facts(request: ExportRequest, model: str, files: Mapping[str, str], model_kind: str = "decoder") -> Facts:
     """The manifest's facts. `files`: adapter name -> its file, in the order of `request.adapters`."""
     plan, branch = request.plan, bool(files)
     names = list(files) if branch else [adapter.name for adapter, _ in request.adapters]
     spec = request.projections.spec.to_dict() | {"digest": request.projections.digest}
     return Facts(
-        kind="decoder",
+        kind=model_kind,
         mode=plan.mode,
         weights=kind(plan),
         model=model,
@@ -59,5 +63,5 @@ def facts(request: ExportRequest, model: str, files: Mapping[str, str]) -> Facts
         default_adapter=names[0] if branch else None,
         projection=spec if branch else None,
         plan=plan.to_dict(),
-        tools=tools(),
+        tools=tools(model_kind),
     )
