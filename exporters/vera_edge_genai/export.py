@@ -12,14 +12,14 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from vera_edge import bundle, merge, packing
+from vera_edge import bundle, merge
 from vera_edge import plan as plans
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import staged_folder
 from vera_edge.target import Export, ExportRequest
 from vera_edge_genai import build, configs
-from vera_edge_onnx import branch, head, sites, storage, weights
+from vera_edge_onnx import adapters, branch, head, sites, storage, weights
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
@@ -44,7 +44,7 @@ class GenaiExporter:
         that isn't known.
         """
         architecture = check(request)
-        adapters: dict[str, str] = {}
+        files: dict[str, str] = {}
         with staged_folder(request.out, request.force) as stage:
             with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as work:
                 model, found, graph = _float_graph(request, architecture, Path(work))
@@ -54,24 +54,24 @@ class GenaiExporter:
                 storage.save(model, stage / MODEL, shared, request.progress)
                 configs.copy(Path(work) / "float", graph, stage, MODEL, quiet=request.plan.mode == "branch")
             if request.plan.mode == "branch":
-                adapters = _write_adapters(request, stage)
-            manifest = bundle.write(stage, facts(request, MODEL, adapters), request.progress)
+                files = adapters.write(request, stage)
+            manifest = bundle.write(stage, facts(request, MODEL, files), request.progress)
         return Export(
             target=self.name,
             folder=request.out,
             model=request.out / MODEL,
             size=manifest.size,
             plan=request.plan,
-            adapters={name: request.out / file for name, file in adapters.items()},
+            adapters={name: request.out / file for name, file in files.items()},
         )
 
 
 def check(request: ExportRequest) -> str:
     """The architecture's name; raises before any work is done when the request can't be met."""
-    plan, checkpoint = request.plan, request.checkpoint
+    checkpoint = request.checkpoint
     if unknown := sorted(set(request.options) - {"head", "projections"}):
         raise PlanError(f"the target genai takes no option {unknown[0]!r}; it takes head and projections")
-    weights.kind(plan)
+    weights.kind(request.plan)
     names = checkpoint.config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise TargetError(f"{checkpoint.path / 'config.json'} names no architecture to export")
@@ -80,29 +80,19 @@ def check(request: ExportRequest) -> str:
             f"{names[0]} isn't a decoder, and only decoders can be exported; merge the adapter "
             "(vera-edge merge) and export the result with a tool that takes it"
         )
-    for adapter, _ in request.adapters if plan.mode == "branch" else ():
-        if more := sorted([*adapter.biases, *adapter.modules_to_save]):
-            raise TargetError(
-                f"{adapter.path} also trained {more[0]}, which a side-branch doesn't carry; use --mode merged"
-            )
+    adapters.check(request)
     return names[0]
-
-
-def sizes(request: ExportRequest) -> dict[str, int]:
-    """Output features of every module that an adapter touches, in the order of their names."""
-    modules = sorted({module for adapter, _ in request.adapters for module in adapter.vectors})
-    return {module: request.checkpoint.linear(module).out_features for module in modules}
 
 
 def _float_graph(
     request: ExportRequest, architecture: str, work: Path
 ) -> tuple[ir.Model, tuple[sites.Site, ...], Path]:
     """The float32 graph, its weights merged or the base's own; its linear layers; the builder's folder."""
-    checkpoint, adapted = request.checkpoint, sizes(request)
+    checkpoint, adapted = request.checkpoint, adapters.sizes(request)
     merged = request.plan.mode == "merged"
-    adapters, projections = (request.adapters if merged else ()), request.projections
-    floats = plans.make(checkpoint, adapters, "merged", "fp32", projections=projections)
-    merge.write(floats, checkpoint, adapters, projections, work / "float", request.progress)
+    summed, projections = (request.adapters if merged else ()), request.projections
+    floats = plans.make(checkpoint, summed, "merged", "fp32", projections=projections)
+    merge.write(floats, checkpoint, summed, projections, work / "float", request.progress)
     copy = Checkpoint.open(work / "float")
     shapes = {module: linear.shape for module, linear in copy.linears.items()}
     for fuse in ("true", "false"):
@@ -129,7 +119,7 @@ def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...
     ends = head.find(model)
     inner = tuple(site for site in found if ends is None or site.node is not ends.head)
     bases = weights.stored(request, inner)
-    adapted = sizes(request) if plan.mode == "branch" else {}
+    adapted = adapters.sizes(request) if plan.mode == "branch" else {}
     if kind == "fp16":
         for site in inner:
             weaver.narrow_weight(site.node)
@@ -138,15 +128,3 @@ def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...
     if ends is not None:
         head.store(weaver, ends, request.options.get("head", _HEADS[kind]), weights.BLOCK)
     return weaver.finish()
-
-
-def _write_adapters(request: ExportRequest, stage: Path) -> dict[str, str]:
-    """One file for each adapter; the first is called default."""
-    adapted, files = sizes(request), {}
-    for number, (adapter, weight) in enumerate(request.adapters):
-        name = adapter.name if number else "default"
-        if name in files:
-            raise PlanError(f"two adapters are called {name}; rename the folder of one of them")
-        files[name] = f"adapters/{name}.onnx_adapter"
-        packing.write(stage / files[name], packing.vectors(adapter, adapted, weight))
-    return files

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from vera_edge.errors import TargetError
 from vera_edge.target import Export, ExportRequest, find
+
+# How transformers calls the model classes that generate text.
+DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 class OnnxExporter:
@@ -13,8 +17,15 @@ class OnnxExporter:
         return "onnx"
 
     def export(self, request: ExportRequest) -> Export:
-        """Write `request.out`, whole or not at all; see the target that does it for what is raised."""
-        return find("genai").export(request)
+        """Write `request.out`, whole or not at all; see the one that does it for what is raised."""
+        names = request.checkpoint.config.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise TargetError(f"{request.checkpoint.path / 'config.json'} names no architecture to export")
+        if names[0].endswith(DECODERS):
+            return find("genai").export(request)
+        from vera_edge_onnx import encoder
+
+        return encoder.export(request, self.name, names[0])
 
 
 EXPORTER = OnnxExporter()

@@ -72,25 +72,28 @@ def store(weaver: Weaver, ends: Ends, dtype: str, block: int) -> None:
     weight: Float32 = head.const_value.numpy().T
     if weight.shape[1] % block:
         return
-    blocks = _quantized(weight, dtype, block)
+    blocks = quantized(weight, dtype, block)
     x = ends.head.inputs[0]
     assert x is not None
     if ends.gather is not None:
         if ends.tied:
-            _look_up(weaver, ends.gather, blocks, _NAME)
+            look_up(weaver, ends.gather, blocks, _NAME)
         elif gather is not None and gather.const_value is not None:
-            _look_up(weaver, ends.gather, _quantized(gather.const_value.numpy(), dtype, block), _TABLE)
+            look_up(weaver, ends.gather, quantized(gather.const_value.numpy(), dtype, block), _TABLE)
     product = blocks.product(weaver, x, _NAME, "/lm_head", ends.head)
     weaver.take_over(ends.head, product)
 
 
-def _quantized(weight: Float32, dtype: str, block: int) -> Blocks:
+def quantized(weight: Float32, dtype: str, block: int) -> Blocks:
+    """A float matrix as "int8" or "int4" in blocks along its rows."""
     bits = int(dtype.removeprefix("int"))
     return Blocks(quantize(weight, bits, block, symmetric=bits == 8))
 
 
-def _look_up(weaver: Weaver, gather: ir.Node, blocks: Blocks, name: str) -> None:
-    """Replace a Gather by one that dequantizes the rows it takes."""
+def look_up(
+    weaver: Weaver, gather: ir.Node, blocks: Blocks, name: str, node: str = "/model/embed_tokens"
+) -> None:
+    """Replace a Gather by one that dequantizes the rows it takes; `node`: its name without the operator."""
     ids, rows = gather.inputs[1], blocks.shape[0]
     assert ids is not None
     codes, *others = blocks.arrays(name).items()
@@ -102,7 +105,7 @@ def _look_up(weaver: Weaver, gather: ir.Node, blocks: Blocks, name: str) -> None
     found = weaver.node(
         "GatherBlockQuantized",
         [table, ids, *inputs],
-        "/model/embed_tokens/GatherBlockQuantized",
+        f"{node}/GatherBlockQuantized",
         shape,
         before=gather,
         domain=MICROSOFT,

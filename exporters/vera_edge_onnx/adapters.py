@@ -1,0 +1,36 @@
+"""What a request's adapters touch, and their files beside a graph with side-branches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vera_edge import packing
+from vera_edge.errors import PlanError, TargetError
+from vera_edge.target import ExportRequest
+
+
+def check(request: ExportRequest) -> None:
+    """Raise TargetError when a side-branch can't carry all that an adapter trained."""
+    for adapter, _ in request.adapters if request.plan.mode == "branch" else ():
+        if more := sorted([*adapter.biases, *adapter.modules_to_save]):
+            raise TargetError(
+                f"{adapter.path} also trained {more[0]}, which a side-branch doesn't carry; use --mode merged"
+            )
+
+
+def sizes(request: ExportRequest) -> dict[str, int]:
+    """Output features of every module that an adapter touches, in the order of their names."""
+    modules = sorted({module for adapter, _ in request.adapters for module in adapter.vectors})
+    return {module: request.checkpoint.linear(module).out_features for module in modules}
+
+
+def write(request: ExportRequest, stage: Path) -> dict[str, str]:
+    """One file for each adapter, name -> file within `stage`; the first is called default."""
+    adapted, files = sizes(request), {}
+    for number, (adapter, weight) in enumerate(request.adapters):
+        name = adapter.name if number else "default"
+        if name in files:
+            raise PlanError(f"two adapters are called {name}; rename the folder of one of them")
+        files[name] = f"adapters/{name}.onnx_adapter"
+        packing.write(stage / files[name], packing.vectors(adapter, adapted, weight))
+    return files

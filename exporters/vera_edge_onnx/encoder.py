@@ -1,0 +1,109 @@
+"""Exports an encoder or a classifier as a folder that ONNX Runtime, Optimum and Transformers.js open.
+
+transformers' exporter draws the graph from a float32 copy of the model; then each linear gets the weight it
+is to be stored with, the side-branches are woven in, and the folder is described in its manifest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import onnx_ir as ir
+
+from vera_edge import bundle, merge, side_files
+from vera_edge import plan as plans
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.errors import PlanError, TargetError
+from vera_edge.files import canonical_json, read_json, staged_folder, write_atomic
+from vera_edge.target import Export, ExportRequest
+from vera_edge_onnx import adapters, branch, drawing, embeddings, sites, storage, weights
+from vera_edge_onnx.facts import describe, facts
+from vera_edge_onnx.weaver import Range, Weaver
+
+MODEL = "onnx/model.onnx"
+KIND = "encoder"
+# What embeddings, and the projections of a side-branch, are stored as by the linears' format.
+_EMBEDDINGS = {"fp32": "fp32", "fp16": "fp16", "nf4": "fp32", "fp4": "fp32", "int8": "int8", "int4": "int4"}
+_PROJECTIONS = {"fp32": "fp32", "fp16": "fp16", "nf4": "fp32", "fp4": "fp32", "int8": "int8", "int4": "int8"}
+# Where a folder came from is nobody's business, and would make two exports of one model differ.
+_ORIGINS = ("_name_or_path", "_model_name_or_path")
+
+
+def export(request: ExportRequest, target: str, architecture: str) -> Export:
+    """Write `request.out`, whole or not at all.
+
+    Raises TargetError when the model or the adapter can't be exported this way, PlanError on an option that
+    isn't known.
+    """
+    task = _check(request, target, architecture)
+    files: dict[str, str] = {}
+    with staged_folder(request.out, request.force) as stage:
+        with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as work:
+            model, found, copy = _float_graph(request, task, Path(work))
+            shared = _weave(request, model, found)
+            model.metadata_props.update(describe(request, KIND) | {"vera_edge.task": task.name})
+            storage.save(model, stage / MODEL, shared, request.progress)
+            _copy_beside(copy, stage)
+        if request.plan.mode == "branch":
+            files = adapters.write(request, stage)
+        manifest = bundle.write(stage, facts(request, MODEL, files, KIND), request.progress)
+    return Export(
+        target=target,
+        folder=request.out,
+        model=request.out / MODEL,
+        size=manifest.size,
+        plan=request.plan,
+        adapters={name: request.out / file for name, file in files.items()},
+        notes=(f"{architecture} for {task.name}",),
+    )
+
+
+def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Task:
+    """The model's task; raises before any work is done when the request can't be met."""
+    if unknown := sorted(set(request.options) - {"head", "projections"}):
+        raise PlanError(f"the target {target} takes no option {unknown[0]!r}; it takes head and projections")
+    weights.kind(request.plan)
+    adapters.check(request)
+    return drawing.task(architecture)
+
+
+def _float_graph(
+    request: ExportRequest, task: drawing.Task, work: Path
+) -> tuple[ir.Model, tuple[sites.Site, ...], Path]:
+    """The float32 graph, its weights merged or the base's own; its linear layers; the float folder."""
+    checkpoint, adapted = request.checkpoint, adapters.sizes(request)
+    merged = request.adapters if request.plan.mode == "merged" else ()
+    floats = plans.make(checkpoint, merged, "merged", "fp32", projections=request.projections)
+    merge.write(floats, checkpoint, merged, request.projections, work / "float", request.progress)
+    copy = Checkpoint.open(work / "float")
+    request.progress("drawing the graph", 0, 1)
+    model = drawing.draw(copy, task)
+    shapes = {module: linear.shape for module, linear in copy.linears.items()}
+    found = sites.find(model, shapes, copy.dequantize)
+    if request.plan.mode == "branch":
+        sites.check_covered(found, {module: shapes[module] for module in adapted}, "adapted")
+    return model, found, copy.path
+
+
+def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...]) -> dict[str, Range]:
+    """Store each weight as the plan says and add the side-branches; returns which bytes are shared."""
+    weaver, plan, kind = Weaver(model), request.plan, weights.kind(request.plan)
+    results = {step.module: step.result for step in plan.steps}
+    if kind == "fp16":
+        for site in found:
+            if all(results[part.module] == "fp16" for part in site.parts):
+                weaver.narrow_weight(site.node)
+    adapted = adapters.sizes(request) if plan.mode == "branch" else {}
+    dtype = request.options.get("projections", _PROJECTIONS[kind])
+    branch.weave(weaver, found, weights.stored(request, found), adapted, request.projections, dtype)
+    embeddings.store(weaver, request.options.get("head", _EMBEDDINGS[kind]), weights.BLOCK)
+    return weaver.finish()
+
+
+def _copy_beside(source: Path, stage: Path) -> None:
+    """config.json, the tokenizer's and the preprocessor's files."""
+    config = read_json(source / "config.json", TargetError)
+    kept = {key: value for key, value in config.items() if key not in _ORIGINS}
+    write_atomic(stage / "config.json", canonical_json(kept))
+    side_files.copy(source, stage)
