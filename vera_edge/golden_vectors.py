@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vera_edge import adapter as adapters
-from vera_edge import bundle, provenance
+from vera_edge import alignment, bundle, provenance
 from vera_edge.bundle import Manifest
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.device import golden
@@ -88,7 +87,7 @@ def ask(
         raise MismatchError(
             f"{folder} was made of another base than {base}; name the one it was exported from"
         )
-    read = [(adapters.read(path), weight) for path, weight in adapter_paths]
+    read = [(alignment.read(path, checkpoint), weight) for path, weight in adapter_paths]
     names = {entry["digest"]: name for name, entry in manifest.adapters.items()}
     for found, _ in read:
         if found.digest not in names:

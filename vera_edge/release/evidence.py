@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vera_edge import golden_vectors
+from vera_edge.device.golden import FILE as GOLDEN
 from vera_edge.drift import assess, limits, windows
 from vera_edge.drift.result import DriftReport
 from vera_edge.errors import VeraEdgeError
 from vera_edge.files import canonical_json, read_json, write_atomic
 from vera_edge.progress import Progress
 from vera_edge.release.cache import Store, key_of
-from vera_edge.release.recipe import AdapterEntry, LimitsEntry, Recipe
+from vera_edge.release.job import Job
+from vera_edge.release.recipe import LimitsEntry
 
 REPORT = "drift.json"
 _DIGITS = 4
@@ -42,8 +46,7 @@ class Evidence:
 
 
 def gather_evidence(
-    recipe: Recipe,
-    adapter: AdapterEntry,
+    job: Job,
     store: Store,
     folder: Path,
     facts: Mapping[str, Any],
@@ -53,6 +56,7 @@ def gather_evidence(
 
     Raises a VeraEdgeError when the text or an input can't be used.
     """
+    recipe, adapter = job.recipe, job.adapter
     entry = recipe.file.limits
     source = entry.data if entry.data == windows.BUILT_IN else str(recipe.path(entry.data))
     bounds = limits.gather(None, _bounds(entry))
@@ -80,6 +84,35 @@ def gather_evidence(
 
     found, _ = store.build(asked, make)
     return _read(found / REPORT, bounds, key_of(asked))
+
+
+def golden(job: Job, store: Store, folder: Path, facts: Mapping[str, Any], progress: Progress) -> Path:
+    """The file of golden vectors for the exported `folder`, made by the model as trained, or found made."""
+
+    def make(stage: Path) -> None:
+        import torch
+
+        copy = stage / "bundle"
+        shutil.copytree(folder, copy)
+        recipe, adapter = job.recipe, job.adapter
+        # With one thread the last digits don't depend on how many this machine has.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            golden_vectors.ask(
+                copy,
+                recipe.path(recipe.base(adapter.base).path),
+                [(recipe.path(adapter.path), 1.0)],
+                projection_dtype=adapter.projection_dtype,
+                progress=progress,
+            )
+        finally:
+            torch.set_num_threads(threads)
+        (copy / GOLDEN).rename(stage / GOLDEN)
+        shutil.rmtree(copy)
+
+    found, _ = store.build({"export": key_of(facts), "stage": "golden"}, make)
+    return found / GOLDEN
 
 
 def _bounds(entry: LimitsEntry) -> dict[str, float | None]:

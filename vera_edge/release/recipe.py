@@ -35,10 +35,11 @@ class _Model(BaseModel):
 
 
 class Release(_Model):
-    """[release]: what the release is called."""
+    """[release]: what the release is called; `golden`: whether bundles carry vectors to validate by."""
 
     name: Id
     version: str = Field(default="0.1.0", min_length=1, max_length=64)
+    golden: bool = True
 
 
 class Base(_Model):

@@ -26,7 +26,7 @@ from vera_edge.projection import Projections
 from vera_edge.release import attestation, card
 from vera_edge.release.attestation import Material
 from vera_edge.release.cache import Store, key_of
-from vera_edge.release.evidence import Evidence, gather_evidence
+from vera_edge.release.evidence import Evidence, gather_evidence, golden
 from vera_edge.release.job import Job
 from vera_edge.weight_rounding import Rounding
 
@@ -90,7 +90,7 @@ def _run(job: Job, progress: Progress) -> Result:
     store = Store(job.store)
     inputs = _read_inputs(job, store)
     graph, manifest = _export(job, store, inputs, progress)
-    evidence = gather_evidence(job.recipe, job.adapter, store, graph, inputs.facts, progress)
+    evidence = gather_evidence(job, store, graph, inputs.facts, progress)
     target_folder = job.out / job.name
     if not evidence.passed:
         _reject(job, evidence)
@@ -100,7 +100,7 @@ def _run(job: Job, progress: Progress) -> Result:
     if (published := _published(target_folder, key, job)) is not None:
         return replace(_result(job, "unchanged", "", evidence), digest=published.digest, size=published.size)
     with staged_folder(target_folder, force=True) as stage:
-        made = _compose(job, stage, graph, manifest, inputs, evidence, key)
+        made = _compose(job, stage, graph, manifest, inputs, evidence, key, progress)
         if job.recipe.file.sign is not None:
             signing.sign(stage, job.recipe.path(job.recipe.file.sign.key))
     return replace(_result(job, "built", "", evidence), digest=made.digest, size=made.size)
@@ -197,6 +197,7 @@ def _compose(
     inputs: _Inputs,
     evidence: Evidence,
     key: str,
+    progress: Progress,
 ) -> Manifest:
     """Put a bundle together in `stage`: the export, its evidence, and what says how it was made."""
     shutil.copytree(graph, stage, dirs_exist_ok=True)
@@ -226,9 +227,14 @@ def _compose(
     }
     for path, data in parts.items():
         write_atomic(stage / path, data)
+    vectors = None
+    if job.recipe.file.release.golden and manifest.kind == "decoder":
+        found = golden(job, Store(job.store), graph, inputs.facts, progress)
+        vectors = found.name
+        shutil.copy(found, stage / vectors)
     names = [path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()]
     write_atomic(stage / chunks.INDEX, chunks.index(stage, names))
-    facts = bundle.change(manifest, limits=evidence.limits)
+    facts = bundle.change(manifest, limits=evidence.limits, golden=vectors)
     return bundle.write(stage, facts)
 
 
@@ -266,7 +272,7 @@ def check_inputs(job: Job, digests: Mapping[str, str]) -> None:
 
 def _release_facts(job: Job) -> dict[str, Any]:
     release = job.recipe.file.release
-    return {"name": release.name, "version": release.version, "licence": job.adapter.licence or ""}
+    return release.model_dump() | {"licence": job.adapter.licence or ""}
 
 
 def _published(folder: Path, key: str, job: Job) -> Manifest | None:
