@@ -74,9 +74,12 @@ def test_statistics_are_those_of_whole_forward_passes(
 def test_linears_of_one_input_are_visited_once(tiny_llama: tiny.TinyLlama) -> None:
     model = tiny.load(tiny_llama.fp32).eval()
     groups: list[tuple[str, ...]] = []
-    Walk(model, frozenset(linears(model)), WINDOWS[:1]).run(
-        lambda inputs: groups.append(inputs.modules) or {}
-    )
+
+    def visit(inputs: Inputs) -> dict[str, Any]:
+        groups.append(inputs.modules)
+        return {}
+
+    Walk(model, frozenset(linears(model)), WINDOWS[:1]).run(visit)
     assert [tuple(name.rsplit(".", 1)[1] for name in group) for group in groups[:4]] == [
         ("q_proj", "k_proj", "v_proj"),
         ("o_proj",),
