@@ -10,12 +10,14 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vera_edge import formats
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError, PlanError
+from vera_edge.files import read_json
 from vera_edge.formats import StoredLinear
 from vera_edge.projection import Projections, ProjectionSpec
 
@@ -95,7 +97,35 @@ class Plan:
             raise PlanError(f"this isn't a plan as vera-edge writes it: {cause}") from None
         if plan.mode not in get_args(Mode) or any(step.action not in get_args(Action) for step in steps):
             raise PlanError("this isn't a plan as vera-edge writes it: unknown mode or action")
+        if not all(isinstance(options, Mapping) for options in (plan.options, *(s.options for s in steps))):
+            raise PlanError("this isn't a plan as vera-edge writes it: options that aren't named")
         return plan
+
+
+def read(path: Path) -> Plan:
+    """The plan in a JSON file. Raises PlanError when there is none."""
+    try:
+        return Plan.from_dict(read_json(path, PlanError))
+    except PlanError as cause:
+        raise PlanError(f"{path}: {cause}" if str(path) not in str(cause) else str(cause)) from None
+
+
+def check_made_for(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    projections: Projections,
+) -> None:
+    """Raise MismatchError unless `plan` was made for exactly these inputs."""
+    digest = plan.options.get("base_digest")
+    shapes = {step.module: (step.source, step.shape) for step in plan.steps}
+    own = {module: (linear.format, linear.shape) for module, linear in checkpoint.linears.items()}
+    if plan.base != checkpoint.layout_digest or shapes != own or digest not in (None, checkpoint.digest):
+        raise MismatchError(f"the plan was made for another base than {checkpoint.path}; plan again")
+    if plan.adapters != tuple((adapter.digest, float(weight)) for adapter, weight in adapters):
+        raise MismatchError("the plan was made for other adapters or weights; plan again")
+    if plan.projection is not None and plan.projection.get("digest") != projections.digest:
+        raise MismatchError("the plan was made for other projections; plan again")
 
 
 def make(

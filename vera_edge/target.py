@@ -136,6 +136,11 @@ def find(name: str) -> Exporter:
     return exporter
 
 
+def stored_options(plan: Plan) -> dict[str, str]:
+    """What a plan says of the exporter's own options: how head and projections are stored."""
+    return {name: str(plan.options[name]) for name in ("head", "projections") if name in plan.options}
+
+
 def export(
     base: Path,
     adapter_paths: Sequence[tuple[Path, float]],
@@ -148,6 +153,7 @@ def export(
     force: bool = False,
     progress: Progress = silent,
     rounding: Rounding | None = None,
+    made: Plan | None = None,
 ) -> Export:
     """Read base and adapters, plan, and export to `out`.
 
@@ -155,6 +161,7 @@ def export(
     mode: "merged", or "branch": the base keeps its weights, the adapter runs beside it and can be swapped.
     weights: the stored format of the linears. projection_dtype: see `provenance.resolve`.
     rounding: how weights are rounded to 4 and 8 bits; None: to nearest, by the exporter.
+    made: a plan for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
     check_output(out, force)
@@ -166,10 +173,13 @@ def export(
     plans.check_together(read)
     found = [provenance.resolve(adapter, checkpoint, projection_dtype) for adapter, _ in read]
     projections = plans.check_projections(read, [one.projections for one in found])
-    plan = plans.make(checkpoint, read, mode, weights, projections=projections)
+    if made is not None:
+        plans.check_made_for(made, checkpoint, read, projections)
+    plan = made or plans.make(checkpoint, read, mode, weights, projections=projections)
     notes = tuple(dict.fromkeys(note for one in found for note in (one.how, *one.notes)))
     facts = (checkpoint, read, projections, plan, out)
     with rounding.codes(*facts, progress) if rounding else nullcontext(({}, ())) as (codes, more):
-        request = ExportRequest(*facts, options or {}, force, progress, codes)
+        chosen = {**stored_options(plan), **(options or {})}
+        request = ExportRequest(*facts, chosen, force, progress, codes)
         exported = exporter.export(request)
     return replace(exported, notes=(*notes, *more, *exported.notes))

@@ -59,7 +59,8 @@ def grid_of(step: Step, exported: bool = False) -> Grid | None:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a plan's weights are rounded. method: of requantize.METHODS, None for `default_method`.
+    """How a plan's weights are rounded. method: of requantize.METHODS, None for the plan's own or
+    `default_method`.
 
     text: what "search" and "gptq" are calibrated on, a UTF-8 file or "built-in"; about `tokens` of it.
     any_adapter: calibrate a side-branch's base without its adapter, so that the weights come out the same
@@ -87,7 +88,7 @@ class Rounding:
         No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or one
         that no layer can use, DataError for unusable text.
         """
-        method = self.method or default_method(plan.steps)
+        method = self.method or str(plan.options.get("method") or default_method(plan.steps))
         if method not in METHODS:
             raise PlanError(f"no quantization method is called {method!r}; known: {', '.join(METHODS)}")
         if method == "rtn":
@@ -95,6 +96,9 @@ class Rounding:
             return
         changed = [step for step in plan.steps if not step.copies]
         grids = {step.module: grid for step in changed if (grid := grid_of(step, exported)) is not None}
+        if not grids and self.method is None:
+            yield {}, ()
+            return
         if not grids:
             raise PlanError(
                 f"method {method} rounds to 4 or 8 bits, and this plan has no such layer to round"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from vera_edge import plan as plans
 from vera_edge import target as targets
 from vera_edge.cli.show import (
     FOLDER,
@@ -14,9 +15,11 @@ from vera_edge.cli.show import (
     json_option,
     method_option,
     out,
+    plan_option,
     print_json,
     progress_bar,
     quiet_option,
+    refuse_beside_plan,
 )
 from vera_edge.weight_rounding import Rounding
 
@@ -64,6 +67,7 @@ def _weighted(
 @click.option("--head", type=click.Choice(STORED), help="How embeddings and output head are stored.")
 @click.option("--projections-dtype", type=click.Choice(STORED), help="How a branch stores A and B.")
 @click.option("--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16.")
+@plan_option
 @method_option
 @calibration_option
 @force_option
@@ -81,6 +85,7 @@ def export(
     head: str | None,
     projections_dtype: str | None,
     projection_dtype: str | None,
+    plan_file: Path | None,
     method: str | None,
     calibration: str,
     force: bool,
@@ -88,6 +93,8 @@ def export(
     as_json: bool,
 ) -> None:
     """Export BASE with ADAPTER to a folder that ONNX Runtime and ONNX Runtime GenAI open as it is."""
+    refuse_beside_plan("mode", "weights")
+    made = None if plan_file is None else plans.read(plan_file)
     options = {"head": head, "projections": projections_dtype}
     with progress_bar(quiet or as_json) as progress:
         result = targets.export(
@@ -102,12 +109,14 @@ def export(
             force=force,
             progress=progress,
             rounding=Rounding(method, calibration),
+            made=made,
         )
     if as_json:
         print_json(result.to_dict())
         return
     console = out()
-    console.print(f"{result.folder}: {mode}, {weights} weights, {result.size / 1e6:,.1f} MB")
+    kind = weights if made is None else "planned"
+    console.print(f"{result.folder}: {result.plan.mode}, {kind} weights, {result.size / 1e6:,.1f} MB")
     for name, path in result.adapters.items():
         console.print(f"adapter {name}: {path}")
     for note in result.notes:

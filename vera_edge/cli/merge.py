@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vera_edge import merge as merging
+from vera_edge import plan as plans
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
@@ -18,10 +19,12 @@ from vera_edge.cli.show import (
     method_option,
     more_adapters_option,
     out,
+    plan_option,
     print_json,
     progress_bar,
     projection_dtype_option,
     quiet_option,
+    refuse_beside_plan,
     weight_option,
 )
 from vera_edge.formats import block_option
@@ -47,6 +50,7 @@ _SHOWN = 5
     "--block-size", type=int, help="Weights to one scale: of nf4, fp4 (default 64), gptq, awq, w4a16 (128)."
 )
 @click.option("--double-quant", is_flag=True, help="Quantize the scales of nf4 and fp4 too.")
+@plan_option
 @method_option
 @calibration_option
 @more_adapters_option
@@ -63,6 +67,7 @@ def merge(
     to: str,
     block_size: int | None,
     double_quant: bool,
+    plan_file: Path | None,
     method: str | None,
     calibration: str,
     more: list[tuple[Path, float]],
@@ -77,9 +82,11 @@ def merge(
 
     The output loads with transformers as any model does. A warning says when rounding drowned the adapter.
     """
+    refuse_beside_plan("to", "block_size", "double_quant")
+    made = None if plan_file is None else plans.read(plan_file)
     options = {block_option(to): block_size} if block_size is not None else {}
     options |= {"double_quant": True} if double_quant else {}
-    ready = merging.prepare(base, [(adapter, weight), *more], to, options, projection_dtype)
+    ready = merging.prepare(base, [(adapter, weight), *more], to, options, projection_dtype, made)
     if dry_run:
         if as_json:
             print_json(ready.plan.to_dict())

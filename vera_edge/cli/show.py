@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -36,6 +37,9 @@ calibration_option: Callable[[F], F] = click.option(
     show_default=True,
     metavar="FILE",
     help="Text to calibrate search and gptq on: a UTF-8 file like what the adapter is for, or built-in.",
+)
+plan_option: Callable[[F], F] = click.option(
+    "--plan", "plan_file", type=FOLDER, metavar="FILE", help="Do what a plan says (vera-edge plan)."
 )
 quiet_option: Callable[[F], F] = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 
@@ -80,6 +84,17 @@ def err() -> Console:
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
     click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+
+
+def refuse_beside_plan(*names: str) -> None:
+    """Raise a usage error when options that the plan decides are given beside --plan."""
+    context = click.get_current_context()
+    if context.params.get("plan_file") is None:
+        return
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
+        if parameter.name in names and given:
+            raise click.UsageError(f"the plan decides {parameter.opts[0]}; leave it out beside --plan")
 
 
 @contextmanager

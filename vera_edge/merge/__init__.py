@@ -57,10 +57,12 @@ def prepare(
     to: str = SAME,
     options: Mapping[str, Any] | None = None,
     projection_dtype: str | None = None,
+    made: Plan | None = None,
 ) -> Prepared:
     """Read base and adapters (folders, each with its weight) and plan their merge; reads no weight.
 
     to: a weight format's name or "same". options: of that format. projection_dtype: see `provenance.resolve`.
+    made: a plan for these inputs, instead of making one; then `to` and `options` aren't looked at.
     Raises a VeraEdgeError in one sentence when an input or the request is at fault.
     """
     if not adapters:
@@ -72,7 +74,9 @@ def prepare(
     plans.check_together(read)
     found = [provenance.resolve(adapter, checkpoint, projection_dtype) for adapter, _ in read]
     projections = plans.check_projections(read, [one.projections for one in found])
-    plan = plans.make(checkpoint, read, "merged", to, options, projections)
+    if made is not None:
+        check_plan(made, checkpoint, read, projections)
+    plan = made or plans.make(checkpoint, read, "merged", to, options, projections)
     notes = dict.fromkeys(note for one in found for note in (one.how, *one.notes))
     return Prepared(checkpoint, read, projections, plan, tuple(notes))
 

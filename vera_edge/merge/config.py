@@ -57,7 +57,7 @@ def _quantization_config(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any] |
         )
     before = _mapping(checkpoint.config.get("quantization_config"))
     if {step.source for step in quantized} == set(results):
-        return dict(before)
+        return dict(before) | _raised(plan, before)
     target = formats.get(results[0])
     fresh = target.quantization_config(quantized[0].options) or {}
     if fresh.get("quant_method") == "bitsandbytes":
@@ -77,6 +77,20 @@ def _bitsandbytes_extras(plan: Plan, checkpoint: Checkpoint, before: Mapping[str
     if skipped is None:
         skipped = skip_modules(plan.steps)
     return extras | ({"llm_int8_skip_modules": skipped} if skipped else {})
+
+
+def _raised(plan: Plan, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base's own quantization_config must say of layers that were quantized and aren't any more."""
+    raised = [step.module for step in plan.steps if step.result in DENSE and step.source not in DENSE]
+    if not raised:
+        return {}
+    if before.get("quant_method") != "bitsandbytes":
+        raise PlanError(
+            f"{raised[0]} can't become a float layer beside others that stay quantized as they are; choose "
+            "one format with --to"
+        )
+    known = before.get("llm_int8_skip_modules")
+    return {"llm_int8_skip_modules": sorted({*known, *raised}) if known else skip_modules(plan.steps)}
 
 
 def skip_modules(steps: tuple[Step, ...]) -> list[str] | None:

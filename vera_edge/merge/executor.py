@@ -11,7 +11,7 @@ from pathlib import Path
 from vera_edge import formats, side_files
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.errors import MismatchError, OutputError, PlanError
+from vera_edge.errors import OutputError, PlanError
 from vera_edge.files import canonical_json, check_output, staged_folder, write_atomic
 from vera_edge.merge import advice, card
 from vera_edge.merge.config import merged_config
@@ -19,7 +19,7 @@ from vera_edge.merge.cutting import cut
 from vera_edge.merge.delta import Delta
 from vera_edge.merge.report import LayerReport, MergeReport
 from vera_edge.merge.units import Unit, merge_rows
-from vera_edge.plan import Plan
+from vera_edge.plan import Plan, check_made_for
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
@@ -86,13 +86,13 @@ def check_plan(
         raise PlanError(
             "this plan keeps the adapter as a side-branch, which a checkpoint can't hold; export it"
         )
-    if plan.base != checkpoint.layout_digest:
-        raise MismatchError(f"the plan was made for another base than {checkpoint.path}; plan again")
-    if plan.adapters != tuple((adapter.digest, float(weight)) for adapter, weight in adapters):
-        raise MismatchError("the plan was made for other adapters or weights; plan again")
-    if plan.projection is not None and plan.projection["digest"] != projections.digest:
-        raise MismatchError("the plan was made for other projections; plan again")
+    check_made_for(plan, checkpoint, adapters, projections)
     for step in plan.steps:
+        # Where a plan also decides on the head, it's one of a graph, whose integers are blocks.
+        if step.result in ("int4", "int8") and "head" in plan.options:
+            raise PlanError(
+                f"this plan stores {step.module} as {step.result} blocks, which only a graph holds; export it"
+            )
         formats.get(step.result)
 
 

@@ -1,0 +1,133 @@
+"""`vera-edge plan`: formats chosen by measurement, as a file that merge and export take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from vera_edge.cli import show
+from vera_edge.errors import PlanError
+from vera_edge.files import canonical_json, check_output, write_atomic
+from vera_edge.precision import FORMATS, Request, parse_size
+from vera_edge.precision.choice import Choice
+
+
+@click.command()
+@click.argument("base", type=show.FOLDER)
+@click.argument("adapter", type=show.FOLDER)
+@click.option("-o", "--out", "file", type=show.FOLDER, required=True, help="The plan to write, JSON.")
+@click.option("--max-size", metavar="SIZE", help="Bytes of the whole export, like 90MB or 90MiB.")
+@click.option("--max-kl", type=float, help="Mean KL divergence in nats from the model as trained.")
+@click.option("--max-latency", metavar="RATIO", help="Not offered: latency depends on the device.")
+@click.option(
+    "--mode",
+    type=click.Choice(["merged", "branch"]),
+    default="merged",
+    show_default=True,
+    help="merged: the adapter in the weights. branch: beside them, and swapped at run time.",
+)
+@click.option("--target", default="onnx", show_default=True, help="onnx or genai.")
+@click.option(
+    "--formats",
+    default="int4,int8",
+    show_default=True,
+    metavar="LIST",
+    help=f"What layers may be stored as, of {', '.join(FORMATS)}.",
+)
+@click.option("--data", metavar="FILE", help="Text to measure on, or built-in; else the calibration's.")
+@click.option("--tokens", default=512, show_default=True, help="About how many to measure each unit on.")
+@show.method_option
+@show.calibration_option
+@show.more_adapters_option
+@show.weight_option
+@show.projection_dtype_option
+@show.force_option
+@show.quiet_option
+@show.json_option
+def plan(
+    base: Path,
+    adapter: Path,
+    file: Path,
+    max_size: str | None,
+    max_kl: float | None,
+    max_latency: str | None,
+    mode: str,
+    target: str,
+    formats: str,
+    data: str | None,
+    tokens: int,
+    method: str | None,
+    calibration: str,
+    more: list[tuple[Path, float]],
+    weight: float,
+    projection_dtype: str | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Choose how each layer of BASE with ADAPTER is stored: the least loss within --max-size, or the smallest
+    export within --max-kl.
+
+    Every unit is quantized alone and measured; the plan is exported and measured as a whole.
+    """
+    if max_latency is not None:
+        raise PlanError(
+            "--max-latency isn't offered, since it would be this machine's latency and not the device's; "
+            "plan by --max-size or --max-kl and measure on the device (vera-edge validate)"
+        )
+    request = Request(
+        max_size=None if max_size is None else parse_size(max_size),
+        max_kl=max_kl,
+        mode=mode,
+        formats=tuple(name.strip() for name in formats.split(",") if name.strip()),
+        target=target,
+        method=method or Request.method,
+        calibration=calibration,
+        data=data,
+        tokens=tokens,
+    )
+    request.check()
+    check_output(file, force)
+    from vera_edge.precision.choose import choose  # imports torch
+
+    with show.progress_bar(quiet or as_json) as progress:
+        found = choose(base, [(adapter, weight), *more], request, file, projection_dtype, progress)
+    write_atomic(file, canonical_json(found.plan.to_dict()))
+    if as_json:
+        show.print_json(found.to_dict())
+    else:
+        _show(file, found)
+
+
+def _show(file: Path, found: Choice) -> None:
+    console, trial = show.out(), found.trial
+    table = Table(str(file), "", box=SIMPLE_HEAD)
+    counts: dict[str, int] = {}
+    for name in found.picks.values():
+        counts[name] = counts.get(name, 0) + 1
+    rows = {
+        "units": ", ".join(f"{count} as {name}" for name, count in sorted(counts.items())),
+        "size of the export": f"{trial.size / 1e6:,.3f} MB",
+        "bits per weight": f"{found.bits:.2f}",
+        "KL predicted": f"{trial.predicted_kl:.3g} (the units' sum {trial.sum_kl:.3g})",
+        "KL measured": f"{trial.kl:.3g} ({trial.factor:.2f} times the sum)",
+        "optimality gap": f"{found.gap:.2%}" if found.gap else "none",
+        "took": ", ".join(f"{what} {seconds:g} s" for what, seconds in found.seconds.items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)
+    console.print(_front(found))
+    for note in found.notes:
+        console.print(note, markup=False)
+
+
+def _front(found: Choice) -> Table:
+    """What else could be had, by prediction."""
+    table = Table("size, MB", "KL, predicted", "", box=SIMPLE_HEAD)
+    for point in found.front:
+        table.add_row(f"{point.size / 1e6:,.3f}", f"{point.kl:.3g}", "chosen" if point.chosen else "")
+    return table

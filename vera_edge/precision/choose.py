@@ -1,0 +1,149 @@
+"""Automatic precision: measure every unit in every format, solve, try the plan out, correct, solve again."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from vera_edge import merge
+from vera_edge import plan as plans
+from vera_edge import target as targets
+from vera_edge.drift import windows
+from vera_edge.errors import PlanError
+from vera_edge.files import PARTIAL_MARK, output_error
+from vera_edge.merge import Prepared
+from vera_edge.plan import DENSE, SAME, Plan, Step
+from vera_edge.precision.choice import Choice
+from vera_edge.precision.codes import Rounded, heads_of, trained_model
+from vera_edge.precision.replay import Replay, reference_logits
+from vera_edge.precision.request import CHECK_TOKENS, Request
+from vera_edge.precision.solver import Solver
+from vera_edge.precision.trial import Trials
+from vera_edge.progress import Progress, silent
+from vera_edge.requantize import CodesFolder
+
+
+def choose(
+    base: Path,
+    adapters: Sequence[tuple[Path, float]],
+    request: Request,
+    beside: Path,
+    projection_dtype: str | None = None,
+    progress: Progress = silent,
+) -> Choice:
+    """The plan that loses least within `request.max_size`, or the smallest within `request.max_kl`.
+
+    base, adapters: folders, each adapter with its weight. beside: a path in whose folder scratch files may
+    lie (as large as the float model). Raises PlanError when no plan keeps the limit, other VeraEdgeErrors
+    when an input is at fault.
+    """
+    request.check()
+    targets.find(request.target)
+    merged = merge.prepare(base, adapters, SAME, None, projection_dtype)
+    facts = (merged.checkpoint, merged.adapters, request.mode, SAME, None, merged.projections)
+    ready = replace(merged, plan=plans.make(*facts))
+    with _scratch(beside) as work:
+        return _Search(ready, request, work, progress).run()
+
+
+@contextmanager
+def _scratch(beside: Path) -> Iterator[Path]:
+    parent = beside.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{beside.name}{PARTIAL_MARK}", dir=parent)
+    except OSError as cause:
+        raise output_error(beside, cause) from cause
+    with scratch as folder:
+        yield Path(folder)
+
+
+def candidates(ready: Prepared, formats: Sequence[str]) -> tuple[Plan, dict[str, dict[str, Step]]]:
+    """A plan to start from, and by format the steps of the modules that may have it.
+
+    Raises PlanError when no layer may be quantized.
+    """
+    made = {}
+    for name in formats:
+        facts = (ready.checkpoint, ready.adapters, ready.plan.mode, name, None, ready.projections)
+        made[name] = plans.make(*facts)
+    quantized = {name: plan for name, plan in made.items() if name not in DENSE} or made
+    free: set[str] | None = None
+    for name, plan in quantized.items():
+        may = {step.module for step in plan.steps if step.result == name}
+        free = may if free is None else free & may
+    if not free:
+        raise PlanError(f"no layer of {ready.checkpoint.path} may be stored as {' or '.join(formats)}")
+    steps = {
+        name: {step.module: step for step in plan.steps if step.module in free} for name, plan in made.items()
+    }
+    return next(iter(quantized.values())), steps
+
+
+@dataclass
+class _Search:
+    ready: Prepared
+    request: Request
+    work: Path
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> Choice:
+        start, steps = candidates(self.ready, self.request.formats)
+        stores = {name: CodesFolder(self.work / name) for name in steps}
+        for store in stores.values():
+            store.folder.mkdir()
+        rounded = Rounded(self.ready, steps, self.request.method, stores)
+        calibration, sensitivity, check = self._windows()
+        model = trained_model(self.ready)
+        with self._timed("calibration and rounding"):
+            rounded.calibrate(model, calibration.tokens, self.progress)
+        with self._timed("sensitivities"):
+            replay = Replay(
+                model, [module for group in rounded.groups for module in group], sensitivity.tokens
+            )
+            units = rounded.units(model, replay, heads_of(self.request.formats), self.progress)
+            reference = reference_logits(model, check.tokens)
+        del model, replay
+        trials = Trials(self.ready, self.request.target, check.tokens, reference, self.work)
+        solver = Solver(self.request, start, rounded, units, trials, self.progress)
+        with self._timed("trials"):
+            point = solver.solve()
+        return solver.choice(point, self.seconds, self._notes(calibration, sensitivity, check))
+
+    def _windows(self) -> tuple[windows.Windows, windows.Windows, windows.Windows]:
+        request, checkpoint = self.request, self.ready.checkpoint
+        config = checkpoint.config.get("text_config") or checkpoint.config
+        tokenizer, size = windows.open_tokenizer(checkpoint.path), int(config.get("vocab_size", 0))
+        text = windows.read_text(request.calibration)
+        data = text if request.data is None else windows.read_text(request.data)
+        width = min(windows.WINDOW, request.tokens)
+        counts = (request.tokens, max(CHECK_TOKENS, request.tokens))
+        few, more = (windows.make(data, tokenizer, size, count, width) for count in counts)
+        return windows.make(text, tokenizer, size, request.calibration_tokens), few, more
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        self.seconds[what] = round(time.monotonic() - begun, 1)
+
+    def _notes(self, *cut: windows.Windows) -> tuple[str, ...]:
+        calibration, few, more = (sum(len(window) for window in one.tokens) for one in cut)
+        request, found = self.request, list(self.ready.notes)
+        found.append(
+            f"weights were rounded by {request.method}, calibrated on {calibration} tokens of "
+            f"{request.calibration} text; export with the same --method and --calibration"
+        )
+        source = request.calibration if request.data is None else request.data
+        found.append(
+            f"sensitivities: the KL of one unit quantized alone, on {few} tokens of {source} text; plans: "
+            f"exported and run in ONNX Runtime, on {more} tokens"
+        )
+        if source == request.calibration:
+            found.append("measured on the text that weights were calibrated on, which flatters; give --data")
+        return tuple(found)

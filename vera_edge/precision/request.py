@@ -1,0 +1,86 @@
+"""What is asked of automatic precision, checked before any work is done."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+from vera_edge.errors import PlanError
+from vera_edge.plan import Mode
+from vera_edge.requantize import METHODS
+from vera_edge.weight_rounding import BUILT_IN, TOKENS
+
+FORMATS = ("int4", "int8", "nf4", "fp4", "fp32")
+TARGETS = ("onnx", "genai")
+SENSITIVITY_TOKENS = 512
+CHECK_TOKENS = 1024
+
+_SIZE = re.compile(r"([\d.]+)\s*([a-z]*)", re.IGNORECASE)
+_UNITS: Mapping[str, int] = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """max_size: bytes of all files of the export. max_kl: mean KL in nats on `data`; one of the two.
+
+    formats: what layers may be stored as; "int4" and "int8" or "fp32" also what embeddings and head may.
+    method, calibration: how weights are rounded, as an export does. data: the text that sensitivities
+    (`tokens` of it) and plans (twice as many) are measured on. The calibration's when it is None.
+    """
+
+    max_size: int | None = None
+    max_kl: float | None = None
+    mode: str = "merged"
+    formats: tuple[str, ...] = ("int4", "int8")
+    target: str = "onnx"
+    method: str = "gptq"
+    calibration: str = BUILT_IN
+    data: str | None = None
+    tokens: int = SENSITIVITY_TOKENS
+    calibration_tokens: int = TOKENS
+
+    def check(self) -> None:
+        """Raise PlanError when this can't be asked."""
+        if (self.max_size is None) == (self.max_kl is None):
+            raise PlanError("give a limit, either --max-size or --max-kl, and not both")
+        if self.max_size is not None and self.max_size <= 0:
+            raise PlanError(f"nothing fits into {self.max_size} bytes; give a larger --max-size")
+        if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
+            raise PlanError(f"--max-kl is {self.max_kl}; give a number of nats above 0, like 0.02")
+        if self.mode not in get_args(Mode):
+            raise PlanError(f"mode {self.mode!r} isn't known; choose merged or branch")
+        if self.target not in TARGETS:
+            raise PlanError(
+                f"plans are measured for the targets {' and '.join(TARGETS)}, not for {self.target!r}"
+            )
+        if self.method not in METHODS:
+            raise PlanError(f"no quantization method is called {self.method!r}; known: {', '.join(METHODS)}")
+        unknown = [name for name in self.formats if name not in FORMATS]
+        if unknown or not self.formats:
+            raise PlanError(
+                f"layers can't be planned as {unknown[0] if unknown else 'nothing'!r}; choose from "
+                f"{', '.join(FORMATS)}"
+            )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "90MB" (10^6), "90MiB" (2^20), "90000000". Raises PlanError for anything else."""
+    match = _SIZE.fullmatch(text.strip())
+    try:
+        if match is None:
+            raise ValueError
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    except (ValueError, KeyError):
+        raise PlanError(f"{text!r} isn't a size; write it as 90MB, 90MiB or a number of bytes") from None
