@@ -56,6 +56,7 @@ class Facts:
     when nothing else is asked for. `projection` is the ProjectionSpec with the `digest` of A and B.
     `limits` are the drift limits that `validate` holds the device to; `golden` is the file of golden
     vectors. `requires` maps a runtime's distribution name to the oldest version that runs the graph.
+    `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Facts:
     adapters: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     default_adapter: str | None = None
     projection: Mapping[str, Json] | None = None
+    model_version: int | None = None
     plan: Mapping[str, Json] | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     golden: str | None = None
@@ -206,12 +208,17 @@ def _parse(value: Mapping[str, Json], folder: Path, path: Path) -> Manifest:
 
     files = _parse_files(value.get("files"), folder, need)
     for key, (holds, what) in _FIELDS.items():
-        need(holds(value.get(key)), f"{key} {what}")
+        need(key in value or key in _OPTIONAL, f"{key} is missing")
+        need(key not in value or holds(value[key]), f"{key} {what}")
     need(value["model"] in files, "model names no listed file")
     need(value["golden"] is None or value["golden"] in files, "golden names no listed file")
     _check_adapters(value, files, need)
-    facts = {key: value[key] for key in _FIELDS}
+    facts = {key: value[key] for key in _FIELDS if key in value}
     return Manifest(folder=folder, files=files, digest=value["digest"], **facts)
+
+
+def _is_int32(value: Json) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
 
 
 def _is_map(value: Json, holds: Callable[[Json], bool] = lambda _: True) -> bool:
@@ -244,12 +251,20 @@ _FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
     "adapters": (lambda value: _is_map(value, _has_digest), "isn't an object of adapters with digests"),
     "default_adapter": (lambda value: value is None or _is_text(value), "isn't the name of an adapter"),
     "projection": (lambda value: value is None or _has_digest(value), "isn't an object with a digest"),
+    "model_version": (
+        lambda value: value is None or _is_int32(value),
+        "isn't an integer from 1 to 2**31 - 1",
+    ),
     "plan": (lambda value: value is None or _is_map(value), "isn't an object"),
     "limits": (lambda value: _is_map(value, _is_number), "isn't an object of numbers"),
     "golden": (lambda value: value is None or _is_text(value), "isn't a file name"),
     "requires": (lambda value: _is_map(value, _is_version), "isn't an object of version numbers"),
     "tools": (lambda value: _is_map(value, _is_text), "isn't an object of versions"),
 }
+
+
+# Fields that came after format 1 was first written; a manifest without them means their defaults.
+_OPTIONAL = frozenset({"model_version"})
 
 
 def _parse_files(value: Json, folder: Path, need: Callable[[bool, str], None]) -> dict[str, FileEntry]:

@@ -39,6 +39,14 @@ def vector_names(module: str) -> tuple[str, str]:
     return f"{module}.lambda_b", f"{module}.lambda_d"
 
 
+def model_version(base: str, projections: str) -> int:
+    """What an `.onnx_adapter` carries to say what it is for, from the digests of base and projections.
+
+    31 bits, positive: ONNX Runtime keeps it as a signed 32-bit integer.
+    """
+    return int(sha256_bytes(f"{base} {projections}".encode())[:8], 16) & 0x7FFFFFFF
+
+
 def vectors(adapter: Adapter, sizes: Mapping[str, int], weight: float = 1.0) -> dict[str, Float32]:
     """Every vector of a graph, by input name, sorted; the adapter's delta scaled by `weight`.
 
@@ -54,7 +62,7 @@ def vectors(adapter: Adapter, sizes: Mapping[str, int], weight: float = 1.0) -> 
     return dict(sorted(found.items()))
 
 
-def write(path: Path, arrays: Mapping[str, Float32], model_version: int = 1) -> Packed:
+def write(path: Path, arrays: Mapping[str, Float32], model_version: int) -> Packed:
     """Write vectors as an `.onnx_adapter`, atomically; equal vectors give equal bytes."""
     import tempfile
 
@@ -80,7 +88,6 @@ def pack(
     path: Path,
     weight: float = 1.0,
     spec: ProjectionSpec | None = None,
-    model_version: int = 1,
 ) -> Packed:
     """Pack `adapter` for the branch bundle that `manifest` describes.
 
@@ -89,7 +96,8 @@ def pack(
     Raises MismatchError when rank, seed, projections, layers or shapes aren't the bundle's.
     """
     check(adapter, manifest, spec)
-    return write(path, vectors(adapter, module_sizes(manifest), weight), model_version)
+    # Bundles that don't record it were made when every adapter carried 1.
+    return write(path, vectors(adapter, module_sizes(manifest), weight), manifest.model_version or 1)
 
 
 def pack_folder(adapter: Path, folder: Path, path: Path, weight: float = 1.0, force: bool = False) -> Packed:

@@ -24,13 +24,18 @@ def sizes(request: ExportRequest) -> dict[str, int]:
     return {module: request.checkpoint.linear(module).out_features for module in modules}
 
 
+def model_version(request: ExportRequest) -> int:
+    """The model version of every adapter that is packed for this export."""
+    return packing.model_version(request.checkpoint.digest, request.projections.digest)
+
+
 def write(request: ExportRequest, stage: Path) -> dict[str, str]:
     """One file for each adapter, name -> file within `stage`; the first is called default."""
-    adapted, files = sizes(request), {}
+    adapted, files, version = sizes(request), {}, model_version(request)
     for number, (adapter, weight) in enumerate(request.adapters):
         name = adapter.name if number else "default"
         if name in files:
             raise PlanError(f"two adapters are called {name}; rename the folder of one of them")
         files[name] = f"adapters/{name}.onnx_adapter"
-        packing.write(stage / files[name], packing.vectors(adapter, adapted, weight))
+        packing.write(stage / files[name], packing.vectors(adapter, adapted, weight), version)
     return files

@@ -9,9 +9,12 @@ import vera_edge
 from vera_edge.bundle import Facts
 from vera_edge.files import canonical_json, sha256_bytes
 from vera_edge.target import ExportRequest
+from vera_edge_onnx import adapters
 from vera_edge_onnx.weights import kind
 
 _TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
+# The oldest ONNX Runtime that knows every operator, and adapters, as they are written here.
+_REQUIRES = {"onnxruntime": "1.22"}
 # Who draws the graph, by the kind of model.
 _DRAWN_BY = {"decoder": ("onnxruntime-genai",), "encoder": ("onnxscript", "optimum")}
 
@@ -62,6 +65,8 @@ def facts(request: ExportRequest, model: str, files: Mapping[str, str], model_ki
         },
         default_adapter=names[0] if branch else None,
         projection=spec if branch else None,
+        model_version=adapters.model_version(request) if branch else None,
+        requires=_REQUIRES,
         plan=plan.to_dict(),
         tools=tools(model_kind),
     )

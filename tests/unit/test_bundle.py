@@ -245,6 +245,8 @@ def test_junk_in_a_field_is_a_bundle_error_or_harmless(
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
+        ("model_version", 0, "model_version isn't an integer from 1"),
+        ("model_version", 1 << 31, "model_version isn't an integer from 1"),
         ("kind", "image", "kind isn't one of decoder, encoder"),
         ("base", {}, "base isn't an object with a digest"),
         ("model", "onnx/other.onnx", "model names no listed file"),
@@ -268,6 +270,20 @@ def test_what_is_wrong_is_said(tmp_path: Path, key: str, value: Any, says: str) 
         bundle.read(tmp_path)
 
 
+def test_only_what_came_later_may_be_missing(tmp_path: Path) -> None:
+    sound = (make(tmp_path).folder / bundle.MANIFEST).read_bytes()
+    for key in _FIELDS:
+        if key in ("digest", "format"):
+            continue
+        (tmp_path / bundle.MANIFEST).write_bytes(sound)
+        rewrite(tmp_path, lambda value, key=key: value.pop(key))
+        if key == "model_version":
+            assert bundle.verify(tmp_path).model_version is None
+        else:
+            with pytest.raises(BundleError, match=f"{key} is(n't| missing)"):
+                bundle.read(tmp_path)
+
+
 def test_write_refuses_facts_that_contradict_the_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     facts = bundle.Facts(kind="decoder", mode="merged", weights="int8", base={"digest": HASH})
@@ -279,7 +295,8 @@ def test_write_refuses_facts_that_contradict_the_folder(tmp_path: Path) -> None:
 def test_the_schema_names_every_field() -> None:
     schema = json.loads((Path(bundle.__file__).with_name("bundle.schema.json")).read_bytes())
     facts = {key.name for key in dataclasses.fields(bundle.Facts)}
-    assert set(schema["properties"]) == facts | {"format", "digest", "files"} == set(schema["required"])
+    assert set(schema["properties"]) == facts | {"format", "digest", "files"}
+    assert set(schema["required"]) == set(schema["properties"]) - {"model_version"}
     assert schema["properties"]["format"]["const"] == bundle.FORMAT
     pattern = re.compile(schema["properties"]["files"]["propertyNames"]["pattern"])
     for name in ("a", "onnx/model.onnx", "..a", "a..b/c"):

@@ -11,8 +11,9 @@ import pytest
 from tests import tiny
 from tests.conftest import Cli
 from vera_edge import adapter as adapters
-from vera_edge import target
+from vera_edge import bundle, packing, target
 from vera_edge.device.session import Session
+from vera_edge.errors import MismatchError
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,24 @@ def test_a_packed_adapter_holds_the_vectors_and_runs(
     expected = Session.open(own).logits(tokens)
     np.testing.assert_allclose(after, expected, atol=1e-5 * np.abs(expected).max())
     assert np.abs(before - after).max() > 0.01 * np.abs(expected).max()
+
+
+def test_an_adapter_says_which_base_and_projections_it_is_for(
+    branch: Path, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli
+) -> None:
+    manifest = bundle.read(branch)
+    assert manifest.projection is not None and manifest.requires == {"onnxruntime": "1.22"}
+    expected = packing.model_version(manifest.base["digest"], manifest.projection["digest"])
+    assert manifest.model_version == expected and 0 < expected < 1 << 31
+    packed = tmp_path / "packed.onnx_adapter"
+    assert cli("adapter", "pack", tiny_adapter, "--for", branch, "-o", packed).exit_code == 0
+    for path in (packed, branch / "adapters" / "default.onnx_adapter"):
+        assert onnxruntime.AdapterFormat.read_adapter(str(path)).get_model_version() == expected
+    other = tmp_path / "other"
+    target.export(tiny_llama.fp32, [(tiny_adapter, 1.0)], other, mode="branch", projection_dtype="bf16")
+    assert bundle.read(other).model_version != expected
+    with pytest.raises(MismatchError, match="made for another base or another projection"):
+        Session.open(other, packed)
 
 
 def test_the_same_vectors_give_the_same_bytes(

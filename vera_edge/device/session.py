@@ -180,7 +180,9 @@ class Session:
         return adapter, adapters.load(path, self.graph, self._model_version(path))
 
     def _model_version(self, path: Path) -> int | None:
-        """The model version that the bundle's own adapters carry, and so must a file from elsewhere."""
+        """The model version that a file must carry: the manifest's, else that of the own adapters."""
+        if self.manifest.model_version is not None:
+            return self.manifest.model_version
         for entry in self.manifest.adapters.values():
             own = self.manifest.path(entry["file"])
             if own != path:
