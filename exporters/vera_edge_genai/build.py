@@ -49,6 +49,7 @@ def _quiet() -> Iterator[None]:
     """Keep the builder's talk and bars off the terminal, and transformers off the network."""
     kept: dict[str, Any] = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE")}
     level, verbosity = logging.root.manager.disable, transformers.logging.get_verbosity()
+    handlers, root_level = list(logging.root.handlers), logging.root.level
     os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
     logging.disable(logging.WARNING)
     try:
@@ -56,8 +57,10 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
-        # The builder raises it, for all of the process.
+        # The builder, and what it imports, set these for all of the process.
         transformers.logging.set_verbosity(verbosity)
+        logging.root.handlers[:] = handlers
+        logging.root.setLevel(root_level)
         for name, value in kept.items():
             if value is None:
                 os.environ.pop(name, None)

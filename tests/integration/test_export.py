@@ -18,7 +18,7 @@ from vera_edge import provenance
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.reference import open_reference
 
-TOKENS = 512
+TOKENS = 256
 
 
 @pytest.mark.real
