@@ -92,11 +92,11 @@ def _factors(adapter: Adapter, module: str, projections: Projections, checkpoint
 
 def _config(adapter: Adapter, checkpoint: Checkpoint) -> Mapping[str, Any]:
     kept = ("task_type", "modules_to_save", "base_model_name_or_path", "auto_mapping", "revision")
-    transposed = any(checkpoint.linear(module).transposed for module in adapter.vectors)
+    conv1d = any(checkpoint.is_conv1d(module) for module in adapter.vectors)
     return {
         **{key: adapter.config.get(key) for key in kept},
         "bias": "none",
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": conv1d,
         "inference_mode": True,
         "lora_alpha": adapter.rank,
         "lora_dropout": 0.0,
