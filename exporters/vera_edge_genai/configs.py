@@ -10,6 +10,7 @@ import onnx_ir as ir
 from vera_edge import side_files
 from vera_edge.errors import TargetError
 from vera_edge.files import canonical_json, read_json, write_atomic
+from vera_edge_onnx import tokenizer_config
 
 GENAI_CONFIG = "genai_config.json"
 _ERRORS_ONLY = 3
@@ -52,6 +53,7 @@ def copy(source: Path, graph: Path, stage: Path, model: str, quiet: bool) -> Non
             write_atomic(stage / name, (graph / name).read_bytes())
         elif name in own and name not in ("chat_template.json", "chat_template.jinja"):
             (stage / name).unlink()
+    tokenizer_config.mend(stage, ("input_ids", "attention_mask"))
 
 
 def _read(graph: Path) -> dict[str, Any]:

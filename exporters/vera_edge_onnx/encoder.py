@@ -17,7 +17,7 @@ from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import canonical_json, read_json, staged_folder, write_atomic
 from vera_edge.target import Export, ExportRequest
-from vera_edge_onnx import adapters, branch, drawing, embeddings, sites, storage, weights
+from vera_edge_onnx import adapters, branch, drawing, embeddings, sites, storage, tokenizer_config, weights
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
@@ -44,7 +44,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
             shared = _weave(request, model, found)
             model.metadata_props.update(describe(request, KIND) | {"vera_edge.task": task.name})
             storage.save(model, stage / MODEL, shared, request.progress)
-            _copy_beside(copy, stage)
+            _copy_beside(copy, stage, [value.name or "" for value in model.graph.inputs])
         if request.plan.mode == "branch":
             files = adapters.write(request, stage)
         manifest = bundle.write(stage, facts(request, MODEL, files, KIND), request.progress)
@@ -101,9 +101,10 @@ def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...
     return weaver.finish()
 
 
-def _copy_beside(source: Path, stage: Path) -> None:
+def _copy_beside(source: Path, stage: Path, inputs: list[str]) -> None:
     """config.json, the tokenizer's and the preprocessor's files."""
     config = read_json(source / "config.json", TargetError)
     kept = {key: value for key, value in config.items() if key not in _ORIGINS}
     write_atomic(stage / "config.json", canonical_json(kept))
     side_files.copy(source, stage)
+    tokenizer_config.mend(stage, inputs)

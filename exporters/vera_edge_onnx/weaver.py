@@ -91,6 +91,7 @@ class Weaver:
         **attributes: Any,
     ) -> ir.Value:
         """A node with one output of the given shape, inserted ahead of `before`; returns its output."""
+        self.model.graph.opset_imports.setdefault(domain, 1)
         node = ir.node(op, inputs, attributes, domain=domain, name=name)
         output = node.outputs[0]
         output.name, output.shape, output.type = f"{name}/output_0", ir.Shape(shape), ir.TensorType(dtype)

@@ -1,0 +1,28 @@
+"""Makes the tokenizer's settings readable where transformers is older than 5: Optimum pins such a one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vera_edge.errors import TargetError
+from vera_edge.files import canonical_json, read_json, write_atomic
+
+FILE = "tokenizer_config.json"
+# transformers 5 names every tokenizer without a class of its own so; older ones have no class of that name.
+_NEW, _OLD = "TokenizersBackend", "PreTrainedTokenizerFast"
+
+
+def mend(folder: Path, inputs: Sequence[str]) -> None:
+    """Name the tokenizer's class as every transformers does, and say which inputs the graph takes.
+
+    inputs: of the graph. A tokenizer without a class of its own would make token_type_ids too, which a
+    decoder refuses. A folder without a tokenizer is left alone.
+    """
+    if not (folder / FILE).is_file():
+        return
+    facts = read_json(folder / FILE, TargetError)
+    if facts.get("tokenizer_class") in (None, _NEW, _OLD):
+        known = [name for name in ("input_ids", "token_type_ids", "attention_mask") if name in inputs]
+        changed = {"tokenizer_class": _OLD, "model_input_names": known}
+        write_atomic(folder / FILE, canonical_json(facts | changed))

@@ -1,0 +1,93 @@
+"""One artefact, its consumers: the same greedy text, the same embedding, in all of them.
+
+Exports the demo's decoder (merged and as a side-branch, int8) and an encoder (float32 and int8), opens each
+folder in vera_edge, plain ONNX Runtime, ONNX Runtime GenAI, Optimum and Transformers.js, and exits 1 when one
+says something else. Run by scripts/test_consumers, which makes the environments.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scripts import demo_encoder, prepare_demo
+from vera_edge import target
+
+HERE = Path(__file__).resolve().parent / "consumers"
+PROMPT, COUNT = "The for statement is used to", 24
+SENTENCE = "An adapter of kilobytes, swapped in milliseconds."
+# Largest difference of an embedding from PEFT's, relative to its scale; int8 drifts by the format.
+LIMITS = {"fp32": 1e-4, "int8": 0.1}
+
+
+def main(environments: Path) -> int:
+    """Print a line for each folder and consumer; 1 when any of them differs."""
+    optimum = [str(environments / "optimum" / "bin" / "python"), str(HERE / "with_optimum.py")]
+    script = ["node", str(environments / "node" / "with_transformers_js.mjs")]
+    decoders = [
+        [sys.executable, str(HERE / f"with_{name}.py")] for name in ("vera_edge", "onnxruntime", "genai")
+    ]
+    with tempfile.TemporaryDirectory() as temporary:
+        failed = _decoders([*decoders, optimum, script], Path(temporary))
+        failed |= _encoders([optimum, script], Path(temporary))
+    return int(failed)
+
+
+def _decoders(commands: list[list[str]], work: Path) -> bool:
+    demo, failed = prepare_demo.prepare(), False
+    for mode in ("merged", "branch"):
+        folder = work / f"decoder-{mode}"
+        target.export(demo.base, [(demo.adapter, 1.0)], folder, mode=mode, weights="int8")
+        found = [_run([*command, str(folder), PROMPT, str(COUNT)]) for command in commands]
+        for one in found:
+            same = one["text"] == found[0]["text"]
+            failed |= not same
+            print(f"{folder.name}, {one['consumer']}: {one['text'] if not same else 'the same text'!r}")
+        print(f"{folder.name}: {found[0]['text']!r}")
+    return failed
+
+
+def _encoders(commands: list[list[str]], work: Path) -> bool:
+    demo, failed = demo_encoder.prepare(), False
+    truth = _embedding(demo)
+    for weights, limit in LIMITS.items():
+        folder = work / f"encoder-{weights}"
+        target.export(demo.base, [(demo.adapter, 1.0)], folder, weights=weights)
+        for command in commands:
+            one = _run([*command, str(folder), SENTENCE, "--embed"])
+            error = float(np.abs(np.array(one["embedding"]) - truth).max() / np.abs(truth).max())
+            failed |= not error < limit
+            print(f"{folder.name}, {one['consumer']}: {error:.1e} from PEFT's embedding, limit {limit:g}")
+    return failed
+
+
+def _embedding(demo: demo_encoder.DemoEncoder) -> Any:
+    """PEFT's own: the mean of the last hidden states, (hidden,)."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModel, AutoTokenizer
+
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(demo.base), demo.adapter).eval()
+    inputs = AutoTokenizer.from_pretrained(demo.base)(SENTENCE, return_tensors="pt")
+    with torch.no_grad():
+        return model(**inputs).last_hidden_state[0].mean(dim=0).numpy()
+
+
+def _run(command: list[str]) -> dict[str, Any]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if run.returncode:
+        raise SystemExit(f"{' '.join(command[:2])} failed:\n{run.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
