@@ -57,6 +57,7 @@ def trained_model(ready: Prepared) -> Any:
                 "precision doesn't measure; choose formats yourself (--weights)"
             )
     model = load_dense(ready.checkpoint).eval()
+    _check_names(model, ready)
     for module in {name for adapter, _ in ready.adapters for name in adapter.vectors}:
         weight = merge.merged_weight(ready.checkpoint, module, ready.adapters, ready.projections)
         model.get_submodule(module).weight.data = oriented(ready.checkpoint, module, weight)
@@ -64,6 +65,15 @@ def trained_model(ready: Prepared) -> Any:
         for module, bias in adapter.biases.items():
             model.get_submodule(module).bias.data = torch.from_numpy(np.array(bias, np.float32))
     return model
+
+
+def _check_names(model: Any, ready: Prepared) -> None:
+    known = {name for name, _ in model.named_modules()}
+    if missing := sorted(ready.checkpoint.linears.keys() - known):
+        raise PlanError(
+            f"{missing[0]} of {ready.checkpoint.path} goes by another name in transformers' model, so it "
+            "can't be measured; choose formats yourself (--weights)"
+        )
 
 
 def oriented(checkpoint: Checkpoint, module: str, weight: Float32) -> torch.Tensor:

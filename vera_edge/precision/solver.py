@@ -20,8 +20,10 @@ from vera_edge.progress import Progress
 FIRST_FACTOR = 1.25
 # Trials at most: each corrects what the next one is solved with.
 ROUNDS = 6
-# A trial that leaves less than this of a KL limit unused is good enough.
-_UNUSED = 0.1
+# A trial that leaves less than this of the limit unused is good enough.
+_UNUSED_KL, _UNUSED_SIZE = 0.1, 0.01
+# Bytes for each layer's nodes and its lines in the manifest, about.
+_BESIDE = 4096
 _SHOWN = 12
 
 
@@ -41,8 +43,9 @@ class Solver:
     points: Front = field(init=False)
 
     def __post_init__(self) -> None:
+        # A start, and rather too little; the first trial shows what it really is.
         tokenizer = self.rounded.ready.checkpoint.path / "tokenizer.json"
-        self.fixed = float(tokenizer.stat().st_size)  # a start; the first trial shows the rest
+        self.fixed = float(tokenizer.stat().st_size + _BESIDE * len(self.start.steps))
         self.points = front([tuple(unit.options.values()) for unit in self.units])
 
     def solve(self) -> int:
@@ -89,8 +92,11 @@ class Solver:
         return trial.kl <= self.request.max_kl
 
     def _good_enough(self, trial: Trial) -> bool:
-        limit = self.request.max_kl
-        return limit is not None and limit * (1 - _UNUSED) <= trial.kl <= limit
+        kl, size = self.request.max_kl, self.request.max_size
+        if kl is not None:
+            return kl * (1 - _UNUSED_KL) <= trial.kl <= kl
+        assert size is not None
+        return size * (1 - _UNUSED_SIZE) <= trial.size <= size
 
     def _refusal(self) -> str:
         if self.request.max_size is not None:

@@ -1,0 +1,347 @@
+"""Automatic precision on tiny models: sensitivities against plain forwards, plans against real exports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from tests.conftest import Cli
+from tests.unit.test_writeback import letters
+from vera_edge import merge, target
+from vera_edge import plan as plans
+from vera_edge.adapter import read as read_adapter
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.device.session import Session
+from vera_edge.drift import windows
+from vera_edge.drift.metrics import compare
+from vera_edge.errors import MismatchError, PlanError
+from vera_edge.precision import Request, parse_size
+from vera_edge.precision.choice import Choice
+from vera_edge.precision.choose import candidates, choose
+from vera_edge.precision.codes import ENDS, Rounded, trained_model
+from vera_edge.precision.replay import Replay
+from vera_edge.progress import silent
+from vera_edge.provenance import resolve
+from vera_edge.reference import open_reference
+from vera_edge.requantize import CodesFolder
+from vera_edge.weight_rounding import Rounding, merge_to_folder
+
+QUICK = Request(tokens=256, calibration_tokens=2048)
+Plan = Callable[..., Choice]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Text to calibrate on and other text to measure on."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number, name in enumerate(("calibration.txt", "data.txt")):
+        (folder / name).write_text(letters(number))
+    return folder / "calibration.txt", folder / "data.txt"
+
+
+@pytest.fixture(scope="module")
+def make(
+    tiny_llama: tiny.TinyLlama,
+    tiny_adapter: Path,
+    texts: tuple[Path, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Plan:
+    """Choices on the tiny NF4 Llama, each made once: make(max_kl=..., mode=...)."""
+    done: dict[str, Choice] = {}
+    beside = tmp_path_factory.mktemp("plans") / "plan.json"
+
+    def chosen(**options: Any) -> Choice:
+        request = replace(QUICK, calibration=str(texts[0]), data=str(texts[1]), **options)
+        if repr(request) not in done:
+            done[repr(request)] = choose(tiny_llama.nf4, [(tiny_adapter, 1.0)], request, beside)
+        assert not list(beside.parent.iterdir())  # nothing is left of the trials
+        return done[repr(request)]
+
+    return chosen
+
+
+def export(plan: plans.Plan, base: Path, adapter: Path, text: Path, out: Path) -> Path:
+    """What `vera-edge export --plan` does."""
+    rounding = Rounding(text=str(text), tokens=QUICK.calibration_tokens)
+    target.export(base, [(adapter, 1.0)], out, made=plan, rounding=rounding)
+    return out
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def kl_of(folder: Path, base: Path, adapter: Path, text: Path) -> float:
+    """The export in ONNX Runtime against PEFT's own unmerged layers in torch."""
+    checkpoint = Checkpoint.open(base)
+    read = read_adapter(adapter)
+    reference = open_reference(checkpoint, [(read, 1.0)], resolve(read, checkpoint).projections)
+    session, found = Session.open(folder), []
+    cut = windows.make(
+        windows.read_text(text), windows.open_tokenizer(base), tiny.VOCABULARY, tokens=1024, window=256
+    )
+    for tokens in cut.tokens:
+        truth, ours = reference.logits(tokens)[:-1], session.logits(tokens)[:-1]
+        found.append(compare(truth, ours, tokens[1:]).kl)
+    return float(np.concatenate(found).mean())
+
+
+@pytest.mark.parametrize("mode", ["merged", "branch"])
+def test_the_export_keeps_the_size_and_drifts_as_measured(
+    mode: str,
+    make: Plan,
+    tiny_llama: tiny.TinyLlama,
+    tiny_adapter: Path,
+    texts: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    smallest = make(max_kl=0.5, mode=mode).trial.size
+    budget = smallest + 20_000
+    found = make(max_size=budget, mode=mode)
+    assert smallest < found.trial.size <= budget
+    assert {"int4", "int8"} == set(found.picks.values())
+    plan = plans.Plan.from_dict(json.loads(json.dumps(found.plan.to_dict())))
+    out = export(plan, tiny_llama.nf4, tiny_adapter, texts[0], tmp_path / "out")
+    # The manifest and the graph name digests; all else is the same, byte for byte.
+    assert size_of(out) <= budget and size_of(out) == pytest.approx(found.trial.size, abs=64)
+    measured = kl_of(out, tiny_llama.nf4, tiny_adapter, texts[1])
+    assert measured == pytest.approx(found.trial.kl, rel=0.05)
+    assert found.trial.kl == pytest.approx(found.trial.sum_kl, rel=0.5)
+
+
+def test_the_smallest_within_a_loss(make: Plan) -> None:
+    found = make(max_kl=0.01)
+    assert found.trial.kl <= 0.01 and found.gap == 0
+    assert found.trial.factor == pytest.approx(found.trial.kl / found.trial.sum_kl)
+    looser = make(max_kl=0.5)
+    assert looser.trial.size < found.trial.size and looser.trial.kl > found.trial.kl
+    assert set(looser.picks.values()) == {"int4"}
+
+
+def test_the_front_is_monotone_and_holds_the_choice(make: Plan) -> None:
+    front = make(max_kl=0.01).front
+    assert [point.size for point in front] == sorted({point.size for point in front})
+    losses = [point.kl for point in front]
+    assert losses == sorted(set(losses), reverse=True)
+    (chosen,) = (point for point in front if point.chosen)
+    trial = make(max_kl=0.01).trial
+    assert chosen.size == trial.size and chosen.kl == pytest.approx(trial.kl)
+
+
+def test_a_units_layers_share_a_format(make: Plan) -> None:
+    found = make(max_kl=0.01)
+    units = {unit.name: unit.modules for unit in found.units}
+    assert [len(modules) for name, modules in units.items() if name != ENDS] == [3, 1, 2, 1] * 2
+    results = {step.module: step.result for step in found.plan.steps}
+    for name, modules in units.items():
+        assert {results[module] for module in modules} <= {found.picks[name]}
+    assert found.plan.options["head"] == found.picks[ENDS]
+
+
+def test_a_base_kept_as_it_is_costs_nothing(make: Plan) -> None:
+    found = make(max_kl=0.001, mode="branch", formats=("nf4", "int8"))
+    for unit in found.units:
+        if unit.modules:
+            assert unit.options["nf4"].loss == 0 < unit.options["int8"].loss
+    assert {step.result for step in found.plan.steps} == {"nf4"}
+
+
+def test_a_sensitivity_is_that_of_a_plain_forward(
+    make: Plan, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, texts: tuple[Path, Path]
+) -> None:
+    """The layers that a replay leaves out change nothing: against PEFT's model with one weight exchanged."""
+    ready = merge.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)])
+    draw = np.random.default_rng(3)
+    tokens = [draw.integers(3, tiny.VOCABULARY, 40) for _ in range(2)]
+    names = [f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 1) for part in ("up", "down")]
+    replay = Replay(trained_model(ready), [name.removesuffix(".weight") for name in names], tokens)
+    reference = open_reference(ready.checkpoint, ready.adapters, ready.projections)
+    model = trained_model(ready)
+    for name in [*names, "model.embed_tokens.weight", names[0]]:
+        changed = model.get_parameter(name).data.clone()
+        changed += 0.02 * torch.randn(changed.shape, generator=torch.Generator().manual_seed(1))
+        found = replay.kl({name: changed})
+        kept, model.get_parameter(name).data = model.get_parameter(name).data, changed
+        with torch.no_grad():
+            other = [model(input_ids=torch.from_numpy(row[None])).logits[0].numpy() for row in tokens]
+        model.get_parameter(name).data = kept
+        truth = [
+            compare(reference.logits(row), logits, np.zeros(len(row), np.int64)).kl
+            for row, logits in zip(tokens, other, strict=True)
+        ]
+        assert found == pytest.approx(float(np.concatenate(truth).mean()), rel=1e-3)
+    assert replay.kl({}) < 1e-12
+
+
+def test_conv1d_weights_are_exchanged_the_right_way_round(
+    tiny_gpt2: Path, tiny_gpt2_adapter: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """GPT-2 holds (in, out): a square weight put in transposed would cost a hundred times as much."""
+    ready = merge.prepare(tiny_gpt2, [(tiny_gpt2_adapter, 1.0)])
+    _, steps = candidates(ready, ("int4", "int8"))
+    rounded = Rounded(ready, steps, "gptq", {name: CodesFolder(tmp_path / name) for name in steps})
+    for store in rounded.stores.values():
+        store.folder.mkdir()
+    text, tokenizer = windows.read_text(texts[0]), windows.open_tokenizer(tiny_gpt2)
+    cut = windows.make(text, tokenizer, tiny.VOCABULARY, 1024, 128).tokens
+    model = trained_model(ready)
+    rounded.calibrate(model, cut, silent)
+    replay = Replay(model, [module for group in rounded.groups for module in group], cut[:2])
+    units = rounded.units(model, replay, ("int4", "int8"), silent)
+    assert len(units) == 1 + 2 * 4
+    for unit in units:
+        assert 0 < unit.options["int8"].loss < 0.05 * unit.options["int4"].loss < 0.05
+        assert unit.options["int8"].size > unit.options["int4"].size
+
+
+def test_a_plan_of_a_checkpoints_formats_merges(
+    make: Plan, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """NF4 where it costs little, float where it costs much: transformers loads what was decided."""
+    plan = make(max_kl=0.02, formats=("nf4", "fp32")).plan
+    results = {step.module: step.result for step in plan.steps}
+    assert set(results.values()) == {"nf4", "fp32"}
+    ready = merge.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)], made=plan)
+    merge_to_folder(ready, tmp_path / "out", Rounding(text=str(texts[0]), tokens=2048))
+    written = Checkpoint.open(tmp_path / "out")
+    assert {module: linear.format for module, linear in written.linears.items()} == results
+    loaded = tiny.load(tmp_path / "out")
+    for module, result in results.items():
+        layer = loaded.get_submodule(module)
+        assert (type(layer).__name__ == "Linear4bit") == (result == "nf4")
+        if result == "fp32":
+            assert np.array_equal(layer.weight.detach().numpy(), written.dequantize(module))
+
+
+def test_the_command_writes_what_merge_and_export_take(
+    cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, file, words = tiny_llama.nf4, tmp_path / "plan.json", ("--calibration", texts[0])
+    done = cli("plan", base, tiny_adapter, "--max-size", "170kB", *words, "--data", texts[1], "-o", file)
+    assert done.exit_code == 0, done.stderr
+    for said in ("KL measured", "optimality gap", "size, MB", "chosen", "sensitivities", "same --method"):
+        assert said in done.stdout
+    out = tmp_path / "out"
+    done = cli("export", base, tiny_adapter, "--plan", file, *words, "-o", out)
+    assert done.exit_code == 0 and "planned weights" in done.stdout
+    assert size_of(out) <= 170_000
+    manifest = json.loads((out / "vera_edge.json").read_text())
+    assert manifest["plan"]["steps"] == json.loads(file.read_text())["steps"]
+    done = cli("merge", base, tiny_adapter, "--plan", file, "-o", tmp_path / "merged")
+    assert done.exit_code == 2 and "only a graph holds" in done.stderr
+    done = cli("export", base, tiny_adapter, "--plan", file, "--weights", "int8", "-o", tmp_path / "more")
+    assert done.exit_code == 2 and "the plan decides --weights" in done.stderr
+    done = cli("plan", base, tiny_adapter, "--max-kl", "1", "-o", file)
+    assert done.exit_code == 2 and "--force" in done.stderr
+
+
+def test_a_plan_for_other_inputs_is_refused(
+    make: Plan, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    plan = make(max_kl=0.01).plan
+    other = tiny.make_adapter(tiny_llama.nf4, tmp_path / "other", vectors_seed=6)
+    for base, adapter, weight, said in (
+        (tiny_llama.fp4, tiny_adapter, 1.0, "another base"),
+        (tiny_llama.nf4, other, 1.0, "other adapters"),
+        (tiny_llama.nf4, tiny_adapter, 0.5, "other adapters or weights"),
+    ):
+        with pytest.raises(MismatchError, match=said):
+            target.export(base, [(adapter, weight)], tmp_path / "out", made=plan)
+    renamed = replace(plan, options=dict(plan.options) | {"base_digest": "0" * 64})
+    dropped = replace(plan, steps=plan.steps[1:])
+    for changed in (renamed, dropped):
+        with pytest.raises(MismatchError, match="another base"):
+            target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out", made=changed)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "JSON"),
+        ('{"version": 1}', "isn't a plan"),
+        ('{"version": 9}', "version 9"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(
+    cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, content: str, said: str
+) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    for command in ("merge", "export"):
+        words = ("--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
+        done = cli(command, tiny_llama.nf4, tiny_adapter, *words)
+        assert done.exit_code == 2 and said in done.stderr and "plan.json" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "either --max-size or --max-kl"),
+        (("--max-size", "1MB", "--max-kl", "1"), "not both"),
+        (("--max-size", "much"), "isn't a size"),
+        (("--max-size", "0"), "nothing fits"),
+        (("--max-kl", "nan"), "above 0"),
+        (("--max-kl", "-1"), "above 0"),
+        (("--max-latency", "1.2x"), "isn't offered"),
+        (("--max-kl", "1", "--target", "coreml"), "onnx"),
+        (("--max-kl", "1", "--formats", "int4,int3"), "'int3'"),
+        (("--max-kl", "1", "--formats", ","), "nothing"),
+        (("--max-kl", "1", "--data", "missing.txt"), "missing.txt is missing"),
+    ],
+)
+def test_what_cant_be_asked_is_refused(
+    cli: Cli,
+    tiny_llama: tiny.TinyLlama,
+    tiny_adapter: Path,
+    tmp_path: Path,
+    words: tuple[str, ...],
+    said: str,
+) -> None:
+    done = cli("plan", tiny_llama.nf4, tiny_adapter, *words, "-o", tmp_path / "plan.json")
+    assert done.exit_code == 2 and said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_that_nothing_keeps_is_refused_with_what_can_be_had(make: Plan) -> None:
+    with pytest.raises(PlanError, match=r"the smallest that was exported takes 0\.1\d\d MB"):
+        make(max_size=50_000)
+    with pytest.raises(PlanError, match="the best that was exported measures"):
+        make(max_kl=1e-9)
+
+
+def test_an_adapter_that_replaces_a_tensor_is_refused(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
+    adapter = tiny.make_adapter(
+        tiny_llama.fp32, tmp_path / "adapter", targets=["q_proj", "v_proj"], modules_to_save=["lm_head"]
+    )
+    with pytest.raises(PlanError, match=r"lm_head\.weight whole"):
+        choose(tiny_llama.fp32, [(adapter, 1.0)], replace(QUICK, max_kl=1.0), tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("90MB", 90_000_000), ("1.5 MiB", 1_572_864), ("123", 123), ("2kb", 2000), ("1GB", 10**9)],
+)
+def test_sizes_are_read_as_written(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "1.2.3MB", "5XB", "-4MB", "1e400"])
+def test_what_isnt_a_size_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="isn't a size"):
+        parse_size(text)
