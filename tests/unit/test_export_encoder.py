@@ -1,0 +1,219 @@
+"""Whole exports of tiny encoders and classifiers, held against PEFT's own unmerged forward."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+
+from tests import exported
+from tests.families import FAMILIES, VOCABULARY, Family
+from vera_edge import bundle, target
+from vera_edge.errors import TargetError
+
+Array = npt.NDArray[Any]
+Make = Callable[[str, str, str], "Case"]
+
+_BERT = ("query", "key", "value", "dense")
+_TEXT = {**FAMILIES["bert"].config, "hidden_size": 64, "num_hidden_layers": 2}
+_DISTILBERT = {
+    "vocab_size": VOCABULARY,
+    "dim": 32,
+    "hidden_dim": 48,
+    "n_layers": 1,
+    "n_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+}
+MODELS = {
+    "bert": Family("BertModel", _BERT, _TEXT),
+    "roberta": Family(
+        "RobertaModel", _BERT, {**_TEXT, "num_hidden_layers": 1, "pad_token_id": 1, "type_vocab_size": 1}
+    ),
+    "distilbert": Family(
+        "DistilBertForSequenceClassification",
+        ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2", "pre_classifier"),
+        _DISTILBERT,
+    ),
+    "whisper": Family(
+        "WhisperForAudioClassification",
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+        {**FAMILIES["whisper"].config, "encoder_layers": 1, "classifier_proj_size": 16},
+    ),
+    "vit": replace(FAMILIES["vit"], config={**FAMILIES["vit"].config, "num_hidden_layers": 1}),
+}
+
+
+class Case:
+    """An export, and the model it was made of."""
+
+    def __init__(self, family: Family, base: Path, adapter: Path, out: Path) -> None:
+        self.family, self.base, self.adapter, self.out = family, base, adapter, out
+        self.session = exported.session(out)
+
+    def error(self, feeds: Mapping[str, Array], active: bool = True) -> float:
+        """Largest difference from PEFT's first output, relative to its scale."""
+        truth = self.truth(feeds, active)
+        return exported.error(self.run(feeds, active), truth)
+
+    def run(self, feeds: Mapping[str, Array], active: bool = True) -> Array:
+        import onnxruntime
+
+        options, vectors = onnxruntime.RunOptions(), self.out / "adapters" / "default.onnx_adapter"
+        if active and vectors.is_file():
+            loaded = onnxruntime.LoraAdapter()
+            loaded.Load(str(vectors))
+            options.add_active_adapter(loaded)
+        found: Array = self.session.run(None, dict(feeds), options)[0]
+        return found
+
+    def truth(self, feeds: Mapping[str, Array], active: bool = True) -> Array:
+        import torch
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(self.family.load(self.base), self.adapter).eval()
+        inputs = {name: torch.from_numpy(value) for name, value in feeds.items()}
+        with torch.no_grad():
+            if active:
+                found = model(**inputs)
+            else:
+                with model.disable_adapter():
+                    found = model(**inputs)
+        result: Array = found[0].numpy()
+        return result
+
+    def feeds(self, rows: int, length: int) -> dict[str, Array]:
+        """Inputs for `rows` texts, the last one padded, or images."""
+        draw = np.random.default_rng(rows * 100 + length)
+        if "ViT" in self.family.model:
+            return {"pixel_values": draw.standard_normal((rows, 3, 16, 16)).astype(np.float32)}
+        if "Whisper" in self.family.model:
+            return {"input_features": draw.standard_normal((rows, 16, 64)).astype(np.float32)}
+        mask = np.ones((rows, length), np.int64)
+        if rows > 1:
+            mask[-1, -2:] = 0
+        found: dict[str, Array] = {"input_ids": draw.integers(3, VOCABULARY, (rows, length))}
+        found["attention_mask"] = mask
+        if self.family.model == "BertModel":
+            found["token_type_ids"] = draw.integers(0, 2, (rows, length))
+        return found
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Exports, each made once: make(family, mode, weights)."""
+    made: dict[str, tuple[Path, Path]] = {}
+    done: dict[tuple[str, str, str], Case] = {}
+
+    def export(name: str, mode: str, weights: str) -> Case:
+        family = MODELS[name]
+        if name not in made:
+            root = tmp_path_factory.mktemp(name)
+            family.make().save_pretrained(root / "base")
+            made[name] = root / "base", family.adapted(root / "base", root / "adapter")
+        if (name, mode, weights) not in done:
+            base, adapter = made[name]
+            out = tmp_path_factory.mktemp("export") / "out"
+            target.export(base, [(adapter, 1.0)], out, mode=mode, weights=weights)
+            done[name, mode, weights] = Case(family, base, adapter, out)
+        return done[name, mode, weights]
+
+    return export
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_fp32_agrees_with_peft(name: str, make: Make) -> None:
+    case = make(name, "merged", "fp32")
+    for rows, length in ((1, 12), (3, 5), (1, 1)):
+        feeds = case.feeds(rows, length)
+        assert case.error(feeds) < 1e-5
+    feeds = case.feeds(3, 5)
+    base = case.truth(feeds, active=False)
+    assert exported.error(base, case.truth(feeds)) > 0.1  # so that a lost adapter would have failed
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_a_branch_agrees_with_peft_with_and_without_its_adapter(name: str, make: Make) -> None:
+    case = make(name, "branch", "fp32")
+    feeds = case.feeds(3, 5)
+    assert case.error(feeds) < 1e-5
+    assert case.error(feeds, active=False) < 1e-5
+
+
+def test_int8_weights_and_embeddings_are_near_and_small(make: Make) -> None:
+    case, exact = make("bert", "merged", "int8"), make("bert", "merged", "fp32")
+    feeds = case.feeds(3, 12)
+    truth = case.truth(feeds)
+    cosine = (case.run(feeds) * truth).sum(-1)
+    cosine /= np.linalg.norm(case.run(feeds), axis=-1) * np.linalg.norm(truth, axis=-1)
+    assert cosine.min() > 0.999
+    sizes = [(one.out / "onnx" / "model.onnx_data").stat().st_size for one in (case, exact)]
+    assert sizes[0] < 0.6 * sizes[1]  # tensors this small are half padding to a page
+    operators = {node.op_type for node in onnx.load(case.out / "onnx" / "model.onnx").graph.node}
+    assert {"MatMulNBits", "GatherBlockQuantized"} <= operators
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "outputs"),
+    [
+        ("bert", ["input_ids", "attention_mask", "token_type_ids"], ["last_hidden_state", "pooler_output"]),
+        ("roberta", ["input_ids", "attention_mask"], ["last_hidden_state", "pooler_output"]),
+        ("distilbert", ["input_ids", "attention_mask"], ["logits"]),
+        ("vit", ["pixel_values"], ["logits"]),
+        ("whisper", ["input_features"], ["logits"]),
+    ],
+)
+def test_names_and_axes_are_what_consumers_expect(
+    name: str, inputs: list[str], outputs: list[str], make: Make
+) -> None:
+    case = make(name, "merged", "fp32")
+    assert [value.name for value in case.session.get_inputs()] == inputs
+    assert [value.name for value in case.session.get_outputs()] == outputs
+    axes = {"vit": ["batch_size", 3, 16, 16], "whisper": ["batch_size", 16, 64]}.get(
+        name, ["batch_size", "sequence_length"]
+    )
+    assert all(value.shape == axes for value in case.session.get_inputs())
+    config = json.loads((case.out / "config.json").read_text())
+    assert config["architectures"] == [MODELS[name].model]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "weights"),
+    [("bert", "merged", "fp32"), ("bert", "branch", "fp32"), ("bert", "merged", "int8")],
+)
+def test_the_graph_is_sound_and_the_manifest_true(name: str, mode: str, weights: str, make: Make) -> None:
+    case = make(name, mode, weights)
+    onnx.checker.check_model(case.out / "onnx" / "model.onnx", full_check=True)
+    manifest = bundle.verify(case.out, deep=True)
+    assert (manifest.kind, manifest.mode, manifest.weights) == ("encoder", mode, weights)
+    names = {
+        node.name for node in onnx.load(case.out / "onnx" / "model.onnx", load_external_data=False).graph.node
+    }
+    assert any(one.startswith("encoder.layer.1.output.dense/") for one in names)
+
+
+def test_the_same_export_gives_the_same_bytes(make: Make, tmp_path: Path) -> None:
+    case = make("distilbert", "merged", "fp32")
+    target.export(case.base, [(case.adapter, 1.0)], tmp_path / "again", weights="fp32")
+    assert bundle.read(tmp_path / "again").files == bundle.read(case.out).files
+
+
+def test_what_is_neither_decoder_nor_encoder_is_refused_in_one_sentence(make: Make, tmp_path: Path) -> None:
+    case = make("bert", "merged", "fp32")
+    base = tmp_path / "base"
+    base.mkdir()
+    for path in case.base.iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["BertForPreTraining"]}))
+    with pytest.raises(TargetError, match="BertForPreTraining is neither a decoder nor an encoder") as caught:
+        target.export(base, [(case.adapter, 1.0)], tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
