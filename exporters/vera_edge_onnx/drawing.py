@@ -50,8 +50,8 @@ class Task:
     auto_class: str
 
 
-def task(architecture: str) -> Task:
-    """The task of a model class by its name. Raises TargetError when none of TASKS."""
+def task(architecture: str, model_type: str) -> Task:
+    """The task of a model class by its name; raises TargetError when none of TASKS, or of another type."""
     found: Any = getattr(transformers, architecture, None)
     try:
         name = TasksManager.infer_task_from_model(found, library_name="transformers")
@@ -63,6 +63,8 @@ def task(architecture: str) -> Task:
             f"{architecture} is neither a decoder nor an encoder that can be exported ({', '.join(TASKS)}); "
             "merge the adapter (vera-edge merge) and export the result with a tool that takes it"
         )
+    if found.config_class.model_type != model_type:
+        raise TargetError(f"config.json names {architecture}, which isn't of model type {model_type!r}")
     return Task(name, auto_class.__name__)
 
 

@@ -65,7 +65,7 @@ def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Ta
         raise PlanError(f"the target {target} takes no option {unknown[0]!r}; it takes head and projections")
     weights.kind(request.plan)
     adapters.check(request)
-    return drawing.task(architecture)
+    return drawing.task(architecture, str(request.checkpoint.config.get("model_type")))
 
 
 def _float_graph(

@@ -11,17 +11,22 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 
-def main(folder: str, prompt: str, count: str) -> None:
+def main(folder: str, prompt: str, count: str, adapter: str | None = None) -> None:
     tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     onnxruntime.set_default_logger_severity(3)
     session = onnxruntime.InferenceSession(str(Path(folder) / "onnx" / "model.onnx"))
     caches = [value for value in session.get_inputs() if value.name.startswith("past_key_values.")]
     empty = {value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32) for value in caches}
+    options = onnxruntime.RunOptions()
+    if adapter:
+        vectors = onnxruntime.LoraAdapter()
+        vectors.Load(adapter)
+        options.add_active_adapter(vectors)
     tokens: list[int] = tokenizer.encode(prompt).ids
     for _ in range(int(count)):
         ids = np.array([tokens], np.int64)
         feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), **empty}
-        (logits,) = session.run(["logits"], feeds)
+        (logits,) = session.run(["logits"], feeds, options)
         tokens.append(int(logits[0, -1].argmax()))
     text = tokenizer.decode(tokens, skip_special_tokens=False)
     print(json.dumps({"consumer": f"onnxruntime {onnxruntime.__version__}", "text": text}))

@@ -1,4 +1,4 @@
-"""Continue a prompt greedily with vera_edge's device part: FOLDER PROMPT COUNT -> one line of JSON."""
+"""Continue a prompt greedily with vera_edge's device part: FOLDER PROMPT COUNT [ADAPTER], gives JSON."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import vera_edge
+from vera_edge import bundle
 from vera_edge.device.session import Session
 
 
-def main(folder: str, prompt: str, count: str) -> None:
-    session = Session.open(Path(folder), adapter=None)
+def main(folder: str, prompt: str, count: str, adapter: str | None = None) -> None:
+    merged = bundle.read(Path(folder)).mode == "merged"
+    session = Session.open(folder, adapter="default" if merged else None)
+    if adapter:
+        session.swap(Path(adapter))
     text = "".join(session.generate(prompt, max_tokens=int(count), raw=True))
     print(json.dumps({"consumer": f"vera-edge {vera_edge.__version__}", "text": prompt + text}))
 

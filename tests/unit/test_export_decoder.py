@@ -397,7 +397,9 @@ def test_an_encoder_is_refused(tiny_llama: tiny.TinyLlama, float_adapter: Path, 
     save_file(load_file(tiny_llama.fp32 / "model.safetensors"), base / "model.safetensors")
     config = json.loads((tiny_llama.fp32 / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"architectures": ["BertModel"]}))
-    refused(TargetError, "BertModel isn't a decoder", tmp_path / "out", base, [(float_adapter, 1.0)])
+    one = [(float_adapter, 1.0)]
+    refused(TargetError, "BertModel isn't a decoder", tmp_path / "out", base, one, target="genai")
+    refused(TargetError, "BertModel, which isn't of model type 'llama'", tmp_path / "out", base, one)
 
 
 def test_what_a_branch_cannot_carry(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
