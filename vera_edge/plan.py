@@ -97,8 +97,10 @@ class Plan:
             raise PlanError(f"this isn't a plan as vera-edge writes it: {cause}") from None
         if plan.mode not in get_args(Mode) or any(step.action not in get_args(Action) for step in steps):
             raise PlanError("this isn't a plan as vera-edge writes it: unknown mode or action")
-        if not all(isinstance(options, Mapping) for options in (plan.options, *(s.options for s in steps))):
-            raise PlanError("this isn't a plan as vera-edge writes it: options that aren't named")
+        named = all(isinstance(options, Mapping) for options in (plan.options, *(s.options for s in steps)))
+        texts = all(isinstance(text, str) for s in steps for text in (s.module, s.source, s.result))
+        if not named or not texts or not isinstance(plan.projection, Mapping | None):
+            raise PlanError("this isn't a plan as vera-edge writes it: a value of the wrong kind")
         return plan
 
 
@@ -116,7 +118,7 @@ def check_made_for(
     adapters: Sequence[tuple[Adapter, float]],
     projections: Projections,
 ) -> None:
-    """Raise MismatchError unless `plan` was made for exactly these inputs."""
+    """Raise MismatchError unless `plan` was made for exactly these inputs, PlanError on senseless options."""
     digest = plan.options.get("base_digest")
     shapes = {step.module: (step.source, step.shape) for step in plan.steps}
     own = {module: (linear.format, linear.shape) for module, linear in checkpoint.linears.items()}
@@ -126,6 +128,9 @@ def check_made_for(
         raise MismatchError("the plan was made for other adapters or weights; plan again")
     if plan.projection is not None and plan.projection.get("digest") != projections.digest:
         raise MismatchError("the plan was made for other projections; plan again")
+    for step in plan.steps:
+        if step.result in ("nf4", "fp4") and not step.copies:
+            formats.get(step.result).options(step.options)
 
 
 def make(

@@ -268,7 +268,23 @@ def test_a_plan_for_other_inputs_is_refused(
     for changed in (renamed, dropped):
         with pytest.raises(MismatchError, match="another base"):
             target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out", made=changed)
+    facts = make(max_kl=0.02, formats=("nf4", "fp32")).plan.to_dict()
+    odd = next(step for step in facts["steps"] if step["result"] == "nf4")
+    odd["options"] = {"blocksize": "wide"}
+    with pytest.raises(PlanError, match="block size wide"):
+        made = plans.Plan.from_dict(facts)
+        target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out", made=made)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"module": []}, {"result": 4}, {"options": 5}, {"shape": 3}, {"action": "stay"}, {"more": 1}]
+)
+def test_a_step_of_the_wrong_kind_is_refused(make: Plan, change: dict[str, Any]) -> None:
+    facts = make(max_kl=0.01).plan.to_dict()
+    facts["steps"][0] |= change
+    with pytest.raises(PlanError, match="isn't a plan"):
+        plans.Plan.from_dict(facts)
 
 
 @pytest.mark.parametrize(
