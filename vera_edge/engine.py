@@ -7,17 +7,21 @@ be safe to run again: that is what makes a lost worker a matter of time, not of 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from itertools import islice
+from multiprocessing import get_context, parent_process
 from typing import Any, Literal, TypeVar, get_args
 
 from vera_edge.errors import PlanError, VeraEdgeError
 
 T = TypeVar("T")
 R = TypeVar("R")
+S = TypeVar("S")
 Kind = Literal["local", "ray"]
 _TRIES = 3
 
@@ -42,37 +46,85 @@ class Engine:
             raise PlanError(f"{self.workers} workers can't work; give 1 or more")
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R]]:
-        """`work(item)` for every item; yields (index, result) as they finish, in any order.
+        """`work(item)` for every item; see `map_with`."""
+        return self.map_with(_alone, work, items)
 
+    def map_with(
+        self,
+        work: Callable[[S, T], R],
+        shared: S,
+        items: Sequence[T],
+        in_flight: int | None = None,
+    ) -> Iterator[tuple[int, R]]:
+        """`work(shared, item)` for every item; yields (index, result) as they finish, in any order.
+
+        shared: sent to each worker once. in_flight: items at once, at most, on a cluster as well.
         An error that `work` raises passes through and ends the rest. A worker that dies is replaced and its
-        item done again, up to three times; then VeraEdgeError.
+        item done again, up to three times; then VeraEdgeError. Workers don't outlive this process.
         """
         if self.kind == "ray":
-            return _on_ray(work, items, self.address)
-        if self.workers == 1 or len(items) < 2:
-            return ((index, work(item)) for index, item in enumerate(items))
-        return _in_processes(work, items, self.workers)
+            return _on_ray(work, shared, items, self.address, in_flight)
+        workers = min(self.workers, len(items), in_flight or self.workers)
+        if workers <= 1:
+            return ((index, work(shared, item)) for index, item in enumerate(items))
+        return _in_processes(work, shared, items, workers)
 
 
-def _in_processes(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[tuple[int, R]]:
+def _alone(work: Callable[[T], R], item: T) -> R:
+    return work(item)
+
+
+_held: list[Any] = []  # in a worker process: what all of its items share
+
+
+def _start_worker(shared: Any) -> None:
+    _held[:] = [shared]
+    # An interrupt is the parent's to handle; a parent that is killed would leave its workers behind.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _call(work: Callable[[Any, T], R], item: T) -> R:
+    return work(_held[0], item)
+
+
+def _in_processes(
+    work: Callable[[S, T], R], shared: S, items: Sequence[T], workers: int
+) -> Iterator[tuple[int, R]]:
     waiting = list(range(len(items)))
     for _ in range(_TRIES):
         # Forking a process that has threads (BLAS, ONNX Runtime) can hang the child.
-        with ProcessPoolExecutor(min(workers, len(waiting)), mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(work, items[index]): index for index in waiting}
-            try:
-                for future in as_completed(futures):
-                    result = future.result()
-                    waiting.remove(futures[future])
-                    yield futures[future], result
-            except BrokenProcessPool:
-                continue
+        pool = ProcessPoolExecutor(
+            min(workers, len(waiting)), get_context("spawn"), initializer=_start_worker, initargs=(shared,)
+        )
+        try:
+            futures = {pool.submit(_call, work, items[index]): index for index in waiting}
+            for future in as_completed(futures):
+                result = future.result()
+                waiting.remove(futures[future])
+                yield futures[future], result
+        except BrokenProcessPool:
+            continue
+        finally:
+            pool.shutdown(cancel_futures=True)
         return
     raise VeraEdgeError(f"a worker process died {_TRIES} times over; is the machine short of memory?")
 
 
-def _on_ray(work: Callable[[T], R], items: Sequence[T], address: str | None) -> Iterator[tuple[int, R]]:
-    import ray
+def _on_ray(
+    work: Callable[[S, T], R], shared: S, items: Sequence[T], address: str | None, in_flight: int | None
+) -> Iterator[tuple[int, R]]:
+    try:
+        import ray
+    except ImportError:
+        raise PlanError("the Ray engine needs the package ray; install vera-edge[ray]") from None
 
     started = not ray.is_initialized()
     if started:
@@ -82,24 +134,32 @@ def _on_ray(work: Callable[[T], R], items: Sequence[T], address: str | None) -> 
         except ConnectionError as cause:
             raise PlanError(f"no Ray cluster answers at {address}: {cause}") from None
     try:
-        yield from _collect(ray, work, items)
+        yield from _collect(ray, work, shared, items, in_flight or len(items))
     finally:
         if started:
             ray.shutdown()
 
 
-def _collect(ray: Any, work: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R]]:
-    remote = ray.remote(max_retries=_TRIES)(work)
-    waiting = {remote.remote(item): index for index, item in enumerate(items)}
-    while waiting:
+def _collect(
+    ray: Any, work: Callable[[S, T], R], shared: S, items: Sequence[T], in_flight: int
+) -> Iterator[tuple[int, R]]:
+    remote, common = ray.remote(max_retries=_TRIES)(work), ray.put(shared)
+    left = iter(enumerate(items))
+    waiting: dict[Any, int] = {}
+    while True:
+        for index, item in islice(left, in_flight - len(waiting)):
+            waiting[remote.remote(common, item)] = index
+        if not waiting:
+            return
         done, _ = ray.wait(list(waiting), num_returns=1)
         for reference in done:
             index = waiting.pop(reference)
             try:
-                yield index, ray.get(reference)
+                result = ray.get(reference)
             except ray.exceptions.RayTaskError as cause:
                 if isinstance(cause.cause, VeraEdgeError):
                     raise cause.cause from None
                 raise
             except ray.exceptions.RayError as cause:
                 raise VeraEdgeError(f"the Ray cluster lost item {index} for good: {cause}") from None
+            yield index, result

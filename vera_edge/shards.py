@@ -6,10 +6,12 @@ files come out the same whoever writes which tensor when, and no more than one t
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -17,6 +19,7 @@ from vera_edge.files import canonical_json, write_atomic
 from vera_edge.tensors import DTYPES, RawTensor, write_header
 
 MAX_SHARD_BYTES = 5_000_000_000
+_PIECE = 1 << 22
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
@@ -45,74 +48,110 @@ def assign(layout: Layout, max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, 
     }
 
 
+class Shards:
+    """The files of `layout` (name -> dtype, shape) in `folder`, and where in them each tensor lies.
+
+    Opens a file for each tensor it reads or writes, so that any number of processes may hold one. `total` is
+    the bytes of all tensors.
+    """
+
+    def __init__(self, folder: Path, layout: Layout, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+        self.folder = folder
+        self.layout = dict(layout)
+        self.files = assign(layout, max_shard_bytes)
+        self.total = sum(nbytes(*entry) for entry in self.layout.values())
+        self._headers: dict[str, bytes] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        self._lengths: dict[str, int] = {}
+        for file in sorted(set(self.files.values())):
+            self._place(file)
+
+    def _place(self, file: str) -> None:
+        """Wide dtypes come first, as safetensors itself has it: every tensor is aligned to its width."""
+        names = [name for name, place in self.files.items() if place == file]
+        names.sort(key=lambda name: (-DTYPES[self.layout[name][0]][0], name))
+        header = io.BytesIO()
+        write_header(header, {name: self.layout[name] for name in names}, {"format": "pt"})
+        self._headers[file] = header.getvalue()
+        offset = header.tell()
+        for name in names:
+            start, offset = offset, offset + nbytes(*self.layout[name])
+            self._places[name] = (start, offset)
+        self._lengths[file] = offset
+
+    def create(self) -> None:
+        """Write every file's header and give it its full length; what a file holds already stays."""
+        for file, header in self._headers.items():
+            with _opened(self.folder / file, os.O_RDWR | os.O_CREAT) as handle:
+                _write_at(handle, memoryview(header), 0)
+                os.truncate(handle, self._lengths[file])
+
+    def put(self, name: str, tensor: RawTensor) -> None:
+        """Write one tensor to its place. Raises ValueError when it isn't what the layout announced."""
+        if (tensor.dtype, tensor.shape) != self.layout[name]:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tensor.shape}, announced once as {self.layout[name]}"
+            )
+        with _opened(self.folder / self.files[name], os.O_WRONLY) as handle:
+            _write_at(handle, tensor.data.data, self._places[name][0])
+
+    def digest(self, name: str) -> str:
+        """Hex SHA-256 of what a tensor's place holds."""
+        state, (start, end) = hashlib.sha256(), self._places[name]
+        with _opened(self.folder / self.files[name], os.O_RDONLY) as handle:
+            while start < end and (piece := os.pread(handle, min(_PIECE, end - start), start)):
+                state.update(piece)
+                start += len(piece)
+        return state.hexdigest()
+
+
 class ShardWriter:
-    """Writes the tensors of `layout` (name -> dtype, shape) into `folder`; `total` is their bytes.
+    """Makes the files of `shards`, and watches that each of their tensors is written; `total` is their bytes.
 
     Use as a context manager; leaving it without an error checks that every tensor was written, and writes
     the index. Raises OSError when the disk is full or refuses.
     """
 
-    def __init__(self, folder: Path, layout: Layout, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-        self._folder = folder
-        self._layout = dict(layout)
-        self._files = assign(layout, max_shard_bytes)
-        self._offsets: dict[str, int] = {}
-        self._handles: dict[str, int] = {}
-        self._missing = set(layout)
-        self.total = sum(nbytes(*entry) for entry in self._layout.values())
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+        self._missing = set(shards.layout)
+        self.total = shards.total
 
     def __enter__(self) -> ShardWriter:
-        try:
-            for file in sorted(set(self._files.values())):
-                self._create(file)
-        except BaseException:
-            self._close()
-            raise
+        self._shards.create()
         return self
-
-    def _create(self, file: str) -> None:
-        """Write a shard's header and give the file its full length.
-
-        Wide dtypes come first, as safetensors itself has it, so that every tensor is aligned to its width.
-        """
-        names = [name for name, place in self._files.items() if place == file]
-        names.sort(key=lambda name: (-DTYPES[self._layout[name][0]][0], name))
-        header = io.BytesIO()
-        write_header(header, {name: self._layout[name] for name in names}, {"format": "pt"})
-        handle = os.open(self._folder / file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        self._handles[file] = handle
-        _write_at(handle, header.getbuffer(), 0)
-        offset = header.tell()
-        for name in names:
-            self._offsets[name] = offset
-            offset += nbytes(*self._layout[name])
-        os.truncate(handle, offset)
 
     def write(self, name: str, tensor: RawTensor) -> None:
         """Put one tensor in its place. Raises ValueError when it isn't what the layout announced."""
-        if (tensor.dtype, tensor.shape) != self._layout[name] or name not in self._missing:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tensor.shape}, announced once as {self._layout[name]}"
-            )
-        _write_at(self._handles[self._files[name]], tensor.data.data, self._offsets[name])
+        self.claim(name)
+        self._shards.put(name, tensor)
+
+    def claim(self, name: str) -> None:
+        """Take note that a tensor is in its place, whoever wrote it. Raises ValueError the second time."""
+        if name not in self._missing:
+            raise ValueError(f"{name} was announced once, and is there already or never was announced")
         self._missing.remove(name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
         if kind is not None:
             return
         if self._missing:
             raise ValueError(f"{len(self._missing)} tensors were never written: {sorted(self._missing)[0]}")
-        files = set(self._files.values())
-        if len(files) > 1:
-            index = {"metadata": {"total_size": self.total}, "weight_map": self._files}
-            write_atomic(self._folder / "model.safetensors.index.json", canonical_json(index))
+        files = self._shards.files
+        if len(set(files.values())) > 1:
+            index = {"metadata": {"total_size": self.total}, "weight_map": files}
+            write_atomic(self._shards.folder / "model.safetensors.index.json", canonical_json(index))
 
-    def _close(self) -> None:
-        while self._handles:
-            os.close(self._handles.popitem()[1])
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _write_at(handle: int, data: memoryview, offset: int) -> None:

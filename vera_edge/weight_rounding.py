@@ -135,12 +135,13 @@ def merge_to_folder(
     rounding: Rounding | None = None,
     progress: Progress = silent,
     force: bool = False,
+    resources: merging.Resources = merging.ONE_PROCESS,
 ) -> merging.MergeReport:
     """Merge what was prepared into `out`, its weights rounded as `rounding` says. Raises as that does."""
     check_output(out, force)
     facts = (ready.checkpoint, ready.adapters, ready.projections, ready.plan, out, progress)
     with (rounding or Rounding()).codes(*facts, exported=False) as (codes, notes):
-        return merging.perform(ready, out, progress, force, codes, notes)
+        return merging.perform(ready, out, progress, force, codes, notes, resources)
 
 
 def _windows(

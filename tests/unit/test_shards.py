@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from vera_edge.shards import ShardWriter, assign
+from vera_edge.shards import Shards, ShardWriter, assign
 from vera_edge.tensors import RawTensor, TensorFolder
 
 
@@ -40,7 +40,7 @@ def layout(found: dict[str, RawTensor]) -> dict[str, tuple[str, tuple[int, ...]]
 
 def write(folder: Path, found: dict[str, RawTensor], limit: int, order: list[str]) -> None:
     folder.mkdir(exist_ok=True)
-    with ShardWriter(folder, layout(found), limit) as writer:
+    with ShardWriter(Shards(folder, layout(found), limit)) as writer:
         for name in order:
             writer.write(name, found[name])
 
@@ -110,19 +110,22 @@ class TestMisuse:
     def test_another_shape_than_announced(self, tmp_path: Path) -> None:
         with (
             pytest.raises(ValueError, match="announced once"),
-            ShardWriter(tmp_path, {"x": ("F32", (2,))}) as writer,
+            ShardWriter(Shards(tmp_path, {"x": ("F32", (2,))})) as writer,
         ):
             writer.write("x", RawTensor.of(np.zeros(3, np.float32)))
 
     def test_written_twice(self, tmp_path: Path) -> None:
         with (
             pytest.raises(ValueError, match="announced once"),
-            ShardWriter(tmp_path, {"x": ("F32", (2,))}) as writer,
+            ShardWriter(Shards(tmp_path, {"x": ("F32", (2,))})) as writer,
         ):
             writer.write("x", RawTensor.of(np.zeros(2, np.float32)))
             writer.write("x", RawTensor.of(np.zeros(2, np.float32)))
 
     def test_never_written(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="never written: x"), ShardWriter(tmp_path, {"x": ("F32", (2,))}):
+        with (
+            pytest.raises(ValueError, match="never written: x"),
+            ShardWriter(Shards(tmp_path, {"x": ("F32", (2,))})),
+        ):
             pass
         assert not (tmp_path / "model.safetensors.index.json").exists()

@@ -20,6 +20,7 @@ from vera_edge.files import check_output
 from vera_edge.formats import FORMATS
 from vera_edge.merge.executor import check_plan, merged_weight, write
 from vera_edge.merge.measure import Survival
+from vera_edge.merge.memory import ONE_PROCESS, Resources
 from vera_edge.merge.report import LayerReport, MergeReport
 from vera_edge.plan import SAME, Plan
 from vera_edge.progress import Progress, silent
@@ -27,9 +28,11 @@ from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
 
 __all__ = [
+    "ONE_PROCESS",
     "LayerReport",
     "MergeReport",
     "Prepared",
+    "Resources",
     "Survival",
     "check_plan",
     "merged_weight",
@@ -88,6 +91,7 @@ def perform(
     force: bool = False,
     requantized: Mapping[str, Codes] | None = None,
     notes: Sequence[str] = (),
+    resources: Resources = ONE_PROCESS,
 ) -> MergeReport:
     """Write what was prepared to `out`, whole or not at all; see `write`."""
     return write(
@@ -100,6 +104,7 @@ def perform(
         force=force,
         notes=(*ready.notes, *notes),
         requantized=requantized,
+        resources=resources,
     )
 
 
@@ -112,7 +117,9 @@ def to_folder(
     projection_dtype: str | None = None,
     force: bool = False,
     progress: Progress = silent,
+    resources: Resources = ONE_PROCESS,
 ) -> MergeReport:
     """`prepare` and `perform`: merge adapters into a base and write the model to `out`."""
     check_output(out, force)
-    return perform(prepare(base, adapters, to, options, projection_dtype), out, progress, force)
+    ready = prepare(base, adapters, to, options, projection_dtype)
+    return perform(ready, out, progress, force, resources=resources)

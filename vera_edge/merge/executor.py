@@ -11,22 +11,28 @@ from pathlib import Path
 from vera_edge import formats, side_files
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.engine import Engine
 from vera_edge.errors import OutputError, PlanError
-from vera_edge.files import canonical_json, check_output, staged_folder, write_atomic
+from vera_edge.files import canonical_json, check_output, write_atomic
 from vera_edge.merge import advice, card
 from vera_edge.merge.config import merged_config
 from vera_edge.merge.cutting import cut
 from vera_edge.merge.delta import Delta
+from vera_edge.merge.journal import Done
+from vera_edge.merge.memory import ONE_PROCESS, Resources, allowed_workers
 from vera_edge.merge.report import LayerReport, MergeReport
-from vera_edge.merge.units import Unit, merge_rows
+from vera_edge.merge.stage import Stage, files_of, opened, tidy
+from vera_edge.merge.units import merge_rows
+from vera_edge.merge.work import Job, do_unit, is_there, key_of
 from vera_edge.plan import Plan, check_made_for
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
-from vera_edge.shards import MAX_SHARD_BYTES, Layout, ShardWriter
+from vera_edge.shards import MAX_SHARD_BYTES, ShardWriter
 from vera_edge.tensors import Float32
 
 RECORD = "vera_edge_merge.json"
+WHAT = "merging"  # in progress, whose unit is a byte
 
 
 def merged_weight(
@@ -52,26 +58,33 @@ def write(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     notes: Sequence[str] = (),
     requantized: Mapping[str, Codes] | None = None,
+    resources: Resources = ONE_PROCESS,
 ) -> MergeReport:
     """Perform `plan` and write the merged model to `out`, whole or not at all.
 
     adapters: those the plan was made for, with their weights. notes: sentences for the report.
     requantized: weights that were rounded elsewhere, merged, by module; the others are rounded to nearest.
-    Raises MismatchError when the plan was made for other inputs, PlanError when it isn't a merge, OutputError
-    when `out` can't be written.
+    resources: where it runs; the bytes don't depend on it. What a run that was killed has finished isn't done
+    again, if it's the same merge (`work.key_of`) and the files still hold it.
+    Raises MismatchError when the plan was made for other inputs, PlanError when it isn't a merge or can't fit
+    in memory, OutputError when `out` can't be written, VeraEdgeError when workers keep dying.
     """
     check_plan(plan, checkpoint, adapters, projections)
+    tidy(out)
     check_output(out, force)
-    work, untied = cut(plan, checkpoint, adapters, projections, requantized or {})
-    config = merged_config(plan, checkpoint, untied)
-    layout: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for unit in work:
-        layout |= unit.layout
-    with staged_folder(out, force) as stage:
-        layers = _write_tensors(stage, layout, work, max_shard_bytes, progress)
+    codes = requantized or {}
+    cut(plan, checkpoint, adapters, projections, codes)  # raises before the base is read for its digest
+    key = key_of(plan, checkpoint, codes, max_shard_bytes)
+    folder = files_of(out, key)
+    job = Job(key, plan, checkpoint, adapters, projections, codes, folder, max_shard_bytes)
+    workers = allowed_workers(job, resources.in_flight, resources.max_memory)
+    config = merged_config(plan, checkpoint, job.untied)
+    with opened(out, key) as stage:
+        layers = _write_tensors(job, stage, resources.engine, workers, progress)
         report = _report(plan, checkpoint, adapters, projections, out, layers, notes, bool(requantized))
-        _write_beside(stage, report, config, checkpoint, plan)
-        size = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+        _write_beside(stage.files, report, config, checkpoint, plan)
+        size = sum(path.stat().st_size for path in stage.files.rglob("*") if path.is_file())
+        stage.commit()
     return replace(report, size=size)
 
 
@@ -97,25 +110,44 @@ def check_plan(
 
 
 def _write_tensors(
-    stage: Path, layout: Layout, work: Sequence[Unit], max_shard_bytes: int, progress: Progress
+    job: Job, stage: Stage, engine: Engine, workers: int | None, progress: Progress
 ) -> tuple[LayerReport, ...]:
-    writer, layers, done = ShardWriter(stage, layout, max_shard_bytes), [], 0
-    free = shutil.disk_usage(stage).free
-    if free < writer.total:
-        raise OutputError(
-            f"the merged model takes {writer.total:,} bytes and the disk of {stage.parent} has {free:,} "
-            "left; free some or choose a smaller format with --to"
-        )
-    with writer:
-        for unit in work:
-            for result in unit.run():
-                for name, tensor in result.tensors.items():
-                    writer.write(name, tensor)
-                    done += tensor.data.nbytes
-                if result.layer is not None:
-                    layers.append(result.layer)
-                progress("merging", done, writer.total)
+    _check_space(job, stage)
+    with ShardWriter(job.shards) as writer:
+        done = _take_up(job, stage, progress)
+        written = sum(job.sizes[number] for number in done)
+        left = [number for number in range(len(job.units)) if number not in done]
+        progress(WHAT, written, writer.total)
+        for _, one in engine.map_with(do_unit, job, left, workers):
+            stage.journal.add(one)
+            done[one.unit] = one
+            written += job.sizes[one.unit]
+            progress(WHAT, written, writer.total)
+        for number in done:
+            for name in job.units[number].layout:
+                writer.claim(name)
+    layers = [one.layer for one in done.values() if one.layer is not None]
     return tuple(sorted(layers, key=lambda layer: layer.module))
+
+
+def _check_space(job: Job, stage: Stage) -> None:
+    free = shutil.disk_usage(stage.files).free
+    held = sum(path.stat().st_blocks * 512 for path in stage.files.iterdir())  # by an earlier run
+    if free + held < job.shards.total:
+        raise OutputError(
+            f"the merged model takes {job.shards.total:,} bytes and the disk of {stage.target.parent} has "
+            f"{free:,} left; free some or choose a smaller format with --to"
+        )
+
+
+def _take_up(job: Job, stage: Stage, progress: Progress) -> dict[int, Done]:
+    """What earlier runs finished, as far as the files hold it."""
+    said, found = sorted(stage.journal.done.items()), {}
+    for number, (unit, done) in enumerate(said, 1):
+        if is_there(job, done):
+            found[unit] = done
+        progress("verifying what was merged before", number, len(said))
+    return found
 
 
 def _report(
