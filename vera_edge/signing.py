@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vera_edge import bundle
 from vera_edge.bundle import SIGNATURE
 from vera_edge.errors import BundleError
 from vera_edge.files import sha256_file
@@ -45,7 +46,8 @@ def sign(folder: Path, private_key: Path, password: str | None = None) -> Path:
     except (OSError, ValueError, TypeError) as cause:
         raise BundleError(f"the signing key {private_key} can't be used: {_one_line(cause)}") from None
     path.unlink(missing_ok=True)
-    ignored = hashing.Config().set_ignored_paths(paths=[path], ignore_git_paths=False)
+    left_out = [path, *(folder.absolute() / name for name in _generated(folder))]
+    ignored = hashing.Config().set_ignored_paths(paths=left_out, ignore_git_paths=False)
     config.set_hashing_config(ignored).sign(folder.absolute(), path)
     return path
 
@@ -86,10 +88,19 @@ def _fault(folder: Path, signature: Path, key: Path) -> str | None:
 
     try:
         config: Any = verifying.Config().use_elliptic_key_verifier(public_key=key)
-        config.verify(folder, signature)
+        # A signed bundle may have its projections drawn since; `bundle.verify` holds them to the manifest.
+        config.set_ignore_unsigned_files(bool(_generated(folder))).verify(folder, signature)
     except Exception as cause:  # a hostile signature file may raise anything from the parsers below
         return _one_line(cause) or type(cause).__name__
     return None
+
+
+def _generated(folder: Path) -> tuple[str, ...]:
+    """The files that aren't shipped and hence not signed; none where there is no sound manifest."""
+    try:
+        return tuple(bundle.read(folder).generated)
+    except BundleError:
+        return ()
 
 
 def _trusted_keys(keys: Path) -> list[Path]:

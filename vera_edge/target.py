@@ -47,8 +47,9 @@ class ExportRequest:
 
     adapters: each with its weight, which scales its delta. options: what the target alone understands; the
     targets here take `projections` ("fp32", "fp16", "int8", "int4") and `head` ("fp32", "fp16", "int8",
-    "int4"): how projections and embeddings are stored. requantized: by module, weights of the plan's formats
-    that were rounded with care (merged where the plan merges); the exporter rounds the others itself.
+    "int4"): how projections and embeddings are stored; decoders also `origin` ("baked", "seed"): whether the
+    projections are in the files, or drawn on the device. requantized: by module, weights of the plan's
+    formats that were rounded with care (merged where the plan merges); the exporter rounds the others itself.
     """
 
     checkpoint: Checkpoint

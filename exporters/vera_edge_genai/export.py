@@ -19,7 +19,7 @@ from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import staged_folder
 from vera_edge.target import Export, ExportRequest
 from vera_edge_genai import build, configs
-from vera_edge_onnx import adapters, branch, head, sites, storage, weights
+from vera_edge_onnx import adapters, branch, head, seed, sites, storage, weights
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
@@ -51,11 +51,17 @@ class GenaiExporter:
                 shared = _weave(request, model, found)
                 configs.fix_shapes(model, graph)
                 model.metadata_props.update(describe(request))
-                storage.save(model, stage / MODEL, shared, request.progress)
+                apart = seed.tensors(model) if seed.wanted(request) else ()
+                storage.save(model, stage / MODEL, shared, request.progress, apart)
                 configs.copy(Path(work) / "float", graph, stage, MODEL, quiet=request.plan.mode == "branch")
             if request.plan.mode == "branch":
                 files = adapters.write(request, stage)
-            manifest = bundle.write(stage, facts(request, MODEL, files), request.progress)
+            described = facts(request, MODEL, files)
+            if apart:
+                second = storage.second_file(Path(MODEL)).as_posix()
+                manifest = seed.write(stage, model, second, described, request.progress)
+            else:
+                manifest = bundle.write(stage, described, request.progress)
         return Export(
             target=self.name,
             folder=request.out,
@@ -69,8 +75,11 @@ class GenaiExporter:
 def check(request: ExportRequest) -> str:
     """The architecture's name; raises before any work is done when the request can't be met."""
     checkpoint = request.checkpoint
-    if unknown := sorted(set(request.options) - {"head", "projections"}):
-        raise PlanError(f"the target genai takes no option {unknown[0]!r}; it takes head and projections")
+    if unknown := sorted(set(request.options) - {"head", "projections", seed.OPTION}):
+        raise PlanError(
+            f"the target genai takes no option {unknown[0]!r}; it takes head, projections and {seed.OPTION}"
+        )
+    seed.wanted(request)
     weights.kind(request.plan)
     names = checkpoint.config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
@@ -123,7 +132,8 @@ def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...
     if kind == "fp16":
         for site in inner:
             weaver.narrow_weight(site.node)
-    dtype = request.options.get("projections", _PROJECTIONS[kind])
+    quantized = "fp32" if seed.wanted(request) else _PROJECTIONS[kind]
+    dtype = request.options.get("projections", "fp16" if kind == "fp16" else quantized)
     branch.weave(weaver, inner, bases, adapted, request.projections, dtype)
     if ends is not None:
         head.store(weaver, ends, request.options.get("head", _HEADS[kind]), weights.BLOCK)

@@ -6,7 +6,7 @@ another one's bytes (the first rows of B, zeros), and then has none of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,50 +33,65 @@ def save(
     path: Path,
     shared: Mapping[str, Range],
     progress: Progress = silent,
+    apart: Collection[str] = (),
 ) -> None:
     """Write `model` to `path` and its initializers to `<path>_data` beside it.
 
-    shared: initializer -> where its bytes lie within another one's.
+    shared: initializer -> where its bytes lie within another one's. apart: initializers that go to
+    `second_file(path)` instead, all of them, whatever their size.
     Raises OutputError when the disk is full or a folder can't be written.
     """
-    data_path = path.with_name(f"{path.name}_data")
     places: dict[str, int] = {}
     values = []
     for name, value in sorted(model.graph.initializers.items()):
         tensor = value.const_value
         assert tensor is not None
-        if tensor.nbytes > _INLINE or name in shared:
+        if tensor.nbytes > _INLINE or name in shared or name in apart:
             values.append((name, value))
         else:
             value.const_value = ir.Tensor(tensor.numpy().copy(), name=name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with data_path.open("wb") as stream:
-            for done, (name, value) in enumerate(values):
-                progress("writing weights", done, len(values))
-                if name not in shared:
-                    places[name] = _append(stream, value)
-    except OSError as cause:
-        raise output_error(data_path, cause) from cause
+    data_path = path.with_name(f"{path.name}_data")
+    own = {value: name for name, value in values if name not in shared}
+    _write(data_path, [value for value, name in own.items() if name not in apart], places, progress)
+    if apart:
+        _write(second_file(path), [value for value, name in own.items() if name in apart], places, progress)
     for name, value in values:
         tensor = value.const_value
         assert tensor is not None
         place = shared.get(name, Range(name))
-        start = places[place.source] + place.offset
+        file = second_file(path) if place.source in apart else data_path
         value.const_value = ir.ExternalTensor(
-            data_path.name,
-            start,
+            file.name,
+            places[place.source] + place.offset,
             tensor.nbytes,
             tensor.dtype,
             shape=ir.Shape(tensor.shape.numpy()),
             name=name,
-            base_dir=data_path.parent,
+            base_dir=file.parent,
         )
     proto: onnx.ModelProto = ir.to_proto(model)
     if proto.ByteSize() >= 1 << 31:
         raise OutputError(f"the graph of {path} is over 2 GiB without its weights, which ONNX can't hold")
     try:
         path.write_bytes(proto.SerializeToString(deterministic=True))
+    except OSError as cause:
+        raise output_error(path, cause) from cause
+
+
+def second_file(path: Path) -> Path:
+    """Another data file of the graph `path`, named as Transformers.js counts them."""
+    return path.with_name(f"{path.name}_data_1")
+
+
+def _write(path: Path, values: Sequence[ir.Value], places: dict[str, int], progress: Progress) -> None:
+    """Write a data file, and note in `places` where each initializer begins."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as stream:
+            for done, value in enumerate(values):
+                progress("writing weights", done, len(values))
+                assert value.name is not None
+                places[value.name] = _append(stream, value)
     except OSError as cause:
         raise output_error(path, cause) from cause
 

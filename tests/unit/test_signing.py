@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tests.conftest import Cli
 from vera_edge import bundle, signing
 from vera_edge.errors import BundleError
+from vera_edge.files import sha256_bytes
 from vera_edge.signing import Trust
 
 
@@ -73,6 +74,29 @@ def test_a_rewritten_manifest_is_found(signed: Path, keys: tuple[Path, Path]) ->
 
 def test_an_added_file_is_found(signed: Path, keys: tuple[Path, Path]) -> None:
     (signed / "extra").touch()
+    with pytest.raises(BundleError, match="isn't what was signed"):
+        signing.check(signed, Trust(keys[1], required=True))
+
+
+def test_a_file_that_is_drawn_after_signing_keeps_the_signature(
+    signed: Path, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    entry = {"size": 5, "sha256": sha256_bytes(b"drawn")}
+    facts = bundle.change(
+        bundle.read(signed), generated={"onnx/drawn": entry}, projection={"digest": "0" * 64}
+    )
+    bundle.write(signed, facts)
+    signing.sign(signed, keys[0])
+    (signed / "onnx" / "drawn").write_bytes(b"drawn")
+    assert signing.check(signed, Trust(keys[1], required=True)) is not None
+    bundle.verify(signed)
+    signing.sign(signed, keys[0])
+    (signed / "onnx" / "drawn").unlink()
+    assert signing.check(signed, Trust(keys[1], required=True)) is not None
+    (signed / "extra").touch()
+    with pytest.raises(BundleError, match="extra isn't listed"):
+        bundle.verify(signed)
+    (signed / "onnx" / "model.onnx").write_bytes(b"graqh")
     with pytest.raises(BundleError, match="isn't what was signed"):
         signing.check(signed, Trust(keys[1], required=True))
 

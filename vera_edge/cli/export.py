@@ -66,6 +66,12 @@ def _weighted(
 @click.option("--weight", type=float, default=1.0, help="What scales ADAPTER's delta.")
 @click.option("--head", type=click.Choice(STORED), help="How embeddings and output head are stored.")
 @click.option("--projections-dtype", type=click.Choice(STORED), help="How a branch stores A and B.")
+@click.option(
+    "--projections",
+    "origin",
+    type=click.Choice(["baked", "seed"]),
+    help="Branch: A and B in the files (baked, the default), or drawn from the seed on the device.",
+)
 @click.option("--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16.")
 @plan_option
 @method_option
@@ -84,6 +90,7 @@ def export(
     weight: float,
     head: str | None,
     projections_dtype: str | None,
+    origin: str | None,
     projection_dtype: str | None,
     plan_file: Path | None,
     method: str | None,
@@ -95,7 +102,7 @@ def export(
     """Export BASE with ADAPTER to a folder that ONNX Runtime and ONNX Runtime GenAI open as it is."""
     refuse_beside_plan("mode", "weights")
     made = None if plan_file is None else plans.read(plan_file)
-    options = {"head": head, "projections": projections_dtype}
+    options = {"head": head, "projections": projections_dtype, "origin": origin}
     with progress_bar(quiet or as_json) as progress:
         result = targets.export(
             base,

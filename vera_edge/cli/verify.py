@@ -25,8 +25,10 @@ def verify(bundle: Path, fast: bool, as_json: bool, quiet: bool) -> None:
         print_json(bundles.as_json(manifest) | {"digest": manifest.digest, "verified": True})
         return
     adapters = ", ".join(manifest.adapters) or "none"
+    files = [name for name in manifest.generated if not manifest.path(name).is_file()]
+    absent = f"{', '.join(files)}: drawn from the seed by `vera-edge install`\n" if files else ""
     out().print(
         f"{bundle}: sound\n"
         f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB; {manifest.kind}, {manifest.mode}, "
-        f"{manifest.weights}; adapters: {adapters}\ndigest {manifest.digest}"
+        f"{manifest.weights}; adapters: {adapters}\n{absent}digest {manifest.digest}"
     )

@@ -1,6 +1,7 @@
 """Running a bundle on the device: numpy, onnxruntime, tokenizers and jinja2; never torch, transformers, onnx.
 
 graph     an ONNX graph opened in ONNX Runtime, and what its inputs say
+projections  drawn from the seed where a bundle ships no more
 adapters  the vectors of a .onnx_adapter, checked against a graph
 decoding  one step of a decoder with a KV cache that is never copied
 sampling  logits to a token

@@ -38,17 +38,24 @@ class Port:
 class Graph:
     """An ONNX Runtime session on the CPU, with its ports. Running it is safe from several threads at once."""
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, threads: int | None = None, held: Mapping[str, Array] | None = None
+    ) -> None:
         """Open `path`; `threads` within an operator, by default one per core that this process may use.
 
+        held: initializers whose values aren't in the files, by name; kept as long as the graph is.
         Raises BundleError when ONNX Runtime refuses the graph or its weights.
         """
         self.path = path
         self.threads = threads or available_cores()
+        options = _options(self.threads)
+        self._held = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in (held or {}).items()
+        }
+        if self._held:
+            options.add_external_initializers(list(self._held), list(self._held.values()))
         try:
-            self.session = onnxruntime.InferenceSession(
-                path, _options(self.threads), providers=["CPUExecutionProvider"]
-            )
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except Exception as cause:  # onnxruntime's classes share no base but Exception
             raise BundleError(f"ONNX Runtime can't open {path}: {first_line(cause)}") from None
         self.inputs = _ports(self.session.get_inputs(), path)

@@ -5,7 +5,8 @@
 
 Nothing else is kept: the last good version is the highest number below the current one. Every change is
 staged beside its place, flushed to the disk and renamed, and the link is replaced last, so that a power loss
-at any moment leaves the old version or the new one. Standard library only.
+at any moment leaves the old version or the new one. Projections that a bundle ships only as their seed are
+drawn while it is staged.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import BinaryIO
 
 from vera_edge import bundle
 from vera_edge.bundle import Manifest
+from vera_edge.device import projections
 from vera_edge.errors import BundleError, OutputError
 from vera_edge.files import PARTIAL_MARK, fsync_folder, output_error, staged_folder, write_atomic
 from vera_edge.progress import Progress, silent
@@ -75,7 +77,7 @@ def install(
             return Installed(running, manifest.digest, _before(dst, running), changed=False)
         sources = _sources(manifest, running if partial else None)
         coming = sum(manifest.files[name].size for name, path in sources.items() if path.is_relative_to(src))
-        _check_space(dst, coming)
+        _check_space(dst, coming + sum(entry.size for entry in manifest.drawn.values()))
         folder = _stage(manifest, sources, dst, running, accept, progress)
         _switch(dst, folder)
         if running is not None:
@@ -95,7 +97,7 @@ def rollback(dst: Path, progress: Progress = silent) -> Installed:
             raise BundleError(
                 f"{dst} holds no version before the current one; there is nothing to roll back to"
             )
-        manifest = bundle.verify(before, progress=progress)
+        manifest = bundle.verify(before, progress=progress, complete=True)
         _switch(dst, before)
         return Installed(before, manifest.digest, _before(dst, before), changed=True)
 
@@ -127,7 +129,8 @@ def _running(dst: Path) -> Path | None:
 
 def _is_sound(folder: Path, digest: str, progress: Progress) -> bool:
     try:
-        return bundle.read(folder).digest == digest and bundle.verify(folder, progress=progress) is not None
+        found = bundle.read(folder).digest
+        return found == digest and bundle.verify(folder, progress=progress, complete=True).digest == digest
     except BundleError:
         return False
 
@@ -192,7 +195,8 @@ def _stage(
             else:
                 _copy(path, stage / name, progress)
         _copy_seals(manifest.folder, stage)
-        if bundle.verify(stage, progress=progress).digest != manifest.digest:
+        projections.write(manifest, stage, progress)
+        if bundle.verify(stage, progress=progress, complete=True).digest != manifest.digest:
             raise BundleError(f"{manifest.folder} changed while it was installed; install it again")
         if accept is not None:
             accept(stage)

@@ -13,7 +13,7 @@ import onnxruntime
 
 from vera_edge import bundle
 from vera_edge.bundle import Manifest
-from vera_edge.device import adapters
+from vera_edge.device import adapters, projections
 from vera_edge.device.adapters import Vectors
 from vera_edge.device.batch import Batch
 from vera_edge.device.chat import Message, Text
@@ -50,7 +50,7 @@ class Session:
         threads: int | None = None,
         deep: bool = False,
     ) -> Session:
-        """Verify the bundle in `folder` and open it.
+        """Verify the bundle in `folder` and open it. Projections it doesn't bring are drawn in memory.
 
         adapter: "default" is the one the bundle names, another string a name of the bundle, a Path an
         .onnx_adapter file, None the base alone. deep: read every byte first, as `vera-edge verify` does.
@@ -61,7 +61,7 @@ class Session:
         if manifest.kind != "decoder":
             raise BundleError(f"{folder} holds an {manifest.kind}, which generates no text")
         _check_runtime(manifest)
-        graph = Graph(manifest.path(manifest.model), threads)
+        graph = Graph(manifest.path(manifest.model), threads, projections.in_memory(manifest))
         session = cls(manifest, graph, Decoder.open(manifest.folder, graph), Text(manifest.folder))
         session.swap(adapter)
         return session
