@@ -22,7 +22,7 @@ from vera_edge.checkpoint import Checkpoint
 from vera_edge.device.session import Session
 from vera_edge.drift import windows
 from vera_edge.drift.metrics import compare
-from vera_edge.errors import MismatchError, PlanError
+from vera_edge.errors import MismatchError, PlanError, TargetError
 from vera_edge.precision import Request, parse_size
 from vera_edge.precision.choice import Choice
 from vera_edge.precision.choose import candidates, choose
@@ -347,6 +347,14 @@ def test_an_adapter_that_replaces_a_tensor_is_refused(tiny_llama: tiny.TinyLlama
     )
     with pytest.raises(PlanError, match=r"lm_head\.weight whole"):
         choose(tiny_llama.fp32, [(adapter, 1.0)], replace(QUICK, max_kl=1.0), tmp_path / "plan.json")
+
+
+def test_a_model_that_cant_be_exported_is_refused(
+    tiny_gpt2: Path, tiny_gpt2_adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TargetError, match="doesn't know the architecture GPT2LMHeadModel"):
+        choose(tiny_gpt2, [(tiny_gpt2_adapter, 1.0)], replace(QUICK, max_kl=1.0), tmp_path / "plan.json")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

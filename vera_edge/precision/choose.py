@@ -18,10 +18,10 @@ from vera_edge.files import PARTIAL_MARK, output_error
 from vera_edge.merge import Prepared
 from vera_edge.plan import DENSE, SAME, Plan, Step
 from vera_edge.precision.choice import Choice
-from vera_edge.precision.codes import Rounded, heads_of, trained_model
+from vera_edge.precision.codes import Rounded, bytes_of, check_adapters, heads_of, trained_model
 from vera_edge.precision.replay import Replay, reference_logits
 from vera_edge.precision.request import CHECK_TOKENS, Request
-from vera_edge.precision.solver import Solver
+from vera_edge.precision.solver import Solver, finished
 from vera_edge.precision.trial import Trials
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import CodesFolder
@@ -46,6 +46,7 @@ def choose(
     merged = merge.prepare(base, adapters, SAME, None, projection_dtype)
     facts = (merged.checkpoint, merged.adapters, request.mode, SAME, None, merged.projections)
     ready = replace(merged, plan=plans.make(*facts))
+    check_adapters(ready)
     with _scratch(beside) as work:
         return _Search(ready, request, work, progress).run()
 
@@ -99,6 +100,10 @@ class _Search:
             store.folder.mkdir()
         rounded = Rounded(self.ready, steps, self.request.method, stores)
         calibration, sensitivity, check = self._windows()
+        trials = Trials(self.ready, self.request.target, self.work)
+        heads = heads_of(self.request.formats)
+        with self._timed("weighing"):
+            weighed = trials.weigh(finished(start, heads[0], self.request, self.ready), self.progress)
         model = trained_model(self.ready)
         with self._timed("calibration and rounding"):
             rounded.calibrate(model, calibration.tokens, self.progress)
@@ -106,11 +111,12 @@ class _Search:
             replay = Replay(
                 model, [module for group in rounded.groups for module in group], sensitivity.tokens
             )
-            units = rounded.units(model, replay, heads_of(self.request.formats), self.progress)
+            units = rounded.units(model, replay, heads, self.progress)
             reference = reference_logits(model, check.tokens)
         del model, replay
-        trials = Trials(self.ready, self.request.target, check.tokens, reference, self.work)
-        solver = Solver(self.request, start, rounded, units, trials, self.progress)
+        trials = replace(trials, windows=check.tokens, reference=reference)
+        fixed = float(weighed - bytes_of(units, start.weights, heads[0]))
+        solver = Solver(self.request, start, rounded, units, trials, self.progress, fixed)
         with self._timed("trials"):
             point = solver.solve()
         return solver.choice(point, self.seconds, self._notes(calibration, sensitivity, check))

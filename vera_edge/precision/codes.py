@@ -45,17 +45,21 @@ class Unit:
     options: Mapping[str, Option]
 
 
-def trained_model(ready: Prepared) -> Any:
-    """The model as trained as an ordinary float32 model: the deltas added to the weights.
-
-    Raises PlanError when the adapter brings whole tensors, whose place in an export isn't measured.
-    """
+def check_adapters(ready: Prepared) -> None:
+    """Raise PlanError when an adapter brings whole tensors, whose place in an export isn't measured."""
     for adapter, _ in ready.adapters:
         if adapter.modules_to_save:
             raise PlanError(
                 f"{adapter.path} replaces {sorted(adapter.modules_to_save)[0]} whole, which automatic "
                 "precision doesn't measure; choose formats yourself (--weights)"
             )
+
+
+def trained_model(ready: Prepared) -> Any:
+    """The model as trained as an ordinary float32 model: the deltas added to the weights.
+
+    Raises PlanError when transformers knows the checkpoint's layers by other names.
+    """
     model = load_dense(ready.checkpoint).eval()
     _check_names(model, ready)
     for module in {name for adapter, _ in ready.adapters for name in adapter.vectors}:
@@ -181,6 +185,15 @@ def _name(modules: Sequence[str]) -> str:
 def heads_of(formats: Sequence[str]) -> tuple[str, ...]:
     """What embeddings and head may be stored as beside linears of these formats."""
     return tuple(name for name in HEADS if name in formats) or ("fp32",)
+
+
+def bytes_of(units: Sequence[Unit], layers: str, head: str) -> int:
+    """Bytes of all units when every one has the same format; ends that can't become `head` stay float32."""
+    total = 0
+    for unit in units:
+        wanted = layers if unit.modules else head
+        total += unit.options[wanted if wanted in unit.options else "fp32"].size
+    return total
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from vera_edge.errors import PlanError
+from vera_edge.merge import Prepared
 from vera_edge.plan import SAME, Plan
 from vera_edge.precision.choice import Choice, FrontPoint, Trial
 from vera_edge.precision.codes import ENDS, Picked, Rounded, Unit
@@ -22,9 +23,15 @@ FIRST_FACTOR = 1.25
 ROUNDS = 6
 # A trial that leaves less than this of the limit unused is good enough.
 _UNUSED_KL, _UNUSED_SIZE = 0.1, 0.01
-# Bytes for each layer's nodes and its lines in the manifest, about.
-_BESIDE = 4096
 _SHOWN = 12
+
+
+def finished(plan: Plan, head: str, request: Request, ready: Prepared) -> Plan:
+    """`plan` with what an export needs to know beside the steps."""
+    options = {"base_digest": ready.checkpoint.digest, "head": head, "method": request.method}
+    if request.mode == "branch":
+        options["projections"] = "int8" if {"int4", "int8"} & set(request.formats) else "fp32"
+    return replace(plan, weights=SAME, options=options, others=SAME)
 
 
 @dataclass
@@ -37,15 +44,12 @@ class Solver:
     units: tuple[Unit, ...]
     trials: Trials
     progress: Progress
-    fixed: float = 0.0
+    fixed: float
     factor: float = FIRST_FACTOR
     tried: dict[int, Trial] = field(default_factory=dict)
     points: Front = field(init=False)
 
     def __post_init__(self) -> None:
-        # A start, and rather too little; the first trial shows what it really is.
-        tokenizer = self.rounded.ready.checkpoint.path / "tokenizer.json"
-        self.fixed = float(tokenizer.stat().st_size + _BESIDE * len(self.start.steps))
         self.points = front([tuple(unit.options.values()) for unit in self.units])
 
     def solve(self) -> int:
@@ -121,20 +125,14 @@ class Solver:
 
     def plan(self, point: int) -> Plan:
         """The plan of a point, with what an export needs to know beside the steps."""
-        formats, request = self._formats(point), self.request
+        formats = self._formats(point)
         steps = tuple(
             self.rounded.steps[formats[step.module]][step.module] if step.module in formats else step
             for step in self.start.steps
         )
-        options = {
-            "base_digest": self.rounded.ready.checkpoint.digest,
-            "head": self._picks(point)[ENDS],
-            "method": request.method,
-        }
-        if request.mode == "branch":
-            integers = {"int4", "int8"} & set(request.formats)
-            options["projections"] = "int8" if integers else "fp32"
-        return replace(self.start, weights=SAME, options=options, steps=steps, others=SAME)
+        return finished(
+            replace(self.start, steps=steps), self._picks(point)[ENDS], self.request, self.rounded.ready
+        )
 
     def choice(self, point: int, seconds: Mapping[str, float], notes: tuple[str, ...]) -> Choice:
         """Everything that is known about a point."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,12 +41,22 @@ class Trials:
 
     ready: Prepared
     target: str
-    windows: Sequence[Int64]
-    reference: Sequence[Float32]
     work: Path
+    windows: Sequence[Int64] = ()
+    reference: Sequence[Float32] = ()
+
+    def weigh(self, plan: Plan, progress: Progress) -> int:
+        """Bytes of all files of an export, which don't depend on how weights are rounded."""
+        with self._exported(plan, {}, progress) as out:
+            return _size(out)
 
     def measure(self, plan: Plan, codes: Mapping[str, Codes], progress: Progress) -> Measured:
         """Export and measure. Raises as the exporter does."""
+        with self._exported(plan, codes, progress) as out:
+            return Measured(_size(out), self._kl(out, progress))
+
+    @contextmanager
+    def _exported(self, plan: Plan, codes: Mapping[str, Codes], progress: Progress) -> Iterator[Path]:
         ready = self.ready
         with tempfile.TemporaryDirectory(prefix="trial-", dir=self.work) as folder:
             out = Path(folder) / "export"
@@ -54,8 +65,7 @@ class Trials:
                 *facts, options=stored_options(plan), progress=progress, requantized=codes
             )
             targets.find(self.target).export(request)
-            size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-            return Measured(size, self._kl(out, progress))
+            yield out
 
     def _kl(self, out: Path, progress: Progress) -> float:
         session, found = Session.open(out), []
@@ -64,3 +74,7 @@ class Trials:
             # The last position has no true token to be judged by.
             found.append(compare(logits[:-1], session.logits(tokens)[:-1], tokens[1:]).kl)
         return float(np.concatenate(found).mean())
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
