@@ -27,8 +27,10 @@ from vera_edge.cli.show import (
     refuse_beside_plan,
     weight_option,
 )
+from vera_edge.engine import Engine
 from vera_edge.formats import block_option
 from vera_edge.plan import Plan
+from vera_edge.precision import parse_size
 from vera_edge.weight_rounding import Rounding, merge_to_folder
 
 _SHOWN = 5
@@ -56,7 +58,15 @@ _SHOWN = 5
 @more_adapters_option
 @weight_option
 @projection_dtype_option
-@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, its bytes and about its time; write nothing.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes that merge at once.")
+@click.option(
+    "--max-memory", metavar="SIZE", help="What all of them together may take, like 2GB or 2GiB; see the docs."
+)
+@click.option(
+    "--engine", default="local", show_default=True, help="local, or ray: a cluster that shares the disk."
+)
+@click.option("--ray-address", metavar="ADDRESS", help="Of the Ray cluster; without one, this machine's.")
 @force_option
 @quiet_option
 @json_option
@@ -74,6 +84,10 @@ def merge(
     weight: float,
     projection_dtype: str | None,
     dry_run: bool,
+    workers: int,
+    max_memory: str | None,
+    engine: str,
+    ray_address: str | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -82,6 +96,8 @@ def merge(
 
     The output loads with transformers as any model does. A warning says when rounding drowned the adapter.
     """
+    where = Engine(engine, workers, ray_address)
+    resources = merging.Resources(where, None if max_memory is None else parse_size(max_memory))
     refuse_beside_plan("to", "block_size", "double_quant")
     made = None if plan_file is None else plans.read(plan_file)
     options = {block_option(to): block_size} if block_size is not None else {}
@@ -92,9 +108,10 @@ def merge(
             print_json(ready.plan.to_dict())
         else:
             out().print(_plan_table(ready.plan))
+            _show_estimate(merging.estimate(ready))
         return
-    with progress_bar(quiet or as_json) as progress:
-        report = merge_to_folder(ready, folder, Rounding(method, calibration), progress, force)
+    with progress_bar(quiet or as_json, in_bytes=("merging",)) as progress:
+        report = merge_to_folder(ready, folder, Rounding(method, calibration), progress, force, resources)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -109,6 +126,15 @@ def _plan_table(plan: Plan) -> Table:
         out_features, in_features = step.shape
         table.add_row(step.module, step.action, step.source, step.result, f"{out_features} x {in_features}")
     return table
+
+
+def _show_estimate(found: merging.Estimate) -> None:
+    table = Table("one process", "", box=SIMPLE_HEAD)
+    table.add_row("reads", f"{found.reads / 1e6:,.1f} MB, the base twice")
+    table.add_row("writes", f"{found.writes / 1e6:,.1f} MB")
+    table.add_row("memory", f"{found.memory / 1e6:,.0f} MB at most")
+    table.add_row("time", f"about {found.seconds:,.1f} s, and calibration where the method needs it")
+    out().print(table)
 
 
 def _show(report: merging.MergeReport) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,17 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
 
 from vera_edge import progress as progress_protocol
 
@@ -97,14 +107,34 @@ def refuse_beside_plan(*names: str) -> None:
             raise click.UsageError(f"the plan decides {parameter.opts[0]}; leave it out beside --plan")
 
 
+class _Speed(TransferSpeedColumn):
+    """Bytes per second, of what is counted in bytes."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self._names = names
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if task.description in self._names else Text()
+
+
 @contextmanager
-def progress_bar(quiet: bool = False) -> Iterator[progress_protocol.Progress]:
-    """A Progress drawn on stderr while the block runs; nothing when stderr isn't a terminal or `quiet`."""
+def progress_bar(quiet: bool = False, in_bytes: Collection[str] = ()) -> Iterator[progress_protocol.Progress]:
+    """A Progress drawn on stderr while the block runs; nothing when stderr isn't a terminal or `quiet`.
+
+    in_bytes: what is counted in bytes, and so shown with its speed.
+    """
     console = err()
     if quiet or not console.is_terminal:
         yield progress_protocol.silent
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        _Speed(in_bytes),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 

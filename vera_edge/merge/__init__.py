@@ -18,6 +18,8 @@ from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
 from vera_edge.files import check_output
 from vera_edge.formats import FORMATS
+from vera_edge.merge import costs
+from vera_edge.merge.costs import Estimate
 from vera_edge.merge.executor import check_plan, merged_weight, write
 from vera_edge.merge.measure import Survival
 from vera_edge.merge.memory import ONE_PROCESS, Resources
@@ -29,12 +31,14 @@ from vera_edge.requantize import Codes
 
 __all__ = [
     "ONE_PROCESS",
+    "Estimate",
     "LayerReport",
     "MergeReport",
     "Prepared",
     "Resources",
     "Survival",
     "check_plan",
+    "estimate",
     "merged_weight",
     "perform",
     "prepare",
@@ -82,6 +86,11 @@ def prepare(
     plan = made or plans.make(checkpoint, read, "merged", to, options, projections)
     notes = dict.fromkeys(note for one in found for note in (one.how, *one.notes))
     return Prepared(checkpoint, read, projections, plan, tuple(notes))
+
+
+def estimate(ready: Prepared) -> Estimate:
+    """What `perform` would read, write and take, rounding to nearest."""
+    return costs.estimate(ready.plan, ready.checkpoint, ready.adapters, ready.projections)
 
 
 def perform(
