@@ -90,7 +90,7 @@ def write_adapter(base: Path, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in sorted(adapted.named_parameters()):
             if "vera_lambda_b" in name:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=draw))
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
     adapted.save_pretrained(folder)
 
 
