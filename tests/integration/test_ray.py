@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from scripts.soak_merge import contents
+from tests import tiny
+from vera_edge import merge
 from vera_edge.engine import Engine
 from vera_edge.errors import PlanError
 
@@ -49,3 +52,22 @@ def test_a_killed_node_costs_time_and_nothing_else(cluster: Any, tmp_path: Path)
 def test_an_error_of_ours_passes_through(cluster: Any) -> None:
     with pytest.raises(PlanError, match="refused on a worker"):
         list(Engine("ray", address=cluster.address).map(refuse, [1]))
+
+
+def test_a_merge_on_a_cluster_that_loses_a_node(
+    cluster: Any, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """The bytes are those of one process here."""
+    ready = merge.prepare(tiny_llama.sharded, [(tiny_adapter, 1.0)], "nf4")
+    merge.perform(ready, tmp_path / "here")
+    nodes = [cluster.add_node(num_cpus=2)]
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done and nodes:
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+
+    on_ray = merge.Resources(Engine("ray", address=cluster.address), max_memory=2 << 30)
+    merge.perform(ready, tmp_path / "there", progress, resources=on_ray)
+    assert not nodes
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "there"}
