@@ -67,17 +67,24 @@ class Solver:
         return max(kept) if self.request.max_size is not None else min(kept)
 
     def _next(self, last: bool) -> int:
-        """What to try, by what is known; when the limit can't be kept, what comes nearest to it."""
-        request, points = self.request, self.points
-        if request.max_size is not None:
-            found = points.within_size(request.max_size - self.fixed)
-            return 0 if found is None or (last and not self._kept()) else found
-        assert request.max_kl is not None
-        found = points.within_loss(request.max_kl / self.factor)
-        return len(points) - 1 if found is None or (last and not self._kept()) else found
+        """What to try, by what is known; when the limit can't be kept, what comes nearest to it.
 
-    def _kept(self) -> bool:
-        return any(self._keeps(trial) for trial in self.tried.values())
+        A prediction that trials have proved wrong gives way to the middle of what they leave open.
+        """
+        request, points = self.request, self.points
+        kept = [point for point, trial in self.tried.items() if self._keeps(trial)]
+        broken = [point for point in self.tried if point not in kept]
+        if request.max_size is not None:
+            found, safest = points.within_size(request.max_size - self.fixed), 0
+            low, high = max(kept, default=-1), min(broken, default=len(points))
+        else:
+            assert request.max_kl is not None
+            found, safest = points.within_loss(request.max_kl / self.factor), len(points) - 1
+            low, high = max(broken, default=-1), min(kept, default=len(points))
+        if last and not kept:
+            return safest
+        point = safest if found is None else found
+        return point if low < point < high or not self.tried else max(0, (low + high) // 2)
 
     def _try(self, point: int) -> None:
         sizes, losses = self.points.sizes, self.points.losses
