@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge.device.bench import ratio_of_medians
+
 FIGURES = ("prefill", "decode")
 
 
@@ -86,16 +88,6 @@ def run_theirs(folder: Path, prompt: int, new: int, threads: int | None) -> dict
     return {"start": start, "prefill": prompt / prefill, "decode": (new - 1) / decode, "peak_mb": peak}
 
 
-def compare(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
-    """Ratio of medians and its 95 % bootstrap interval over rounds."""
-    pairs = np.array([ours, theirs])
-    draw = np.random.default_rng(0)
-    picks = draw.integers(0, pairs.shape[1], (2000, pairs.shape[1]))
-    ratios = np.median(pairs[0][picks], axis=1) / np.median(pairs[1][picks], axis=1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(np.median(pairs[0]) / np.median(pairs[1])), float(low), float(high)
-
-
 def main() -> None:
     """Run the rounds and print a table, or JSON."""
     parser = argparse.ArgumentParser(
@@ -124,7 +116,7 @@ def main() -> None:
         for who, rows in rounds.items()
     }
     ratios = {
-        key: compare([row[key] for row in rounds["ours"]], [row[key] for row in rounds["theirs"]])
+        key: ratio_of_medians([row[key] for row in rounds["ours"]], [row[key] for row in rounds["theirs"]])
         for key in FIGURES
     }
     if options.json:

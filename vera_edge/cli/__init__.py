@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "patch": ("vera_edge.cli.install:patch", "Write what takes a device from one bundle to another."),
     "golden": ("vera_edge.cli.golden:golden", "Put the reference's answers into a bundle, to validate by."),
     "validate": ("vera_edge.cli.validate:validate", "Hold a bundle to its limits on this device."),
+    "bench": ("vera_edge.cli.bench:bench", "Measure speed and memory of a bundle on this device."),
     "adapter": ("vera_edge.cli.adapter:adapter", "Pack, list and compare adapters; write one as LoRA."),
     "fetch": ("vera_edge.cli.fetch:fetch", "Bring a bundle over a slow link, only what is missing here."),
     "diff": ("vera_edge.cli.fetch:diff", "Say what changed from one bundle to another."),

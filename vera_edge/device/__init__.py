@@ -10,5 +10,6 @@ generate  streaming generation
 session   all of it behind one class: `Session.open(folder)`
 golden    what the reference answered, carried in the bundle
 validate  the golden vectors on this device: drift, determinism, swap, leaks
+bench     speed and memory over rounds (bench_round: one of them, in its own process; energy: RAPL)
 install   versions on the device, the `current` link, rollback
 """
