@@ -4,7 +4,7 @@
 
 All models are loaded at once and take turns, a round each, so that what else the machine does falls on all of
 them alike; a ratio is the median over rounds of two speeds of the same round. By default the model is the
-demo's; `--llama` takes a Llama with random weights (hidden 2048, 16 layers unless told, rank 256) and an int8 base.
+demo's; `--llama` takes a Llama with random weights (hidden 2048, 16 layers unless told, rank 256), int8 base.
 `--write` writes docs/decode-table.md.
 """
 
