@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from vera_edge import versions
 from vera_edge.drift import models, windows
 from vera_edge.drift.continuations import continue_both
 from vera_edge.drift.encoder_assess import assess_encoder
@@ -79,7 +79,7 @@ def assess_any(request: Request, progress: Progress = silent) -> DriftReport | E
             "that do; use --json or --junit"
         )
     return assess_encoder(
-        opened.trained, opened.candidate, opened.text, opened.tokenizer, _versions(), progress
+        opened.trained, opened.candidate, opened.text, opened.tokenizer, versions.installed(_TOOLS), progress
     )
 
 
@@ -126,7 +126,7 @@ def _assess_text(request: Request, opened: _Opened, progress: Progress) -> Drift
         worst=_worst(found, cut, opened.tokenizer),
         generations=samples,
         layers=by_layer,
-        tools=_versions(),
+        tools=versions.installed(_TOOLS),
     )
 
 
@@ -174,13 +174,3 @@ def _worst(found: Measurement, cut: Windows, tokenizer: Tokenizer) -> tuple[Wors
             )
         )
     return tuple(shown)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _TOOLS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

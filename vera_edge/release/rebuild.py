@@ -13,7 +13,9 @@ from vera_edge import bundle
 from vera_edge.errors import BundleError, MismatchError, VeraEdgeError
 from vera_edge.files import read_json, sha256_bytes
 from vera_edge.progress import Progress, silent
+from vera_edge.release import inputs as inputs_of
 from vera_edge.release import work
+from vera_edge.release.compose import EVIDENCE, RECIPE
 from vera_edge.release.job import Job
 from vera_edge.release.recipe import Recipe, RecipeFile
 
@@ -42,12 +44,12 @@ def rebuild(folder: Path, inputs: Path, progress: Progress = silent) -> Rebuilt:
     """
     old = bundle.verify(folder)
     recipe = _recipe(folder, inputs)
-    statement = read_json(folder / work.EVIDENCE / "provenance.json", BundleError)
+    statement = read_json(folder / EVIDENCE / "provenance.json", BundleError)
     with tempfile.TemporaryDirectory(prefix="vera-edge-rebuild-") as name:
         place = Path(name)
         adapter, variant = recipe.jobs[0]
         job = Job(recipe, adapter, variant, place / "out", place / "store")
-        work.check_inputs(job, _materials(statement, folder))
+        inputs_of.check(job, _materials(statement, folder))
         result = work.run(job, progress)
         if result.state in ("failed", "stopped"):
             raise VeraEdgeError(f"{folder} can't be made again: {result.message}")
@@ -63,7 +65,7 @@ def rebuild(folder: Path, inputs: Path, progress: Progress = silent) -> Rebuilt:
 
 
 def _recipe(folder: Path, inputs: Path) -> Recipe:
-    path = folder / work.EVIDENCE / work.RECIPE
+    path = folder / EVIDENCE / RECIPE
     if not path.is_file():
         raise BundleError(f"{folder} carries no recipe; only what `vera-edge release` made can be made again")
     try:

@@ -1,0 +1,79 @@
+"""What a bundle is made from: base, adapter and projections as read, and what determines its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import vera_edge
+from vera_edge import alignment, provenance, versions
+from vera_edge.adapter import Adapter
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.drift import windows
+from vera_edge.errors import MismatchError
+from vera_edge.projection import Projections
+from vera_edge.release.cache import Store
+from vera_edge.release.job import Job
+
+_TOOLS = (
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "peft",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+
+def tools() -> dict[str, str]:
+    """Versions of everything whose change may change a bundle's bytes."""
+    return {"vera-edge": vera_edge.__version__} | versions.installed(_TOOLS)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Base and adapter as read, and the facts that determine the export, as JSON."""
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    projections: Projections
+    base_digest: str
+    facts: dict[str, Any]
+
+
+def read(job: Job, store: Store) -> Inputs:
+    base_path = job.recipe.path(job.recipe.base(job.adapter.base).path)
+    checkpoint = Checkpoint.open(base_path)
+    adapter = alignment.read(job.recipe.path(job.adapter.path), checkpoint)
+    found = provenance.resolve(adapter, checkpoint, job.adapter.projection_dtype)
+    base_digest = store.folder_digest(base_path)
+    facts = {
+        "calibration": windows.read_text(calibration_text(job)).sha256,
+        "base": base_digest,
+        "adapter": adapter.digest,
+        "adapter_name": job.adapter.id,
+        "projections": found.projections.digest,
+        "variant": job.variant.model_dump(exclude={"id", "adapters", "calibration"}, exclude_none=True),
+        "tools": tools(),
+    }
+    return Inputs(checkpoint, adapter, found.projections, base_digest, facts)
+
+
+def calibration_text(job: Job) -> str:
+    """The text that weights are calibrated on, as `Rounding` takes it."""
+    text = job.variant.calibration
+    return text if text == windows.BUILT_IN else str(job.recipe.path(text))
+
+
+def check(job: Job, digests: Mapping[str, str]) -> None:
+    """Raise MismatchError unless base and adapter have these digests ("base" and "adapter")."""
+    inputs = read(job, Store(job.store))
+    for kind, found in (("base", inputs.base_digest), ("adapter", inputs.adapter.digest)):
+        if digests.get(kind) != found:
+            raise MismatchError(
+                f"the {kind} here isn't the one that {job.name} was made from; give its inputs"
+            )
