@@ -26,12 +26,13 @@ import numpy as np
 import numpy.typing as npt
 
 from scripts.prepare_demo import ROOT, Demo, prepare
-from vera_edge import adapter, provenance, reference, target
+from vera_edge import adapter, merge, provenance, reference, target
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.device.session import Session
 from vera_edge.drift import evaluate, windows
 from vera_edge.drift.models import folder_bytes
 from vera_edge.target import Runner
+from vera_edge.weight_rounding import Rounding, merge_to_folder
 
 PAGE = ROOT / "docs" / "drift-table.md"
 MARKS = ("<!-- drift-table: written by scripts/bench_drift -->", "<!-- end of drift-table -->")
@@ -43,6 +44,7 @@ EXPORTS = (
     ("int8 branch", "branch", "int8"),
     ("int4 branch", "branch", "int4"),
 )
+MERGED_NF4 = "nf4 merged back (vera-edge merge)"
 PEFT = "PEFT merge_and_unload into NF4"
 PROMPT = 'What does the Python reference say about "The "import" statement"?'
 SPOKEN = 64  # tokens generated to measure speed
@@ -68,12 +70,15 @@ class Remembered:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; `size` in bytes, None when it can't be written to disk."""
+    """One line of the table; `size` in bytes, None when it can't be written to disk.
+
+    `speed` in tokens per second, None where no runtime of ours runs it.
+    """
 
     name: str
     measured: evaluate.Measurement
     size: int | None
-    speed: float
+    speed: float | None
 
 
 def main() -> None:
@@ -109,9 +114,20 @@ def _rows(
         if not only or name in only:
             _say(f"{name}: exporting and measuring")
             folder = out / name.replace(" ", "-")
-            target.export(demo.base, [(demo.adapter, 1.0)], folder, mode=mode, weights=weights, force=True)
+            target.export(
+                demo.base,
+                [(demo.adapter, 1.0)],
+                folder,
+                mode=mode,
+                weights=weights,
+                force=True,
+                rounding=Rounding(text=str(demo.calibration_text)),
+            )
             session = Session.open(folder)
             yield Row(name, judge(session), folder_bytes(folder), _session_speed(session))
+    if not only or MERGED_NF4 in only:
+        _say(f"{MERGED_NF4}: merging and measuring")
+        yield _merged_row(demo, judge, out / "merged-nf4")
     if not only or PEFT in only:
         _say(f"{PEFT}: merging and measuring")
         yield _peft_row(demo, judge, out / "peft-nf4")
@@ -126,6 +142,14 @@ def _session_speed(session: Session) -> float:
             pass
         speeds.append(float(generation.summary()["tokens_per_second"]))
     return max(speeds)
+
+
+def _merged_row(demo: Demo, judge: Callable[[Runner], evaluate.Measurement], out: Path) -> Row:
+    """Merged back into NF4 with compensated rounding; a Hugging Face folder, measured on its exact values."""
+    ready = merge.prepare(demo.base, [(demo.adapter, 1.0)], "nf4")
+    merge_to_folder(ready, out, Rounding(text=str(demo.calibration_text)), force=True)
+    runner = reference.open_reference(Checkpoint.open(out))
+    return Row(MERGED_NF4, judge(runner), folder_bytes(out), None)
 
 
 def _peft_row(demo: Demo, judge: Callable[[Runner], evaluate.Measurement], out: Path) -> Row:
@@ -178,9 +202,10 @@ def render(rows: Iterable[Row], scored: int) -> str:
         assert effect is not None
         share = found.kl.mean.value / effect.kl.mean.value
         size = f"{row.size / 1e6:.0f}" if row.size is not None else "can't be saved"
+        speed = f"{row.speed:.0f}" if row.speed is not None else ""
         lines.append(
             f"| {row.name} | {found.kl.mean.value:.2g} | {share:.1%} | {found.same_top1.value:.1%} "
-            f"| {found.perplexity.value:.3f} | {size} | {row.speed:.0f} |"
+            f"| {found.perplexity.value:.3f} | {size} | {speed} |"
         )
     effect, found = rows[0].measured.effect, rows[0].measured.fidelity
     assert effect is not None
@@ -197,7 +222,9 @@ def _footnote(scored: int, perplexity: float) -> str:
         "SmolLM2-135M-Instruct in NF4 with a VeRA adapter of rank 256 on all seven linears; "
         f"{scored} tokens of held-out text. KL in nats, from the model as trained (NF4 base, exact values "
         f"in float32, adapter unmerged in PEFT; perplexity {perplexity:.3f}) to what is shipped; "
-        "*of the effect* divides it by the KL to the base without the adapter. Speed: greedy decoding on "
+        "*of the effect* divides it by the KL to the base without the adapter. 4-bit weights of ours are "
+        "rounded as the commands do by default, calibrated on text of the same kind that is in neither the "
+        "training nor the measured text. Speed: greedy decoding on "
         f"{os.cpu_count()} cores of {_processor()} (load {os.getloadavg()[0]:.1f}); PEFT's row runs "
         f"in torch. {packages}."
     )
