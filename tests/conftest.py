@@ -33,6 +33,7 @@ SHOWN = (
     "bitsandbytes",
 )
 
+ROOT = Path(__file__).resolve().parent.parent
 Cli = Callable[..., Result]
 CliProcess = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -85,6 +86,27 @@ def tiny_bundles(
 ) -> tiny_bundle.TinyBundles:
     """Bundles of the tiny Llama for the device; `.fp32`, `.int4`, `.branch`, `.rows` are their folders."""
     return tiny_bundle.TinyBundles(tiny_llama.fp32, tmp_path_factory.mktemp("tiny-bundles"))
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's wheel, built from the checkout as pip builds it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(ROOT)]
+    subprocess.run(command, check=True)
+    (built,) = folder.glob("vera_edge-*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The `bin` of an environment with the wheel and its plain dependencies, as on a device."""
+    folder = tmp_path_factory.mktemp("fresh") / "env"
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    constraints = str(ROOT / "constraints.txt")
+    install = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", str(wheel)]
+    subprocess.run([*install, "-c", constraints], check=True)
+    return folder / "bin"
 
 
 @pytest.fixture

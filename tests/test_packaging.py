@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import tomllib
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
-import pytest
-
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (ROOT / "vera_edge", ROOT / "exporters")
-
-
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's wheel, built from the checkout as pip builds it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(ROOT)]
-    subprocess.run(command, check=True)
-    (built,) = folder.glob("vera_edge-*.whl")
-    return built
-
-
-@pytest.fixture(scope="session")
-def fresh(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` of an environment with the wheel and its plain dependencies, as on a device."""
-    folder = tmp_path_factory.mktemp("fresh") / "env"
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    constraints = str(ROOT / "constraints.txt")
-    command = [
-        str(folder / "bin" / "python"),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        str(wheel),
-        "-c",
-        constraints,
-    ]
-    subprocess.run(command, check=True)
-    return folder / "bin"
 
 
 def files_in_the_checkout() -> set[str]:

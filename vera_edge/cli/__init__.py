@@ -53,6 +53,7 @@ EXTRAS = {
     "peft": "build",
     "pydantic": "release",
     "ray": "ray",
+    "threadpoolctl": "build",
     "torch": "build",
     "transformers": "build",
 }

@@ -1,0 +1,89 @@
+"""The device part where nothing else is installed: what it weighs, what it loads, and that it works."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests import tiny
+from tests.tiny_bundle import TinyBundles
+from vera_edge import bundle, target
+from vera_edge.device.session import Session
+
+LIMIT = 200e6  # bytes
+HEAVY = ("torch", "transformers", "peft", "onnx", "onnx_ir", "bitsandbytes", "onnxruntime_genai", "optimum")
+# What wheels bring, by distribution, without Python's own pip and setuptools and its compiled caches.
+WEIGHT = """
+import json
+from importlib.metadata import distributions
+found = {}
+for one in distributions():
+    if one.metadata["Name"] not in ("pip", "setuptools"):
+        paths = [one.locate_file(file) for file in one.files or () if not str(file).endswith(".pyc")]
+        found[one.metadata["Name"]] = sum(path.stat().st_size for path in paths if path.is_file())
+print(json.dumps(found))
+"""
+LOADED = """
+import json, sys
+import vera_edge.device.session
+print(json.dumps([vera_edge.__file__, sorted({name.split(".")[0] for name in sys.modules})]))
+"""
+
+
+def call(words: list[object], where: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command from a folder where the checkout can't be found."""
+    command = [str(word) for word in words]
+    return subprocess.run(command, cwd=where, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def weights(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    found: dict[str, int] = json.loads(
+        call([fresh / "python", "-c", WEIGHT], tmp_path_factory.mktemp("weights")).stdout
+    )
+    return found
+
+
+def test_it_weighs_under_200_megabytes(weights: dict[str, int]) -> None:
+    total = sum(weights.values())
+    assert {"vera-edge", "numpy", "onnxruntime", "tokenizers"} <= weights.keys()
+    assert 50e6 < total < LIMIT, sorted(weights.items(), key=lambda item: -item[1])
+
+
+def test_a_session_loads_nothing_heavy(fresh: Path, tmp_path: Path) -> None:
+    ran = call([fresh / "python", "-c", LOADED], tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    file, modules = json.loads(ran.stdout)
+    assert Path(file).is_relative_to(fresh.parent)  # the wheel's, not the checkout's
+    assert {"numpy", "onnxruntime", "tokenizers"} <= set(modules)
+    assert not set(modules) & set(HEAVY)
+
+
+def test_it_verifies_and_runs_a_bundle(fresh: Path, tiny_bundles: TinyBundles, tmp_path: Path) -> None:
+    vera_edge = fresh / "vera-edge"
+    shown = call([vera_edge, "verify", tiny_bundles.branch], tmp_path)
+    assert shown.returncode == 0 and bundle.read(tiny_bundles.branch).digest in shown.stdout, shown.stderr
+    for choice in ("first", "none"):
+        words = ["run", tiny_bundles.branch, "The adapter", "--raw", "--max-tokens", 12, "--adapter", choice]
+        ran = call([vera_edge, *words, "--json"], tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        session = Session.open(tiny_bundles.branch, None if choice == "none" else choice)
+        here = session.generate("The adapter", raw=True, max_tokens=12)
+        text = "".join(here)
+        found = json.loads(ran.stdout)
+        assert (found["text"], found["tokens"]) == (text, here.tokens) and here.tokens
+
+
+def test_it_draws_projections_from_the_seed(
+    fresh: Path, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    out, device = tmp_path / "out", tmp_path / "device"
+    options = {"origin": "seed"}
+    target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], out, mode="branch", weights="int8", options=options)
+    ran = call([fresh / "vera-edge", "install", out, device, "--json"], tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    installed = bundle.verify(device / "current", complete=True)
+    assert installed.generated and installed.digest == json.loads(ran.stdout)["digest"]
