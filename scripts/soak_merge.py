@@ -1,6 +1,6 @@
 """Kills a merge at random moments, again and again, and looks at what it leaves.
 
-    python scripts/soak_merge.py BASE ADAPTER [--kills 200] [--workers N] [--seed 0] [-- MERGE OPTIONS]
+    python scripts/soak_merge.py BASE ADAPTER [--kills 200] [--workers N] [--seed 0] [--to bf16]
 
 After each kill the target must be absent or whole, and the same command must go on and end with the bytes of
 a merge that nobody disturbed. A merge that a kill came too late for is begun anew.
@@ -42,7 +42,6 @@ class Merge:
         """Begin it, in a session of its own."""
         words = ["merge", str(self.base), str(self.adapter), "-o", str(self.folder / name), "--method", "rtn"]
         words += [*self.options, "--workers", str(workers or self.workers)]
-        # HF_HUB_OFFLINE and the like are inherited
         return subprocess.Popen([sys.executable, "-m", "vera_edge", *words], stdout=subprocess.DEVNULL)
 
 
@@ -81,15 +80,21 @@ def soak(merge: Merge, kills: int, seed: int = 0) -> Found:
         else:
             _run_and_kill(merge, rng.expovariate(1 / 0.01), found, _journaled(merge) + rng.randrange(1, 9))
         if merge.out.exists():
-            assert contents(merge.out) == whole, "the target is there and isn't whole"
+            _check(merge, whole, f"after kill {found.kills}, the target is there and isn't whole")
             stage.tidy(merge.out)
             shutil.rmtree(merge.out)
     found.resumed += _journaled(merge) > 0
     assert merge.start().wait() == 0, "the merge doesn't end after the last kill"
-    assert contents(merge.out) == whole, "the resumed merge has other bytes"
+    _check(merge, whole, "the resumed merge has other bytes")
     left = {path.name for path in merge.folder.iterdir()} - {"out", "whole", "warm"}
     found.strays, found.seconds = len(left), round(time.monotonic() - begun, 1)
     return found
+
+
+def _check(merge: Merge, whole: dict[str, bytes], what: str) -> None:
+    now = contents(merge.out)
+    wrong = sorted(name for name in now.keys() | whole.keys() if now.get(name) != whole.get(name))
+    assert not wrong, f"{what}: {', '.join(wrong)}"
 
 
 def _timed(merge: Merge, name: str) -> tuple[int, float]:
@@ -125,10 +130,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs="*", help="further options of vera-edge merge, after --")
+    parser.add_argument("--to", default="bf16", help="the format, as vera-edge merge has it")
     words = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-merge-") as folder:
-        merge = Merge(words.base, words.adapter, Path(folder), tuple(words.options), words.workers)
+        merge = Merge(words.base, words.adapter, Path(folder), ("--to", words.to), words.workers)
         print(json.dumps(asdict(soak(merge, words.kills, words.seed))))
 
 

@@ -137,9 +137,34 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(
     result = cli(*words)
     assert result.exit_code == 0
     assert "model.layers.1.mlp.down_proj" in result.stdout
+    assert "writes" in result.stdout
+    assert "time" in result.stdout
     plan = json.loads(cli(*words, "--json").stdout)
     assert {step["result"] for step in plan["steps"]} == {"bf16"}
     assert not list(tmp_path.iterdir())
+
+
+def test_where_it_runs_is_told_on_the_command_line(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, cli: Cli, tmp_path: Path
+) -> None:
+    words = ["merge", tiny_llama.nf4, tiny_adapter, "--to", "bf16"]
+    assert cli(*words, "-o", tmp_path / "one").exit_code == 0
+    more = ["--workers", "2", "--max-memory", "1GB"]
+    result = cli(*words, "-o", tmp_path / "two", *more)
+    assert result.exit_code == 0, result.stderr
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    for wrong, said in {
+        ("--max-memory", "30MB"): "--max-memory allows 30 MB, and model",
+        ("--max-memory", "much"): "isn't a size",
+        ("--workers", "0"): "0 workers can't work",
+        ("--engine", "dask"): "engine 'dask' isn't known",
+    }.items():
+        result = cli(*words, "-o", tmp_path / "three", *wrong)
+        assert result.exit_code == 2
+        assert said in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
 
 
 def test_weights_and_further_adapters(tiny_llama: tiny.TinyLlama, cli: Cli, tmp_path: Path) -> None:

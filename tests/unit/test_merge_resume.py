@@ -9,20 +9,27 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from scripts.soak_merge import Merge, contents, soak
 from tests import tiny
 from vera_edge import merge
+from vera_edge import plan as plans
+from vera_edge.adapter import Adapter, Vectors
+from vera_edge.checkpoint import Checkpoint
 from vera_edge.engine import Engine
 from vera_edge.errors import CheckpointError, OutputError, PlanError
-from vera_edge.merge import Resources, executor, stage, work
+from vera_edge.merge import Resources, executor, memory, stage, work
 from vera_edge.merge.cutting import cut
 from vera_edge.merge.journal import Done, Journal, line
 from vera_edge.merge.measure import Survival
 from vera_edge.merge.report import LayerReport
+from vera_edge.projection import ProjectionSpec, regenerate
 
 TWO = Resources(Engine(workers=2))
 
@@ -147,6 +154,21 @@ def test_a_journal_whose_end_is_torn(
     units_done.clear()
     merge.perform(ready, out, resources=merge.ONE_PROCESS)
     assert len(units_done) > 0
+    assert contents(out) == expected
+
+
+def test_half_written_side_files_do_not_stay(
+    ready: merge.Prepared, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A kill in the middle of an atomic write leaves its temporary file."""
+    out = tmp_path / "out"
+    stop_after(ready, out, 5)
+    (files,) = (path for path in stage.folder_of(out).iterdir() if path.is_dir())
+    (files / ".README.md.partial-k3x").write_text("# my")
+    (files / "1_Pooling").mkdir()
+    (files / "1_Pooling" / "config.json").write_text("{")
+    (files / "config.json").write_text("{")
+    merge.perform(ready, out)
     assert contents(out) == expected
 
 
@@ -286,6 +308,33 @@ class TestMemory:
         with pytest.raises(PlanError, match=r"--max-memory allows 20 MB, and \S+ alone takes"):
             merge.perform(ready, tmp_path / "out", resources=Resources(Engine(), 20_000_000))
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        "to", ["same", "fp32", "bf16", "nf4", "fp4", "int8", "gptq", "gptq8", "awq", "w4a16", "w8a8", "fp8"]
+    )
+    def test_no_unit_takes_more_than_its_estimate(self, tmp_path: Path, to: str) -> None:
+        rng = np.random.default_rng(1)
+        weight = rng.standard_normal((1024, 1024)).astype(np.float32)
+        save_file({"layers.0.fc.weight": weight}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text('{"model_type": "made"}')
+        checkpoint = Checkpoint.open(tmp_path)
+        vectors = Vectors(weight[0], weight[1, :64].copy())
+        adapter = Adapter(tmp_path, "a", None, 64, 7, {"layers.0.fc": vectors}, None, {}, {}, {}, None, "0")
+        projections = regenerate(ProjectionSpec(3, 64, 1024, 1024))
+        pairs = ((adapter, 1.0),)
+        plan = plans.make(checkpoint, pairs, weights=to, projections=projections)
+        job = work.Job("key", plan, checkpoint, pairs, projections, {}, tmp_path / "out", 1 << 30)
+        (tmp_path / "out").mkdir()
+        job.shards.create()
+        (unit,) = job.units
+        tracemalloc.start()
+        try:
+            done = work.do_unit(job, 0)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert work.is_there(job, done)
+        assert peak < memory.unit_peak(job, unit)
 
 
 class TestJournal:

@@ -112,6 +112,7 @@ def check_plan(
 def _write_tensors(
     job: Job, stage: Stage, engine: Engine, workers: int | None, progress: Progress
 ) -> tuple[LayerReport, ...]:
+    _keep_only_shards(job, stage)
     _check_space(job, stage)
     with ShardWriter(job.shards) as writer:
         done = _take_up(job, stage, progress)
@@ -128,6 +129,14 @@ def _write_tensors(
                 writer.claim(name)
     layers = [one.layer for one in done.values() if one.layer is not None]
     return tuple(sorted(layers, key=lambda layer: layer.module))
+
+
+def _keep_only_shards(job: Job, stage: Stage) -> None:
+    """Remove what a run that was killed near its end left beside the shards, half-written files among it."""
+    shards = set(job.shards.files.values())
+    for path in stage.files.iterdir():
+        if path.name not in shards:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _check_space(job: Job, stage: Stage) -> None:

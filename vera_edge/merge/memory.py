@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vera_edge import formats
 from vera_edge.engine import Engine
 from vera_edge.errors import PlanError
 from vera_edge.merge.units import Copy, Linear, Unit
@@ -43,8 +44,10 @@ def unit_peak(job: Job, unit: Unit) -> int:
         values = math.prod(unit.step.shape)
         spec = job.projections.spec
         scaled = 4 * spec.rank * sum(unit.step.shape) if unit.step.action == "merge" else 0
+        if hasattr(formats.get(unit.step.result), "pack"):
+            scaled += 6 * values  # AWQ, the hungriest: codes, in the order it packs them, and what they mean
         if unit.step.module in job.requantized:
-            scaled += 2 * values  # codes, and the same in the order that the format packs them
+            scaled += 2 * values
     return sum(sizes) + 4 * values + 2 * result + scaled + _PIECES
 
 

@@ -1,0 +1,274 @@
+"""What a merge costs in time, processor, memory and bytes, beside PEFT's and beside what the machine allows.
+
+    nice -n 5 python scripts/bench_merge.py [--size tiny|0.14b|0.5b|1.5b|7b] [--source nf4] [--source bf16]
+        [--rank 256] [--workers 1] [--workers 2] [--without-peft] [--folder DIR] [--json]
+
+The base is a Llama of that size with random weights, in shards, made by code; the adapter a VeRA adapter on
+all of its linears. Each row runs in a process of its own, to the base's own format, rounded to nearest. PEFT
+loads the model, merges in its weights and saves it where it can. The limits: the output's bytes copied and
+flushed, and the products B A alone, on one thread and on all.
+
+`wall` is from a process's start to its end, `seconds` without the interpreter's start. `read` and `written`
+are what was asked of the system, which may have had it in memory. Linux only (/proc).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from vera_edge.files import canonical_json
+from vera_edge.requantize.gram import one_blas_thread
+from vera_edge.shards import Shards, ShardWriter
+from vera_edge.tensors import Float32, RawTensor, float32_to_bf16
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHARD_BYTES = 500_000_000
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama, of the proportions that SmolLM2 (0.14b) and Qwen2.5 (from 0.5b) have."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool = True
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of a layer's linears, by their name in it."""
+        narrow, wide, inner = self.hidden // self.heads * self.kv_heads, self.hidden, self.inner
+        attention = {"q_proj": (wide, wide), "k_proj": (narrow, wide), "v_proj": (narrow, wide)}
+        attention["o_proj"] = (wide, wide)
+        mlp = {"gate_proj": (inner, wide), "up_proj": (inner, wide), "down_proj": (wide, inner)}
+        return {f"self_attn.{n}": s for n, s in attention.items()} | {f"mlp.{n}": s for n, s in mlp.items()}
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear, by module."""
+        numbers = range(self.layers)
+        return {f"model.layers.{n}.{name}": shape for n in numbers for name, shape in self.shapes().items()}
+
+
+SIZES = {
+    "tiny": Size(256, 512, 2, 4, 2, 1000),
+    "0.14b": Size(576, 1536, 30, 9, 3, 49_152),
+    "0.5b": Size(896, 4864, 24, 14, 2, 151_936),
+    "1.5b": Size(1536, 8960, 28, 12, 2, 151_936),
+    "7b": Size(3584, 18_944, 28, 28, 4, 152_064, tied=False),
+}
+
+
+def make_base(size: Size, folder: Path) -> None:
+    """Write the bf16 base, sharded; one tensor in memory."""
+    folder.mkdir(parents=True)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size.vocabulary, size.hidden)}
+    shapes |= {f"{module}.weight": shape for module, shape in size.linears().items()}
+    for number in range(size.layers):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{number}.{name}.weight"] = (size.hidden,)
+    shapes["model.norm.weight"] = (size.hidden,)
+    if not size.tied:
+        shapes["lm_head.weight"] = (size.vocabulary, size.hidden)
+    pool = (np.random.default_rng(0).standard_normal(1 << 22) * 0.02).astype(np.float32)
+    with ShardWriter(Shards(folder, {n: ("BF16", s) for n, s in shapes.items()}, SHARD_BYTES)) as writer:
+        for number, (name, shape) in enumerate(shapes.items()):
+            values = np.resize(np.roll(pool, 9973 * number), shape) + np.float32("norm" in name)
+            writer.write(name, RawTensor.of(float32_to_bf16(values), "BF16"))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "hidden_size": size.hidden,
+        "intermediate_size": size.inner,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "vocab_size": size.vocabulary,
+        "tie_word_embeddings": size.tied,
+    }
+    (folder / "config.json").write_bytes(canonical_json(config))
+
+
+def make_adapter(size: Size, rank: int, base: Path, folder: Path) -> None:
+    """Write a VeRA adapter as PEFT does, with random vectors."""
+    from peft import VeraConfig
+
+    rng = np.random.default_rng(1)
+    tensors: dict[str, Float32] = {}
+    for module, (out, _) in size.linears().items():
+        tensors[f"base_model.model.{module}.vera_lambda_b"] = (rng.standard_normal(out) * 0.1).astype(
+            np.float32
+        )
+        tensors[f"base_model.model.{module}.vera_lambda_d"] = np.full(rank, 0.1, np.float32)
+    settings = VeraConfig(
+        r=rank,
+        projection_prng_key=3,
+        target_modules=list(LINEARS),
+        save_projection=False,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base),
+        inference_mode=True,
+    )
+    settings.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+# What the measured processes run; each prints its own account when it is done.
+ACCOUNT = """
+import json, os, resource, sys, time
+begun = time.perf_counter()
+facts = {}
+"""
+REPORT = """
+usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+status = dict(line.split(':', 1) for line in open('/proc/self/status').read().splitlines())
+io = dict(line.split(': ') for line in open('/proc/self/io').read().splitlines())
+facts |= {
+    'seconds': time.perf_counter() - begun,
+    'cpu': sum(u.ru_utime + u.ru_stime for u in usage),
+    'peak': int(status['VmHWM'].split()[0]) * 1024,
+    'peak_of_a_worker': usage[1].ru_maxrss * 1024,
+    'read': int(io['rchar']), 'written': int(io['wchar']),
+}
+print(json.dumps(facts))
+"""
+OURS = """
+from pathlib import Path
+from vera_edge import merge
+from vera_edge.engine import Engine
+if __name__ == '__main__':
+    base, adapter, out = map(Path, sys.argv[1:4])
+    where = merge.Resources(Engine(workers=int(sys.argv[4])))
+    merge.to_folder(base, [(adapter, 1.0)], out, resources=where)
+"""
+PEFT = """
+import warnings; warnings.filterwarnings('ignore')
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+base, adapter, out = sys.argv[1:4]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, device_map='cpu')
+facts['loaded'] = time.perf_counter() - begun
+model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+facts['merged'] = time.perf_counter() - begun
+try:
+    model.save_pretrained(out)
+except NotImplementedError as error:
+    facts['save'] = 'NotImplementedError'
+"""
+
+
+def run(code: str, *words: object) -> dict[str, Any]:
+    """The account of a process of its own, by wall clock from its start."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "measured.py"
+        guard = "if __name__ == '__main__':\n" + "".join(f"    {row}\n" for row in REPORT.splitlines())
+        script.write_text(ACCOUNT + code + guard)
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        begun = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, script, *map(str, words)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return told | {"wall": time.perf_counter() - begun}
+
+
+def copy_limit(source: Path, target: Path) -> float:
+    """Seconds to copy a folder's files and flush them."""
+    begun = time.perf_counter()
+    target.mkdir()
+    for file in source.iterdir():
+        shutil.copyfile(file, target / file.name)
+        with (target / file.name).open("rb+") as stream:
+            os.fsync(stream.fileno())
+    took = time.perf_counter() - begun
+    shutil.rmtree(target)
+    return took
+
+
+def product_limit(size: Size, rank: int) -> float:
+    """Seconds for the products B A of all linears."""
+    rng = np.random.default_rng(2)
+    pairs = {
+        shape: (
+            rng.standard_normal((shape[0], rank), np.float32),
+            rng.standard_normal((rank, shape[1]), np.float32),
+        )
+        for shape in set(size.linears().values())
+    }
+    outs = {shape: np.empty(shape, np.float32) for shape in pairs}
+    begun = time.perf_counter()
+    for shape in size.linears().values():
+        np.matmul(*pairs[shape], out=outs[shape])
+    return time.perf_counter() - begun
+
+
+def bench(words: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows, one measured thing each."""
+    size, adapter, dense = SIZES[words.size], folder / "adapter", folder / "bf16"
+    make_base(size, dense)
+    make_adapter(size, words.rank, dense, adapter)
+    yield {"what": "products, all threads", "wall": product_limit(size, words.rank)}
+    with one_blas_thread():
+        yield {"what": "products, one thread", "wall": product_limit(size, words.rank)}
+    for source in words.source or ["nf4", "bf16"]:
+        base = folder / source
+        if source == "nf4":
+            from vera_edge import merge
+
+            merge.to_folder(dense, [(adapter, 0.0)], base, "nf4", {"double_quant": True})
+        for workers in words.workers or [1, 2]:
+            out = folder / "ours"
+            yield {"what": f"vera-edge, {source}, workers {workers}"} | run(OURS, base, adapter, out, workers)
+            if workers == (words.workers or [1, 2])[-1]:
+                yield {"what": f"copy of the output, {source}", "wall": copy_limit(out, folder / "copy")}
+            shutil.rmtree(out)
+        if not words.without_peft:
+            yield {"what": f"PEFT, {source}"} | run(PEFT, base, adapter, folder / "peft")
+            shutil.rmtree(folder / "peft", ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--size", choices=SIZES, default="0.5b")
+    parser.add_argument("--source", action="append", choices=["nf4", "bf16"])
+    parser.add_argument("--rank", type=int, default=256)
+    parser.add_argument("--workers", type=int, action="append")
+    parser.add_argument("--without-peft", action="store_true")
+    parser.add_argument(
+        "--folder", type=Path, help="where the models are made; they take up to 5 times the base"
+    )
+    parser.add_argument("--json", action="store_true")
+    words = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=words.folder) as folder:
+        for row in bench(words, Path(folder)):
+            load = os.getloadavg()[0]
+            if words.json:
+                print(json.dumps({**row, "load": load}), flush=True)
+            else:
+                facts = ", ".join(f"{key} {value}" for key, value in row.items() if key != "what")
+                print(f"{row['what']}: {facts} (load {load:.1f})", flush=True)
+
+
+if __name__ == "__main__":
+    main()
