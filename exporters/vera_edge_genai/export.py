@@ -122,13 +122,19 @@ def _is_partial(site: sites.Site, adapted: Mapping[str, int]) -> bool:
     return len({part.module in adapted for part in site.parts}) > 1
 
 
+def _is_adapted(site: sites.Site, adapted: Mapping[str, int]) -> bool:
+    return any(part.module in adapted for part in site.parts)
+
+
 def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...]) -> dict[str, Range]:
     """Store each weight as the plan says and add the side-branches; returns which bytes are shared."""
     weaver, plan, kind = Weaver(model), request.plan, weights.kind(request.plan)
+    adapted = adapters.sizes(request) if plan.mode == "branch" else {}
     ends = head.find(model)
+    if ends is not None and any(site.node is ends.head and _is_adapted(site, adapted) for site in found):
+        ends = None  # a head with a side-branch is a linear like any other
     inner = tuple(site for site in found if ends is None or site.node is not ends.head)
     bases = weights.stored(request, inner)
-    adapted = adapters.sizes(request) if plan.mode == "branch" else {}
     if kind == "fp16":
         for site in inner:
             weaver.narrow_weight(site.node)

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from vera_edge import packing
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.target import ExportRequest
+from vera_edge.tensors import FLOATS, RawTensor
 
 
 def check(request: ExportRequest) -> None:
-    """Raise TargetError when a side-branch can't carry all that an adapter trained."""
+    """Raise TargetError when a side-branch can't carry all that an adapter trained.
+
+    PEFT saves the weight of an output head beside its vectors; a copy of the base's changes nothing.
+    """
     for adapter, _ in request.adapters if request.plan.mode == "branch" else ():
-        if more := sorted([*adapter.biases, *adapter.modules_to_save]):
+        trained = {
+            name for name, saved in adapter.modules_to_save.items() if not _is_base(request, name, saved)
+        }
+        if more := sorted([*adapter.biases, *trained]):
             raise TargetError(
                 f"{adapter.path} also trained {more[0]}, which a side-branch doesn't carry; use --mode merged"
             )
+
+
+def _is_base(request: ExportRequest, name: str, saved: RawTensor) -> bool:
+    tensors = request.checkpoint.tensors
+    if name not in tensors or tensors[name].dtype not in FLOATS or saved.dtype not in FLOATS:
+        return False
+    return np.array_equal(tensors.float32(name), saved.float32())
 
 
 def sizes(request: ExportRequest) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tests import exported, tiny
 from vera_edge import bundle, target
@@ -310,6 +310,7 @@ FAMILIES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "phi3": ("Phi3", ["qkv_proj", "gate_up_proj"], {"original_max_position_embeddings": 256}),
     "gemma2": ("Gemma2", list(tiny.LLAMA_LINEARS), {"head_dim": 16, "query_pre_attn_scalar": 16}),
     "smollm3": ("SmolLM3", list(tiny.LLAMA_LINEARS), {}),
+    "llama with an adapted head": ("Llama", ["q_proj", "k_proj", "v_proj", "lm_head"], {}),
 }
 
 
@@ -342,7 +343,9 @@ def test_families(family: str, tmp_path: Path) -> None:
     adapter = tiny.make_adapter(base, tmp_path / "adapter", targets=targets)
     result = target.export(base, [(adapter, 1.0)], tmp_path / "out", mode="branch")
     found = exported.logits(result.folder, ids, result.adapters["default"])
-    assert exported.error(found, exported.peft_logits(base, adapter, ids)) < 1e-5
+    truth = exported.peft_logits(base, adapter, ids)
+    assert exported.error(found, truth) < 1e-5
+    assert exported.error(exported.logits(result.folder, ids), truth) > 0.01
 
 
 def refused(
@@ -390,8 +393,6 @@ def test_refusals_leave_nothing_behind(
 
 
 def test_an_encoder_is_refused(tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
     base = tmp_path / "base"
     base.mkdir()
     save_file(load_file(tiny_llama.fp32 / "model.safetensors"), base / "model.safetensors")
@@ -404,4 +405,7 @@ def test_an_encoder_is_refused(tiny_llama: tiny.TinyLlama, float_adapter: Path, 
 
 def test_what_a_branch_cannot_carry(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
     adapter = tiny.make_adapter(tiny_llama.fp32, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    stored = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in stored if "embed_tokens" in name)
+    save_file(stored | {name: stored[name] + 1}, adapter / "adapter_model.safetensors")
     refused(TargetError, "embed_tokens", tmp_path / "out", tiny_llama.fp32, [(adapter, 1.0)], mode="branch")
