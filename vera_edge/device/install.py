@@ -4,9 +4,8 @@
     DST/current -> versions/000002-...   the one that runs; where links can't be made, a file with the name
 
 Nothing else is kept: the last good version is the highest number below the current one. Every change is
-staged beside its place, flushed to the disk and renamed, and the link is replaced last, so that a power loss
-at any moment leaves the old version or the new one. Projections that a bundle ships only as their seed are
-drawn while it is staged.
+staged beside its place, flushed, renamed, and the link is replaced last: a power loss leaves the old version
+or the new one. Standard library only, and numpy where projections are drawn from the seed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from typing import BinaryIO
 
 from vera_edge import bundle
 from vera_edge.bundle import Manifest
-from vera_edge.device import projections
 from vera_edge.errors import BundleError, OutputError
 from vera_edge.files import PARTIAL_MARK, fsync_folder, output_error, staged_folder, write_atomic
 from vera_edge.progress import Progress, silent
@@ -195,7 +193,10 @@ def _stage(
             else:
                 _copy(path, stage / name, progress)
         _copy_seals(manifest.folder, stage)
-        projections.write(manifest, stage, progress)
+        if manifest.generated:
+            from vera_edge.device import projections
+
+            projections.write(manifest, stage, progress)
         if bundle.verify(stage, progress=progress, complete=True).digest != manifest.digest:
             raise BundleError(f"{manifest.folder} changed while it was installed; install it again")
         if accept is not None:
