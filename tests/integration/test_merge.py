@@ -91,7 +91,7 @@ def test_the_float32_merge_takes_the_memory_of_a_tensor(merged_fp32: tuple[Path,
     """The embedding alone is 113 MB; the output 538 MB. Python, numpy and the projections come on top."""
     out, told = merged_fp32
     assert (out / "model.safetensors").stat().st_size > 538e6
-    assert told["peak"] < 400e6
+    assert told["peak"] < 0.85 * 538e6
     assert told["torch"] is False
     assert told["merged_layers"] == 210
     assert told["total"]["retained"] == pytest.approx(1.0)
