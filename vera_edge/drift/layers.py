@@ -2,7 +2,7 @@
 
 Errors of weights cost nothing to find. What they do at a layer's output is measured on a few windows of the
 text, and which layer causes the drift by taking one layer at a time from the artefact, all others as trained.
-That is one forward pass a layer: 210 of them for SmolLM2, about two minutes on two idle cores.
+That is two forward passes of 128 tokens a layer, and SmolLM2 has 210 layers.
 """
 
 from __future__ import annotations
