@@ -25,7 +25,8 @@ from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
 # What embeddings and head are stored as, by the linears' format: the fidelity formats keep them exact.
-_HEADS = {"fp32": "fp32", "fp16": "fp16", "nf4": "fp32", "fp4": "fp32", "int8": "int8", "int4": "int4"}
+# Rounded to 4 bits they cost SmolLM2 two thirds of int4's whole drift (mean KL 0.15 against 0.05) for 13 MB.
+_HEADS = {"fp32": "fp32", "fp16": "fp16", "nf4": "fp32", "fp4": "fp32", "int8": "int8", "int4": "int8"}
 # And the projections of a side-branch: their error reaches the output only through the delta.
 _PROJECTIONS = {"fp32": "fp32", "fp16": "fp16", "nf4": "fp32", "fp4": "fp32", "int8": "int8", "int4": "int8"}
 
