@@ -14,30 +14,20 @@ from vera_edge.cli.show import (
     force_option,
     json_option,
     method_option,
+    more_adapters_option,
     out,
     plan_option,
     print_json,
     progress_bar,
+    projection_dtype_option,
     quiet_option,
     refuse_beside_plan,
+    weight_option,
 )
 from vera_edge.weight_rounding import Rounding
 
 WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "nf4", "fp4")
 STORED = ("fp32", "fp16", "int8", "int4")
-
-
-def _weighted(
-    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
-) -> list[tuple[Path, float]]:
-    found = []
-    for value in values:
-        path, _, weight = value.rpartition("=")
-        try:
-            found.append((Path(path), float(weight)) if path else (Path(value), 1.0))
-        except ValueError:
-            found.append((Path(value), 1.0))
-    return found
 
 
 @click.command()
@@ -60,10 +50,8 @@ def _weighted(
     show_default=True,
     help="How the linear layers are stored; same: as the base stores them.",
 )
-@click.option(
-    "--adapter", "more", multiple=True, callback=_weighted, help="A further adapter, PATH or PATH=0.3."
-)
-@click.option("--weight", type=float, default=1.0, help="What scales ADAPTER's delta.")
+@more_adapters_option
+@weight_option
 @click.option("--head", type=click.Choice(STORED), help="How embeddings and output head are stored.")
 @click.option("--projections-dtype", type=click.Choice(STORED), help="How a branch stores A and B.")
 @click.option(
@@ -72,7 +60,7 @@ def _weighted(
     type=click.Choice(["baked", "seed"]),
     help="Branch: A and B in the files (baked, the default), or drawn from the seed on the device.",
 )
-@click.option("--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16.")
+@projection_dtype_option
 @plan_option
 @method_option
 @calibration_option
