@@ -242,7 +242,8 @@ def test_the_folder_is_laid_out_as_runtimes_expect(make: Make) -> None:
 
 
 def test_genai_generates_and_swaps(make: Make, tiny_llama: tiny.TinyLlama, float_adapter: Path) -> None:
-    og = pytest.importorskip("onnxruntime_genai")
+    import onnxruntime_genai as og
+
     out = make("branch", "fp32")
     model = og.Model(str(out))
     adapters = og.Adapters(model)
