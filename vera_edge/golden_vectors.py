@@ -5,14 +5,15 @@ The device part only reads and compares them; this is where they are made, with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vera_edge import alignment, bundle, provenance
 from vera_edge.bundle import Manifest
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.device import golden
+from vera_edge.device import golden, golden_encoder
 from vera_edge.device.chat import Text
+from vera_edge.device.encoder import CLASSES, Encoder
 from vera_edge.device.golden import PROMPTS, Reference
 from vera_edge.errors import BundleError, DataError, MismatchError, PlanError
 from vera_edge.files import read_json
@@ -35,9 +36,7 @@ def attach(
     is there. Raises MismatchError when the bundle has no adapter of that name.
     """
     manifest = bundle.verify(folder, progress=progress)
-    known: set[str | None] = {None} | (set(manifest.adapters) if manifest.mode == "branch" else set())
-    if strange := [name for name in references if name not in known]:
-        raise MismatchError(f"{folder} has no adapter {strange[0]!r} to make golden vectors for")
+    _check_names(manifest, references)
     config = read_json(folder / "genai_config.json", BundleError)
     ends = config.get("model", {}).get("eos_token_id", [])
     made = golden.make(
@@ -49,9 +48,33 @@ def attach(
         new_tokens,
         progress=progress,
     )
-    name = golden.write(folder, made)
+    return _list(manifest, golden.write(folder, made), limits, progress)
+
+
+def attach_to_encoder(
+    folder: Path,
+    references: Mapping[str | None, golden_encoder.Reference],
+    reference: str,
+    limits: Mapping[str, float] | None = None,
+    texts: Sequence[str] = golden_encoder.TEXTS,
+    progress: Progress = silent,
+) -> Manifest:
+    """The same for the bundle of an encoder."""
+    encoder = Encoder.open(folder, None if bundle.read(folder).mode == "branch" else "default")
+    _check_names(encoder.manifest, references)
+    cases = golden_encoder.make(references, encoder, texts, progress)
+    return _list(encoder.manifest, golden_encoder.write(folder, cases, reference), limits, progress)
+
+
+def _check_names(manifest: Manifest, references: Iterable[str | None]) -> None:
+    known: set[str | None] = {None} | (set(manifest.adapters) if manifest.mode == "branch" else set())
+    if strange := [name for name in references if name not in known]:
+        raise MismatchError(f"{manifest.folder} has no adapter {strange[0]!r} to make golden vectors for")
+
+
+def _list(manifest: Manifest, name: str, limits: Mapping[str, float] | None, progress: Progress) -> Manifest:
     bound = manifest.limits if limits is None else limits
-    return bundle.write(folder, bundle.change(manifest, golden=name, limits=bound), progress)
+    return bundle.write(manifest.folder, bundle.change(manifest, golden=name, limits=bound), progress)
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -70,14 +93,15 @@ def ask(
     base: Path,
     adapter_paths: Sequence[tuple[Path, float]],
     limits: Mapping[str, float] | None = None,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] | None = None,
     projection_dtype: str | None = None,
     progress: Progress = silent,
 ) -> Manifest:
     """Open the model as trained from `base` and `adapter_paths` and `attach` what it says to `folder`.
 
-    One adapter of a branch bundle at a time, or all that were merged, each with its weight. Raises
-    MismatchError when the bundle was made of another base or another adapter.
+    prompts: or the texts of an encoder; None takes the built-in ones. One adapter of a branch bundle at a
+    time, or all that were merged, each with its weight. Raises MismatchError when the bundle was made of
+    another base or another adapter.
     """
     from vera_edge.reference import open_reference
 
@@ -98,9 +122,15 @@ def ask(
     if not read or (branch and len(read) > 1) or (not branch and len(read) != len(names)):
         raise PlanError(f"name {'one adapter' if branch else 'every merged adapter'} of {folder}")
     resolved = provenance.resolve(read[0][0], checkpoint, projection_dtype)
-    trained = open_reference(checkpoint, read, resolved.projections)
-    references: dict[str | None, Reference] = {None: trained}
-    if branch:
-        references = {None: trained.adapter_off(), names[read[0][0].digest]: trained}
     what = "the base's exact values in float32 with the adapter unmerged, in torch"
-    return attach(folder, references, what, limits, prompts, progress=progress)
+    views: dict[str | None, bool] = {None: False, names[read[0][0].digest]: True} if branch else {None: True}
+    if manifest.kind == "encoder":
+        classes = Encoder.open(folder).gives == CLASSES
+        task = "AutoModelForSequenceClassification" if classes else "AutoModel"
+        trained = open_reference(checkpoint, read, resolved.projections, task)
+        asked = {name: trained if on else trained.adapter_off() for name, on in views.items()}
+        calls = {name: one.classify if classes else one.hidden for name, one in asked.items()}
+        return attach_to_encoder(folder, calls, what, limits, prompts or golden_encoder.TEXTS, progress)
+    trained = open_reference(checkpoint, read, resolved.projections)
+    references = {name: trained if on else trained.adapter_off() for name, on in views.items()}
+    return attach(folder, references, what, limits, prompts or PROMPTS, progress=progress)

@@ -60,12 +60,17 @@ class Reference:
             result: Float32 = found[0].float().numpy()
             return result
 
-    def embed(self, tokens: Int64) -> Float32:
-        """An encoder's embedding (d,) float32: the mean of its last hidden states over the tokens."""
+    def hidden(self, tokens: Int64) -> Float32:
+        """An encoder's last hidden states (n, d) float32."""
         with self._running():
             found = self.model(input_ids=torch.from_numpy(tokens[None])).last_hidden_state
-            result: Float32 = found[0].float().mean(dim=0).numpy()
+            result: Float32 = found[0].float().numpy()
             return result
+
+    def embed(self, tokens: Int64) -> Float32:
+        """An encoder's embedding (d,) float32: the mean of its last hidden states over the tokens."""
+        found: Float32 = self.hidden(tokens).mean(axis=0)
+        return found
 
     def classify(self, tokens: Int64) -> Float32:
         """A classifier's logits (classes,) float32."""

@@ -1,7 +1,7 @@
 """The small files beside a model's weights: which ones belong to it, and how they're copied safely.
 
-Tokenizer, chat template, generation and preprocessor settings, licence. Never weights, never code, and
-nothing that a link would bring in from outside the folder.
+Tokenizer, chat template, generation, preprocessor and pooling settings, licence. Never weights, never code,
+and nothing that a link would bring in from outside the folder.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ SIDE_FILES = (
     "processor_config.json",
     "video_preprocessor_config.json",
     "image_processor_config.json",
+    "modules.json",  # these four: how sentence-transformers makes embeddings
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
     "LICENSE",
     "LICENSE.txt",
     "LICENSE.md",

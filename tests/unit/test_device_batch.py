@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests.tiny_bundle import TinyBundles
+from vera_edge.device.opened import AdapterChoice
 from vera_edge.device.sampling import Sampling
-from vera_edge.device.session import AdapterChoice, Session
+from vera_edge.device.session import Session
 from vera_edge.errors import DataError, MismatchError
 
 PROMPTS = (

@@ -14,10 +14,14 @@ from vera_edge.cli.show import FOLDER, out, progress_bar, quiet_option
 @click.argument("base", type=FOLDER)
 @click.argument("adapters", type=FOLDER, nargs=-1, required=True)
 @click.option(
-    "--prompts", type=FOLDER, metavar="FILE", help="One prompt a line, instead of the built-in ones."
+    "--prompts",
+    type=FOLDER,
+    metavar="FILE",
+    help="One prompt, or one text of an encoder, a line, instead of the built-in ones.",
 )
 @click.option("--max-kl", type=float, help="Limit to put into the bundle: mean KL divergence in nats.")
 @click.option("--min-top1", type=float, help="Limit to put into the bundle: top-1 agreement, 0 to 1.")
+@click.option("--min-cosine", type=float, help="Limit for embeddings: mean cosine with the reference's.")
 @click.option("--projection-dtype", help="What the projections were rounded to, when it can't be told.")
 @quiet_option
 def golden(
@@ -27,17 +31,16 @@ def golden(
     prompts: Path | None,
     max_kl: float | None,
     min_top1: float | None,
+    min_cosine: float | None,
     projection_dtype: str | None,
     quiet: bool,
 ) -> None:
     """Ask the model as trained (BASE with ADAPTERS) and add its answers to BUNDLE, to validate it by."""
     from vera_edge import golden_vectors
-    from vera_edge.device.golden import PROMPTS
 
-    limits = {
-        name: value for name, value in (("max_kl", max_kl), ("min_top1", min_top1)) if value is not None
-    }
-    lines = golden_vectors.read_prompts(prompts) if prompts else PROMPTS
+    asked = {"max_kl": max_kl, "min_top1": min_top1, "min_cosine": min_cosine}
+    limits = {name: value for name, value in asked.items() if value is not None}
+    lines = golden_vectors.read_prompts(prompts) if prompts else None
     with progress_bar(quiet) as progress:
         manifest = golden_vectors.ask(
             bundle,

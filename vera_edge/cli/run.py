@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
-from vera_edge.cli.show import FOLDER, json_option, print_json
+from vera_edge.bundle import read
+from vera_edge.cli.show import FOLDER, json_option, out, print_json
+
+_FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "as_json"}
 
 
 @click.command()
@@ -29,6 +33,7 @@ from vera_edge.cli.show import FOLDER, json_option, print_json
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
+@click.option("--fast", is_flag=True, help="Don't read files over 64 MiB before they run.")
 @json_option
 def run(
     bundle: Path,
@@ -37,17 +42,23 @@ def run(
     system: str | None,
     threads: int | None,
     raw: bool,
+    fast: bool,
     as_json: bool,
     **sampling: object,
 ) -> None:
     """Generate text from BUNDLE for PROMPT (- reads it from the standard input), without torch.
 
-    The text goes to the standard output as it is generated.
+    The text goes to the standard output as it is generated. An encoder gives PROMPT's embedding as JSON, or
+    its classes with their probabilities.
     """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if read(bundle).kind == "encoder":
+        _refuse_sampling(click.get_current_context())
+        _encode(bundle, text, _adapter(adapter), threads, fast, as_json)
+        return
     from vera_edge.device.session import Session
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    session = Session.open(bundle, _adapter(adapter), threads=threads)
+    session = Session.open(bundle, _adapter(adapter), threads=threads, deep=not fast)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}] if system else text
     generation = session.generate(messages, raw=raw, **sampling)  # type: ignore[arg-type]
     pieces = []
@@ -60,6 +71,31 @@ def run(
         print_json(generation.summary() | {"text": "".join(pieces)})
     else:
         click.echo()
+
+
+def _refuse_sampling(ctx: click.Context) -> None:
+    for name in sorted(ctx.params.keys() - _FOR_ENCODERS):
+        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} is for models that generate text")
+
+
+def _encode(
+    bundle: Path, text: str, adapter: str | Path | None, threads: int | None, fast: bool, as_json: bool
+) -> None:
+    from vera_edge.device.encoder import EMBEDDINGS, Encoder
+
+    encoder = Encoder.open(bundle, adapter, threads=threads, deep=not fast)
+    if encoder.gives == EMBEDDINGS:
+        vector = [float(f"{value:.7g}") for value in encoder.embed([text])[0].tolist()]
+        print_json({"embedding": vector})
+        return
+    shares = encoder.probabilities([text])[0].tolist()
+    found = dict(sorted(zip(encoder.labels, shares, strict=True), key=lambda pair: -pair[1]))
+    if as_json:
+        print_json({"classes": found})
+        return
+    for label, share in found.items():
+        out().print(f"{share:.4f}  {label}", markup=False)
 
 
 def _adapter(word: str) -> str | Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.table import Table
@@ -11,6 +12,9 @@ from rich.table import Table
 from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option
 from vera_edge.cli.trust import checks_signature
 from vera_edge.errors import DriftExceeded
+
+if TYPE_CHECKING:
+    from vera_edge.device.validate import Validation
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -34,6 +38,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
 )
 @click.option("--max-kl", type=float, help="Replace the bundle's limit on the mean KL divergence (nats).")
 @click.option("--min-top1", type=float, help="Replace the bundle's limit on top-1 agreement (0 to 1).")
+@click.option("--min-cosine", type=float, help="Replace the limit on an encoder's mean cosine.")
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
 @json_option
 @quiet_option
@@ -43,6 +48,7 @@ def validate(
     max_memory: int | None,
     max_kl: float | None,
     min_top1: float | None,
+    min_cosine: float | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
@@ -50,28 +56,45 @@ def validate(
     """Run BUNDLE's golden vectors on this device and hold them to its limits; exit 3 when one is broken."""
     from vera_edge.device.validate import validate as run
 
-    limits = {"max_kl": max_kl, "min_top1": min_top1}
+    limits = {"max_kl": max_kl, "min_top1": min_top1, "min_cosine": min_cosine}
     with progress_bar(quiet or as_json) as progress:
         result = run(bundle, threads, max_memory, limits, progress)
     if as_json:
         print_json(result.to_dict())
     else:
-        checks = Table("check", "", "figure")
-        for check in result.checks:
-            checks.add_row(check.name, "pass" if check.passed else "FAIL", check.detail)
-        drift = Table("adapter", "positions", "mean KL", "p99", "prompt", "steps", "top-1", "greedy")
-        for row in result.drift:
-            kls = (f"{value:.3g}" for value in (row.kl, row.kl_p99, row.prompt_kl, row.step_kl))
-            shares = f"{row.same_top1:.4f}", f"{row.greedy:.3f}"
-            drift.add_row(row.adapter or "(base)", str(row.positions), *kls, *shares)
-        device = result.device
-        console = out()
-        console.print(checks, drift)
-        console.print(f"{device['processor']}, {device['threads']} threads, {', '.join(device['features'])}")
-        tools = ", ".join(f"{name} {number}" for name, number in device["tools"].items())
-        peak = "unknown" if result.peak_rss is None else f"{result.peak_rss / 1e6:.0f} MB"
-        console.print(f"{device['system']}, {tools}; peak memory {peak}; {result.seconds:.1f} s")
-        for note in result.notes:
-            console.print(f"note: {note}")
+        _show(result)
     if failed := [check for check in result.checks if not check.passed]:
         raise DriftExceeded(f"{bundle} fails on this device: {failed[0].name}, {failed[0].detail}")
+
+
+def _show(result: Validation) -> None:
+    console = out()
+    checks = Table("check", "", "figure")
+    for check in result.checks:
+        checks.add_row(check.name, "pass" if check.passed else "FAIL", check.detail)
+    console.print(checks, _encoder_drift(result) if result.encoder_drift else _drift(result))
+    device = result.device
+    console.print(f"{device['processor']}, {device['threads']} threads, {', '.join(device['features'])}")
+    tools = ", ".join(f"{name} {number}" for name, number in device["tools"].items())
+    peak = "unknown" if result.peak_rss is None else f"{result.peak_rss / 1e6:.0f} MB"
+    console.print(f"{device['system']}, {tools}; peak memory {peak}; {result.seconds:.1f} s")
+    for note in result.notes:
+        console.print(f"note: {note}")
+
+
+def _drift(result: Validation) -> Table:
+    table = Table("adapter", "positions", "mean KL", "p99", "prompt", "steps", "top-1", "greedy")
+    for row in result.drift:
+        kls = (f"{value:.3g}" for value in (row.kl, row.kl_p99, row.prompt_kl, row.step_kl))
+        shares = f"{row.same_top1:.4f}", f"{row.greedy:.3f}"
+        table.add_row(row.adapter or "(base)", str(row.positions), *kls, *shares)
+    return table
+
+
+def _encoder_drift(result: Validation) -> Table:
+    table = Table("adapter", "texts", "cosine", "least", "mean KL", "same class")
+    for row in result.encoder_drift:
+        figures = (row.cosine, row.cosine_min, row.kl, row.same_top1)
+        words = ("-" if value is None else f"{value:.4g}" for value in figures)
+        table.add_row(row.adapter or "(base)", str(row.texts), *words)
+    return table

@@ -7,9 +7,11 @@ decoding  one step of a decoder with a KV cache that is never copied
 sampling  logits to a token
 chat      messages to text, text to tokens, tokens back to whole characters
 generate  streaming generation
-session   all of it behind one class: `Session.open(folder)`
-golden    what the reference answered, carried in the bundle
-validate  the golden vectors on this device: drift, determinism, swap, leaks
+opened    a verified bundle with its graph and active adapter
+session   a decoder behind one class: `Session.open(folder)`
+encoder   an encoder behind another: `Encoder.open(folder)`; pooling: hidden states to an embedding
+golden    what the reference answered, carried in the bundle (golden_encoder: an encoder's)
+validate  the golden vectors on this device (validate_encoder: an encoder's; checks: what only a device shows)
 bench     speed and memory over rounds (bench_round: one of them, in its own process; energy: RAPL)
 install   versions on the device, the `current` link, rollback
 """

@@ -31,7 +31,10 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cl
 
 
 class Text:
-    """A bundle's tokenizer and chat template. Safe from several threads at once."""
+    """A bundle's tokenizer and chat template. Safe from several threads at once.
+
+    special: text of the special tokens by name. longest: tokens that the tokenizer is meant for, if it says.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Read tokenizer.json, tokenizer_config.json and chat_template.jinja; the last two may be missing."""
@@ -47,6 +50,8 @@ class Text:
         config_path = folder / "tokenizer_config.json"
         config = read_json(config_path, BundleError) if config_path.exists() else {}
         self.special = {name: text for name in _SPECIAL if (text := _content(config.get(name))) is not None}
+        longest = config.get("model_max_length")
+        self.longest: int | None = longest if type(longest) is int else None
         self._source = _template_source(folder, config)
         self._template: jinja2.Template | None = None
 

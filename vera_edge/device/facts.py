@@ -75,13 +75,14 @@ def _version(name: str) -> str | None:
 
 def _processor() -> tuple[str, list[str]]:
     """The processor's name and the instruction sets that matter here."""
-    model, flags = "", set()
+    found: dict[str, str] = {}
     for line in _read("/proc/cpuinfo").splitlines():
         key, _, value = line.partition(":")
-        if key.strip() in ("model name", "Model") and not model:
-            model = value.strip()
-        elif key.strip() in ("flags", "Features"):
-            flags |= set(value.split())
+        found.setdefault(key.strip(), value.strip())
+    model = found.get("model name") or found.get("Model")
+    if not model and "CPU part" in found:  # many ARM kernels have numbers instead of a name
+        model = f"{platform.machine()}, implementer {found.get('CPU implementer')}, part {found['CPU part']}"
+    flags = set((found.get("flags") or found.get("Features") or "").split())
     return model or platform.processor() or platform.machine(), sorted(flags & _FEATURES)
 
 

@@ -9,27 +9,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
-from vera_edge import bundle
 from vera_edge.bundle import Manifest
-from vera_edge.device import adapters, projections
-from vera_edge.device.adapters import Vectors
 from vera_edge.device.batch import Batch
 from vera_edge.device.chat import Message, Text
 from vera_edge.device.decoding import Decoder, Steps
 from vera_edge.device.generate import Generation
 from vera_edge.device.graph import Graph
+from vera_edge.device.opened import AdapterChoice, Opened, open_graph
 from vera_edge.device.sampling import Sampling
-from vera_edge.errors import BundleError, DataError, MismatchError
+from vera_edge.errors import DataError
 
 Float32 = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
-AdapterChoice = str | Path | None
 GREEDY = Sampling()
 
 
-class Session:
+class Session(Opened):
     """An open decoder bundle.
 
     One session serves several threads at once: each generation has a cache and a random stream of its own,
@@ -37,9 +33,8 @@ class Session:
     """
 
     def __init__(self, manifest: Manifest, graph: Graph, decoder: Decoder, text: Text) -> None:
-        self.manifest, self.graph, self.decoder, self.text = manifest, graph, decoder, text
-        self.vocab_size = decoder.vocab_size
-        self._active: tuple[AdapterChoice, Vectors] = (None, {})
+        super().__init__(manifest, graph)
+        self.decoder, self.text, self.vocab_size = decoder, text, decoder.vocab_size
 
     @classmethod
     def open(
@@ -48,37 +43,19 @@ class Session:
         adapter: AdapterChoice = "default",
         *,
         threads: int | None = None,
-        deep: bool = False,
+        deep: bool = True,
     ) -> Session:
         """Verify the bundle in `folder` and open it. Projections it doesn't bring are drawn in memory.
 
         adapter: "default" is the one the bundle names, another string a name of the bundle, a Path an
-        .onnx_adapter file, None the base alone. deep: read every byte first, as `vera-edge verify` does.
-        Raises BundleError when the bundle is damaged or foreign, AdapterError or MismatchError when the
-        adapter can't be used.
+        .onnx_adapter file, None the base alone. deep: read every byte first, as `vera-edge verify` does;
+        without it the content of files over 64 MiB isn't looked at. Raises BundleError when the bundle is
+        damaged or foreign, AdapterError or MismatchError when the adapter can't be used.
         """
-        manifest = bundle.verify(Path(folder), deep=deep)
-        if manifest.kind != "decoder":
-            raise BundleError(f"{folder} holds an {manifest.kind}, which generates no text")
-        _check_runtime(manifest)
-        graph = Graph(manifest.path(manifest.model), threads, projections.in_memory(manifest))
+        manifest, graph = open_graph(Path(folder), "decoder", threads, deep)
         session = cls(manifest, graph, Decoder.open(manifest.folder, graph), Text(manifest.folder))
         session.swap(adapter)
         return session
-
-    @property
-    def adapter(self) -> AdapterChoice:
-        """What runs now: a name of the bundle, a file, None for the base alone, "default" when merged."""
-        return self._active[0]
-
-    @property
-    def vectors(self) -> Vectors:
-        """The active adapter's vectors by graph input; empty for the base alone and for merged bundles."""
-        return self._active[1]
-
-    def swap(self, adapter: AdapterChoice) -> None:
-        """Change the adapter, as for `open`. The base's weights aren't touched; it takes milliseconds."""
-        self._active = self._choose(adapter)
 
     def logits(self, tokens: Tokens) -> Float32:
         """Teacher-forced logits (n, vocab) of one sequence (n,): row i predicts token i + 1."""
@@ -158,47 +135,3 @@ class Session:
         if tokens.min() < 0 or tokens.max() >= self.vocab_size:
             raise DataError(f"a token id is outside the vocabulary of {self.vocab_size}")
         return np.ascontiguousarray(tokens, np.int64)
-
-    def _choose(self, adapter: AdapterChoice) -> tuple[AdapterChoice, Vectors]:
-        named = self.manifest.adapters
-        if self.manifest.mode == "merged":
-            if adapter != "default":
-                raise MismatchError(
-                    f"the adapter is merged into {self.manifest.folder} and can't be changed; export with "
-                    "--mode branch to swap adapters"
-                )
-            return adapter, {}
-        if adapter == "default":
-            adapter = self.manifest.default_adapter
-        if adapter is None:
-            return None, {}
-        if isinstance(adapter, str) and adapter not in named:
-            raise MismatchError(
-                f"{self.manifest.folder} has no adapter named {adapter!r}, only: {', '.join(named) or 'none'}"
-            )
-        path = adapter if isinstance(adapter, Path) else self.manifest.path(named[adapter]["file"])
-        return adapter, adapters.load(path, self.graph, self._model_version(path))
-
-    def _model_version(self, path: Path) -> int | None:
-        """The model version that a file must carry: the manifest's, else that of the own adapters."""
-        if self.manifest.model_version is not None:
-            return self.manifest.model_version
-        for entry in self.manifest.adapters.values():
-            own = self.manifest.path(entry["file"])
-            if own != path:
-                return adapters.version(own)
-        return None
-
-
-def _check_runtime(manifest: Manifest) -> None:
-    needed = manifest.requires.get("onnxruntime")
-    if needed is None:
-        return
-
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())
-
-    if numbers(onnxruntime.__version__) < numbers(needed):
-        raise BundleError(
-            f"{manifest.folder} needs onnxruntime {needed} or newer, not {onnxruntime.__version__}; update it"
-        )

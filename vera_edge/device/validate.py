@@ -1,13 +1,13 @@
 """Does the bundle do on this device what it was released to do? Golden vectors, and what only a device shows.
 
-Checks: the files; drift of the prompt's pass and of single steps (other kernels run there); greedy text;
-determinism; adapter swaps; memory that grows; the peak of memory.
+For a decoder: the files; drift of the prompt's pass and of single steps (other kernels run there); greedy
+text; determinism; adapter swaps; memory that grows; the peak of memory. For an encoder see validate_encoder.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -16,10 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.device import facts, golden
+from vera_edge import bundle
+from vera_edge.device import checks, facts, golden, validate_encoder
+from vera_edge.device.checks import Check
 from vera_edge.device.decoding import Steps
+from vera_edge.device.encoder import Encoder
 from vera_edge.device.golden import Case, Divergence, Golden
 from vera_edge.device.session import Session
+from vera_edge.device.validate_encoder import EncoderDrift
 from vera_edge.errors import BundleError
 from vera_edge.progress import Progress, silent
 
@@ -32,17 +36,7 @@ _STATISTICS: Mapping[str, Callable[[Float64], float]] = {
     "max_kl_p90": lambda kl: float(np.quantile(kl, 0.9)),
     "max_kl_p99": lambda kl: float(np.quantile(kl, 0.99)),
 }
-_LEAK_RUNS = 12
-_LEAK_BYTES = 8 << 20  # over all the runs; allocators keep a little slack
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at: what, whether it passed, and the figure in words."""
-
-    name: str
-    passed: bool
-    detail: str
+_HOLDS = frozenset({*_STATISTICS, "min_top1", "min_greedy"})
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,10 @@ class Drift:
 
 @dataclass(frozen=True)
 class Validation:
-    """The outcome: every check, the drift by adapter, and what the device is. seconds: how long it took."""
+    """The outcome: every check, the drift by adapter, and what the device is. seconds: how long it took.
+
+    drift: of a decoder, encoder_drift: of an encoder.
+    """
 
     bundle: str
     checks: tuple[Check, ...]
@@ -76,6 +73,7 @@ class Validation:
     peak_rss: int | None
     seconds: float
     notes: tuple[str, ...] = ()
+    encoder_drift: tuple[EncoderDrift, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -101,46 +99,66 @@ def validate(
     """
     began = time.monotonic()
     progress("verifying", 0, 1)
-    session = Session.open(folder, threads=threads, deep=True)
-    manifest = session.manifest
+    encoder = bundle.read(folder).kind == "encoder"
+    model = Encoder.open(folder, threads=threads) if encoder else Session.open(folder, threads=threads)
+    manifest = model.manifest
     if manifest.golden is None:
         raise BundleError(f"{folder} carries no golden vectors; export it again with a reference to ask")
-    cases = golden.read(manifest.path(manifest.golden), session.vocab_size)
     held = dict(manifest.limits) | {name: bound for name, bound in limits.items() if bound is not None}
-    checks = [
-        Check("files", True, f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB, all as listed")
-    ]
     drift: list[Drift] = []
-    for adapter in dict.fromkeys(case.adapter for case in cases.cases):
-        progress("golden vectors", len(drift), len(manifest.adapters) + 1)
-        found, kl = _drift(session, cases, adapter)
-        drift.append(found)
-        checks += _limit_checks(found, kl, held, manifest.mode == "branch")
-    checks.append(_determinism(session, cases))
-    checks += _swap(session, cases)
-    progress("looking for leaks", 0, 1)
-    checks.append(_leaks(session, cases.cases[0]))
+    encoder_drift: list[EncoderDrift] = []
+    if isinstance(model, Encoder):
+        encoder_drift, found = validate_encoder.measure(model, held, progress)
+    else:
+        drift, found = _measure(model, held, progress)
+    files = f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB, all as listed"
     peak = facts.peak_rss()
-    if max_memory is not None:
-        checks.append(_memory(peak, max_memory))
-    unheld = sorted(set(held) - set(_STATISTICS) - {"min_top1", "min_greedy"})
-    notes = [f"not held on a device: {', '.join(unheld)}"] if unheld else []
-    if not set(held) - set(unheld):
-        notes.append("the bundle sets no drift limit that a device can hold: drift was measured, not judged")
+    memory = [checks.memory(peak, max_memory)] if max_memory is not None else []
     return Validation(
         manifest.digest,
-        tuple(checks),
+        (Check("files", True, files), *found, *memory),
         tuple(drift),
-        facts.device_facts() | {"threads": session.graph.threads},
+        facts.device_facts() | {"threads": model.graph.threads},
         peak,
         round(time.monotonic() - began, 3),
-        tuple(notes),
+        _notes(set(held), validate_encoder.HOLDS if encoder else _HOLDS),
+        tuple(encoder_drift),
     )
 
 
-def _use(session: Session, adapter: str | None) -> None:
-    """Make `adapter` active; a merged bundle has nothing to choose."""
-    session.swap("default" if session.manifest.mode == "merged" else adapter)
+def _notes(held: set[str], known: Collection[str]) -> tuple[str, ...]:
+    """What a reader of the result has to know about the limits `held`, of which `known` can be held here."""
+    unheld = sorted(held - set(known))
+    notes = [f"not held on a device: {', '.join(unheld)}"] if unheld else []
+    if not held - set(unheld):
+        notes.append("the bundle sets no drift limit that a device can hold: drift was measured, not judged")
+    return tuple(notes)
+
+
+def _measure(
+    session: Session, limits: Mapping[str, float], progress: Progress
+) -> tuple[list[Drift], list[Check]]:
+    """Every check of an open decoder against its golden vectors. Raises BundleError when those don't fit."""
+    manifest = session.manifest
+    cases = golden.read(manifest.path(manifest.golden or ""), session.vocab_size)
+    drift: list[Drift] = []
+    found: list[Check] = []
+    for adapter in dict.fromkeys(case.adapter for case in cases.cases):
+        progress("golden vectors", len(drift), len(manifest.adapters) + 1)
+        measured, kl = _drift(session, cases, adapter)
+        drift.append(measured)
+        found += _limit_checks(measured, kl, limits, manifest.mode == "branch")
+    case = cases.cases[0]
+
+    def logits() -> bytes:
+        return session.logits(case.tokens).tobytes()
+
+    checks.use(session, case.adapter)
+    found.append(checks.repeats(lambda: (logits(), _generate(session, case)), "logits and text"))
+    found += checks.swap(session, logits, "logits")
+    progress("looking for leaks", 0, 1)
+    checks.use(session, case.adapter)
+    return drift, [*found, checks.leaks(lambda: _generate(session, case))]
 
 
 def _parts(session: Session, case: Case) -> Iterator[tuple[bool, Divergence]]:
@@ -154,7 +172,7 @@ def _parts(session: Session, case: Case) -> Iterator[tuple[bool, Divergence]]:
 
 def _drift(session: Session, cases: Golden, adapter: str | None) -> tuple[Drift, Float64]:
     """Drift over the cases of one adapter, and the KL of every position."""
-    _use(session, adapter)
+    checks.use(session, adapter)
     kl: dict[bool, list[Float64]] = {False: [], True: []}
     same, agreed, length = [], 0, 0
     for case in (case for case in cases.cases if case.adapter == adapter):
@@ -212,61 +230,3 @@ def _limit_checks(drift: Drift, kl: Float64, limits: Mapping[str, float], branch
             value = drift.same_top1 if name == "min_top1" else drift.greedy
             checks.append(Check(f"drift ({who})", value >= bound, f"{name}: {value:.4f}, limit {bound:g}"))
     return checks
-
-
-def _determinism(session: Session, cases: Golden) -> Check:
-    """The same tokens twice must give the same bits, and the same text."""
-    case = cases.cases[0]
-    _use(session, case.adapter)
-    first, second = session.logits(case.tokens), session.logits(case.tokens)
-    same = first.tobytes() == second.tobytes() and _generate(session, case) == _generate(session, case)
-    detail = "logits and text repeat bit for bit" if same else "the same tokens give different logits"
-    return Check("determinism", same, detail)
-
-
-def _swap(session: Session, cases: Golden) -> list[Check]:
-    """Swapping to each adapter, to none and back must change the logits and restore them exactly."""
-    names = [name for name, entry in session.manifest.adapters.items() if entry.get("file")]
-    if session.manifest.mode != "branch" or not names:
-        return []
-    tokens = cases.cases[0].tokens
-    session.swap(names[0])
-    before = session.logits(tokens)
-    session.swap(None)
-    base = session.logits(tokens)
-    times = []
-    for name in [*names, names[0]]:
-        began = time.perf_counter()
-        session.swap(name)
-        times.append(time.perf_counter() - began)
-    after = session.logits(tokens)
-    restored, changed = before.tobytes() == after.tobytes(), before.tobytes() != base.tobytes()
-    detail = f"{np.median(times) * 1e3:.2f} ms, "
-    if not changed:
-        detail += f"adapter {names[0]} changes nothing"
-    else:
-        detail += "logits restored bit for bit" if restored else "logits differ after swapping back"
-    return [Check("swap", restored and changed, detail)]
-
-
-def _leaks(session: Session, case: Case) -> Check:
-    """Memory after many runs must be that after the first few."""
-    _use(session, case.adapter)
-    for _ in range(3):
-        _generate(session, case)
-    before = facts.rss()
-    for _ in range(_LEAK_RUNS):
-        _generate(session, case)
-    after = facts.rss()
-    if before is None or after is None:
-        return Check("leaks", True, "the system doesn't tell how much memory a process holds")
-    grown = after - before
-    return Check("leaks", grown <= _LEAK_BYTES, f"{grown / 1e6:+.1f} MB over {_LEAK_RUNS} runs")
-
-
-def _memory(peak: int | None, limit: int) -> Check:
-    if peak is None:
-        return Check(
-            "memory", False, "the system doesn't tell the peak of memory, so the limit can't be held"
-        )
-    return Check("memory", peak <= limit, f"peak {peak / 1e6:.0f} MB, limit {limit / 1e6:.0f} MB")
