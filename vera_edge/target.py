@@ -22,6 +22,7 @@ from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import check_output
+from vera_edge.formats.blocks import SIZES, check_kind
 from vera_edge.plan import Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
@@ -29,6 +30,7 @@ from vera_edge.requantize import Codes
 from vera_edge.tensors import Float32
 
 GROUP = "vera_edge.exporters"
+_BLOCKS = {"int8": 8, "int4": 4, "int2": 2}
 
 
 class Runner(Protocol):
@@ -47,8 +49,9 @@ class ExportRequest:
 
     adapters: each with its weight, which scales its delta. options: what the target alone understands; the
     targets here take `projections` ("fp32", "fp16", "int8", "int4") and `head` ("fp32", "fp16", "int8",
-    "int4"): how projections and embeddings are stored; decoders also `origin` ("baked", "seed"): whether the
-    projections are in the files, or drawn on the device. requantized: by module, weights of the plan's
+    "int4"): how projections and embeddings are stored; `accuracy_level` ("4": activations are rounded to
+    int8, "0": float32); decoders also `origin` ("baked", "seed"): whether the projections are in the files,
+    or drawn on the device. requantized: by module, weights of the plan's
     formats that were rounded with care (merged where the plan merges); the exporter rounds the others itself.
     """
 
@@ -142,6 +145,28 @@ def stored_options(plan: Plan) -> dict[str, str]:
     return {name: str(plan.options[name]) for name in ("head", "projections") if name in plan.options}
 
 
+def _in_blocks(plan: Plan, block: str | None, symmetric: str | None) -> Plan:
+    """`plan` with integer blocks of another size, or symmetric or not; raises PlanError when it has none."""
+    if block is None and symmetric is None:
+        return plan
+    if symmetric not in (None, "true", "false") or not (block is None or block.isdecimal()):
+        raise PlanError(
+            f"a block is a number of inputs and symmetric true or false, not {block!r} and {symmetric!r}"
+        )
+    changed: dict[str, Any] = {} if block is None else {"block": int(block)}
+    if symmetric is not None:
+        changed["symmetric"] = symmetric == "true"
+    steps = []
+    for step in plan.steps:
+        if step.result in _BLOCKS and not step.copies:
+            check_kind(_BLOCKS[step.result], changed.get("block", SIZES[0]))
+            step = replace(step, options={**step.options, **changed})
+        steps.append(step)
+    if tuple(steps) == plan.steps:
+        raise PlanError("only weights that are quantized to int8, int4 or int2 have blocks to choose")
+    return replace(plan, steps=tuple(steps))
+
+
 def export(
     base: Path,
     adapter_paths: Sequence[tuple[Path, float]],
@@ -159,6 +184,8 @@ def export(
     """Read base and adapters, plan, and export to `out`.
 
     base, adapter_paths, out: folders; each adapter with its weight.
+    options: the target's own; `block` (16, 32, 64, 128 or 256) and `symmetric` ("true", "false"), which say
+    how int8, int4 and int2 weights are quantized, go into the plan.
     mode: "merged", or "branch": the base keeps its weights, the adapter runs beside it and can be swapped.
     weights: the stored format of the linears. projection_dtype: see `provenance.resolve`.
     rounding: how weights are rounded to 4 and 8 bits; None: to nearest, by the exporter.
@@ -176,11 +203,13 @@ def export(
     projections = plans.check_projections(read, [one.projections for one in found])
     if made is not None:
         plans.check_made_for(made, checkpoint, read, projections)
+    options = dict(options or {})
     plan = made or plans.make(checkpoint, read, mode, weights, projections=projections)
+    plan = _in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
     notes = tuple(dict.fromkeys(note for one in found for note in (one.how, *one.notes)))
     facts = (checkpoint, read, projections, plan, out)
     with rounding.codes(*facts, progress) if rounding else nullcontext(({}, ())) as (codes, more):
-        chosen = {**stored_options(plan), **(options or {})}
+        chosen = {**stored_options(plan), **options}
         request = ExportRequest(*facts, chosen, force, progress, codes)
         exported = exporter.export(request)
     return replace(exported, notes=(*notes, *more, *exported.notes))

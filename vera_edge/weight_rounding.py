@@ -18,12 +18,13 @@ from vera_edge.drift import windows
 from vera_edge.errors import PlanError
 from vera_edge.files import PARTIAL_MARK, check_output, output_error
 from vera_edge.formats import FORMATS
+from vera_edge.formats.blocks import BITS, block_within
 from vera_edge.plan import Plan, Step
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.requantize import METHODS, Codes, CodesFolder, Grid, bnb_grid, int8_rows, int_blocks
 
-FOUR_BIT = ("nf4", "fp4", "int4", "gptq", "awq", "w4a16")
+FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16")
 BLOCK = 32  # of integers in ONNX graphs
 BUILT_IN = windows.BUILT_IN
 # Enough for the Gram matrices of SmolLM2's widest input to have full rank, many times over.
@@ -38,7 +39,8 @@ def default_method(steps: Sequence[Step]) -> str:
 def grid_of(step: Step, exported: bool = False) -> Grid | None:
     """The grid that a step's result is stored on; None for one that isn't rounded.
 
-    exported: in an ONNX graph, where "int8" means blocks and not LLM.int8, and absmax are float32.
+    exported: in an ONNX graph, where "int8" means blocks and not LLM.int8, and absmax are float32; a group
+    is cut into blocks that MatMulNBits has.
     """
     if step.result in ("nf4", "fp4"):
         options = dict(step.options)
@@ -46,15 +48,18 @@ def grid_of(step: Step, exported: bool = False) -> Grid | None:
         return bnb_grid(step.result, options.pop("blocksize", 64), double_quant=double, **options)
     if step.result == "int8" and not exported:
         return int8_rows()
-    if step.result in ("int8", "int4"):
+    if step.result in ("int8", "int4", "int2"):
         # Zero points cost more than they're worth at 8 bits, and halve the error at 4.
-        return int_blocks(int(step.result[3:]), BLOCK, symmetric=step.result == "int8")
+        symmetric = step.options.get("symmetric", step.result == "int8")
+        return int_blocks(int(step.result[3:]), step.options.get("block", BLOCK), symmetric)
     # GPTQ, AWQ, compressed-tensors: the formats that store any integer codes
     facts = getattr(FORMATS.get(step.result), "integer_grid", lambda options: None)(step.options)
-    if facts is not None and not exported:
-        bits, group, symmetric = facts
-        return Grid("int", bits, step.shape[1] if group == -1 else group, symmetric=symmetric)
-    return None
+    if facts is None:
+        return None
+    bits, group, symmetric = facts
+    group = step.shape[1] if group == -1 else group
+    block = group if not exported else block_within(group) if bits in BITS else None
+    return None if block is None else Grid("int", bits, block, symmetric=symmetric)
 
 
 @dataclass(frozen=True)

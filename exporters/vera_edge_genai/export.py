@@ -18,17 +18,14 @@ from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import staged_folder
 from vera_edge.target import Export, ExportRequest
+from vera_edge.weight_rounding import BLOCK
 from vera_edge_genai import build, configs
 from vera_edge_onnx import adapters, branch, head, seed, sites, storage, weights
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
-# What embeddings and head are stored as, by the linears' format: the fidelity formats keep them exact.
-# Rounded to 4 bits they cost SmolLM2 two thirds of int4's whole drift (mean KL 0.15 against 0.05) for 13 MB.
-_HEADS = {"fp32": "fp32", "fp16": "fp16", "nf4": "fp32", "fp4": "fp32", "int8": "int8", "int4": "int8"}
-# And the projections of a side-branch: their error reaches the output only through the delta.
-_PROJECTIONS = {"fp32": "fp32", "fp16": "fp16", "nf4": "fp32", "fp4": "fp32", "int8": "int8", "int4": "int8"}
+_OPTIONS = ("head", "projections", weights.ACCURACY, seed.OPTION)
 
 
 class GenaiExporter:
@@ -76,10 +73,8 @@ class GenaiExporter:
 def check(request: ExportRequest) -> str:
     """The architecture's name; raises before any work is done when the request can't be met."""
     checkpoint = request.checkpoint
-    if unknown := sorted(set(request.options) - {"head", "projections", seed.OPTION}):
-        raise PlanError(
-            f"the target genai takes no option {unknown[0]!r}; it takes head, projections and {seed.OPTION}"
-        )
+    if unknown := sorted(set(request.options) - set(_OPTIONS)):
+        raise PlanError(f"the target genai takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
     seed.wanted(request)
     weights.kind(request.plan)
     names = checkpoint.config.get("architectures")
@@ -139,9 +134,10 @@ def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...
     if kind == "fp16":
         for site in inner:
             weaver.narrow_weight(site.node)
-    quantized = "fp32" if seed.wanted(request) else _PROJECTIONS[kind]
+    quantized = "fp32" if seed.wanted(request) else weights.beside(kind)
     dtype = request.options.get("projections", "fp16" if kind == "fp16" else quantized)
     branch.weave(weaver, inner, bases, adapted, request.projections, dtype)
     if ends is not None:
-        head.store(weaver, ends, request.options.get("head", _HEADS[kind]), weights.BLOCK)
+        head.store(weaver, ends, request.options.get("head", weights.beside(kind)), BLOCK)
+    weights.set_accuracy(request, model)
     return weaver.finish()

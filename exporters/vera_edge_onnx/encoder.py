@@ -17,15 +17,14 @@ from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import canonical_json, read_json, staged_folder, write_atomic
 from vera_edge.target import Export, ExportRequest
+from vera_edge.weight_rounding import BLOCK
 from vera_edge_onnx import adapters, branch, drawing, embeddings, sites, storage, tokenizer_config, weights
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
 KIND = "encoder"
-# What embeddings, and the projections of a side-branch, are stored as by the linears' format.
-_EMBEDDINGS = {"fp32": "fp32", "fp16": "fp16", "nf4": "fp32", "fp4": "fp32", "int8": "int8", "int4": "int4"}
-_PROJECTIONS = {"fp32": "fp32", "fp16": "fp16", "nf4": "fp32", "fp4": "fp32", "int8": "int8", "int4": "int8"}
+_OPTIONS = ("head", "projections", weights.ACCURACY)
 # Where a folder came from is nobody's business, and would make two exports of one model differ.
 _ORIGINS = ("_name_or_path", "_model_name_or_path")
 
@@ -61,8 +60,8 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
 
 def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Task:
     """The model's task; raises before any work is done when the request can't be met."""
-    if unknown := sorted(set(request.options) - {"head", "projections"}):
-        raise PlanError(f"the target {target} takes no option {unknown[0]!r}; it takes head and projections")
+    if unknown := sorted(set(request.options) - set(_OPTIONS)):
+        raise PlanError(f"the target {target} takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
     weights.kind(request.plan)
     adapters.check(request)
     return drawing.task(architecture, str(request.checkpoint.config.get("model_type")))
@@ -95,9 +94,10 @@ def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...
             if all(results[part.module] == "fp16" for part in site.parts):
                 weaver.narrow_weight(site.node)
     adapted = adapters.sizes(request) if plan.mode == "branch" else {}
-    dtype = request.options.get("projections", _PROJECTIONS[kind])
+    dtype = request.options.get("projections", weights.beside(kind))
     branch.weave(weaver, found, weights.stored(request, found), adapted, request.projections, dtype)
-    embeddings.store(weaver, request.options.get("head", _EMBEDDINGS[kind]), weights.BLOCK)
+    embeddings.store(weaver, request.options.get("head", weights.beside(kind, four_bit="int4")), BLOCK)
+    weights.set_accuracy(request, model)
     return weaver.finish()
 
 

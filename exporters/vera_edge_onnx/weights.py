@@ -6,41 +6,69 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import onnx_ir as ir
 
 from vera_edge import formats
-from vera_edge.errors import TargetError
+from vera_edge.errors import PlanError, TargetError
 from vera_edge.formats import Bnb4Weight, Int8Weight, Weight
+from vera_edge.formats.affine import HoldsIntegers
 from vera_edge.formats.blocks import IntBlocks, quantize
 from vera_edge.plan import SAME, Plan, Step
 from vera_edge.target import ExportRequest
 from vera_edge.tensors import Float32
-from vera_edge_onnx.linear import Blocks, Bnb4, Linear, join_blocks, join_bnb4
+from vera_edge.weight_rounding import BLOCK, grid_of
+from vera_edge_onnx import integers
+from vera_edge_onnx.integers import Order
+from vera_edge_onnx.linear import Bnb4, Linear, join_bnb4
 from vera_edge_onnx.sites import Part, Site
 
-BLOCK = 32
-_BITS = {"int8": 8, "int4": 4}
+ACCURACY = "accuracy_level"
+_INTEGERS = ("int8", "int4", "int2")
 _BNB4 = ("nf4", "fp4")
 # What a format of a checkpoint is stored as in a graph; ONNX Runtime computes in float32 on a CPU.
-_STORED = {"fp32": "fp32", "bf16": "fp32", "fp16": "fp16", "nf4": "nf4", "fp4": "fp4", "int8": "int8"}
-KINDS = ("fp32", "fp16", "int8", "int4", "nf4", "fp4")
+_STORED = {"fp32": "fp32", "bf16": "fp32", "fp16": "fp16", "nf4": "nf4", "fp4": "fp4"}
+KINDS = ("fp32", "fp16", *_INTEGERS, *_BNB4)
 
 
 def kind(plan: Plan) -> str:
-    """What most linears of a plan are stored as. Raises TargetError when a graph can't hold that."""
+    """What most linears of a plan are stored as. Raises TargetError when a graph can't hold one of them."""
+    if plan.weights != SAME and plan.weights not in (*KINDS, *_STORED):
+        raise _unknown(plan.weights)
+    found = [stored_as(step) for step in plan.steps]
     if plan.weights != SAME:
-        return _known(plan.weights)
-    results = [step.result for step in plan.steps if step.result not in ("fp32", "bf16", "fp16")]
-    results = results or [step.result for step in plan.steps]
-    return _known(max(sorted(set(results)), key=results.count))
+        return _STORED.get(plan.weights, plan.weights)
+    results = [result for result in found if result not in ("fp32", "fp16")] or found
+    return max(sorted(set(results)), key=results.count)
 
 
-def _known(weights: str) -> str:
-    found = weights if weights in KINDS else _STORED.get(weights)
-    if found is None:
+def stored_as(step: Step) -> str:
+    """What a linear is stored as, one of KINDS. Raises TargetError when a graph can't hold it."""
+    if step.result in (*KINDS, *_STORED):
+        return _STORED.get(step.result, step.result)
+    grid = grid_of(step)
+    if grid is None:
+        raise _unknown(step.result)
+    found = f"int{grid.bits}"
+    if found not in KINDS or not (step.copies or grid_of(step, exported=True)):
         raise TargetError(
-            f"{weights} weights can't be stored in an ONNX graph; choose from {', '.join(KINDS)}"
+            f"{step.module} has {grid.bits} bits in groups of {grid.width(step.shape[1])} inputs, and ONNX "
+            f"Runtime multiplies with 2, 4 or 8 bits in blocks of 16 to 256; {integers.INSTEAD}"
         )
     return found
+
+
+def beside(kind: str, four_bit: str = "int8") -> str:
+    """What embeddings, head and the projections of a side-branch are stored as beside linears of a kind.
+
+    The fidelity formats keep them exact. Head and embeddings of a decoder in 4 bits cost SmolLM2 two thirds
+    of int4's whole drift (mean KL 0.15 against 0.05) for 13 MB; projections' error reaches the output only
+    through the delta. four_bit: what it is beside 4 bits and less.
+    """
+    return {"fp16": "fp16", "int8": "int8", "int4": four_bit, "int2": four_bit}.get(kind, "fp32")
+
+
+def _unknown(weights: str) -> TargetError:
+    return TargetError(f"{weights} weights can't be stored in an ONNX graph; choose from {', '.join(KINDS)}")
 
 
 def stored(request: ExportRequest, sites: Sequence[Site]) -> dict[str, Linear]:
@@ -52,16 +80,30 @@ def stored(request: ExportRequest, sites: Sequence[Site]) -> dict[str, Linear]:
     found: dict[str, Linear] = {}
     for done, site in enumerate(sites):
         request.progress("quantizing", done, len(sites))
-        results = {steps[part.module].result for part in site.parts}
-        result = _known(results.pop()) if len(results) == 1 else "fp32"
-        if result in _BITS:
+        results = {stored_as(steps[part.module]) for part in site.parts}
+        if results <= set(_INTEGERS):
             parts = [_blocks(request, steps[part.module], part, rows) for part, rows in _rows(site)]
-            found[site.name] = join_blocks(parts)
-        elif result in _BNB4:
+            found[site.name] = integers.join(parts)
+        elif len(results) == 1 and results <= set(_BNB4):
             found[site.name] = join_bnb4(
                 [_bnb4(request, steps[part.module], part, rows) for part, rows in _rows(site)]
             )
     return found
+
+
+def set_accuracy(request: ExportRequest, model: ir.Model) -> None:
+    """Let every `MatMulNBits` compute at the accuracy level that was asked for; without, they stay at 4.
+
+    Raises PlanError for a level that ONNX Runtime has no kernel of its own for on a CPU.
+    """
+    level = request.options.get(ACCURACY, "4")
+    if level not in ("0", "4"):
+        raise PlanError(
+            f"a CPU has no accuracy level {level!r}; choose 4 (activations rounded to int8) or 0 (float32)"
+        )
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes[ACCURACY] = ir.AttrInt64(ACCURACY, int(level))
 
 
 def _rows(site: Site) -> list[tuple[Part, Float32]]:
@@ -70,15 +112,18 @@ def _rows(site: Site) -> list[tuple[Part, Float32]]:
     return list(zip(site.parts, np.split(site.weight, ends), strict=True))
 
 
-def _blocks(request: ExportRequest, step: Step, part: Part, rows: Float32) -> Blocks:
-    own = _own(request, step)
-    bits = _BITS[step.result]
+def _blocks(request: ExportRequest, step: Step, part: Part, rows: Float32) -> tuple[IntBlocks, Order | None]:
     if (codes := request.requantized.get(step.module)) is not None:
-        return Blocks(_cut(codes.int_blocks(), part))
-    if isinstance(own, Int8Weight) and bits == 8 and not step.shape[1] % BLOCK:
-        return _rowwise(own, part)
-    # Zero points cost more than they're worth at 8 bits, and halve the error at 4.
-    return Blocks(quantize(rows, bits, BLOCK, symmetric=bits == 8))
+        return _cut(codes.int_blocks(), part), None
+    own = _own(request, step)
+    if isinstance(own, HoldsIntegers):
+        whole, order = integers.of_checkpoint(own.integers(), step.module)
+        return _cut(whole, part), order
+    if isinstance(own, Int8Weight) and not step.shape[1] % BLOCK:
+        return _rowwise(own, part), None
+    grid = grid_of(step, exported=True)
+    assert grid is not None
+    return quantize(rows, grid.bits, grid.block, grid.symmetric), None
 
 
 def _cut(whole: IntBlocks, part: Part) -> IntBlocks:
@@ -88,12 +133,12 @@ def _cut(whole: IntBlocks, part: Part) -> IntBlocks:
     return replace(whole, codes=whole.codes[rows], scales=whole.scales[rows], zero_points=zeros)
 
 
-def _rowwise(own: Int8Weight, part: Part) -> Blocks:
+def _rowwise(own: Int8Weight, part: Part) -> IntBlocks:
     """LLM.int8's own codes; every block of a row has the row's scale."""
     codes = (own.codes[part.start : part.stop].astype(np.int16) + 128).astype(np.uint8)
     count = codes.shape[1] // BLOCK
     scales = np.repeat(own.scales[part.start : part.stop, None] / np.float32(127), count, axis=1)
-    return Blocks(IntBlocks(8, codes.shape[1], codes.reshape(-1, count, BLOCK), scales))
+    return IntBlocks(8, codes.shape[1], codes.reshape(-1, count, BLOCK), scales)
 
 
 def _bnb4(request: ExportRequest, step: Step, part: Part, rows: Float32) -> Bnb4:

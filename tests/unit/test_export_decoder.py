@@ -79,6 +79,9 @@ def test_without_vectors_a_branch_is_the_base(
         ("merged", "int8", {}, 0.02),
         ("merged", "int4", {}, 0.4),
         ("merged", "fp4", {}, 0.6),
+        ("branch", "int4", {"block": "16", "symmetric": "true", "accuracy_level": "0"}, 0.4),
+        ("merged", "int8", {"block": "128", "symmetric": "false"}, 0.02),
+        ("merged", "int2", {"block": "16"}, 4.0),
     ],
 )
 def test_drift_is_of_the_size_of_the_format(
@@ -383,7 +386,11 @@ def test_refusals_leave_nothing_behind(
         mode="branch",
         options={"projections": "int3"},
     )
-    refused(PlanError, "takes no option 'block'", out, tiny_llama.fp32, one, options={"block": "32"})
+    refused(PlanError, "takes no option 'blocks'", out, tiny_llama.fp32, one, options={"blocks": "32"})
+    int4 = {"weights": "int4"}
+    for block, match in (("48", "block of 48 inputs can't run; choose from 16"), ("x", "number of inputs")):
+        refused(PlanError, match, out, tiny_llama.fp32, one, options={"block": block}, **int4)
+    refused(PlanError, "only weights that are quantized", out, tiny_llama.fp32, one, options={"block": "64"})
     refused(TargetError, "no export target is called 'tflite'", out, tiny_llama.fp32, one, target="tflite")
     refused(TargetError, "bf8", out, tiny_llama.fp32, one, weights="bf8")
     refused(PlanError, "at least one adapter", out, tiny_llama.fp32, [])
@@ -410,3 +417,21 @@ def test_what_a_branch_cannot_carry(tiny_llama: tiny.TinyLlama, tmp_path: Path) 
     name = next(name for name in stored if "embed_tokens" in name)
     save_file(stored | {name: stored[name] + 1}, adapter / "adapter_model.safetensors")
     refused(TargetError, "embed_tokens", tmp_path / "out", tiny_llama.fp32, [(adapter, 1.0)], mode="branch")
+
+
+def test_a_block_and_an_accuracy_level_reach_every_product(make: Make) -> None:
+    import onnx
+
+    out = make("branch", "int4", block="16", symmetric="true", accuracy_level="0")
+    graph = onnx.load(out / "onnx" / "model.onnx", load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    told = [{one.name: one.i for one in node.attribute} for node in products]
+    assert {one["accuracy_level"] for one in told} == {0}
+    linears = [
+        (node, one)
+        for node, one in zip(products, told, strict=True)
+        if "/vera/" not in node.name and "lm_head" not in node.name
+    ]
+    assert {(one["bits"], one["block_size"], len(node.input)) for node, one in linears} == {(4, 16, 3)}
+    plan = bundle.read(out).plan
+    assert plan is not None and plan["steps"][0]["options"] == {"block": 16, "symmetric": True}

@@ -133,8 +133,8 @@ def test_the_extreme_value_is_exact_when_symmetric() -> None:
     ("bits", "block", "value", "sentence"),
     [
         (3, 32, 0.0, "2, 4 or 8 bits"),
-        (4, 8, 0.0, "power of two"),
-        (4, 48, 0.0, "power of two"),
+        (4, 8, 0.0, "choose from 16"),
+        (4, 48, 0.0, "choose from 16"),
         (4, 32, np.nan, "NaN or infinite"),
         (4, 32, np.inf, "NaN or infinite"),
     ],

@@ -26,7 +26,7 @@ from vera_edge.cli.show import (
 )
 from vera_edge.weight_rounding import Rounding
 
-WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "nf4", "fp4")
+WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "int2", "nf4", "fp4")
 STORED = ("fp32", "fp16", "int8", "int4")
 
 
@@ -52,6 +52,17 @@ STORED = ("fp32", "fp16", "int8", "int4")
 )
 @more_adapters_option
 @weight_option
+@click.option("--block", type=int, help="Inputs that share a scale: 16, 32, 64, 128 or 256.  [default: 32]")
+@click.option(
+    "--symmetric/--asymmetric",
+    default=None,
+    help="Integers without zero points, or with.  [default: int8 without, int4 and int2 with]",
+)
+@click.option(
+    "--accuracy-level",
+    type=click.Choice(["0", "4"]),
+    help="What activations are rounded to beside integer weights: 4: int8, the default; 0: nothing, slow.",
+)
 @click.option("--head", type=click.Choice(STORED), help="How embeddings and output head are stored.")
 @click.option("--projections-dtype", type=click.Choice(STORED), help="How a branch stores A and B.")
 @click.option(
@@ -76,6 +87,9 @@ def export(
     weights: str,
     more: list[tuple[Path, float]],
     weight: float,
+    block: int | None,
+    symmetric: bool | None,
+    accuracy_level: str | None,
     head: str | None,
     projections_dtype: str | None,
     origin: str | None,
@@ -90,7 +104,14 @@ def export(
     """Export BASE with ADAPTER to a folder that ONNX Runtime and ONNX Runtime GenAI open as it is."""
     refuse_beside_plan("mode", "weights")
     made = None if plan_file is None else plans.read(plan_file)
-    options = {"head": head, "projections": projections_dtype, "origin": origin}
+    options = {
+        "head": head,
+        "projections": projections_dtype,
+        "origin": origin,
+        "block": None if block is None else str(block),
+        "symmetric": None if symmetric is None else str(symmetric).lower(),
+        "accuracy_level": accuracy_level,
+    }
     with progress_bar(quiet or as_json) as progress:
         result = targets.export(
             base,

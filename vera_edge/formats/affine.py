@@ -8,7 +8,7 @@ float32; so a value says which code it was, and quantizing it again gives the sa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,26 @@ class Grid:
     codes: Bytes
     scales: Float32
     zeros: Float32
+
+
+@dataclass(frozen=True)
+class Integers:
+    """The codes of a stored weight, to be stored another way as they are: `bits` each, on a grid.
+
+    index (in,): each input's group, where act-order permuted them; None for groups that lie in order.
+    """
+
+    bits: int
+    grid: Grid
+    index: npt.NDArray[np.int64] | None = None
+
+
+@runtime_checkable
+class HoldsIntegers(Protocol):
+    """A weight in memory whose values are integers on an affine grid."""
+
+    def integers(self) -> Integers:
+        """Its codes, scales and zero points, exactly as stored."""
 
 
 def values(

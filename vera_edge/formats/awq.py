@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vera_edge.errors import FormatError, PlanError
 from vera_edge.formats import affine, bitpack, checks
-from vera_edge.formats.affine import Grid
+from vera_edge.formats.affine import Grid, Integers
 from vera_edge.formats.weight import Layout, StoredLinear
 from vera_edge.tensors import Bytes, Float32, RawTensor, TensorFolder
 
@@ -58,6 +58,9 @@ class AwqWeight:
 
     def tensors(self) -> Mapping[str, RawTensor]:
         return self.stored
+
+    def integers(self) -> Integers:
+        return Integers(4, Grid(_unpack(self.qweight).T, self.scales.T, self.zeros.T))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from vera_edge.formats.weight import row_chunks
 from vera_edge.tensors import Bytes, Float32
 
 BITS = (2, 4, 8)
+SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,18 +62,28 @@ class IntBlocks:
         return whole
 
 
+def check_kind(bits: int, block: int) -> None:
+    """Raise PlanError for a width or a block that MatMulNBits doesn't know."""
+    if bits not in BITS:
+        raise PlanError(f"integer blocks have 2, 4 or 8 bits, not {bits}")
+    if block not in SIZES:
+        raise PlanError(f"a block of {block} inputs can't run; choose from {', '.join(map(str, SIZES))}")
+
+
+def block_within(group: int) -> int | None:
+    """The longest block that fills a group of inputs a whole number of times; None when there is none."""
+    return max((size for size in SIZES if group % size == 0), default=None)
+
+
 def quantize(weight: Float32, bits: int, block: int, symmetric: bool) -> IntBlocks:
     """Round a float32 weight (out, in) to integer blocks, to nearest.
 
     Symmetric: the value of largest magnitude falls on the lowest code, so that all 2^bits codes are used.
     Asymmetric: the scale spans the block's range, zero included, so that zero stays exact.
-    Raises PlanError on bits other than 2, 4, 8, on a block that isn't a power of two of at least 16, and on
-    values that aren't finite.
+    Raises PlanError on bits other than 2, 4, 8, on a block that isn't one of SIZES, and on values that
+    aren't finite.
     """
-    if bits not in BITS:
-        raise PlanError(f"integer blocks have 2, 4 or 8 bits, not {bits}")
-    if block < 16 or block & (block - 1):
-        raise PlanError(f"a block of {block} inputs can't run; choose a power of two from 16 on")
+    check_kind(bits, block)
     out, inside = weight.shape
     count = -(-inside // block)
     codes = np.empty((out, count, block), np.uint8)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from vera_edge.errors import CheckpointError, PlanError
 from vera_edge.formats import affine, bitpack, checks, ct_schemes
-from vera_edge.formats.affine import Grid
+from vera_edge.formats.affine import Grid, Integers
 from vera_edge.formats.ct_schemes import Scheme
 from vera_edge.formats.fp8 import BlockFloat8, quantize_blocks
 from vera_edge.formats.weight import Layout, StoredLinear, Weight
@@ -51,6 +51,16 @@ class IntegerWeight:
 
     def tensors(self) -> Mapping[str, RawTensor]:
         return self.stored
+
+    def integers(self) -> Integers:
+        bits = self.bits or 8
+        half = 1 << bits - 1
+        if self.bits is None:
+            codes = (self.codes.astype(np.int16) + half).astype(np.uint8)
+        else:
+            codes = bitpack.unpack(self.codes, bits, self.shape[1])
+        zeros = np.zeros_like(self.scales) if self.zeros is None else self.zeros
+        return Integers(bits, Grid(codes, self.scales, zeros + np.float32(half)), self.index)
 
 
 @dataclass(frozen=True)

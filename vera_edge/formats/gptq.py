@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from vera_edge.errors import CheckpointError, FormatError, PlanError
 from vera_edge.formats import affine, bitpack, checks
-from vera_edge.formats.affine import Grid
+from vera_edge.formats.affine import Grid, Integers
 from vera_edge.formats.weight import Layout, StoredLinear
 from vera_edge.tensors import Float32, RawTensor, TensorFolder
 
@@ -49,6 +49,10 @@ class GptqWeight:
 
     def tensors(self) -> Mapping[str, RawTensor]:
         return self.stored
+
+    def integers(self) -> Integers:
+        codes = bitpack.unpack(self.qweight.T, self.bits, self.shape[1])
+        return Integers(self.bits, Grid(codes, self.scales.T, self.zeros.T), self.index)
 
 
 @dataclass(frozen=True)

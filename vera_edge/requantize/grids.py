@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.errors import PlanError
-from vera_edge.formats.blocks import IntBlocks
+from vera_edge.formats.blocks import IntBlocks, check_kind
 from vera_edge.formats.bnb4 import Bnb4Weight
 from vera_edge.formats.bnb8 import Int8Weight
 from vera_edge.formats.codes4 import LEVELS, pack
@@ -112,10 +112,7 @@ def int_blocks(bits: int, block: int = 32, symmetric: bool = True) -> Grid:
 
     Raises PlanError for a width or block that MatMulNBits doesn't know.
     """
-    if bits not in (2, 4, 8) or block < 16 or block & (block - 1):
-        raise PlanError(
-            f"no integer blocks of {bits} bits and size {block}; bits 2, 4, 8, block a power of two"
-        )
+    check_kind(bits, block)
     return Grid("int", bits, block, symmetric=symmetric)
 
 
