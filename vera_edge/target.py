@@ -53,6 +53,8 @@ class ExportRequest:
     int8, "0": float32); decoders also `origin` ("baked", "seed"): whether the projections are in the files,
     or drawn on the device. requantized: by module, weights of the plan's
     formats that were rounded with care (merged where the plan merges); the exporter rounds the others itself.
+    drawn: a folder for the graph before its weights are rounded, which the next export of the same inputs in
+    the same mode takes from there; None where nothing is to be kept.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +66,7 @@ class ExportRequest:
     force: bool = False
     progress: Progress = silent
     requantized: Mapping[str, Codes] = field(default_factory=dict)
+    drawn: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,12 @@ class Rounding:
             yield {}, ()
             return
         changed = [step for step in plan.steps if not step.copies]
-        grids = {step.module: grid for step in changed if (grid := grid_of(step, exported)) is not None}
+        # At 8 bits rounding to nearest loses next to nothing, and formats and exporters do it by themselves.
+        grids = {
+            step.module: grid
+            for step in changed
+            if (grid := grid_of(step, exported)) is not None and (self.method or grid.bits != 8)
+        }
         if not grids and self.method is None:
             yield {}, ()
             return

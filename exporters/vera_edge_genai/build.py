@@ -44,6 +44,11 @@ def build(source: Path, out: Path, architecture: str, options: Mapping[str, str]
     return ir.load(out / FILENAME)
 
 
+def drawn(out: Path) -> ir.Model | None:
+    """What `build` left in `out` before; None when it wasn't there."""
+    return ir.load(out / FILENAME) if (out / FILENAME).is_file() else None
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the builder's talk and bars off the terminal, and transformers off the network."""

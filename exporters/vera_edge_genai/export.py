@@ -44,14 +44,15 @@ class GenaiExporter:
         architecture = check(request)
         files: dict[str, str] = {}
         with staged_folder(request.out, request.force) as stage:
-            with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as work:
-                model, found, graph = _float_graph(request, architecture, Path(work))
+            with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
+                work = request.drawn or Path(scratch)
+                model, found, graph = _float_graph(request, architecture, work)
                 shared = _weave(request, model, found)
                 configs.fix_shapes(model, graph)
                 model.metadata_props.update(describe(request))
                 apart = seed.tensors(model) if seed.wanted(request) else ()
                 storage.save(model, stage / MODEL, shared, request.progress, apart)
-                configs.copy(Path(work) / "float", graph, stage, MODEL, quiet=request.plan.mode == "branch")
+                configs.copy(work / "float", graph, stage, MODEL, quiet=request.plan.mode == "branch")
             if request.plan.mode == "branch":
                 files = adapters.write(request, stage)
             described = facts(request, MODEL, files)
@@ -97,7 +98,8 @@ def _float_graph(
     merged = request.plan.mode == "merged"
     summed, projections = (request.adapters if merged else ()), request.projections
     floats = plans.make(checkpoint, summed, "merged", "fp32", projections=projections)
-    merge.write(floats, checkpoint, summed, projections, work / "float", request.progress)
+    if not (work / "float").is_dir():
+        merge.write(floats, checkpoint, summed, projections, work / "float", request.progress)
     copy = Checkpoint.open(work / "float")
     shapes = {module: linear.shape for module, linear in copy.linears.items()}
     for fuse in ("true", "false"):
@@ -105,7 +107,7 @@ def _float_graph(
         request.progress("drawing the graph", 0, 1)
         # A window in the cache would ask every runtime but GenAI for a cache of that size from the start.
         options = {"fuse_qkv": fuse, "windowed_kv_cache": "false"}
-        model = build.build(copy.path, graph, architecture, options)
+        model = build.drawn(graph) or build.build(copy.path, graph, architecture, options)
         found = sites.find(model, shapes, copy.dequantize)
         # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
         if merged or not any(_is_partial(site, adapted) for site in found):

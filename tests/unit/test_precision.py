@@ -26,8 +26,10 @@ from vera_edge.errors import MismatchError, PlanError, TargetError
 from vera_edge.precision import Request, parse_size
 from vera_edge.precision.choice import Choice
 from vera_edge.precision.choose import candidates, choose
-from vera_edge.precision.codes import ENDS, Rounded, trained_model
-from vera_edge.precision.replay import Replay
+from vera_edge.precision.codes import Rounded
+from vera_edge.precision.replay import Change, Replay
+from vera_edge.precision.trained import trained_model
+from vera_edge.precision.units import ENDS, Sensitivities
 from vera_edge.progress import silent
 from vera_edge.provenance import resolve
 from vera_edge.reference import open_reference
@@ -87,6 +89,12 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
 def kl_of(folder: Path, base: Path, adapter: Path, text: Path) -> float:
     """The export in ONNX Runtime against PEFT's own unmerged layers in torch."""
     checkpoint = Checkpoint.open(base)
@@ -94,7 +102,7 @@ def kl_of(folder: Path, base: Path, adapter: Path, text: Path) -> float:
     reference = open_reference(checkpoint, [(read, 1.0)], resolve(read, checkpoint).projections)
     session, found = Session.open(folder), []
     cut = windows.make(
-        windows.read_text(text), windows.open_tokenizer(base), tiny.VOCABULARY, tokens=1024, window=256
+        windows.read_text(text), windows.open_tokenizer(base), tiny.VOCABULARY, QUICK.check_tokens, window=256
     )
     for tokens in cut.tokens:
         truth, ours = reference.logits(tokens)[:-1], session.logits(tokens)[:-1]
@@ -121,8 +129,10 @@ def test_the_export_keeps_the_size_and_drifts_as_measured(
     # The manifest and the graph name digests; all else is the same, byte for byte.
     assert size_of(out) <= budget and size_of(out) == pytest.approx(found.trial.size, abs=64)
     measured = kl_of(out, tiny_llama.nf4, tiny_adapter, texts[1])
-    assert measured == pytest.approx(found.trial.kl, rel=0.05)
-    assert found.trial.kl == pytest.approx(found.trial.sum_kl, rel=0.5)
+    assert measured == pytest.approx(found.trial.kl, rel=0.01)
+    # What was predicted in torch, with the runtime's rounding of activations, before there was an export.
+    assert found.trial.predicted_kl == pytest.approx(found.trial.kl, rel=0.03)
+    assert found.trial.kl == pytest.approx(found.trial.sum_kl, rel=0.3)
 
 
 def test_the_smallest_within_a_loss(make: Plan) -> None:
@@ -176,17 +186,37 @@ def test_a_sensitivity_is_that_of_a_plain_forward(
     for name in [*names, "model.embed_tokens.weight", names[0]]:
         changed = model.get_parameter(name).data.clone()
         changed += 0.02 * torch.randn(changed.shape, generator=torch.Generator().manual_seed(1))
-        found = replay.kl({name: changed})
+        found = replay.kl(Change({name: changed}))
         kept, model.get_parameter(name).data = model.get_parameter(name).data, changed
         with torch.no_grad():
             other = [model(input_ids=torch.from_numpy(row[None])).logits[0].numpy() for row in tokens]
         model.get_parameter(name).data = kept
         truth = [
-            compare(reference.logits(row), logits, np.zeros(len(row), np.int64)).kl
+            compare(reference.logits(row)[:-1], logits[:-1], row[1:]).kl
             for row, logits in zip(tokens, other, strict=True)
         ]
         assert found == pytest.approx(float(np.concatenate(truth).mean()), rel=1e-3)
-    assert replay.kl({}) < 1e-12
+    assert replay.kl(Change({})) < 1e-12
+
+
+def test_a_formats_loss_follows_from_anothers_by_the_output_error(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Only the worst format of a unit is measured; what is inferred for the others, against measuring it."""
+    ready = merge.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)])
+    _, steps = candidates(ready, ("int4", "int8", "nf4", "fp32"))
+    rounded = Rounded(ready, steps, "gptq", {name: CodesFolder(tmp_path / name) for name in steps})
+    for store in rounded.stores.values():
+        store.folder.mkdir()
+    text, tokenizer = windows.read_text(texts[0]), windows.open_tokenizer(tiny_llama.nf4)
+    cut = windows.make(text, tokenizer, tiny.VOCABULARY, 2048, 128).tokens
+    model = trained_model(ready)
+    rounded.calibrate(model, cut, silent)
+    replay = Replay(model, [module for group in rounded.groups for module in group], cut[:4])
+    for unit in Sensitivities(model, replay, rounded).units(("int8",), silent)[1:]:
+        for name, option in unit.options.items():
+            measured = replay.kl(rounded.change(unit.modules, name, model))
+            assert option.loss == pytest.approx(measured, rel=0.25, abs=1e-12)
 
 
 def test_conv1d_weights_are_exchanged_the_right_way_round(
@@ -203,7 +233,7 @@ def test_conv1d_weights_are_exchanged_the_right_way_round(
     model = trained_model(ready)
     rounded.calibrate(model, cut, silent)
     replay = Replay(model, [module for group in rounded.groups for module in group], cut[:2])
-    units = rounded.units(model, replay, ("int4", "int8"), silent)
+    units = Sensitivities(model, replay, rounded).units(("int4", "int8"), silent)
     assert len(units) == 1 + 2 * 4
     for unit in units:
         assert 0 < unit.options["int8"].loss < 0.05 * unit.options["int4"].loss < 0.05
@@ -233,7 +263,8 @@ def test_the_command_writes_what_merge_and_export_take(
     cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     base, file, words = tiny_llama.nf4, tmp_path / "plan.json", ("--calibration", texts[0])
-    done = cli("plan", base, tiny_adapter, "--max-size", "170kB", *words, "--data", texts[1], "-o", file)
+    measured = ("--data", texts[1], "--export", tmp_path / "kept")
+    done = cli("plan", base, tiny_adapter, "--max-size", "170kB", *words, *measured, "-o", file)
     assert done.exit_code == 0, done.stderr
     for said in ("KL measured", "optimality gap", "size, MB", "chosen", "sensitivities", "same --method"):
         assert said in done.stdout
@@ -241,6 +272,7 @@ def test_the_command_writes_what_merge_and_export_take(
     done = cli("export", base, tiny_adapter, "--plan", file, *words, "-o", out)
     assert done.exit_code == 0 and "planned weights" in done.stdout
     assert size_of(out) <= 170_000
+    assert contents(out) == contents(tmp_path / "kept")  # what was measured is what is exported
     manifest = json.loads((out / "vera_edge.json").read_text())
     assert manifest["plan"]["steps"] == json.loads(file.read_text())["steps"]
     done = cli("merge", base, tiny_adapter, "--plan", file, "-o", tmp_path / "merged")

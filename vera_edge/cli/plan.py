@@ -38,7 +38,13 @@ from vera_edge.precision.choice import Choice
     help=f"What layers may be stored as, of {', '.join(FORMATS)}.",
 )
 @click.option("--data", metavar="FILE", help="Text to measure on, or built-in; else the calibration's.")
-@click.option("--tokens", default=512, show_default=True, help="About how many to measure each unit on.")
+@click.option(
+    "--tokens",
+    default=Request.tokens,
+    show_default=True,
+    help="About how many to measure each unit on; plans are measured on twice as many.",
+)
+@click.option("--export", "keep", type=show.FOLDER, help="Also write the export that was measured, to here.")
 @show.method_option
 @show.calibration_option
 @show.more_adapters_option
@@ -59,6 +65,7 @@ def plan(
     formats: str,
     data: str | None,
     tokens: int,
+    keep: Path | None,
     method: str | None,
     calibration: str,
     more: list[tuple[Path, float]],
@@ -71,7 +78,7 @@ def plan(
     """Choose how each layer of BASE with ADAPTER is stored: the least loss within --max-size, or the smallest
     export within --max-kl.
 
-    Every unit is quantized alone and measured; the plan is exported and measured as a whole.
+    Every unit is quantized alone and measured; the plan as a whole in torch, then exported.
     """
     if max_latency is not None:
         raise PlanError(
@@ -91,10 +98,12 @@ def plan(
     )
     request.check()
     check_output(file, force)
+    if keep is not None:
+        check_output(keep, force)
     from vera_edge.precision.choose import choose  # imports torch
 
     with show.progress_bar(quiet or as_json) as progress:
-        found = choose(base, [(adapter, weight), *more], request, file, projection_dtype, progress)
+        found = choose(base, [(adapter, weight), *more], request, file, projection_dtype, progress, keep)
     write_atomic(file, canonical_json(found.plan.to_dict()))
     if as_json:
         show.print_json(found.to_dict())
@@ -112,8 +121,9 @@ def _show(file: Path, found: Choice) -> None:
         "units": ", ".join(f"{count} as {name}" for name, count in sorted(counts.items())),
         "size of the export": f"{trial.size / 1e6:,.3f} MB",
         "bits per weight": f"{found.bits:.2f}",
-        "KL predicted": f"{trial.predicted_kl:.3g} (the units' sum {trial.sum_kl:.3g})",
-        "KL measured": f"{trial.kl:.3g} ({trial.factor:.2f} times the sum)",
+        "KL of the units alone": f"{trial.sum_kl:.3g} in all",
+        "KL predicted": f"{trial.predicted_kl:.3g}",
+        "KL measured": f"{trial.kl:.3g}",
         "optimality gap": f"{found.gap:.2%}" if found.gap else "none",
         "took": ", ".join(f"{what} {seconds:g} s" for what, seconds in found.seconds.items()),
     }

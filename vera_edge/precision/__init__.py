@@ -1,11 +1,14 @@
 """Automatic precision: the formats that lose least within a size, or take least within a loss.
 
 request   what is asked
-codes     every unit rounded to every format, its bytes and its sensitivity
-replay    the sensitivity: the model's KL with one unit exchanged
+trained   the model that weights are exchanged in
+replay    the model's KL with one unit exchanged, or with all of them
+codes     every module rounded to every format
+units     what is chosen for: bytes and sensitivity of every unit in every format
 sizes     bytes of a layer in a format
 knapsack  the choice among all of it, with a bound on how far from the best it can be
 trial     a plan exported, weighed and run
+solver    the knapsack solved, tried out, and solved again with what that showed
 choose    all of these in turn
 choice    what was found
 """

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vera_edge.plan import Plan
-from vera_edge.precision.codes import Unit
+from vera_edge.precision.units import Unit
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FrontPoint:
 class Trial:
     """A plan that was exported and measured. sum_kl: of its units, each alone.
 
-    predicted_kl: the sum times the correction factor as it was known before this plan was measured.
+    predicted_kl: of all units together in torch, known before the export was made. kl: the export's own.
     """
 
     size: int
@@ -58,8 +58,8 @@ class Trial:
 class Choice:
     """A plan that keeps the limit that was asked for.
 
-    trial: its own measurement; trials: all that were made on the way. gap: by what share of its loss (for a
-    limit of size) or size (for a limit of KL) it can be above the best plan, by the predictions, at most.
+    trial: its own measurement; trials: all that were exported on the way. gap: by what share of its loss (for
+    a limit of size) or size (for a limit of KL) it can be above the best plan, by the sums, at most.
     picks: the format of each unit by name. bits: per weight of the linear layers that could be chosen for.
     seconds: how long each kind of work took. notes: how things were measured, for a person to read.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -14,15 +15,17 @@ from vera_edge import plan as plans
 from vera_edge import target as targets
 from vera_edge.drift import windows
 from vera_edge.errors import PlanError
-from vera_edge.files import PARTIAL_MARK, output_error
+from vera_edge.files import PARTIAL_MARK, output_error, staged_folder
 from vera_edge.merge import Prepared
 from vera_edge.plan import DENSE, SAME, Plan, Step
 from vera_edge.precision.choice import Choice
-from vera_edge.precision.codes import Rounded, bytes_of, check_adapters, heads_of, trained_model
-from vera_edge.precision.replay import Replay, reference_logits
-from vera_edge.precision.request import CHECK_TOKENS, Request
+from vera_edge.precision.codes import Rounded
+from vera_edge.precision.replay import Replay
+from vera_edge.precision.request import Request
 from vera_edge.precision.solver import Solver, finished
+from vera_edge.precision.trained import check_adapters, trained_model
 from vera_edge.precision.trial import Trials
+from vera_edge.precision.units import Sensitivities, bytes_of, heads_of
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import CodesFolder
 
@@ -34,12 +37,14 @@ def choose(
     beside: Path,
     projection_dtype: str | None = None,
     progress: Progress = silent,
+    keep: Path | None = None,
 ) -> Choice:
     """The plan that loses least within `request.max_size`, or the smallest within `request.max_kl`.
 
     base, adapters: folders, each adapter with its weight. beside: a path in whose folder scratch files may
-    lie (as large as the float model). Raises PlanError when no plan keeps the limit, other VeraEdgeErrors
-    when an input is at fault.
+    lie (thrice as large as the float model). keep: a folder for the export of the plan, as it was measured;
+    one that is there is replaced. Raises PlanError when no plan keeps the limit, other VeraEdgeErrors when an
+    input is at fault.
     """
     request.check()
     targets.find(request.target)
@@ -48,7 +53,7 @@ def choose(
     ready = replace(merged, plan=plans.make(*facts))
     check_adapters(ready)
     with _scratch(beside) as work:
-        return _Search(ready, request, work, progress).run()
+        return _Search(ready, request, work, progress, keep).run()
 
 
 @contextmanager
@@ -91,6 +96,7 @@ class _Search:
     request: Request
     work: Path
     progress: Progress
+    keep: Path | None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> Choice:
@@ -100,25 +106,26 @@ class _Search:
             store.folder.mkdir()
         rounded = Rounded(self.ready, steps, self.request.method, stores)
         calibration, sensitivity, check = self._windows()
-        trials = Trials(self.ready, self.request.target, self.work)
-        heads = heads_of(self.request.formats)
+        trials, heads = Trials(self.ready, self.request.target, self.work), heads_of(self.request.formats)
         with self._timed("weighing"):
             weighed = trials.weigh(finished(start, heads[0], self.request, self.ready), self.progress)
         model = trained_model(self.ready)
         with self._timed("calibration and rounding"):
             rounded.calibrate(model, calibration.tokens, self.progress)
+        modules = [module for group in rounded.groups for module in group]
         with self._timed("sensitivities"):
-            replay = Replay(
-                model, [module for group in rounded.groups for module in group], sensitivity.tokens
-            )
-            units = rounded.units(model, replay, heads, self.progress)
-            reference = reference_logits(model, check.tokens)
-        del model, replay
-        trials = replace(trials, windows=check.tokens, reference=reference)
+            measured = Sensitivities(model, Replay(model, modules, sensitivity.tokens), rounded)
+            units = measured.units(heads, self.progress)
+            del measured
         fixed = float(weighed - bytes_of(units, start.weights, heads[0]))
-        solver = Solver(self.request, start, rounded, units, trials, self.progress, fixed)
         with self._timed("trials"):
+            replay = Replay(model, modules, check.tokens)
+            facts = (self.request, start, rounded, units, model, replay, trials, self.progress, fixed)
+            solver = Solver(*facts)
             point = solver.solve()
+        if self.keep is not None:
+            with staged_folder(self.keep, force=True) as stage:
+                shutil.copytree(solver.folders[point], stage, dirs_exist_ok=True)
         return solver.choice(point, self.seconds, self._notes(calibration, sensitivity, check))
 
     def _windows(self) -> tuple[windows.Windows, windows.Windows, windows.Windows]:
@@ -128,7 +135,7 @@ class _Search:
         text = windows.read_text(request.calibration)
         data = text if request.data is None else windows.read_text(request.data)
         width = min(windows.WINDOW, request.tokens)
-        counts = (request.tokens, max(CHECK_TOKENS, request.tokens))
+        counts = (request.tokens, request.check_tokens)
         few, more = (windows.make(data, tokenizer, size, count, width) for count in counts)
         return windows.make(text, tokenizer, size, request.calibration_tokens), few, more
 
@@ -147,8 +154,8 @@ class _Search:
         )
         source = request.calibration if request.data is None else request.data
         found.append(
-            f"sensitivities: the KL of one unit quantized alone, on {few} tokens of {source} text; plans: "
-            f"exported and run in ONNX Runtime, on {more} tokens"
+            f"sensitivities: the KL of one unit quantized alone, on {few} tokens of {source} text; plans: of "
+            f"all units together, in torch (predicted) and in an export (measured), on {more} tokens"
         )
         if source == request.calibration:
             found.append("measured on the text that weights were calibrated on, which flatters; give --data")

@@ -16,7 +16,8 @@ from vera_edge.weight_rounding import BUILT_IN, TOKENS
 FORMATS = ("int4", "int8", "nf4", "fp4", "fp32")
 TARGETS = ("onnx", "genai")
 SENSITIVITY_TOKENS = 512
-CHECK_TOKENS = 1024
+# Plans are measured on so many times the tokens that units are.
+CHECKED = 2
 
 _SIZE = re.compile(r"([\d.]+)\s*([a-z]*)", re.IGNORECASE)
 _UNITS: Mapping[str, int] = {
@@ -50,6 +51,11 @@ class Request:
     data: str | None = None
     tokens: int = SENSITIVITY_TOKENS
     calibration_tokens: int = TOKENS
+
+    @property
+    def check_tokens(self) -> int:
+        """How many tokens plans are measured on."""
+        return CHECKED * self.tokens
 
     def check(self) -> None:
         """Raise PlanError when this can't be asked."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,18 +13,22 @@ from vera_edge.errors import PlanError
 from vera_edge.merge import Prepared
 from vera_edge.plan import SAME, Plan
 from vera_edge.precision.choice import Choice, FrontPoint, Trial
-from vera_edge.precision.codes import ENDS, Picked, Rounded, Unit
+from vera_edge.precision.codes import Picked, Rounded
 from vera_edge.precision.knapsack import Front, front
+from vera_edge.precision.replay import Change, Replay
 from vera_edge.precision.request import Request
 from vera_edge.precision.trial import Trials
+from vera_edge.precision.units import ENDS, Unit, ends_change
 from vera_edge.progress import Progress
 
 # Units together lose more than the sum of each alone; a measured factor takes this one's place.
 FIRST_FACTOR = 1.25
-# Trials at most: each corrects what the next one is solved with.
-ROUNDS = 6
+# Exports at most, each corrects what the next plan is solved with; and runs in torch before each of them.
+EXPORTS, RUNS = 4, 6
 # A trial that leaves less than this of the limit unused is good enough.
 _UNUSED_KL, _UNUSED_SIZE = 0.1, 0.01
+# The share of a limit of KL to aim at, since the next measurement differs a little from what is expected.
+_AIM = 0.96
 _SHOWN = 12
 
 
@@ -36,17 +42,26 @@ def finished(plan: Plan, head: str, request: Request, ready: Prepared) -> Plan:
 
 @dataclass
 class Solver:
-    """Solves, tries out, corrects. `fixed`: bytes of the export beside the units; `factor`: see Trial."""
+    """Solves, tries out, corrects. `fixed`: bytes of the export beside the units.
+
+    model, replay: the model as trained over the text that plans are measured on. factor: KL of all units
+    together over the sum of each alone. runtime: KL of an export over that of the same weights in torch.
+    """
 
     request: Request
     start: Plan
     rounded: Rounded
     units: tuple[Unit, ...]
+    model: Any
+    replay: Replay
     trials: Trials
     progress: Progress
     fixed: float
     factor: float = FIRST_FACTOR
+    runtime: float = 1.0
+    joint: dict[int, float] = field(default_factory=dict)
     tried: dict[int, Trial] = field(default_factory=dict)
+    folders: dict[int, Path] = field(default_factory=dict)
     points: Front = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,8 +69,8 @@ class Solver:
 
     def solve(self) -> int:
         """The point of the front that is best within the limit, by its own measurement."""
-        for number in range(ROUNDS):
-            point = self._next(last=number == ROUNDS - 1)
+        for number in range(EXPORTS):
+            point = self._settle(last=number == EXPORTS - 1)
             if point in self.tried:
                 break
             self._try(point)
@@ -66,35 +81,80 @@ class Solver:
             raise PlanError(self._refusal())
         return max(kept) if self.request.max_size is not None else min(kept)
 
-    def _next(self, last: bool) -> int:
-        """What to try, by what is known; when the limit can't be kept, what comes nearest to it.
+    def _settle(self, last: bool) -> int:
+        """The plan to export: the best that is known once running it in torch tells nothing new."""
+        if self.request.max_size is not None:
+            return self._next_by_size(self.request.max_size, last)
+        assert self.request.max_kl is not None
+        limit = self.request.max_kl
+        for _ in range(RUNS):
+            point = self._next_by_loss(limit, last)
+            if point in self.joint:
+                break
+            if limit * (1 - _UNUSED_KL) <= self._expected(point) <= limit:
+                break
+        return point
 
-        A prediction that trials have proved wrong gives way to the middle of what they leave open.
-        """
-        request, points = self.request, self.points
+    def _next_by_size(self, limit: int, last: bool) -> int:
         kept = [point for point, trial in self.tried.items() if self._keeps(trial)]
-        broken = [point for point in self.tried if point not in kept]
-        if request.max_size is not None:
-            found, safest = points.within_size(request.max_size - self.fixed), 0
-            low, high = max(kept, default=-1), min(broken, default=len(points))
-        else:
-            assert request.max_kl is not None
-            found, safest = points.within_loss(request.max_kl / self.factor), len(points) - 1
-            low, high = max(broken, default=-1), min(kept, default=len(points))
-        if last and not kept:
+        found = self.points.within_size(limit - self.fixed)
+        if found is None or (last and not kept):
+            return 0
+        low = max(kept, default=-1)
+        high = min((point for point in self.tried if point not in kept), default=len(self.points))
+        return found if low < found < high else max(0, (low + high) // 2)
+
+    def _next_by_loss(self, limit: float, last: bool) -> int:
+        """The smallest plan that should keep the limit; where none should, the one that loses least."""
+        safest = len(self.points) - 1
+        known = {point: self._expected(point) for point in self.joint}
+        kept = [point for point, kl in known.items() if kl <= limit]
+        found = self.points.within_loss(limit * _AIM / (self.factor * self.runtime))
+        if last and not any(self._keeps(trial) for trial in self.tried.values()):
             return safest
+        low = max((point for point in known if point not in kept), default=-1)
+        high = min(kept, default=safest + 1)
         point = safest if found is None else found
-        return point if low < point < high or not self.tried else max(0, (low + high) // 2)
+        return point if low < point < high else min(safest, (low + high + 1) // 2)
+
+    def _expected(self, point: int) -> float:
+        """The KL that an export of the point has, or would have by what a run in torch gives."""
+        if point in self.tried:
+            return self.tried[point].kl
+        if point not in self.joint:
+            self.joint[point] = found = self._run(point)
+            if (loss := float(self.points.losses[point])) > 0 and found > 0:
+                self.factor = found / loss
+        return self.joint[point] * self.runtime
+
+    def _run(self, point: int) -> float:
+        """The KL of all units of a plan together, in torch."""
+        picks = self._picks(point)
+        layers: dict[int, list[Unit]] = {}
+        for unit in self.units:
+            if unit.modules:
+                layers.setdefault(self.replay.depth_of(unit.modules[0]), []).append(unit)
+
+        def change_of(depth: int) -> Change:
+            self.progress("running a plan", depth, len(layers))
+            changes = [
+                self.rounded.change(unit.modules, picks[unit.name], self.model)
+                for unit in layers.get(depth, ())
+            ]
+            weights = {name: weight for change in changes for name, weight in change.weights.items()}
+            return Change(weights, [module for change in changes for module in change.rounded])
+
+        return self.replay.joint(change_of, ends_change(self.model, picks[ENDS]))
 
     def _try(self, point: int) -> None:
-        sizes, losses = self.points.sizes, self.points.losses
-        codes = Picked(self.rounded.stores, self._formats(point))
-        found = self.trials.measure(self.plan(point), codes, self.progress)
-        loss = float(losses[point])
-        self.tried[point] = trial = Trial(found.size, loss, loss * self.factor, found.kl)
+        predicted, codes = self._expected(point), Picked(self.rounded.stores, self._formats(point))
+        found = self.trials.measure(self.plan(point), codes, len(self.tried), self.replay, self.progress)
+        self.tried[point] = Trial(found.size, float(self.points.losses[point]), predicted, found.kl)
+        self.folders[point] = found.folder
         # Tensors start on pages, so that what is beside the units differs from plan to plan.
-        self.fixed = found.size - float(sizes[point])
-        self.factor = trial.factor
+        self.fixed = found.size - float(self.points.sizes[point])
+        if self.joint[point] > 0:
+            self.runtime = found.kl / self.joint[point]
 
     def _keeps(self, trial: Trial) -> bool:
         if self.request.max_size is not None:
