@@ -1,0 +1,121 @@
+"""The drift tables as Markdown, and where they are written."""
+
+from __future__ import annotations
+
+import os
+import platform
+import textwrap
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from scripts.bench_drift_rows import Row
+from scripts.prepare_demo import ROOT
+
+PAGE = ROOT / "docs" / "drift-table.md"
+MARKS = ("<!-- drift-table: written by scripts/bench_drift -->", "<!-- end of drift-table -->")
+MEASURED, OTHER = "reference", "code"  # the held-out text of the adapter's own kind, and another kind
+
+
+def short_table(rows: Sequence[Row], scored: int) -> str:
+    """The README's table and what one has to know to read it."""
+    lines = [
+        "| Way to ship | mean KL | of the effect | top-1 agreement | perplexity | on disk, MB | tokens/s |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        found = row.texts[MEASURED]
+        speed = f"{row.speed:.0f}" if row.speed is not None else ""
+        lines.append(
+            f"| {row.name} | {found.kl:.2g} | {found.share:.1%} | {found.top1:.1%} "
+            f"| {found.perplexity:.3f} | {_size(row) or 'can not be saved'} | {speed} |"
+        )
+    return "\n".join([*lines, "", _footnote(scored, rows[0].texts[MEASURED].reference_perplexity), ""])
+
+
+def long_table(rows: Sequence[Row]) -> str:
+    """Every row, the smallest first: what each bit buys. Rows that no other beats in both are bold."""
+    lines = [
+        "| Way to ship | bits a weight | on disk, MB | mean KL | of the effect | retained | flips | top-1 "
+        "| on code: mean KL | of the effect | retained |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    ordered = sorted(rows, key=lambda row: (row.bits, row.texts[MEASURED].kl))
+    best = float("inf")
+    for row in ordered:
+        found, other = row.texts[MEASURED], row.texts[OTHER]
+        name, best = (f"**{row.name}**", found.kl) if found.kl < best else (row.name, best)
+        lines.append(
+            f"| {name} | {row.bits:.2f} | {_size(row)} | {found.kl:.2g} ± {found.kl_error:.1g} "
+            f"| {found.share:.1%} | {found.retained:.3f} | {found.flips:.1%} | {found.top1:.1%} "
+            f"| {other.kl:.2g} | {other.share:.1%} | {other.retained:.3f} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def _size(row: Row) -> str:
+    return f"{row.size / 1e6:.0f}" if row.size is not None else ""
+
+
+def _footnote(scored: int, perplexity: float) -> str:
+    packages = ", ".join(f"{n} {version(n)}" for n in ("onnxruntime", "torch", "peft", "bitsandbytes"))
+    return _filled(
+        "SmolLM2-135M-Instruct in NF4 with a VeRA adapter of rank 256 on all seven linears; "
+        f"{scored} tokens of held-out text. KL in nats, from the model as trained (NF4 base, exact values "
+        f"in float32, adapter unmerged in PEFT; perplexity {perplexity:.3f}) to what is shipped; "
+        "*of the effect* divides it by the KL to the base without the adapter. 4-bit weights of ours are "
+        "rounded as the commands do by default, calibrated on text of the same kind that is in neither the "
+        "training nor the measured text. Speed: greedy decoding on "
+        f"{os.cpu_count()} cores of {_processor()}; PEFT's row runs in torch. {packages}."
+    )
+
+
+def page(short: str, long: str, encoder: str, scored: dict[str, int]) -> str:
+    """docs/drift-table.md."""
+    intro = _filled(
+        "Every method, and other tools', at the bytes they take: the same model and adapter as above. Measured "
+        f"on {scored[MEASURED]} tokens of the Python reference that neither training nor calibration saw, and "
+        f"on {scored[OTHER]} of Python code. *Bits a weight* are those of the linear layers, scales and zero "
+        "points as the format stores them; ONNX Runtime's are float32. Bold: no row of as few bits loses less. "
+        "Ours, and those of ONNX Runtime GenAI's builder, are exports run in ONNX Runtime, which rounds "
+        "activations to 8 bits beside integer weights. Rows merged back into NF4, HQQ's and llama.cpp's are "
+        "the weights alone, run in torch in float32, so what their runtimes round isn't in them; PEFT's runs "
+        "in bitsandbytes' kernels. Most layers of this model are 576 inputs wide, no multiple of 256, and "
+        "llama.cpp stores those in other formats than Q4_K. Its rows keep the head in Q8_0, ours in int8 "
+        "(merged back into NF4: as the base has it), HQQ's in float32."
+    )
+    return "\n".join(
+        [
+            "# Drift, size and speed of each way to ship",
+            "",
+            short,
+            "## What each bit buys",
+            "",
+            intro,
+            "",
+            long,
+        ]
+        + (["## A second model", "", encoder] if encoder else [])
+    )
+
+
+def write(short: str, whole: str | None) -> None:
+    """Put the short table between the marks in README.md, and the whole page into docs."""
+    if whole is not None:
+        PAGE.write_text(whole, encoding="utf-8")
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    readme.write_text(f"{before}{MARKS[0]}\n{short}{MARKS[1]}{after}", encoding="utf-8")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 110)

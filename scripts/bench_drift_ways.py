@@ -1,0 +1,162 @@
+"""Our ways to ship the demo's adapter, and PEFT's, as rows of the drift tables."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from scripts.bench_drift_rows import Bench, Made, Way
+from scripts.prepare_demo import ROOT, Demo
+from vera_edge import merge, reference, target
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.device.session import Session
+from vera_edge.drift.models import folder_bytes
+from vera_edge.plan import Plan
+from vera_edge.precision import Request
+from vera_edge.precision.choose import choose
+from vera_edge.precision.sizes import step_bytes
+from vera_edge.weight_rounding import Rounding, merge_to_folder
+
+# bitsandbytes' NF4 in blocks of 64 with double-quantized absmax: 8 bits a block, 32 for each 256 blocks.
+NF4_BITS = 4 + 8 / 64 + 32 / 64 / 256
+PROMPT = 'What does the Python reference say about "The "import" statement"?'
+SPOKEN = 64  # tokens generated to measure speed
+PEFT = "PEFT merge_and_unload into NF4"
+SHORT = (
+    ("fp32 merged", "merged", "fp32", None),
+    ("int8 merged", "merged", "int8", None),
+    ("int4 merged", "merged", "int4", None),
+    ("nf4 branch", "branch", "nf4", None),
+    ("int8 branch", "branch", "int8", None),
+    ("int4 branch", "branch", "int4", None),
+)
+MORE = (
+    ("int4 merged, rounded to nearest", "merged", "int4", "rtn"),
+    ("int4 merged, hqq", "merged", "int4", "hqq"),
+    ("int4 merged, search", "merged", "int4", "search"),
+    ("int8 merged, gptq", "merged", "int8", "gptq"),
+)
+
+
+def short(demo: Demo, out: Path) -> list[Way]:
+    """The ways of the README's table."""
+    ours = _code()
+    exports = [Way(row[0], partial(_exported, demo, out, *row), ours, spoken=True) for row in SHORT]
+    merged = Way("nf4 merged back (vera-edge merge)", partial(_merged, demo, out, None), ours)
+    peft = Way(PEFT, partial(_peft, demo, out), f"peft {version('peft')}", spoken=True)
+    return [*exports, merged, peft]
+
+
+def more(demo: Demo, out: Path, bench: Bench) -> Iterator[Way]:
+    """Other methods on the same grids, and mixes that `plan` chooses for a share of the adapter's effect."""
+    ours = _code()
+    for row in MORE:
+        yield Way(row[0], partial(_exported, demo, out, *row), ours)
+    for method in ("rtn", "hqq", "search"):
+        name = "rounded to nearest" if method == "rtn" else method
+        yield Way(f"nf4 merged back, {name}", partial(_merged, demo, out, method), ours)
+    for share, mode in ((0.03, "merged"), (0.06, "merged"), (0.03, "branch")):
+        yield Way(
+            f"plan, {share:.0%} of the effect, {mode}", partial(_planned, demo, out, bench, share, mode), ours
+        )
+
+
+def _code() -> str:
+    """A digest of what decides how weights are rounded."""
+    found = hashlib.sha256()
+    folders = [*(ROOT / "vera_edge" / name for name in ("requantize", "formats", "precision"))]
+    files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    files += [ROOT / "vera_edge" / f"{name}.py" for name in ("calibration", "writeback", "weight_rounding")]
+    for path in files:
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _exported(demo: Demo, out: Path, name: str, mode: str, weights: str, method: str | None) -> Made:
+    folder = out / name.replace(" ", "-").replace(",", "")
+    rounding = Rounding(method, str(demo.calibration_text))
+    adapters = [(demo.adapter, 1.0)]
+    options: dict[str, Any] = {"mode": mode, "weights": weights, "force": True, "rounding": rounding}
+    made = target.export(demo.base, adapters, folder, **options)
+    return _open(folder, made.plan)
+
+
+def _planned(demo: Demo, out: Path, bench: Bench, share: float, mode: str) -> Made:
+    """Planned on the text of the training, since the measured one must be new to it."""
+    folder, texts = out / f"planned-{mode}", (str(demo.calibration_text), str(demo.train_text))
+    request = Request(max_kl=share * bench.effect, mode=mode, calibration=texts[0], data=texts[1])
+    found = choose(demo.base, [(demo.adapter, 1.0)], request, folder, keep=folder)
+    return _open(folder, found.plan)
+
+
+def _open(folder: Path, plan: Plan) -> Made:
+    session = Session.open(folder)
+    weights = sum(step.shape[0] * step.shape[1] for step in plan.steps)
+    bits = 8 * sum(step_bytes(step) for step in plan.steps) / weights
+    return Made(session, bits, folder_bytes(folder), partial(_session_speed, session))
+
+
+def _session_speed(session: Session) -> float:
+    """Tokens per second after the first token, best of three."""
+    speeds = []
+    for _ in range(3):
+        generation = session.generate(PROMPT, max_tokens=SPOKEN)
+        for _ in generation:
+            pass
+        speeds.append(float(generation.summary()["tokens_per_second"]))
+    return max(speeds)
+
+
+def _merged(demo: Demo, out: Path, method: str | None) -> Made:
+    """Merged back into NF4; a Hugging Face folder, measured on its exact values."""
+    folder = out / "merged-nf4"
+    ready = merge.prepare(demo.base, [(demo.adapter, 1.0)], "nf4")
+    merge_to_folder(ready, folder, Rounding(method, str(demo.calibration_text)), force=True)
+    return Made(reference.open_reference(Checkpoint.open(folder)), NF4_BITS, folder_bytes(folder))
+
+
+def _peft(demo: Demo, out: Path) -> Made:
+    """What PEFT itself makes of base and adapter: loaded fresh, merged before any forward."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(demo.base, device_map="cpu", dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, demo.adapter).merge_and_unload().eval()
+    saved = copy.deepcopy(merged)  # bitsandbytes repacks a model in place at its first forward
+    tokenizer = AutoTokenizer.from_pretrained(demo.base)
+    chat = [{"role": "user", "content": PROMPT}]
+    asked = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return Made(
+        reference.Reference(merged, int(merged.config.vocab_size), has_adapter=False),
+        NF4_BITS,
+        _saved_size(saved, out / "peft-nf4"),
+        lambda: max(_torch_speed(merged, asked) for _ in range(2)),
+    )
+
+
+def _torch_speed(model: Any, asked: Any) -> float:
+    started = time.monotonic()
+    model.generate(**asked, max_new_tokens=1, do_sample=False)
+    first = time.monotonic() - started
+    started = time.monotonic()
+    length = model.generate(**asked, max_new_tokens=SPOKEN // 4, do_sample=False).shape[1]
+    return float((length - asked["input_ids"].shape[1] - 1) / (time.monotonic() - started - first))
+
+
+def _saved_size(model: Any, out: Path) -> int | None:
+    try:
+        model.save_pretrained(out)
+    except NotImplementedError as cause:
+        print(f"{PEFT}: save_pretrained raises NotImplementedError {cause}", file=sys.stderr)
+        return None
+    return folder_bytes(out)
