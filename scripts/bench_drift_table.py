@@ -73,11 +73,11 @@ def _footnote(scored: int, perplexity: float) -> str:
 def page(short: str, long: str, encoder: str, scored: dict[str, int]) -> str:
     """docs/drift-table.md."""
     intro = _filled(
-        "Every method, and other tools', at the bytes they take: the same model and adapter as above. Measured "
-        f"on {scored[MEASURED]} tokens of the Python reference that neither training nor calibration saw, and "
-        f"on {scored[OTHER]} of Python code. *Bits a weight* are those of the linear layers, scales and zero "
-        "points as the format stores them; ONNX Runtime's are float32. Bold: no row of as few bits loses less. "
-        "Ours, and those of ONNX Runtime GenAI's builder, are exports run in ONNX Runtime, which rounds "
+        "Every method, and other tools', at the bytes they take: the same model and adapter as above, on "
+        f"{scored[MEASURED]} tokens of the Python reference that neither training nor calibration saw, and on "
+        f"{scored[OTHER]} of Python code. *Bits a weight* are those of the linear layers, scales and zero "
+        "points as the format stores them; ONNX Runtime's are float32. Bold: no row of as few bits loses "
+        "less. Ours, and those of ONNX Runtime GenAI's builder, are exports run in ONNX Runtime, which rounds "
         "activations to 8 bits beside integer weights. Rows merged back into NF4, HQQ's and llama.cpp's are "
         "the weights alone, run in torch in float32, so what their runtimes round isn't in them; PEFT's runs "
         "in bitsandbytes' kernels. Most layers of this model are 576 inputs wide, no multiple of 256, and "
