@@ -15,6 +15,17 @@ from scripts.prepare_demo import ROOT
 PAGE = ROOT / "docs" / "drift-table.md"
 MARKS = ("<!-- drift-table: written by scripts/bench_drift -->", "<!-- end of drift-table -->")
 MEASURED, OTHER = "reference", "code"  # the held-out text of the adapter's own kind, and another kind
+_INTRO = """
+Every method, and other tools', at the bytes they take: the same model and adapter as above, on
+{measured} tokens of the Python reference that neither training nor calibration saw, and on {other} of
+Python code. *Bits a weight* are those of the linear layers, scales and zero points as the format stores
+them; ONNX Runtime's are float32. Bold: no row of as few bits loses less. Ours, and those of ONNX Runtime
+GenAI's builder, are exports run in ONNX Runtime, which rounds activations to 8 bits beside integer
+weights. Rows merged back into NF4, HQQ's and llama.cpp's are the weights alone, run in torch in float32,
+so what their runtimes round isn't in them; PEFT's runs in bitsandbytes' kernels. Most layers of this
+model are 576 inputs wide, no multiple of 256, and llama.cpp stores those in other formats than Q4_K. Its
+rows keep the head in Q8_0, ours in int8 (merged back into NF4: as the base has it), HQQ's in float32.
+"""
 
 
 def short_table(rows: Sequence[Row], scored: int) -> str:
@@ -72,18 +83,7 @@ def _footnote(scored: int, perplexity: float) -> str:
 
 def page(short: str, long: str, encoder: str, scored: dict[str, int]) -> str:
     """docs/drift-table.md."""
-    intro = _filled(
-        "Every method, and other tools', at the bytes they take: the same model and adapter as above, on "
-        f"{scored[MEASURED]} tokens of the Python reference that neither training nor calibration saw, and on "
-        f"{scored[OTHER]} of Python code. *Bits a weight* are those of the linear layers, scales and zero "
-        "points as the format stores them; ONNX Runtime's are float32. Bold: no row of as few bits loses "
-        "less. Ours, and those of ONNX Runtime GenAI's builder, are exports run in ONNX Runtime, which rounds "
-        "activations to 8 bits beside integer weights. Rows merged back into NF4, HQQ's and llama.cpp's are "
-        "the weights alone, run in torch in float32, so what their runtimes round isn't in them; PEFT's runs "
-        "in bitsandbytes' kernels. Most layers of this model are 576 inputs wide, no multiple of 256, and "
-        "llama.cpp stores those in other formats than Q4_K. Its rows keep the head in Q8_0, ours in int8 "
-        "(merged back into NF4: as the base has it), HQQ's in float32."
-    )
+    intro = _filled(_INTRO.format(measured=scored[MEASURED], other=scored[OTHER]))
     return "\n".join(
         [
             "# Drift, size and speed of each way to ship",
@@ -118,4 +118,4 @@ def _processor() -> str:
 
 
 def _filled(text: str) -> str:
-    return textwrap.fill(text, 110)
+    return textwrap.fill(text.strip(), 110)
