@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pytest
+import scipy.special
+import scipy.stats
 
 from vera_edge.drift import evaluate, verdict
 from vera_edge.drift.evaluate import Measurement, measure
@@ -15,6 +17,7 @@ from vera_edge.errors import DataError, MismatchError
 
 VOCAB = 31
 Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,42 @@ def test_between_the_two_the_verdict_follows_the_share(share: float, level: str)
     assert found.retained.value == pytest.approx(by_hand, rel=1e-12)
     assert found.retained.low < found.retained.value < found.retained.high
     assert verdict.judge(found).level == level
+
+
+def test_the_retained_effects_error_and_interval_are_scipys() -> None:
+    """Paired over windows: an interval by scipy's bootstrap, the standard error by leaving one window out."""
+    trained, base = _tables()
+    between, windows = (0.6 * trained + 0.4 * base).astype(np.float32), _windows(40)
+    found = measure(Table(trained, []), Table(between, []), windows, base=Table(base, [])).retained
+    lost, effect = (
+        np.array([_kl(trained[tokens[:-1]], other[tokens[:-1]]).sum() for tokens in windows.tokens])
+        for other in (between, base)
+    )
+
+    def share(a: Float64, b: Float64, axis: int = -1) -> Float64:
+        kept: Float64 = 1 - a.sum(axis) / b.sum(axis)
+        return kept
+
+    assert found is not None and found.value == pytest.approx(share(lost, effect), rel=1e-9)
+    truth = scipy.stats.bootstrap(
+        (lost, effect),
+        share,
+        paired=True,
+        n_resamples=4000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    width = truth.high - truth.low
+    assert (found.low, found.high) == pytest.approx((truth.low, truth.high), abs=0.1 * width)
+    without = np.array([share(np.delete(lost, at), np.delete(effect, at)) for at in range(len(lost))])
+    jackknife = np.sqrt((len(lost) - 1) * without.var())
+    assert found.standard_error == pytest.approx(jackknife, rel=0.05)
+
+
+def _kl(reference: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> Float64:
+    p, q = (scipy.special.softmax(logits.astype(np.float64), axis=1) for logits in (reference, other))
+    found: Float64 = scipy.special.rel_entr(p, q).sum(axis=1)
+    return found
 
 
 def test_an_adapter_without_effect_decides_nothing() -> None:
