@@ -33,7 +33,9 @@ def _open(base: Path, folder: Path, weight: float = 1.0) -> Reference:
 
 def _logits(model: Any) -> npt.NDArray[np.float32]:
     with torch.inference_mode():
-        found: npt.NDArray[np.float32] = model(input_ids=torch.from_numpy(TOKENS[None])).logits[0].float().numpy()
+        found: npt.NDArray[np.float32] = (
+            model(input_ids=torch.from_numpy(TOKENS[None])).logits[0].float().numpy()
+        )
     return found
 
 
