@@ -44,16 +44,17 @@ def main() -> None:
     )
     scored = {name: cut.scored for name, cut in bench.texts.items()}
     rows = _rows(bench, short(demo, out), chosen.only)
-    whole = None
+    below = None
     if chosen.all or chosen.only:
         others = _rows(bench, [*more(demo, out, bench), *peers(demo, out)], chosen.only)
+        long = tables.long_table([*rows, *others])
         if chosen.only:
-            print(tables.long_table([*rows, *others]))
+            print(long)
             return
-        whole = tables.long_table([*rows, *others])
+        below = tables.rest(long, encoder_table(demo, out), scored)
     readme = tables.short_table(rows, scored[tables.MEASURED])
-    print(readme, whole or "", sep="\n")
-    tables.write(readme, tables.page(readme, whole, encoder_table(demo, out), scored) if whole else None)
+    print(readme, below or "", sep="\n")
+    tables.write(readme, below)
 
 
 def _bench(demo: Demo, out: Path, tokens: int) -> Bench:

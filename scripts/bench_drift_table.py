@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from scripts.prepare_demo import ROOT
 PAGE = ROOT / "docs" / "drift-table.md"
 MARKS = ("<!-- drift-table: written by scripts/bench_drift -->", "<!-- end of drift-table -->")
 MEASURED, OTHER = "reference", "code"  # the held-out text of the adapter's own kind, and another kind
+_REST = "## What each bit buys"
 _INTRO = """
 Every method, and other tools', at the bytes they take: the same model and adapter as above, on
 {measured} tokens of the Python reference that neither training nor calibration saw, and on {other} of
@@ -81,31 +82,22 @@ def _footnote(scored: int, perplexity: float) -> str:
     )
 
 
-def page(short: str, long: str, encoder: str, scored: dict[str, int]) -> str:
-    """docs/drift-table.md."""
+def rest(long: str, encoder: str, scored: Mapping[str, int]) -> str:
+    """What stands under the short table in docs/drift-table.md."""
     intro = _filled(_INTRO.format(measured=scored[MEASURED], other=scored[OTHER]))
-    return "\n".join(
-        [
-            "# Drift, size and speed of each way to ship",
-            "",
-            short,
-            "## What each bit buys",
-            "",
-            intro,
-            "",
-            long,
-        ]
-        + (["## A second model", "", encoder] if encoder else [])
-    )
+    parts = (_REST, "", intro, "", long, "## A second model", "", encoder)
+    return "\n".join(parts)
 
 
-def write(short: str, whole: str | None) -> None:
-    """Put the short table between the marks in README.md, and the whole page into docs."""
-    if whole is not None:
-        PAGE.write_text(whole, encoding="utf-8")
+def write(short: str, below: str | None) -> None:
+    """Put the short table between the marks in README.md and into docs, above what is there or `below`."""
+    if below is None:
+        _, found, kept = PAGE.read_text(encoding="utf-8").partition(_REST)
+        below = found + kept
+    PAGE.write_text(f"# Drift, size and speed of each way to ship\n\n{short}\n{below}", encoding="utf-8")
     readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
+    before, after = readme.read_text(encoding="utf-8").split(MARKS[0])
+    after = after.split(MARKS[1])[1]
     readme.write_text(f"{before}{MARKS[0]}\n{short}{MARKS[1]}{after}", encoding="utf-8")
 
 
