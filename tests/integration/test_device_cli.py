@@ -75,6 +75,27 @@ def test_validation_runs_under_a_hard_memory_limit(released: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("spare", [100, 300, 100_000])
+def test_too_little_memory_is_said_in_one_sentence(released: Path, spare: int) -> None:
+    """`spare`: kilobytes that the process may still map once everything is imported."""
+    code = (
+        "import re, resource, sys\n"
+        "from pathlib import Path\n"
+        "import vera_edge.cli.run, vera_edge.device.session\n"
+        "held = int(re.search(r'VmSize:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "limit = (held + int(sys.argv[1])) * 1024\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "vera_edge.cli.main(sys.argv[2:])\n"
+    )
+    words = [str(spare), "run", str(released), "Hi", "--max-tokens", "2"]
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    if spare == 100_000:
+        assert result.returncode == 0, result.stderr
+    else:
+        assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+        assert "memory" in result.stderr
+
+
 def test_install_validates_before_it_switches(released: Path, broken: Path, tmp_path: Path, cli: Cli) -> None:
     dst = tmp_path / "device"
     result = cli("install", released, dst, "--validate")

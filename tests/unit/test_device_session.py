@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 import threading
 from pathlib import Path
@@ -239,6 +240,38 @@ def test_a_seed_repeats_and_no_seed_varies(tiny_bundles: TinyBundles) -> None:
 
     assert text(1) == text(1) != text(2)
     assert len({text(None) for _ in range(4)}) > 1
+
+
+def test_a_thousand_flipped_bits_are_caught_before_the_graph_is_opened(
+    tiny_bundles: TinyBundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_bundle.with_golden(tiny_bundles, tiny_bundles.branch, tmp_path / "b", {})
+    monkeypatch.setattr("vera_edge.bundle._QUICK", 1000)  # as if most files were big
+
+    def reached(*_: object) -> None:
+        pytest.fail("the graph was opened")
+
+    monkeypatch.setattr("vera_edge.device.opened.Graph", reached)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(paths) >= 9
+    draw = random.Random(11)
+    for number in range(1000):
+        path = paths[number % len(paths)]
+        at, bit = draw.randrange(path.stat().st_size), 1 << draw.randrange(8)
+        flip(path, at, bit)
+        with pytest.raises(BundleError):
+            Session.open(folder)
+        flip(path, at, bit)
+    monkeypatch.undo()
+    assert Session.open(folder).adapter == "first"
+
+
+def flip(path: Path, at: int, bit: int) -> None:
+    with path.open("rb+") as stream:
+        stream.seek(at)
+        (value,) = stream.read(1)
+        stream.seek(at)
+        stream.write(bytes([value ^ bit]))
 
 
 def test_damage_newer_runtimes_and_foreign_graphs_are_refused(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -83,6 +83,8 @@ class LazyGroup(click.Group):
         except VeraEdgeError as error:
             click.echo(f"vera-edge: {error}", err=True)
             sys.exit(error.exit_code)
+        except MemoryError:
+            _end_without_memory()
         except ModuleNotFoundError as error:
             missing = (error.name or "").partition(".")[0]
             if missing not in EXTRAS:
@@ -92,6 +94,15 @@ class LazyGroup(click.Group):
                 f"vera-edge: {ctx.invoked_subcommand} needs {missing}, not installed: {hint}", err=True
             )
             sys.exit(VeraEdgeError.exit_code)
+        except ImportError as error:
+            if not any(words in str(error) for words in ("failed to map segment", "bad_alloc")):
+                raise
+            _end_without_memory()  # not even a shared library found room
+
+
+def _end_without_memory() -> NoReturn:
+    click.echo("vera-edge: memory ran out; free some, or give this process more", err=True)
+    sys.exit(VeraEdgeError.exit_code)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -18,6 +18,7 @@ from vera_edge.errors import BundleError
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]  # a name or None where the size isn't fixed
 _VECTORS = (".lambda_b", ".lambda_d")  # how the names of an adapter's inputs end
+_NO_MEMORY = re.compile(r"bad_?alloc|allocate memory|out of memory", re.IGNORECASE)
 _TYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -55,7 +56,10 @@ class Graph:
         if self._held:
             options.add_external_initializers(list(self._held), list(self._held.values()))
         try:
-            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            # Without a fallback: it would print, and try the same provider again.
+            self.session = onnxruntime.InferenceSession(
+                path, options, providers=["CPUExecutionProvider"], enable_fallback=0
+            )
         except Exception as cause:  # onnxruntime's classes share no base but Exception
             raise BundleError(f"ONNX Runtime can't open {path}: {first_line(cause)}") from None
         self.inputs = _ports(self.session.get_inputs(), path)
@@ -78,6 +82,8 @@ def available_cores() -> int:
 
 def first_line(cause: BaseException) -> str:
     """The first line of a runtime's message, without the code position it starts with."""
+    if _NO_MEMORY.search(str(cause)):
+        return "memory ran out; free some, or take a smaller bundle"
     lines = str(cause).strip().splitlines()
     return re.sub(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )", "", lines[0] if lines else type(cause).__name__)
 

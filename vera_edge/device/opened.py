@@ -8,7 +8,7 @@ import onnxruntime
 
 from vera_edge import bundle
 from vera_edge.bundle import Manifest
-from vera_edge.device import adapters, projections
+from vera_edge.device import adapters, facts, projections
 from vera_edge.device.adapters import Vectors
 from vera_edge.device.graph import Graph
 from vera_edge.errors import BundleError, MismatchError
@@ -77,7 +77,7 @@ def open_graph(
     """Verify a bundle of this `kind` and open its graph. Projections it doesn't bring are drawn in memory.
 
     deep: read every byte first, as `vera-edge verify` does, and not only of files up to 64 MiB. Raises
-    BundleError when the bundle is damaged, foreign, of another kind, or needs a newer runtime.
+    BundleError when the bundle is damaged, foreign, of another kind, or needs a newer runtime or more memory.
     """
     manifest = bundle.verify(folder, deep=deep)
     if manifest.kind != kind:
@@ -87,7 +87,21 @@ def open_graph(
         }[manifest.kind]
         raise BundleError(f"{folder} holds {hint}")
     _check_runtime(manifest)
+    _check_memory(manifest)
     return manifest, Graph(manifest.path(manifest.model), threads, projections.in_memory(manifest))
+
+
+def _check_memory(manifest: Manifest) -> None:
+    """Refuse what can't fit: libraries in C++ and Rust end the process when memory runs out."""
+    within = Path(manifest.model).parent
+    sizes = {name: entry.size for name, entry in (*manifest.files.items(), *manifest.drawn.items())}
+    needed = sum(size for name, size in sizes.items() if Path(name).parent == within)
+    free = facts.free_memory()
+    if free is not None and free < needed:
+        raise BundleError(
+            f"{manifest.folder} holds a model of {needed / 1e6:.1f} MB and this process may take "
+            f"{free / 1e6:.1f} MB of memory; free some, or take a smaller bundle"
+        )
 
 
 def _check_runtime(manifest: Manifest) -> None:
