@@ -3,8 +3,8 @@
     python scripts/bench_device.py BUNDLE [--rounds 7] [--prompt 128] [--new 64] [--threads N] [--json]
 
 Both run the bundle's default adapter in processes of their own, in turn, round by round, so that a machine
-whose speed wanders slows both alike; the ratio is that of medians, with a 95 % bootstrap interval over rounds.
-Start includes Python's imports, and for the device part the check of every byte.
+whose speed wanders slows both alike; the ratio is that of medians, with a 95 % bootstrap interval over
+rounds. A start is everything from the launch of the process, for the device part the check of every byte too.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from vera_edge.device.bench import ratio_of_medians
 FIGURES = ("prefill", "decode")
 
 
-def run_ours(folder: Path, prompt: int, new: int, threads: int | None) -> dict[str, Any]:
-    """One round of the device part: seconds to start, tokens per second, swap in ms, peak memory in MB."""
-    began = time.perf_counter()
+def run_ours(folder: Path, prompt: int, new: int, threads: int | None, launched: float) -> dict[str, Any]:
+    """One round of the device part: seconds to start, tokens per second, swap in ms, peak memory in MB.
+
+    launched: when this process was, seconds since the epoch.
+    """
     from vera_edge.device.decoding import Steps
     from vera_edge.device.facts import peak_rss
     from vera_edge.device.session import Session
 
     session = Session.open(folder, threads=threads)
-    start = time.perf_counter() - began
+    start = time.time() - launched
     tokens = np.random.default_rng(0).integers(10, session.vocab_size, prompt)
     for _ in range(2):  # the first pass warms the caches
         steps = Steps(session.decoder, session.decoder.cache(prompt + new), session.vectors)
@@ -57,24 +59,25 @@ def run_ours(folder: Path, prompt: int, new: int, threads: int | None) -> dict[s
     return result | {"peak_mb": (peak_rss() or 0) / 1e6}
 
 
-def run_theirs(folder: Path, prompt: int, new: int, threads: int | None) -> dict[str, Any]:
+def run_theirs(folder: Path, prompt: int, new: int, threads: int | None, launched: float) -> dict[str, Any]:
     """The same with ONNX Runtime GenAI's generator, greedy, with the bundle's default adapter."""
-    began = time.perf_counter()
     import onnxruntime_genai as og
 
     from vera_edge.device.facts import peak_rss
 
+    manifest = bundle.read(folder)
+    name = manifest.default_adapter if manifest.mode == "branch" else None
+    adapter = None if name is None else manifest.path(manifest.adapters[name]["file"])
     config = og.Config(str(folder))
     if threads:
         config.overlay(
             json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}})
         )
     model = og.Model(config)
-    adapter = _default_adapter(folder)
     adapters = og.Adapters(model)
     if adapter is not None:
         adapters.load(str(adapter), "default")
-    start = time.perf_counter() - began
+    start = time.time() - launched
     vocab = json.loads((folder / "genai_config.json").read_text())["model"]["vocab_size"]
     tokens = np.random.default_rng(0).integers(10, vocab, prompt).astype(np.int32)
     for _ in range(2):
@@ -96,14 +99,6 @@ def run_theirs(folder: Path, prompt: int, new: int, threads: int | None) -> dict
     return {"start": start, "prefill": prompt / prefill, "decode": (new - 1) / decode, "peak_mb": peak}
 
 
-def _default_adapter(folder: Path) -> Path | None:
-    manifest = bundle.verify(folder, complete=True)  # GenAI draws no projections from a seed
-    name = manifest.default_adapter
-    return (
-        None if name is None or manifest.mode == "merged" else manifest.path(manifest.adapters[name]["file"])
-    )
-
-
 def main() -> None:
     """Run the rounds and print a table, or JSON."""
     parser = argparse.ArgumentParser(
@@ -116,15 +111,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--launched", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         run = run_ours if options.one == "ours" else run_theirs
-        print(json.dumps(run(options.bundle, options.prompt, options.new, options.threads)))
+        result = run(options.bundle, options.prompt, options.new, options.threads, options.launched)
+        print(json.dumps(result))
         return
+    bundle.verify(options.bundle, complete=True)  # GenAI draws no projections from a seed
     rounds: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
     for _ in range(options.rounds):
         for who, found in rounds.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--one", who]
+            command = [sys.executable, __file__, *sys.argv[1:], "--one", who, "--launched"]
+            command.append(str(time.time()))
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
     medians = {
