@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from vera_edge.errors import BundleError
 from vera_edge.files import canonical_json, read_json, safe_join, sha256_bytes, sha256_file, write_atomic
@@ -51,11 +52,17 @@ _MAX_MANIFEST = 16 << 20  # bytes
 _QUICK = 64 << 20  # bytes
 
 
-def write(folder: Path, facts: Facts, progress: Progress = silent) -> Manifest:
+def write(
+    folder: Path,
+    facts: Facts,
+    progress: Progress = silent,
+    known: Mapping[str, FileEntry] = MappingProxyType({}),
+) -> Manifest:
     """Hash every file of `folder`, write its manifest atomically and return it as read back.
 
-    A manifest that is there already is replaced. Raises BundleError when `facts` contradict the files or the
-    folder holds a link, OutputError when the manifest can't be written.
+    A manifest that is there already is replaced. known: files that were hashed on their way into the folder.
+    Raises BundleError when `facts` contradict the files or the folder holds a link, OutputError when the
+    manifest can't be written.
     """
     apart = UNLISTED | facts.generated.keys()
     names = sorted(name for name in _walk(folder) if name not in apart)
@@ -63,7 +70,8 @@ def write(folder: Path, facts: Facts, progress: Progress = silent) -> Manifest:
     for done, name in enumerate(names):
         progress("hashing the bundle", done, len(names))
         path = safe_join(folder, name)
-        entries[name] = {"size": path.stat().st_size, "sha256": sha256_file(path)}
+        sha256 = known[name].sha256 if name in known else sha256_file(path)
+        entries[name] = {"size": path.stat().st_size, "sha256": sha256}
     value = {"format": FORMAT, "files": entries} | {key: getattr(facts, key) for key in FIELDS}
     value["digest"] = _digest(value)
     parse(value, folder, folder / MANIFEST)

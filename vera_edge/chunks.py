@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.errors import BundleError
-from vera_edge.files import canonical_json, read_json, safe_join
+from vera_edge.files import canonical_json, read_json
 
 INDEX = "chunks.json"
 FORMAT = 1
@@ -94,13 +94,10 @@ def _pieces(read: Any, cuts: Iterator[int]) -> Iterator[tuple[int, bytes]]:
         start = end
 
 
-def index(folder: Path, names: list[str]) -> bytes:
-    """The content of `chunks.json` for the files `names` of a folder."""
-    files = {
-        name: [[chunk.size, chunk.sha256] for chunk in split(safe_join(folder, name))]
-        for name in sorted(names)
-    }
-    return canonical_json({"format": FORMAT, "files": files})
+def index(files: Mapping[str, Sequence[Chunk]]) -> bytes:
+    """The content of `chunks.json` for files, by name, with their chunks."""
+    listed = {name: [[chunk.size, chunk.sha256] for chunk in found] for name, found in files.items()}
+    return canonical_json({"format": FORMAT, "files": listed})
 
 
 def read_index(path: Path) -> Mapping[str, tuple[Chunk, ...]]:

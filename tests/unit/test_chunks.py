@@ -58,7 +58,9 @@ def test_block_edges_leave_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_index_round_trip(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 300_000)
     (tmp_path / "b").write_bytes(b"")
-    (tmp_path / chunks.INDEX).write_bytes(chunks.index(tmp_path, ["b", "a"]))
+    (tmp_path / chunks.INDEX).write_bytes(
+        chunks.index({name: chunks.split(tmp_path / name) for name in ("b", "a")})
+    )
     assert chunks.read_index(tmp_path / chunks.INDEX) == {
         "a": tuple(chunks.split(tmp_path / "a")),
         "b": (),

@@ -81,7 +81,7 @@ def make_bundle(folder: Path, weights: bytes, adapter: bytes = b"vectors") -> Pa
     (folder / "onnx" / "model.onnx_data").write_bytes(weights)
     (folder / "adapters" / "default.onnx_adapter").write_bytes(adapter)
     names = ["onnx/model.onnx", "onnx/model.onnx_data", "adapters/default.onnx_adapter"]
-    (folder / chunks.INDEX).write_bytes(chunks.index(folder, names))
+    (folder / chunks.INDEX).write_bytes(chunks.index({name: chunks.split(folder / name) for name in names}))
     entry = {"digest": "0" * 64, "file": "adapters/default.onnx_adapter"}
     facts = bundle.Facts(
         kind="decoder", mode="branch", weights="nf4", base={"digest": "0" * 64}, adapters={"default": entry}

@@ -11,6 +11,7 @@ from vera_edge.cli import show
 
 if TYPE_CHECKING:
     from vera_edge.release.job import Job
+    from vera_edge.release.work import Result
 
 
 class _RecipeGroup(click.Group):
@@ -36,7 +37,11 @@ def release() -> None:
     "-o", "--out", type=show.FOLDER, required=True, help="Folder that the bundles are published in."
 )
 @click.option("--dry-run", is_flag=True, help="Show the bundles that would be made; touch nothing.")
-@click.option("--resume", is_flag=True, help="Go on with a release that was interrupted (always done).")
+@click.option(
+    "--resume/--fresh",
+    default=True,
+    help="Take up what earlier runs finished (the default), or make everything again.",
+)
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes at once.")
 @click.option("--ray-address", metavar="HOST:PORT", help="A Ray cluster that exists.")
@@ -75,13 +80,20 @@ def make(
             chosen,
             store,
             progress,
-            lambda one: click.echo(f"{one.state:>9}  {one.name}  {one.message}".rstrip(), err=True),
+            lambda one: click.echo(_line(one), err=True),
+            fresh=not resume,
         )
     if as_json:
         show.print_json(made.to_dict())
     else:
         click.echo(releases.summary(made))
     made.raise_when_incomplete()
+
+
+def _line(result: Result) -> str:
+    """What became of a bundle, and what this run spent on it."""
+    spent = ", ".join(f"{stage} {took:.1f} s" for stage, took in result.seconds.items() if took >= 0.1)
+    return "  ".join(part for part in (f"{result.state:>9}", result.name, spent, result.message) if part)
 
 
 def _show_plan(jobs: tuple[Job, ...], as_json: bool) -> None:

@@ -13,6 +13,13 @@ from html import escape
 
 WIDTH, HEIGHT = 440.0, 250.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 10.0, 12.0, 40.0
+# What the report's style sheet says, for a chart that stands alone.
+_STYLE = (
+    "text{font:12px system-ui,sans-serif;fill:#57606a}.grid{stroke:#d8dee4}.axis{stroke:#57606a}"
+    ".line,.area{fill:none;stroke-width:2}.area{fill-opacity:.25}"
+    ".fidelity{stroke:#1f6feb}.area.fidelity,.dot.fidelity{fill:#1f6feb}"
+    ".effect{stroke:#c2571a}.noise{stroke:#8b949e;stroke-dasharray:4 3}"
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,14 @@ def svg(title: str, height: float, marks: Sequence[str]) -> str:
         f'<svg viewBox="0 0 {WIDTH:.0f} {height:.0f}" role="img" aria-label="{escape(title)}">'
         f"{''.join(marks)}</svg>"
     )
+
+
+def as_file(chart: str) -> bytes:
+    """A chart as a file of its own, for pages that show it as an image; empty for an empty chart."""
+    style = f'<style>{_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
+    head, mark, rest = chart.partition(">")
+    named = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f"{named}{mark}{style}{rest}\n".encode() if chart else b""
 
 
 def number(value: float) -> str:

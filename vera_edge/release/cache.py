@@ -1,30 +1,37 @@
 """A content-addressed store for finished work, shared by recipes, runs and processes.
 
 An entry's key is the digest of everything that determines it: inputs, options, tool versions. An entry is a
-folder that exists whole or not at all; two processes that want the same one build it once. Nothing in here
-depends on the clock, and nothing is lost when the store is deleted.
+folder that exists whole or not at all; two processes that want the same one build it once. No result depends
+on the clock, and nothing is lost when the store is deleted.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from vera_edge.errors import OutputError
+from vera_edge.errors import VeraEdgeError
 from vera_edge.files import (
     canonical_json,
     output_error,
+    read_json,
     sha256_bytes,
     sha256_file,
     staged_folder,
+    sweep,
     write_atomic,
 )
+
+# Coarser than any file system's time stamps: what was changed longer ago can't change again unnoticed.
+_SETTLED = 2_000_000_000  # nanoseconds
 
 
 def default_root() -> Path:
@@ -40,16 +47,30 @@ def key_of(facts: Mapping[str, Any]) -> str:
     return sha256_bytes(canonical_json(facts))
 
 
+@contextmanager
+def only_one(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in here by the same `lock`, a file. Raises OutputError if none can."""
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(str(lock))
+        held.acquire()
+    except OSError as cause:
+        raise output_error(lock, cause) from cause
+    try:
+        yield
+    finally:
+        held.release()
+
+
 @dataclass(frozen=True)
 class Store:
-    """The store under `root`. Entries are read-only once they are there."""
+    """The store under `root`. Entries are read-only once they are there.
+
+    fresh: the name of a run that takes nothing from earlier ones; what it makes takes the place of theirs.
+    """
 
     root: Path
-
-    def entry(self, key: str) -> Path | None:
-        """The finished entry, or None."""
-        path = self._path(key)
-        return path if path.is_dir() else None
+    fresh: str | None = None
 
     def build(self, facts: Mapping[str, Any], make: Callable[[Path], None]) -> tuple[Path, bool]:
         """The entry that `facts` determine, and whether `make(folder)` had to be called for it.
@@ -58,33 +79,39 @@ class Store:
         no entry behind.
         """
         key = key_of(facts)
-        if (found := self.entry(key)) is not None:
-            return found, False
-        path = self._path(key)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(str(path) + ".lock")
-            lock.acquire()
-        except OSError as cause:
-            raise output_error(path, cause) from cause
-        try:
-            if (found := self.entry(key)) is not None:
-                return found, False
-            with staged_folder(path) as stage:
+        path = self.root / key[:2] / key
+        note = path.with_suffix(".json")
+        if self._made(path, note):
+            return path, False
+        with only_one(path.with_suffix(".lock")):
+            if self._made(path, note):
+                return path, False
+            # Nobody else is at it, so what lies here half made was left by a run that was killed.
+            sweep(path)
+            sweep(note)
+            with staged_folder(path, force=True) as stage:
                 make(stage)
-            write_atomic(path.with_suffix(".json"), canonical_json(facts))
-        finally:
-            lock.release()
+            write_atomic(note, canonical_json({"facts": facts, "run": self.fresh or ""}))
         return path, True
 
-    def _path(self, key: str) -> Path:
-        return self.root / key[:2] / key
+    def _made(self, path: Path, note: Path) -> bool:
+        """Whether the entry is there, and in a fresh run: made in this run."""
+        if not path.is_dir():
+            return False
+        if self.fresh is None:
+            return True
+        try:
+            return bool(read_json(note, VeraEdgeError).get("run") == self.fresh)
+        except VeraEdgeError:
+            return False
 
     def file_digest(self, path: Path) -> str:
         """Hex SHA-256 of a file, remembered as long as its identity on disk stays the same.
 
         Identity is device, inode, size, and both change times in nanoseconds: rewriting a file changes its
-        status-change time even when its modification time is set back.
+        status-change time even when its modification time is set back. A file that changed just now, or in
+        the future by this machine's clock, isn't remembered: within a tick of the clock it could change again
+        and look the same.
         """
         stat = path.stat()
         identity = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
@@ -92,15 +119,18 @@ class Store:
         note = self.root / "digests" / name[:2] / f"{name}.json"
         try:
             known = json.loads(note.read_bytes())
-            if known["identity"] == identity:
+            if self.fresh is None and known["identity"] == identity:
                 return str(known["sha256"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
         digest = sha256_file(path)
-        try:
-            write_atomic(note, canonical_json({"identity": identity, "sha256": digest}))
-        except OutputError:
-            return digest  # a read-only store only costs the time to hash again
+        if max(stat.st_mtime_ns, stat.st_ctime_ns) + _SETTLED < time.time_ns():
+            try:
+                note.parent.mkdir(parents=True, exist_ok=True)
+                # Half a note isn't JSON, and is as good as none.
+                note.write_bytes(canonical_json({"identity": identity, "sha256": digest}))
+            except OSError:
+                return digest  # a store that can't be written only costs the time to hash again
         return digest
 
     def folder_digest(self, folder: Path) -> str:

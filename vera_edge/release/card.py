@@ -13,6 +13,10 @@ from vera_edge.release.attestation import Material
 from vera_edge.release.evidence import Evidence
 from vera_edge.release.job import Job
 
+_TITLES = {
+    "kl_by_position.svg": "Mean KL by position",
+    "kl_histogram.svg": "Share of tokens by KL divergence",
+}
 _RUNTIMES = {"onnx": "ONNX Runtime", "genai": "ONNX Runtime GenAI"}
 
 
@@ -39,6 +43,7 @@ def render(
         evidence=evidence,
         figures=_figures(evidence),
         limits=sorted(evidence.limits.items()),
+        plots=[(name, _TITLES[name]) for name in sorted(evidence.plots)],
         materials=materials,
         tools=sorted(tools.items()),
     )

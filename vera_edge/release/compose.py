@@ -2,73 +2,111 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vera_edge import bundle, chunks
-from vera_edge.bundle import Manifest
+from vera_edge.bundle import FileEntry, Manifest
+from vera_edge.device.golden import FILE as GOLDEN
 from vera_edge.drift import windows
-from vera_edge.files import canonical_json, write_atomic
-from vera_edge.progress import Progress
+from vera_edge.errors import BundleError
+from vera_edge.files import canonical_json
 from vera_edge.release import attestation, card
 from vera_edge.release.attestation import Material
 from vera_edge.release.cache import Store
-from vera_edge.release.evidence import Evidence, golden
+from vera_edge.release.evidence import REPORT, Evidence
 from vera_edge.release.inputs import Inputs, tools
 from vera_edge.release.job import Job
 
 EVIDENCE = "evidence"
+PROVENANCE = "provenance.json"
 RECIPE = "recipe.json"
+_PIECE = 1 << 18  # bytes; stays in the processor's cache from reading to writing
 
 
-def compose(
-    job: Job,
-    stage: Path,
-    graph: Path,
-    manifest: Manifest,
-    inputs: Inputs,
-    evidence: Evidence,
-    key: str,
-    progress: Progress,
-) -> Manifest:
-    """Put a bundle together in `stage`: the export, its evidence, and what says how it was made."""
-    shutil.copytree(graph, stage, dirs_exist_ok=True)
-    (stage / bundle.MANIFEST).unlink()
-    name = f"{job.recipe.file.release.name}-{job.adapter.id}-{job.variant.name}"
+@dataclass(frozen=True)
+class Parts:
+    """What a bundle is put together from. exported: the export's manifest. golden: the file of answers.
+
+    key: names all that determined the bundle.
+    """
+
+    exported: Manifest
+    inputs: Inputs
+    evidence: Evidence
+    golden: Path | None
+    key: str
+
+
+def compose(job: Job, stage: Path, parts: Parts, store: Store) -> Manifest:
+    """Put a bundle together in `stage`, its manifest last. Raises BundleError when the store is damaged."""
+    exported, evidence = parts.exported, parts.evidence
+    for name, entry in exported.files.items():
+        _copy(exported.folder / name, stage / name, entry)
+    written = {f"{EVIDENCE}/{name}": data for name, data in evidence.plots.items()}
+    written |= {f"{EVIDENCE}/{REPORT}": evidence.report, **_statements(job, parts)}
+    if parts.golden is not None:
+        written[GOLDEN] = parts.golden.read_bytes()
+    for path, data in written.items():
+        (stage / path).parent.mkdir(exist_ok=True)
+        (stage / path).write_bytes(data)
+    _index_chunks(stage, exported, list(written), store)
+    facts = bundle.change(exported, limits=evidence.limits, golden=None if parts.golden is None else GOLDEN)
+    return bundle.write(stage, facts, known=exported.files)
+
+
+def _copy(source: Path, place: Path, entry: FileEntry) -> None:
+    """Copy a file of the store, and see on the way that it is what was exported."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with source.open("rb", buffering=0) as old, place.open("wb") as new:
+        while piece := old.read(_PIECE):
+            digest.update(piece)
+            new.write(piece)
+    if digest.hexdigest() != entry.sha256:
+        raise BundleError(f"{source} was damaged after it was made; run again with --fresh")
+
+
+def _index_chunks(stage: Path, exported: Manifest, written: list[str], store: Store) -> None:
+    """Write the index of chunks. Those of an exported file are found once for all bundles that hold it."""
+    found = {}
+    for name, entry in exported.files.items():
+
+        def make(folder: Path, path: Path = stage / name) -> None:
+            (folder / chunks.INDEX).write_bytes(chunks.index({"file": chunks.split(path)}))
+
+        kept, _ = store.build({"sha256": entry.sha256, "stage": "chunks"}, make)
+        found[name] = chunks.read_index(kept / chunks.INDEX)["file"]
+    found |= {name: tuple(chunks.split(stage / name)) for name in written}
+    (stage / chunks.INDEX).write_bytes(chunks.index(found))
+
+
+def _statements(job: Job, parts: Parts) -> dict[str, bytes]:
+    """What a bundle says of itself, by file: recipe, bill of materials, provenance, model card."""
+    inputs, digest = parts.inputs, parts.exported.digest
+    release = job.recipe.file.release
+    name = f"{release.name}-{job.adapter.id}-{job.variant.name}"
     materials = (
         Material("base", job.adapter.base, inputs.base_digest, job.recipe.base(job.adapter.base).licence),
         Material("adapter", job.adapter.id, inputs.adapter.digest, job.adapter.licence),
     )
     parameters = {
-        "key": key,
+        "key": parts.key,
         "release": release_facts(job),
         "adapter": job.adapter.id,
         "base": job.adapter.base,
+        "variant": inputs.facts["variant"],
+        "projections": inputs.facts["projections"],
     }
-    parameters |= {"variant": inputs.facts["variant"], "projections": inputs.facts["projections"]}
-    parts = {
-        f"{EVIDENCE}/drift.json": evidence.report,
+    made_with = tools()
+    return {
         f"{EVIDENCE}/{RECIPE}": canonical_json(_own_recipe(job)),
-        f"{EVIDENCE}/sbom.cdx.json": attestation.sbom(
-            name, job.recipe.file.release.version, manifest.digest, materials, tools()
-        ),
-        f"{EVIDENCE}/provenance.json": attestation.provenance(
-            name, manifest.digest, parameters, materials, tools()
-        ),
-        "README.md": card.render(job, manifest, evidence, materials, tools()),
+        f"{EVIDENCE}/sbom.cdx.json": attestation.sbom(name, release.version, digest, materials, made_with),
+        f"{EVIDENCE}/{PROVENANCE}": attestation.provenance(name, digest, parameters, materials, made_with),
+        "README.md": card.render(job, parts.exported, parts.evidence, materials, made_with),
     }
-    for path, data in parts.items():
-        write_atomic(stage / path, data)
-    vectors = None
-    if job.recipe.file.release.golden and manifest.kind == "decoder":
-        found = golden(job, Store(job.store), graph, inputs.facts, progress)
-        vectors = found.name
-        shutil.copy(found, stage / vectors)
-    names = [path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()]
-    write_atomic(stage / chunks.INDEX, chunks.index(stage, names))
-    facts = bundle.change(manifest, limits=evidence.limits, golden=vectors)
-    return bundle.write(stage, facts)
 
 
 def _own_recipe(job: Job) -> dict[str, Any]:
@@ -80,12 +118,14 @@ def _own_recipe(job: Job) -> dict[str, Any]:
     file, base = job.recipe.file, job.recipe.base(job.adapter.base)
     data = file.limits.data if file.limits.data == windows.BUILT_IN else portable(file.limits.data)
     text = job.variant.calibration
-    calibration = text if text == windows.BUILT_IN else portable(text)
+    variant = {"adapters": None, "calibration": text if text == windows.BUILT_IN else portable(text)}
+    if job.variant.plan is not None:
+        variant["plan"] = portable(job.variant.plan)
     own = file.model_copy(
         update={
             "base": (base.model_copy(update={"path": portable(base.path)}),),
             "adapter": (job.adapter.model_copy(update={"path": portable(job.adapter.path)}),),
-            "variant": (job.variant.model_copy(update={"adapters": None, "calibration": calibration}),),
+            "variant": (job.variant.model_copy(update=variant),),
             "limits": file.limits.model_copy(update={"data": data}),
             "sign": None,
         }

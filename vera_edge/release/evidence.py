@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vera_edge import golden_vectors
-from vera_edge.device.golden import FILE as GOLDEN
-from vera_edge.drift import assess, limits, windows
+from vera_edge.device import golden as golden_file
+from vera_edge.drift import assess, charts, limits, svg, windows
 from vera_edge.drift.result import DriftReport
 from vera_edge.errors import VeraEdgeError
-from vera_edge.files import canonical_json, read_json, write_atomic
+from vera_edge.files import canonical_json, read_json
 from vera_edge.progress import Progress
 from vera_edge.release.cache import Store, key_of
+from vera_edge.release.inputs import Inputs
 from vera_edge.release.job import Job
 from vera_edge.release.recipe import LimitsEntry
 
 REPORT = "drift.json"
+PLOTS = {"kl_histogram.svg": charts.kl_histogram, "kl_by_position.svg": charts.kl_by_position}
 _DIGITS = 4
 
 
@@ -28,11 +30,13 @@ _DIGITS = 4
 class Evidence:
     """The measured drift (`report`, canonical JSON), and whether every gate was passed.
 
-    `breaches`: a sentence for each gate that wasn't. `kl` in nats; `retained` is a share, None when the
-    adapter has no effect on the text that could be retained. `key` names all that determined it.
+    `plots`: SVG files of it by name. `breaches`: a sentence for each gate that wasn't. `kl` in nats;
+    `retained` is a share, None when the adapter has no effect on the text that could be retained. `key` names
+    all that determined it.
     """
 
     report: bytes
+    plots: Mapping[str, bytes]
     breaches: tuple[str, ...]
     verdict: str
     kl: float
@@ -45,74 +49,87 @@ class Evidence:
         return not self.breaches
 
 
-def gather_evidence(
-    job: Job,
-    store: Store,
-    folder: Path,
-    facts: Mapping[str, Any],
-    progress: Progress,
-) -> Evidence:
-    """Measure the exported `folder`, or find it measured. `facts` determine the export.
+@dataclass(frozen=True)
+class Question:
+    """What is to be measured of a job's export. `key` names all that determines the answer."""
 
-    Raises a VeraEdgeError when the text or an input can't be used.
-    """
-    recipe, adapter = job.recipe, job.adapter
-    entry = recipe.file.limits
-    source = entry.data if entry.data == windows.BUILT_IN else str(recipe.path(entry.data))
+    job: Job
+    text: str
+    bounds: Mapping[str, float]
+    facts: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        return key_of(self.facts)
+
+
+def question(job: Job, inputs: Inputs) -> Question:
+    """What the recipe asks. Raises a VeraEdgeError when its text or limits can't be used."""
+    entry = job.recipe.file.limits
+    text = entry.data if entry.data == windows.BUILT_IN else str(job.recipe.path(entry.data))
     bounds = limits.gather(None, _bounds(entry))
-    asked = {
-        "export": key_of(facts),
+    facts = {
+        "export": key_of(inputs.facts),
         "limits": bounds,
-        "stage": "evidence",
-        "text": windows.read_text(source).sha256,
+        "stage": "evidence and plots",
+        "text": windows.read_text(text).sha256,
         "tokens": entry.tokens,
         "window": entry.window,
     }
+    return Question(job, text, bounds, facts)
+
+
+def measure(asked: Question, store: Store, folder: Path, progress: Progress) -> Evidence:
+    """Measure the exported `folder`, or find it measured."""
+    recipe, adapter = asked.job.recipe, asked.job.adapter
+    entry = recipe.file.limits
 
     def make(stage: Path) -> None:
         request = assess.Request(
             reference=recipe.path(adapter.path),
             candidate=folder,
-            data=source,
+            data=asked.text,
             base=recipe.path(recipe.base(adapter.base).path),
             projection_dtype=adapter.projection_dtype,
             tokens=entry.tokens,
             window=entry.window,
         )
-        report = limits.hold(assess.assess(request, progress), bounds)
-        write_atomic(stage / REPORT, canonical_json(_portable(report, entry.data)))
+        with _one_thread():
+            report = limits.hold(assess.assess(request, progress), asked.bounds)
+        (stage / REPORT).write_bytes(canonical_json(_portable(report, entry.data)))
+        for name, draw in PLOTS.items():
+            if chart := draw(report):
+                (stage / name).write_bytes(svg.as_file(chart))
 
-    found, _ = store.build(asked, make)
-    return _read(found / REPORT, bounds, key_of(asked))
+    found, _ = store.build(asked.facts, make)
+    return read(found, asked)
 
 
-def golden(job: Job, store: Store, folder: Path, facts: Mapping[str, Any], progress: Progress) -> Path:
+def golden(asked: Question, store: Store, folder: Path, progress: Progress) -> Path:
     """The file of golden vectors for the exported `folder`, made by the model as trained, or found made."""
+    recipe, adapter = asked.job.recipe, asked.job.adapter
 
     def make(stage: Path) -> None:
-        import torch
+        base, adapters = recipe.path(recipe.base(adapter.base).path), [(recipe.path(adapter.path), 1.0)]
+        with _one_thread():
+            found = golden_vectors.answers(folder, base, adapters, adapter.projection_dtype, progress)
+        golden_file.write(stage, found)
 
-        copy = stage / "bundle"
-        shutil.copytree(folder, copy)
-        recipe, adapter = job.recipe, job.adapter
-        # With one thread the last digits don't depend on how many this machine has.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            golden_vectors.ask(
-                copy,
-                recipe.path(recipe.base(adapter.base).path),
-                [(recipe.path(adapter.path), 1.0)],
-                projection_dtype=adapter.projection_dtype,
-                progress=progress,
-            )
-        finally:
-            torch.set_num_threads(threads)
-        (copy / GOLDEN).rename(stage / GOLDEN)
-        shutil.rmtree(copy)
+    found, _ = store.build({"export": asked.facts["export"], "stage": "golden"}, make)
+    return found / golden_file.FILE
 
-    found, _ = store.build({"export": key_of(facts), "stage": "golden"}, make)
-    return found / GOLDEN
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """With one thread the last digits don't depend on how many this machine has."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _bounds(entry: LimitsEntry) -> dict[str, float | None]:
@@ -140,15 +157,17 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def _read(path: Path, bounds: Mapping[str, float], key: str) -> Evidence:
-    value = read_json(path, VeraEdgeError)
+def read(folder: Path, asked: Question) -> Evidence:
+    """The answer in a folder. Raises VeraEdgeError when it isn't there or isn't one."""
+    value = read_json(folder / REPORT, VeraEdgeError)
     retained = value.get("retained")
     return Evidence(
-        report=path.read_bytes(),
+        report=(folder / REPORT).read_bytes(),
+        plots={name: (folder / name).read_bytes() for name in PLOTS if (folder / name).is_file()},
         breaches=tuple(o["sentence"] for o in value["outcomes"] if o["state"] != "kept"),
         verdict=value["verdict"]["sentence"],
         kl=value["fidelity"]["kl"]["mean"]["value"],
         retained=None if retained is None else retained["value"],
-        limits=bounds,
-        key=key,
+        limits=asked.bounds,
+        key=asked.key,
     )

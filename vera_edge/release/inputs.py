@@ -28,6 +28,9 @@ _TOOLS = (
     "transformers",
 )
 
+# What a variant is called, and where its files are, changes no byte of the export.
+_NOT_BYTES = {"id", "adapters", "calibration", "plan"}
+
 
 def tools() -> dict[str, str]:
     """Versions of everything whose change may change a bundle's bytes."""
@@ -57,9 +60,11 @@ def read(job: Job, store: Store) -> Inputs:
         "adapter": adapter.digest,
         "adapter_name": job.adapter.id,
         "projections": found.projections.digest,
-        "variant": job.variant.model_dump(exclude={"id", "adapters", "calibration"}, exclude_none=True),
+        "variant": job.variant.model_dump(exclude=_NOT_BYTES, exclude_none=True),
         "tools": tools(),
     }
+    if job.variant.plan is not None:
+        facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
     return Inputs(checkpoint, adapter, found.projections, base_digest, facts)
 
 

@@ -10,7 +10,10 @@ from vera_edge.release.recipe import AdapterEntry, Recipe, Variant
 
 @dataclass(frozen=True)
 class Job:
-    """One bundle to make. Picklable, so that any worker can do it; `rank` is its place in the recipe."""
+    """One bundle to make. Picklable, so that any worker can do it; `rank` is its place in the recipe.
+
+    fresh: the name of a run that takes nothing from earlier ones (see `Store`); None takes what is there.
+    """
 
     recipe: Recipe
     adapter: AdapterEntry
@@ -18,6 +21,7 @@ class Job:
     out: Path
     store: Path
     rank: int = 0
+    fresh: str | None = None
 
     @property
     def name(self) -> str:

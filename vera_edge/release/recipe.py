@@ -11,10 +11,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vera_edge.errors import PlanError
 from vera_edge.files import sha256_bytes
+from vera_edge.precision import Request, parse_size
 from vera_edge.projection import Rounding
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -28,6 +29,8 @@ def _identifier(value: str) -> str:
 
 
 Id = Annotated[str, AfterValidator(_identifier)]
+Stored = Literal["fp32", "fp16", "int8", "int4"]
+PLAN = "plan"
 
 
 class _Model(BaseModel):
@@ -61,16 +64,54 @@ class AdapterEntry(_Model):
 
 
 class Variant(_Model):
-    """[[variant]]: a form that every adapter is released in; `adapters` restricts it to some of them."""
+    """[[variant]]: a form that every adapter is released in; `adapters` restricts it to some of them.
+
+    weights: a format, or "plan": from the file `plan`, or searched for within `max_kl` nats or `max_size`
+    bytes, of `formats`. projections: "seed" leaves them to the device to draw.
+    """
 
     target: Id = "onnx"
     mode: Literal["merged", "branch"] = "merged"
     weights: str = Field(default="int8", min_length=1)
-    projections_dtype: Literal["fp32", "fp16", "int8", "int4"] | None = None
+    plan: str | None = Field(default=None, min_length=1)
+    max_kl: float | None = Field(default=None, gt=0, strict=False)
+    max_size: str | None = None
+    formats: tuple[str, ...] = Field(default=("int4", "int8"), strict=False, min_length=1)
+    head: Stored | None = None
+    projections: Literal["baked", "seed"] = "baked"
+    projections_dtype: Stored | None = None
     method: Literal["rtn", "search", "hqq", "gptq"] | None = None
     calibration: str = "built-in"
     id: Id | None = None
     adapters: tuple[Id, ...] | None = Field(default=None, strict=False)
+
+    @model_validator(mode="after")
+    def _planned(self) -> Variant:
+        given = [name for name in ("plan", "max_kl", "max_size") if getattr(self, name) is not None]
+        if self.weights != PLAN and given:
+            raise ValueError(f'has {given[0]}, which belongs to weights = "plan"')
+        if self.weights == PLAN and len(given) != 1:
+            raise ValueError('has weights = "plan" and needs one of plan, max_kl and max_size')
+        if self.weights == PLAN and self.plan is None:
+            self.request()
+        return self
+
+    def request(self, calibration: str = Request.calibration) -> Request:
+        """What automatic precision is asked for; `calibration` as `Rounding` takes it. Raises ValueError."""
+        try:
+            asked = Request(
+                max_size=None if self.max_size is None else parse_size(self.max_size),
+                max_kl=self.max_kl,
+                mode=self.mode,
+                formats=self.formats,
+                target=self.target,
+                method=self.method or Request.method,
+                calibration=calibration,
+            )
+            asked.check()
+        except PlanError as cause:
+            raise ValueError(str(cause)) from None
+        return asked
 
     @property
     def name(self) -> str:

@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 from xml.etree import ElementTree
 
 from vera_edge.engine import Engine
 from vera_edge.errors import DriftExceeded, VeraEdgeError
-from vera_edge.files import canonical_json, output_error, write_atomic
+from vera_edge.files import canonical_json, output_error, sweep, write_atomic
 from vera_edge.progress import Progress, silent
 from vera_edge.release import recipe as recipes
 from vera_edge.release import work
-from vera_edge.release.cache import default_root
+from vera_edge.release.cache import default_root, only_one
 from vera_edge.release.job import Job
 from vera_edge.release.recipe import Recipe
 from vera_edge.release.work import Result
@@ -53,12 +54,15 @@ class Release:
             raise VeraEdgeError(f"{len(failed)} of {len(self.results)} bundles failed: {_some(failed)}")
 
 
-def plan(recipe_path: Path, out: Path, store: Path | None = None) -> tuple[Recipe, tuple[Job, ...]]:
+def plan(
+    recipe_path: Path, out: Path, store: Path | None = None, fresh: bool = False
+) -> tuple[Recipe, tuple[Job, ...]]:
     """The jobs of a recipe, in its order; touches nothing. Raises PlanError when the recipe is at fault."""
     recipe = recipes.read(recipe_path)
     root = (store or default_root()).absolute()
+    run = uuid4().hex if fresh else None
     jobs = tuple(
-        Job(recipe, adapter, variant, out.absolute(), root, rank)
+        Job(recipe, adapter, variant, out.absolute(), root, rank, run)
         for rank, (adapter, variant) in enumerate(recipe.jobs)
     )
     return recipe, jobs
@@ -71,13 +75,15 @@ def release(
     store: Path | None = None,
     progress: Progress = silent,
     on_result: Callable[[Result], None] = lambda result: None,
+    fresh: bool = False,
 ) -> Release:
     """Make every bundle of a recipe under `out`, and the release's index, summary and JUnit file.
 
-    A job that fails or is stopped by its gate doesn't stop the others. Raises PlanError before any work when
-    the recipe is at fault, OutputError when `out` can't be written.
+    A job that fails or is stopped by its gate doesn't stop the others. What earlier runs finished is taken
+    up, unless this is a `fresh` one. Raises PlanError before any work when the recipe is at fault,
+    OutputError when `out` can't be written.
     """
-    recipe, jobs = plan(recipe_path, out, store)
+    recipe, jobs = plan(recipe_path, out, store, fresh)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
@@ -90,10 +96,23 @@ def release(
             progress("releasing", len(results), len(jobs))
     made = tuple(results[job.rank] for job in jobs)
     release = Release(recipe.file.release.name, recipe.file.release.version, out, made)
-    write_atomic(out / INDEX, canonical_json(release.to_dict()))
-    write_atomic(out / SUMMARY, summary(release).encode())
-    write_atomic(out / JUNIT, junit(release))
+    _write_index(release)
     return release
+
+
+def _write_index(release: Release) -> None:
+    """Write what lists the release, where it isn't there already: a finished release may be read-only."""
+    files = {
+        INDEX: canonical_json(release.to_dict()),
+        SUMMARY: summary(release).encode(),
+        JUNIT: junit(release),
+    }
+    for path, data in ((release.out / name, data) for name, data in files.items()):
+        if path.is_file() and path.read_bytes() == data:
+            continue
+        with only_one(release.out / work.LOCKS / path.name):
+            sweep(path)
+            write_atomic(path, data)
 
 
 def _in_turn(jobs: tuple[Job, ...]) -> list[list[Job]]:

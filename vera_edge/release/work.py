@@ -1,30 +1,34 @@
 """One bundle of a release, from its inputs to the folder that is published: export, measure, gate, compose.
 
 Each stage's result lies in the store under the digest of all that determines it, so nothing is done twice:
-adapters of one base share one branch graph, and a changed limit doesn't export again.
+adapters of one base share one branch graph, and a changed limit doesn't export again. Whatever stops this
+process, the next one takes up what is finished, sweeps away what isn't, and comes to the same bytes.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vera_edge import bundle, packing, signing, target
+from vera_edge import bundle, signing
 from vera_edge.bundle import Manifest
-from vera_edge.errors import VeraEdgeError
-from vera_edge.files import canonical_json, read_json, staged_folder, write_atomic
+from vera_edge.errors import OutputError, VeraEdgeError
+from vera_edge.files import canonical_json, output_error, read_json, staged_folder, sweep, write_atomic
 from vera_edge.progress import Progress, silent
+from vera_edge.release import artefact, evidence
 from vera_edge.release import inputs as inputs_of
-from vera_edge.release.cache import Store, key_of
-from vera_edge.release.compose import EVIDENCE, compose, release_facts
-from vera_edge.release.evidence import Evidence, gather_evidence
-from vera_edge.release.inputs import Inputs, calibration_text
+from vera_edge.release.cache import Store, key_of, only_one
+from vera_edge.release.compose import EVIDENCE, PROVENANCE, Parts, compose, release_facts
+from vera_edge.release.evidence import Evidence
 from vera_edge.release.job import Job
-from vera_edge.weight_rounding import Rounding
 
-ADAPTER_FILE = "adapters/default.onnx_adapter"
+LOCKS = ".locks"
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Result:
 
     state: "built", "unchanged", "stopped" (a gate was not passed) or "failed" (an input is at fault).
     size: bytes of the bundle; kl: mean KL from the reference, nats; retained: share of the effect kept.
+    seconds: what this run spent on each stage.
     """
 
     name: str
@@ -42,117 +47,124 @@ class Result:
     size: int | None = None
     kl: float | None = None
     retained: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as a JSON object, without what isn't known."""
-        return {key: value for key, value in vars(self).items() if value not in (None, "")}
+        """The result as a JSON object, without what isn't known or is of this run only."""
+        facts = {key: value for key, value in vars(self).items() if key != "seconds"}
+        return {key: value for key, value in facts.items() if value not in (None, "")}
 
 
 def run(job: Job, progress: Progress = silent) -> Result:
     """Do one job. An input at fault or a gate not passed ends in a Result, not in an error."""
+    work = _Work(job, progress)
     try:
-        return _run(job, progress)
+        result = work.run()
     except VeraEdgeError as error:
-        return Result(job.name, "failed", str(error))
+        result = Result(job.name, "failed", str(error))
+    return replace(result, seconds=work.seconds)
 
 
-def _run(job: Job, progress: Progress) -> Result:
-    store = Store(job.store)
-    inputs = inputs_of.read(job, store)
-    graph, manifest = _export(job, store, inputs, progress)
-    evidence = gather_evidence(job, store, graph, inputs.facts, progress)
-    target_folder = job.out / job.name
-    if not evidence.passed:
-        _reject(job, evidence)
-        return _result(job, "stopped", "; ".join(evidence.breaches), evidence)
-    key = key_of({"inputs": inputs.facts, "evidence": evidence.key, "release": release_facts(job)})
-    _forget(job.out / "rejected" / job.name)
-    if (published := _published(target_folder, key, job)) is not None:
-        return replace(_result(job, "unchanged", "", evidence), digest=published.digest, size=published.size)
-    with staged_folder(target_folder, force=True) as stage:
-        made = compose(job, stage, graph, manifest, inputs, evidence, key, progress)
-        if job.recipe.file.sign is not None:
-            signing.sign(stage, job.recipe.path(job.recipe.file.sign.key))
-    return replace(_result(job, "built", "", evidence), digest=made.digest, size=made.size)
+class _Work:
+    def __init__(self, job: Job, progress: Progress) -> None:
+        self.job, self.progress = job, progress
+        self.store = Store(job.store, job.fresh)
+        self.target = job.out / job.name
+        self.seconds: dict[str, float] = {}
 
+    def run(self) -> Result:
+        job, store, progress = self.job, self.store, self.progress
+        with self._timed("reading"):
+            inputs = inputs_of.read(job, store)
+            asked = evidence.question(job, inputs)
+            key = key_of({"inputs": inputs.facts, "evidence": asked.key, "release": release_facts(job)})
+            if (found := self._published(key, asked)) is not None:
+                return found
+        self._check_writable()
+        with self._timed("export"):
+            exported = artefact.export(job, store, inputs, progress)
+        with self._timed("drift"):
+            measured = evidence.measure(asked, store, exported.folder, progress)
+        if not measured.passed:
+            self._reject(measured)
+            return self._result("stopped", measured, message="; ".join(measured.breaches))
+        golden = None
+        if job.recipe.file.release.golden and exported.kind == "decoder":
+            with self._timed("golden"):
+                golden = evidence.golden(asked, store, exported.folder, progress)
+        with self._timed("bundle"), only_one(self._lock):
+            if (found := self._published(key, asked)) is not None:
+                return found
+            made = self._publish(Parts(exported, inputs, measured, golden, key))
+        return self._result("built", measured, made)
 
-def _export(job: Job, store: Store, inputs: Inputs, progress: Progress) -> tuple[Path, Manifest]:
-    """The exported folder with this job's adapter in it, and its manifest."""
-    if job.variant.mode == "merged":
-        folder, _ = store.build(inputs.facts | {"stage": "export"}, lambda stage: _call(job, stage, progress))
-        return folder, bundle.read(folder)
-    # The graph of a branch is the same for every adapter that touches the same layers.
-    shared_facts = {
-        key: value for key, value in inputs.facts.items() if key not in ("adapter", "adapter_name")
-    }
-    shared_facts |= {"stage": "graph", "modules": sorted(inputs.adapter.vectors)}
-    graph, _ = store.build(shared_facts, lambda stage: _call(job, stage, progress))
-    folder, _ = store.build(inputs.facts | {"stage": "export"}, lambda stage: _swap_in(graph, stage, inputs))
-    return folder, bundle.read(folder)
+    @property
+    def _lock(self) -> Path:
+        return self.job.out / LOCKS / f"{self.job.adapter.id}--{self.job.variant.name}"
 
+    def _check_writable(self) -> None:
+        """Before the work, rather than after it."""
+        if not os.access(self.job.out, os.W_OK):
+            raise OutputError(f"{self.job.out} can't be written; make it writable, or choose another -o")
 
-def _call(job: Job, stage: Path, progress: Progress) -> None:
-    options = {}
-    if job.variant.projections_dtype is not None:
-        options["projections"] = job.variant.projections_dtype
-    target.export(
-        base=job.recipe.path(job.recipe.base(job.adapter.base).path),
-        adapter_paths=[(job.recipe.path(job.adapter.path), 1.0)],
-        out=stage,
-        target=job.variant.target,
-        mode=job.variant.mode,
-        weights=job.variant.weights,
-        options=options,
-        projection_dtype=job.adapter.projection_dtype,
-        progress=progress,
-        rounding=Rounding(job.variant.method, calibration_text(job), any_adapter=True),
-    )
+    def _publish(self, parts: Parts) -> Manifest:
+        self._forget_rejected()
+        sweep(self.target)
+        with staged_folder(self.target, force=True) as stage:
+            made = compose(self.job, stage, parts, self.store)
+            if (sign := self.job.recipe.file.sign) is not None:
+                signing.sign(stage, self.job.recipe.path(sign.key))
+        return made
 
-
-def _swap_in(graph: Path, stage: Path, inputs: Inputs) -> None:
-    """Copy the shared graph and put this adapter's vectors in the place of those it was exported with."""
-    shutil.copytree(graph, stage, dirs_exist_ok=True)
-    manifest = bundle.read(stage)
-    shutil.rmtree(stage / "adapters")
-    packing.pack(inputs.adapter, manifest, stage / ADAPTER_FILE, spec=inputs.projections.spec)
-    entry = {"file": ADAPTER_FILE, "digest": inputs.adapter.digest, "weight": 1.0}
-    plan = dict(manifest.plan or {})
-    if "adapters" in plan:
-        plan["adapters"] = [{"digest": inputs.adapter.digest, "weight": 1.0}]
-    bundle.write(
-        stage, bundle.change(manifest, adapters={"default": entry}, default_adapter="default", plan=plan)
-    )
-
-
-def _published(folder: Path, key: str, job: Job) -> Manifest | None:
-    """The manifest of `folder` when it is this very bundle, whole and signed as asked."""
-    try:
-        statement = read_json(folder / EVIDENCE / "provenance.json", VeraEdgeError)
-        if statement["predicate"]["buildDefinition"]["externalParameters"]["key"] != key:
+    def _published(self, key: str, asked: evidence.Question) -> Result | None:
+        """The bundle that is published already, when it is this very one, whole and signed as asked."""
+        if self.job.fresh is not None:
             return None
-        manifest = bundle.verify(folder, deep=False)
-        sign = job.recipe.file.sign
-        if sign is not None:
-            keys = job.recipe.path(sign.public_key) if sign.public_key else None
-            if not (folder / bundle.SIGNATURE).is_file():
+        folder, sign = self.target, self.job.recipe.file.sign
+        try:
+            statement = read_json(folder / EVIDENCE / PROVENANCE, VeraEdgeError)
+            if statement["predicate"]["buildDefinition"]["externalParameters"]["key"] != key:
                 return None
-            signing.check(folder, signing.Trust(keys, required=keys is not None))
-    except (VeraEdgeError, KeyError, TypeError):
-        return None
-    return manifest
+            manifest = bundle.verify(folder, deep=False)
+            if sign is not None:
+                keys = self.job.recipe.path(sign.public_key) if sign.public_key else None
+                if not (folder / bundle.SIGNATURE).is_file():
+                    return None
+                signing.check(folder, signing.Trust(keys, required=keys is not None))
+            measured = evidence.read(folder / EVIDENCE, asked)
+        except (VeraEdgeError, KeyError, TypeError):
+            return None
+        self._forget_rejected()
+        return self._result("unchanged", measured, manifest)
 
+    def _reject(self, measured: Evidence) -> None:
+        """Keep the evidence of a bundle that a gate stopped. One published before stays: it passed."""
+        folder = self._rejected
+        with only_one(self._lock):
+            write_atomic(folder / evidence.REPORT, measured.report)
+            write_atomic(folder / "breaches.json", canonical_json({"breaches": list(measured.breaches)}))
 
-def _reject(job: Job, evidence: Evidence) -> None:
-    """Keep the evidence of a bundle that a gate stopped. One published before stays: it passed its gate."""
-    folder = job.out / "rejected" / job.name
-    write_atomic(folder / "drift.json", evidence.report)
-    write_atomic(folder / "breaches.json", canonical_json({"breaches": list(evidence.breaches)}))
+    @property
+    def _rejected(self) -> Path:
+        return self.job.out / "rejected" / self.job.name
 
+    def _forget_rejected(self) -> None:
+        if self._rejected.is_dir():
+            try:
+                shutil.rmtree(self._rejected)
+            except OSError as cause:
+                raise output_error(self._rejected, cause) from cause
 
-def _forget(folder: Path) -> None:
-    if folder.is_dir():
-        shutil.rmtree(folder)
+    def _result(
+        self, state: str, measured: Evidence, made: Manifest | None = None, message: str = ""
+    ) -> Result:
+        found = Result(self.job.name, state, message, kl=measured.kl, retained=measured.retained)
+        return found if made is None else replace(found, digest=made.digest, size=made.size)
 
-
-def _result(job: Job, state: str, message: str, evidence: Evidence) -> Result:
-    return Result(job.name, state, message, kl=evidence.kl, retained=evidence.retained)
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = time.perf_counter() - begun

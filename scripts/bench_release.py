@@ -1,0 +1,161 @@
+"""A release of many adapters over one base, against what its parts take alone; and `verify` against the hash.
+
+    scripts/bench_release [--adapters 20] [--weights nf4] [--tokens 512] [--out FOLDER]
+
+The base is the demo's, the adapters its adapter with vectors moved by seeded noise. Every figure is the wall
+time of a command in a process of its own, but for the stages of the release, which it counts itself. Drift and
+golden vectors are measurements of each adapter, by the model as trained in torch: they are counted apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from scripts.prepare_demo import Demo, prepare
+from vera_edge.release.run import release
+
+RECIPE = """\
+[release]
+name = "bench"
+[[base]]
+id = "base"
+path = "{base}"
+{adapters}[[variant]]
+mode = "branch"
+weights = "{weights}"
+[limits]
+data = "{data}"
+tokens = {tokens}
+window = 64
+"""
+ADAPTER = '[[adapter]]\nid = "{name}"\nbase = "base"\npath = "{name}"\n'
+WEIGHTS_NAME = "adapter_model.safetensors"
+MEASURING = ("drift", "golden")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapters", type=int, default=20)
+    parser.add_argument("--weights", default="nf4")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--out", type=Path, help="Keep what is made in this folder.")
+    words = parser.parse_args()
+    demo = prepare()
+    with _folder(words.out) as folder:
+        recipe = write_recipe(folder, demo, words.adapters, words.weights, words.tokens)
+        export, pack = _parts(folder, demo, words.weights)
+        _releases(folder, recipe, words.adapters, export, pack)
+        _verify(folder / "out" / "a00" / f"onnx-branch-{words.weights}")
+
+
+@contextmanager
+def _folder(kept: Path | None) -> Iterator[Path]:
+    if kept is None:
+        with tempfile.TemporaryDirectory() as name:
+            yield Path(name)
+    else:
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.mkdir(parents=True)
+        yield kept
+
+
+def write_recipe(folder: Path, demo: Demo, count: int, weights: str, tokens: int) -> Path:
+    """A recipe of `count` adapters in `folder`: the demo's, each with vectors of its own."""
+    names = [f"a{number:02}" for number in range(count)]
+    for number, name in enumerate(names):
+        shutil.copytree(demo.adapter, folder / name)
+        vectors = load_file(folder / name / WEIGHTS_NAME)
+        rng = np.random.default_rng(number)
+        for key, value in vectors.items():
+            if "vera_lambda" in key:
+                noise = rng.standard_normal(value.shape).astype(value.dtype)
+                vectors[key] = value + np.float32(0.05) * np.abs(value).mean() * noise
+        save_file(vectors, folder / name / WEIGHTS_NAME, {"format": "pt"})
+    adapters = "".join(ADAPTER.format(name=name) for name in names)
+    recipe = folder / "release.toml"
+    facts = {"base": demo.base, "weights": weights, "data": demo.eval_text, "tokens": tokens}
+    recipe.write_text(RECIPE.format(adapters=adapters, **facts))
+    return recipe
+
+
+def _command(*words: object) -> float:
+    begun = time.perf_counter()
+    command = [sys.executable, "-m", "vera_edge", *(str(word) for word in words)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return time.perf_counter() - begun
+
+
+def _parts(folder: Path, demo: Demo, weights: str) -> tuple[float, float]:
+    """Seconds of the base's own export with an adapter, and of packing one adapter (median of five)."""
+    alone = folder / "alone"
+    words = ("--mode", "branch", "--weights", weights, "-q")
+    export = _command("export", demo.base, folder / "a00", "-o", alone, *words)
+    packs = [
+        _command("adapter", "pack", folder / "a00", "--for", alone, "-o", folder / f"{number}.onnx_adapter")
+        for number in range(5)
+    ]
+    pack = float(np.median(packs))
+    print(f"export of the base with one adapter   {export:7.1f} s")
+    print(f"pack of one adapter                   {pack:7.2f} s")
+    return export, pack
+
+
+def _releases(folder: Path, recipe: Path, count: int, export: float, pack: float) -> None:
+    out, store = folder / "out", folder / "store"
+    spent: dict[str, float] = defaultdict(float)
+    begun = time.perf_counter()
+    made = release(recipe, out, store=store)
+    total = time.perf_counter() - begun
+    assert all(result.state == "built" for result in made.results), [r.message for r in made.results]
+    for result in made.results:
+        for stage, seconds in result.seconds.items():
+            spent[stage] += seconds
+    measuring = sum(spent[stage] for stage in MEASURING)
+    own, bound = total - measuring, 1.5 * export + count * pack
+    for stage, seconds in spent.items():
+        print(f"  {stage:<36}{seconds:7.1f} s, {seconds / count:.2f} s each")
+    print(f"release of {count} adapters, all of it     {total:7.1f} s")
+    print(f"  without measuring                   {own:7.1f} s")
+    print(f"  1.5 exports + {count} packs              {bound:7.1f} s")
+    again = _command("release", recipe, "-o", out, "--store", store, "-q")
+    print(f"the same again, nothing changed       {again:7.2f} s")
+
+
+def _verify(bundle: Path) -> None:
+    """`verify` beside one thread's SHA-256 of the same bytes, in one process, both from the page cache."""
+    from vera_edge import bundle as bundles
+
+    files = [path for path in bundle.rglob("*") if path.is_file()]
+    size = sum(path.stat().st_size for path in files)
+    held = [path.read_bytes() for path in files]
+    rounds: dict[str, list[float]] = {"hash": [], "verify": []}
+    for _ in range(7):
+        begun = time.perf_counter()
+        for data in held:
+            hashlib.sha256(data).hexdigest()
+        rounds["hash"].append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        bundles.verify(bundle)
+        rounds["verify"].append(time.perf_counter() - begun)
+    hashing, verifying = (size / float(np.median(rounds[name])) / 1e6 for name in ("hash", "verify"))
+    print(f"SHA-256 of {size / 1e6:.0f} MB in memory             {hashing:7.0f} MB/s")
+    print(f"verify of them on disk                {verifying:7.0f} MB/s, {verifying / hashing:.2f} of it")
+    print(json.dumps({"hash": rounds["hash"], "verify": rounds["verify"]}))
+
+
+if __name__ == "__main__":
+    main()

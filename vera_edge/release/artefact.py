@@ -1,0 +1,106 @@
+"""The exported folder of a job: planned, exported, and kept in the store.
+
+Adapters of one base share one branch graph; what differs from one to the next is their vectors and the
+manifest. Within the store the shared files are one file each, by hard links.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from vera_edge import bundle, packing, target
+from vera_edge import plan as plans
+from vera_edge.bundle import Manifest
+from vera_edge.files import canonical_json, write_atomic
+from vera_edge.plan import Plan
+from vera_edge.progress import Progress
+from vera_edge.release.cache import Store
+from vera_edge.release.inputs import Inputs, calibration_text
+from vera_edge.release.job import Job
+from vera_edge.release.recipe import PLAN
+from vera_edge.weight_rounding import Rounding
+
+_ADAPTER_FILE = "adapters/default.onnx_adapter"
+_PLAN_FILE = "plan.json"
+
+
+def export(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Manifest:
+    """Export a job's base and adapter, or find it exported; `folder` of the manifest says where."""
+    facts = inputs.facts | {"stage": "export"}
+    if job.variant.mode == "merged" or job.variant.weights == PLAN:
+        made = _plan(job, store, inputs, progress)
+        folder, _ = store.build(facts, lambda stage: _export(job, stage, progress, made))
+        return bundle.read(folder)
+    # The graph of a branch is the same for every adapter that touches the same layers.
+    shared = {key: value for key, value in facts.items() if key not in ("adapter", "adapter_name")}
+    shared |= {"stage": "graph", "modules": sorted(inputs.adapter.vectors)}
+    graph, _ = store.build(shared, lambda stage: _export(job, stage, progress, None))
+    folder, _ = store.build(facts, lambda stage: _swap_in(graph, stage, inputs))
+    return bundle.read(folder)
+
+
+def _plan(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Plan | None:
+    """The recipe's plan, read or searched for; None when the variant has no plan."""
+    variant = job.variant
+    if variant.weights != PLAN:
+        return None
+    if variant.plan is not None:
+        return plans.read(job.recipe.path(variant.plan))
+
+    def make(stage: Path) -> None:
+        from vera_edge.precision.choose import choose  # imports torch
+
+        adapters = [(job.recipe.path(job.adapter.path), 1.0)]
+        base = job.recipe.path(job.recipe.base(job.adapter.base).path)
+        request = variant.request(calibration_text(job))
+        found = choose(base, adapters, request, stage, job.adapter.projection_dtype, progress)
+        write_atomic(stage / _PLAN_FILE, canonical_json(found.plan.to_dict()))
+
+    folder, _ = store.build(inputs.facts | {"stage": "plan"}, make)
+    return plans.read(folder / _PLAN_FILE)
+
+
+def _export(job: Job, stage: Path, progress: Progress, made: Plan | None) -> None:
+    variant = job.variant
+    options: dict[str, str | None] = {"head": variant.head, "projections": variant.projections_dtype}
+    if variant.projections == "seed":
+        options["origin"] = "seed"
+    target.export(
+        base=job.recipe.path(job.recipe.base(job.adapter.base).path),
+        adapter_paths=[(job.recipe.path(job.adapter.path), 1.0)],
+        out=stage,
+        target=variant.target,
+        mode=variant.mode,
+        weights=variant.weights,
+        options={name: value for name, value in options.items() if value is not None},
+        projection_dtype=job.adapter.projection_dtype,
+        progress=progress,
+        rounding=Rounding(variant.method, calibration_text(job), any_adapter=True),
+        made=made,
+    )
+
+
+def _swap_in(graph: Path, stage: Path, inputs: Inputs) -> None:
+    """The shared graph with this adapter's vectors in the place of those it was exported with."""
+    manifest = bundle.read(graph)
+    same = {name: entry for name, entry in manifest.files.items() if not name.startswith("adapters/")}
+    for name in same:
+        _link(graph / name, stage / name)
+    packing.pack(inputs.adapter, manifest, stage / _ADAPTER_FILE, spec=inputs.projections.spec)
+    entry = {"file": _ADAPTER_FILE, "digest": inputs.adapter.digest, "weight": 1.0}
+    plan = dict(manifest.plan or {})
+    if "adapters" in plan:
+        plan["adapters"] = [{"digest": inputs.adapter.digest, "weight": 1.0}]
+    facts = bundle.change(manifest, adapters={"default": entry}, default_adapter="default", plan=plan)
+    bundle.write(stage, facts, known=same)
+
+
+def _link(source: Path, place: Path) -> None:
+    """One file under two names; a copy on file systems that can't."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)
