@@ -3,8 +3,8 @@
     scripts/bench_release [--adapters 20] [--weights nf4] [--tokens 512] [--out FOLDER]
 
 The base is the demo's, the adapters its adapter with vectors moved by seeded noise. Every figure is the wall
-time of a command in a process of its own, but for the stages of the release, which it counts itself. Drift and
-golden vectors are measurements of each adapter, by the model as trained in torch: they are counted apart.
+time of a command in a process of its own, but for the stages of the release, which it counts itself. Drift
+and golden vectors are measurements of each adapter, by the model as trained in torch: they are counted apart.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ MEASURING = ("drift", "golden")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--adapters", type=int, default=20)
     parser.add_argument("--weights", default="nf4")
     parser.add_argument("--tokens", type=int, default=512)

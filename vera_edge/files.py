@@ -113,6 +113,14 @@ def output_error(path: Path, cause: OSError) -> OutputError:
     return OutputError(f"can't write {path}: {cause.strerror or cause}{where}")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents where they aren't there. Raises OutputError when they can't be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise output_error(path, cause) from cause
+
+
 @contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """A stream into a temporary file that takes the place of `path` when the block ends without an error."""
@@ -214,13 +222,18 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
-def sweep(target: Path) -> None:
-    """Remove what killed writers of `target` left beside it. For one who knows that no other is at work."""
+def leftovers(target: Path) -> list[Path]:
+    """What killed writers of `target` left beside it, or living ones are at work on."""
     begun = f"{target.name}{PARTIAL_MARK}"
-    for path in list(target.parent.glob(f".*{glob.escape(begun)}*")):
-        # A stage has stages of its own beside it, with a dot more.
-        if path.name.lstrip(".").startswith(begun):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    found = target.parent.glob(f".*{glob.escape(begun)}*")
+    # A stage has stages of its own beside it, with a dot more.
+    return [path for path in found if path.name.lstrip(".").startswith(begun)]
+
+
+def sweep(target: Path) -> None:
+    """Remove the `leftovers` of `target`; for one who knows that nobody else is at work on it."""
+    for path in leftovers(target):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

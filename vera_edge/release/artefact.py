@@ -22,7 +22,8 @@ from vera_edge.release.job import Job
 from vera_edge.release.recipe import PLAN
 from vera_edge.weight_rounding import Rounding
 
-_ADAPTER_FILE = "adapters/default.onnx_adapter"
+_NAME = "default"
+_ADAPTER_FILE = f"adapters/{_NAME}.onnx_adapter"
 _PLAN_FILE = "plan.json"
 
 
@@ -34,7 +35,7 @@ def export(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Manife
         folder, _ = store.build(facts, lambda stage: _export(job, stage, progress, made))
         return bundle.read(folder)
     # The graph of a branch is the same for every adapter that touches the same layers.
-    shared = {key: value for key, value in facts.items() if key not in ("adapter", "adapter_name")}
+    shared = {key: value for key, value in facts.items() if key != "adapter"}
     shared |= {"stage": "graph", "modules": sorted(inputs.adapter.vectors)}
     graph, _ = store.build(shared, lambda stage: _export(job, stage, progress, None))
     folder, _ = store.build(facts, lambda stage: _swap_in(graph, stage, inputs))
@@ -80,6 +81,11 @@ def _export(job: Job, stage: Path, progress: Progress, made: Plan | None) -> Non
         rounding=Rounding(variant.method, calibration_text(job), any_adapter=True),
         made=made,
     )
+    manifest = bundle.read(stage)
+    # A merged adapter is listed by its folder's name, which may be another one elsewhere.
+    if manifest.mode == "merged":
+        (entry,) = manifest.adapters.values()
+        bundle.write(stage, bundle.change(manifest, adapters={_NAME: entry}), known=manifest.files)
 
 
 def _swap_in(graph: Path, stage: Path, inputs: Inputs) -> None:
@@ -93,7 +99,7 @@ def _swap_in(graph: Path, stage: Path, inputs: Inputs) -> None:
     plan = dict(manifest.plan or {})
     if "adapters" in plan:
         plan["adapters"] = [{"digest": inputs.adapter.digest, "weight": 1.0}]
-    facts = bundle.change(manifest, adapters={"default": entry}, default_adapter="default", plan=plan)
+    facts = bundle.change(manifest, adapters={_NAME: entry}, default_adapter=_NAME, plan=plan)
     bundle.write(stage, facts, known=same)
 
 

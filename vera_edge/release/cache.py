@@ -27,9 +27,9 @@ from vera_edge.files import (
     sha256_file,
     staged_folder,
     sweep,
-    write_atomic,
 )
 
+_FILES, _FACTS = "files", "facts.json"  # of an entry: what was made, and what determined it
 # Coarser than any file system's time stamps: what was changed longer ago can't change again unnoticed.
 _SETTLED = 2_000_000_000  # nanoseconds
 
@@ -79,29 +79,28 @@ class Store:
         no entry behind.
         """
         key = key_of(facts)
-        path = self.root / key[:2] / key
-        note = path.with_suffix(".json")
-        if self._made(path, note):
-            return path, False
-        with only_one(path.with_suffix(".lock")):
-            if self._made(path, note):
-                return path, False
+        entry = self.root / key[:2] / key
+        if self._made(entry):
+            return entry / _FILES, False
+        with only_one(entry.with_suffix(".lock")):
+            if self._made(entry):
+                return entry / _FILES, False
             # Nobody else is at it, so what lies here half made was left by a run that was killed.
-            sweep(path)
-            sweep(note)
-            with staged_folder(path, force=True) as stage:
-                make(stage)
-            write_atomic(note, canonical_json({"facts": facts, "run": self.fresh or ""}))
-        return path, True
+            sweep(entry)
+            with staged_folder(entry, force=True) as stage:
+                (stage / _FILES).mkdir()
+                make(stage / _FILES)
+                (stage / _FACTS).write_bytes(canonical_json({"facts": facts, "run": self.fresh or ""}))
+        return entry / _FILES, True
 
-    def _made(self, path: Path, note: Path) -> bool:
-        """Whether the entry is there, and in a fresh run: made in this run."""
-        if not path.is_dir():
+    def _made(self, entry: Path) -> bool:
+        """Whether an entry is there, and in a fresh run: made in this run."""
+        if not entry.is_dir():
             return False
         if self.fresh is None:
             return True
         try:
-            return bool(read_json(note, VeraEdgeError).get("run") == self.fresh)
+            return bool(read_json(entry / _FACTS, VeraEdgeError).get("run") == self.fresh)
         except VeraEdgeError:
             return False
 

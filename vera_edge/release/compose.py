@@ -94,7 +94,7 @@ def _statements(job: Job, parts: Parts) -> dict[str, bytes]:
     )
     parameters = {
         "key": parts.key,
-        "release": release_facts(job),
+        "release": release.model_dump() | {"licence": job.adapter.licence or ""},
         "adapter": job.adapter.id,
         "base": job.adapter.base,
         "variant": inputs.facts["variant"],
@@ -102,14 +102,14 @@ def _statements(job: Job, parts: Parts) -> dict[str, bytes]:
     }
     made_with = tools()
     return {
-        f"{EVIDENCE}/{RECIPE}": canonical_json(_own_recipe(job)),
+        f"{EVIDENCE}/{RECIPE}": canonical_json(own_recipe(job)),
         f"{EVIDENCE}/sbom.cdx.json": attestation.sbom(name, release.version, digest, materials, made_with),
         f"{EVIDENCE}/{PROVENANCE}": attestation.provenance(name, digest, parameters, materials, made_with),
         "README.md": card.render(job, parts.exported, parts.evidence, materials, made_with),
     }
 
 
-def _own_recipe(job: Job) -> dict[str, Any]:
+def own_recipe(job: Job) -> dict[str, Any]:
     """The part of the recipe that makes this bundle alone, without what is private to who made it."""
 
     def portable(path: str) -> str:
@@ -131,8 +131,3 @@ def _own_recipe(job: Job) -> dict[str, Any]:
         }
     )
     return own.model_dump(mode="json", exclude_none=True)
-
-
-def release_facts(job: Job) -> dict[str, Any]:
-    release = job.recipe.file.release
-    return release.model_dump() | {"licence": job.adapter.licence or ""}

@@ -137,12 +137,11 @@ def _bounds(entry: LimitsEntry) -> dict[str, float | None]:
 
 
 def _portable(report: DriftReport, data: str) -> dict[str, Any]:
-    """The report without this machine's paths, its figures rounded beyond what thread counts change."""
+    """The report without this machine's names and paths, its figures rounded beyond what is reproducible."""
     value = _rounded(report.to_dict())
-    for side in ("reference", "candidate", "base"):
+    for side, name in (("reference", "as trained"), ("candidate", "bundle"), ("base", "base")):
         if value.get(side):
-            value[side]["path"] = Path(value[side]["path"]).name
-    value["candidate"]["path"] = "."
+            value[side] |= {"name": name, "path": "."}
     value["text"]["source"] = data
     return dict(value)
 

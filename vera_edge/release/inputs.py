@@ -58,7 +58,6 @@ def read(job: Job, store: Store) -> Inputs:
         "calibration": windows.read_text(calibration_text(job)).sha256,
         "base": base_digest,
         "adapter": adapter.digest,
-        "adapter_name": job.adapter.id,
         "projections": found.projections.digest,
         "variant": job.variant.model_dump(exclude=_NOT_BYTES, exclude_none=True),
         "tools": tools(),

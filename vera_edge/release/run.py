@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 from vera_edge.engine import Engine
 from vera_edge.errors import DriftExceeded, VeraEdgeError
-from vera_edge.files import canonical_json, output_error, sweep, write_atomic
+from vera_edge.files import canonical_json, make_folder, sweep, write_atomic
 from vera_edge.progress import Progress, silent
 from vera_edge.release import recipe as recipes
 from vera_edge.release import work
@@ -84,10 +84,7 @@ def release(
     OutputError when `out` can't be written.
     """
     recipe, jobs = plan(recipe_path, out, store, fresh)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise output_error(out, cause) from cause
+    make_folder(out)
     results: dict[int, Result] = {}
     for group in _in_turn(jobs):
         for done, result in (engine or Engine()).map(work.run, group):

@@ -19,12 +19,21 @@ from typing import Any
 from vera_edge import bundle, signing
 from vera_edge.bundle import Manifest
 from vera_edge.errors import OutputError, VeraEdgeError
-from vera_edge.files import canonical_json, output_error, read_json, staged_folder, sweep, write_atomic
+from vera_edge.files import (
+    canonical_json,
+    leftovers,
+    make_folder,
+    output_error,
+    read_json,
+    staged_folder,
+    sweep,
+    write_atomic,
+)
 from vera_edge.progress import Progress, silent
 from vera_edge.release import artefact, evidence
 from vera_edge.release import inputs as inputs_of
 from vera_edge.release.cache import Store, key_of, only_one
-from vera_edge.release.compose import EVIDENCE, PROVENANCE, Parts, compose, release_facts
+from vera_edge.release.compose import EVIDENCE, PROVENANCE, Parts, compose, own_recipe
 from vera_edge.release.evidence import Evidence
 from vera_edge.release.job import Job
 
@@ -77,8 +86,11 @@ class _Work:
         with self._timed("reading"):
             inputs = inputs_of.read(job, store)
             asked = evidence.question(job, inputs)
-            key = key_of({"inputs": inputs.facts, "evidence": asked.key, "release": release_facts(job)})
+            key = key_of({"inputs": inputs.facts, "evidence": asked.key, "recipe": own_recipe(job)})
             if (found := self._published(key, asked)) is not None:
+                if self._litter():
+                    with only_one(self._lock):
+                        self._tidy()
                 return found
         self._check_writable()
         with self._timed("export"):
@@ -93,6 +105,7 @@ class _Work:
             with self._timed("golden"):
                 golden = evidence.golden(asked, store, exported.folder, progress)
         with self._timed("bundle"), only_one(self._lock):
+            self._tidy()
             if (found := self._published(key, asked)) is not None:
                 return found
             made = self._publish(Parts(exported, inputs, measured, golden, key))
@@ -104,12 +117,11 @@ class _Work:
 
     def _check_writable(self) -> None:
         """Before the work, rather than after it."""
+        make_folder(self.job.out)
         if not os.access(self.job.out, os.W_OK):
             raise OutputError(f"{self.job.out} can't be written; make it writable, or choose another -o")
 
     def _publish(self, parts: Parts) -> Manifest:
-        self._forget_rejected()
-        sweep(self.target)
         with staged_folder(self.target, force=True) as stage:
             made = compose(self.job, stage, parts, self.store)
             if (sign := self.job.recipe.file.sign) is not None:
@@ -134,7 +146,6 @@ class _Work:
             measured = evidence.read(folder / EVIDENCE, asked)
         except (VeraEdgeError, KeyError, TypeError):
             return None
-        self._forget_rejected()
         return self._result("unchanged", measured, manifest)
 
     def _reject(self, measured: Evidence) -> None:
@@ -148,12 +159,18 @@ class _Work:
     def _rejected(self) -> Path:
         return self.job.out / "rejected" / self.job.name
 
-    def _forget_rejected(self) -> None:
-        if self._rejected.is_dir():
-            try:
+    def _litter(self) -> bool:
+        """Whether there is anything to `_tidy`."""
+        return self._rejected.is_dir() or any(leftovers(self.target))
+
+    def _tidy(self) -> None:
+        """Remove what killed runs left here, and the evidence against an earlier try; under the lock."""
+        try:
+            sweep(self.target)
+            if self._rejected.is_dir():
                 shutil.rmtree(self._rejected)
-            except OSError as cause:
-                raise output_error(self._rejected, cause) from cause
+        except OSError as cause:
+            raise output_error(self.target, cause) from cause
 
     def _result(
         self, state: str, measured: Evidence, made: Manifest | None = None, message: str = ""
