@@ -6,8 +6,6 @@ manifest. Within the store the shared files are one file each, by hard links.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from vera_edge import bundle, packing, target
@@ -16,7 +14,7 @@ from vera_edge.bundle import Manifest
 from vera_edge.files import canonical_json, write_atomic
 from vera_edge.plan import Plan
 from vera_edge.progress import Progress
-from vera_edge.release.cache import Store
+from vera_edge.release.cache import Store, link
 from vera_edge.release.inputs import Inputs, calibration_text
 from vera_edge.release.job import Job
 from vera_edge.release.recipe import PLAN
@@ -93,7 +91,7 @@ def _swap_in(graph: Path, stage: Path, inputs: Inputs) -> None:
     manifest = bundle.read(graph)
     same = {name: entry for name, entry in manifest.files.items() if not name.startswith("adapters/")}
     for name in same:
-        _link(graph / name, stage / name)
+        link(graph / name, stage / name)
     packing.pack(inputs.adapter, manifest, stage / _ADAPTER_FILE, spec=inputs.projections.spec)
     entry = {"file": _ADAPTER_FILE, "digest": inputs.adapter.digest, "weight": 1.0}
     plan = dict(manifest.plan or {})
@@ -101,12 +99,3 @@ def _swap_in(graph: Path, stage: Path, inputs: Inputs) -> None:
         plan["adapters"] = [{"digest": inputs.adapter.digest, "weight": 1.0}]
     facts = bundle.change(manifest, adapters={_NAME: entry}, default_adapter=_NAME, plan=plan)
     bundle.write(stage, facts, known=same)
-
-
-def _link(source: Path, place: Path) -> None:
-    """One file under two names; a copy on file systems that can't."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, place)
-    except OSError:
-        shutil.copyfile(source, place)

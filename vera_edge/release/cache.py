@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -60,6 +61,15 @@ def only_one(lock: Path) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def link(source: Path, place: Path) -> None:
+    """One file of the store under a second name in it; a copy on file systems that can't."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, place)
+    except OSError:
+        shutil.copyfile(source, place)
 
 
 @dataclass(frozen=True)

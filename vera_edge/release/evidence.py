@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vera_edge import golden_vectors
-from vera_edge.device import golden as golden_file
+from vera_edge import bundle, golden_vectors
+from vera_edge.device.golden import FILE as GOLDEN
 from vera_edge.drift import assess, charts, limits, svg, windows
 from vera_edge.drift.result import DriftReport
 from vera_edge.errors import VeraEdgeError
 from vera_edge.files import canonical_json, read_json
 from vera_edge.progress import Progress
-from vera_edge.release.cache import Store, key_of
+from vera_edge.release.cache import Store, key_of, link
 from vera_edge.release.inputs import Inputs
 from vera_edge.release.job import Job
 from vera_edge.release.recipe import LimitsEntry
@@ -110,13 +111,18 @@ def golden(asked: Question, store: Store, folder: Path, progress: Progress) -> P
     recipe, adapter = asked.job.recipe, asked.job.adapter
 
     def make(stage: Path) -> None:
+        copy = stage / "bundle"
+        for name in [*bundle.read(folder).files, bundle.MANIFEST]:
+            link(folder / name, copy / name)
         base, adapters = recipe.path(recipe.base(adapter.base).path), [(recipe.path(adapter.path), 1.0)]
+        dtype = adapter.projection_dtype
         with _one_thread():
-            found = golden_vectors.answers(folder, base, adapters, adapter.projection_dtype, progress)
-        golden_file.write(stage, found)
+            golden_vectors.ask(copy, base, adapters, projection_dtype=dtype, progress=progress)
+        (copy / GOLDEN).rename(stage / GOLDEN)
+        shutil.rmtree(copy)
 
     found, _ = store.build({"export": asked.facts["export"], "stage": "golden"}, make)
-    return found / golden_file.FILE
+    return found / GOLDEN
 
 
 @contextmanager
