@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -23,7 +24,7 @@ from vera_edge.device.session import Session
 from vera_edge.drift import windows
 from vera_edge.drift.metrics import compare
 from vera_edge.errors import MismatchError, PlanError, TargetError
-from vera_edge.precision import Request, parse_size
+from vera_edge.precision import Request, latency, parse_size
 from vera_edge.precision.choice import Choice
 from vera_edge.precision.choose import candidates, choose
 from vera_edge.precision.codes import Rounded
@@ -152,6 +153,36 @@ def test_the_front_is_monotone_and_holds_the_choice(make: Plan) -> None:
     (chosen,) = (point for point in front if point.chosen)
     trial = make(max_kl=0.01).trial
     assert chosen.size == trial.size and chosen.kl == pytest.approx(trial.kl)
+
+
+def test_within_a_latency_the_quickest_or_the_most_precise(make: Plan) -> None:
+    """Whatever this machine's times are: nothing slower than the quickest, or nothing that loses more."""
+    quickest, freest = (make(max_latency=limit, formats=("int4", "int8", "fp32")) for limit in (1.0, 1e6))
+    assert quickest.latency == 1 and freest.latency is not None and freest.latency >= 1
+    for found in (quickest, freest):
+        for unit in found.units:
+            assert all(option.time > 0 for option in unit.options.values())
+    for unit in quickest.units:
+        chosen = unit.options[quickest.picks[unit.name]]
+        assert chosen.time == min(option.time for option in unit.options.values())
+    assert set(freest.picks.values()) == {"fp32"} and freest.trial.kl < 1e-9
+    assert any("this machine's" in note for note in quickest.notes)
+
+
+def test_products_are_timed_as_an_export_multiplies(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """The operators and attributes of what is timed, against those of real exports."""
+    for weights, block in (("int4", 32), ("int8", 32), ("nf4", 64), ("fp32", 0)):
+        out = tmp_path / weights
+        target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], out, weights=weights)
+        timed = onnx.load_from_string(latency.graph((weights, (64, 160), block), copies=1)).graph.node[0]
+        nodes = onnx.load(out / "onnx" / "model.onnx", load_external_data=False).graph.node
+        (exported,) = (node for node in nodes if "layers.0/mlp/down_proj" in node.name)
+        assert (timed.op_type, timed.domain) == (exported.op_type, exported.domain)
+        assert len(timed.input) == len(exported.input)
+        own, theirs = ({one.name: one.i for one in node.attribute} for node in (timed, exported))
+        assert own == theirs
 
 
 def test_a_units_layers_share_a_format(make: Plan) -> None:
@@ -340,13 +371,14 @@ def test_a_file_that_is_no_plan_is_refused(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ((), "either --max-size or --max-kl"),
-        (("--max-size", "1MB", "--max-kl", "1"), "not both"),
+        ((), "one of --max-size, --max-kl and --max-latency"),
+        (("--max-size", "1MB", "--max-kl", "1"), "and no more"),
         (("--max-size", "much"), "isn't a size"),
         (("--max-size", "0"), "nothing fits"),
         (("--max-kl", "nan"), "above 0"),
         (("--max-kl", "-1"), "above 0"),
-        (("--max-latency", "1.2x"), "isn't offered"),
+        (("--max-latency", "quick"), "1.2x"),
+        (("--max-latency", "0.9x"), "1 or more"),
         (("--max-kl", "1", "--target", "coreml"), "onnx"),
         (("--max-kl", "1", "--formats", "int4,int3"), "'int3'"),
         (("--max-kl", "1", "--formats", ","), "nothing"),

@@ -9,9 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vera_edge.cli import show
-from vera_edge.errors import PlanError
 from vera_edge.files import canonical_json, check_output, write_atomic
-from vera_edge.precision import FORMATS, Request, parse_size
+from vera_edge.precision import FORMATS, Request, parse_ratio, parse_size
 from vera_edge.precision.choice import Choice
 
 
@@ -21,7 +20,11 @@ from vera_edge.precision.choice import Choice
 @click.option("-o", "--out", "file", type=show.FOLDER, required=True, help="The plan to write, JSON.")
 @click.option("--max-size", metavar="SIZE", help="Bytes of the whole export, like 90MB or 90MiB.")
 @click.option("--max-kl", type=float, help="Mean KL divergence in nats from the model as trained.")
-@click.option("--max-latency", metavar="RATIO", help="Not offered: latency depends on the device.")
+@click.option(
+    "--max-latency",
+    metavar="RATIO",
+    help="Time of the layers' products over that of the quickest choice, on this machine, like 1.2x.",
+)
 @click.option(
     "--mode",
     type=click.Choice(["merged", "branch"]),
@@ -75,19 +78,15 @@ def plan(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Choose how each layer of BASE with ADAPTER is stored: the least loss within --max-size, or the smallest
-    export within --max-kl.
+    """Choose how each layer of BASE with ADAPTER is stored: what loses least within --max-size or
+    --max-latency, or the smallest export within --max-kl.
 
     Every unit is quantized alone and measured; the plan as a whole in torch, then exported.
     """
-    if max_latency is not None:
-        raise PlanError(
-            "--max-latency isn't offered, since it would be this machine's latency and not the device's; "
-            "plan by --max-size or --max-kl and measure on the device (vera-edge validate)"
-        )
     request = Request(
         max_size=None if max_size is None else parse_size(max_size),
         max_kl=max_kl,
+        max_latency=None if max_latency is None else parse_ratio(max_latency),
         mode=mode,
         formats=tuple(name.strip() for name in formats.split(",") if name.strip()),
         target=target,
@@ -125,6 +124,7 @@ def _show(file: Path, found: Choice) -> None:
         "KL predicted": f"{trial.predicted_kl:.3g}",
         "KL measured": f"{trial.kl:.3g}",
         "optimality gap": f"{found.gap:.2%}" if found.gap else "none",
+        **({"latency, products": f"{found.latency:.2f}x the quickest"} if found.latency else {}),
         "took": ", ".join(f"{what} {seconds:g} s" for what, seconds in found.seconds.items()),
     }
     for name, value in rows.items():

@@ -6,6 +6,7 @@ replay    the model's KL with one unit exchanged, or with all of them
 codes     every module rounded to every format
 units     what is chosen for: bytes and sensitivity of every unit in every format
 sizes     bytes of a layer in a format
+latency   its time in a format, on this machine
 knapsack  the choice among all of it, with a bound on how far from the best it can be
 trial     a plan exported, weighed and run
 solver    the knapsack solved, tried out, and solved again with what that showed
@@ -15,6 +16,6 @@ choice    what was found
 
 from __future__ import annotations
 
-from vera_edge.precision.request import FORMATS, TARGETS, Request, parse_size
+from vera_edge.precision.request import FORMATS, TARGETS, Request, parse_ratio, parse_size
 
-__all__ = ["FORMATS", "TARGETS", "Request", "parse_size"]
+__all__ = ["FORMATS", "TARGETS", "Request", "parse_ratio", "parse_size"]

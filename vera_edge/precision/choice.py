@@ -14,16 +14,22 @@ from vera_edge.precision.units import Unit
 class FrontPoint:
     """A choice on the Pareto front. size: bytes of the export, computed from the measured one.
 
-    kl: predicted, the sum of the units' KLs times the correction factor.
+    kl: predicted, the sum of the units' KLs times the correction factor. latency: see Choice.
     """
 
     size: int
     kl: float
     chosen: bool
+    latency: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as a JSON object."""
-        return {"size": self.size, "predicted_kl": self.kl, "chosen": self.chosen}
+        return {
+            "size": self.size,
+            "predicted_kl": self.kl,
+            "chosen": self.chosen,
+            "latency": self.latency,
+        }
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,11 @@ class Trial:
 class Choice:
     """A plan that keeps the limit that was asked for.
 
-    trial: its own measurement; trials: all that were exported on the way. gap: by what share of its loss (for
-    a limit of size) or size (for a limit of KL) it can be above the best plan, by the sums, at most.
-    picks: the format of each unit by name. bits: per weight of the linear layers that could be chosen for.
-    seconds: how long each kind of work took. notes: how things were measured, for a person to read.
+    trial: its own measurement; trials: all that were exported on the way. gap: by what share of its loss (of
+    its size, for a limit of KL) it can be above the best plan, by the sums, at most. picks: the format of
+    each unit by name. bits: per weight of the linear layers that could be chosen for. seconds: how long each
+    kind of work took. notes: how things were measured, for a person to read. latency: time of the layers'
+    products over that of the quickest choice, on this machine; None unless it was limited.
     """
 
     plan: Plan
@@ -74,6 +81,7 @@ class Choice:
     front: tuple[FrontPoint, ...]
     seconds: Mapping[str, float]
     notes: tuple[str, ...]
+    latency: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as a JSON object."""
@@ -83,6 +91,7 @@ class Choice:
             "trials": [trial.to_dict() for trial in self.trials],
             "bits_per_weight": self.bits,
             "optimality_gap": self.gap,
+            "latency": self.latency,
             "front": [point.to_dict() for point in self.front],
             "units": [
                 {
@@ -90,7 +99,7 @@ class Choice:
                     "modules": list(unit.modules),
                     "chosen": self.picks[unit.name],
                     "options": {
-                        name: {"size": option.size, "kl": option.loss}
+                        name: {"size": option.size, "kl": option.loss, "nanoseconds": option.time or None}
                         for name, option in unit.options.items()
                     },
                 }

@@ -114,7 +114,8 @@ class _Search:
             rounded.calibrate(model, calibration.tokens, self.progress)
         modules = [module for group in rounded.groups for module in group]
         with self._timed("sensitivities"):
-            measured = Sensitivities(model, Replay(model, modules, sensitivity.tokens), rounded)
+            timed = self.request.max_latency is not None
+            measured = Sensitivities(model, Replay(model, modules, sensitivity.tokens), rounded, timed)
             units = measured.units(heads, self.progress)
             del measured
         fixed = float(weighed - bytes_of(units, start.weights, heads[0]))
@@ -157,6 +158,11 @@ class _Search:
             f"sensitivities: the KL of one unit quantized alone, on {few} tokens of {source} text; plans: of "
             f"all units together, in torch (predicted) and in an export (measured), on {more} tokens"
         )
+        if request.max_latency is not None:
+            found.append(
+                "latency is this machine's, and of the layers' products alone, one token at a time; the "
+                "device's own is measured there (vera-edge bench)"
+            )
         if source == request.calibration:
             found.append("measured on the text that weights were calibrated on, which flatters; give --data")
         return tuple(found)

@@ -34,7 +34,8 @@ _UNITS: Mapping[str, int] = {
 
 @dataclass(frozen=True)
 class Request:
-    """max_size: bytes of all files of the export. max_kl: mean KL in nats on `data`; one of the two.
+    """max_size: bytes of all files of the export. max_kl: mean KL in nats on `data`. max_latency: time of the
+    layers' products over that of the quickest choice, on this machine. One of the three.
 
     formats: what layers may be stored as; "int4" and "int8" or "fp32" also what embeddings and head may.
     method, calibration: how weights are rounded, as an export does. data: the text that sensitivities
@@ -43,6 +44,7 @@ class Request:
 
     max_size: int | None = None
     max_kl: float | None = None
+    max_latency: float | None = None
     mode: str = "merged"
     formats: tuple[str, ...] = ("int4", "int8")
     target: str = "onnx"
@@ -59,8 +61,12 @@ class Request:
 
     def check(self) -> None:
         """Raise PlanError when this can't be asked."""
-        if (self.max_size is None) == (self.max_kl is None):
-            raise PlanError("give a limit, either --max-size or --max-kl, and not both")
+        if sum(limit is not None for limit in (self.max_size, self.max_kl, self.max_latency)) != 1:
+            raise PlanError("give a limit, one of --max-size, --max-kl and --max-latency, and no more")
+        if self.max_latency is not None and not 1 <= self.max_latency < math.inf:
+            raise PlanError(
+                f"--max-latency is {self.max_latency}; give a multiple of the quickest choice's, 1 or more"
+            )
         if self.max_size is not None and self.max_size <= 0:
             raise PlanError(f"nothing fits into {self.max_size} bytes; give a larger --max-size")
         if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
@@ -79,6 +85,14 @@ class Request:
                 f"layers can't be planned as {unknown[0] if unknown else 'nothing'!r}; choose from "
                 f"{', '.join(FORMATS)}"
             )
+
+
+def parse_ratio(text: str) -> float:
+    """1.2 of "1.2x" or "1.2". Raises PlanError for anything else."""
+    try:
+        return float(text.strip().removesuffix("x"))
+    except ValueError:
+        raise PlanError(f"{text!r} isn't a multiple; write it as 1.2x") from None
 
 
 def parse_size(text: str) -> int:

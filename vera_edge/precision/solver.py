@@ -65,7 +65,11 @@ class Solver:
     points: Front = field(init=False)
 
     def __post_init__(self) -> None:
-        self.points = front([tuple(unit.options.values()) for unit in self.units])
+        timed = self.request.max_latency is not None
+        options = [tuple(unit.options.values()) for unit in self.units]
+        if timed:
+            options = [tuple(replace(option, size=option.time) for option in unit) for unit in options]
+        self.points = front(options)
 
     def solve(self) -> int:
         """The point of the front that is best within the limit, by its own measurement."""
@@ -79,12 +83,15 @@ class Solver:
         kept = [point for point, trial in self.tried.items() if self._keeps(trial)]
         if not kept:
             raise PlanError(self._refusal())
-        return max(kept) if self.request.max_size is not None else min(kept)
+        return min(kept) if self.request.max_kl is not None else max(kept)
 
     def _settle(self, last: bool) -> int:
         """The plan to export: the best that is known once running it in torch tells nothing new."""
         if self.request.max_size is not None:
             return self._next_by_size(self.request.max_size, last)
+        if self.request.max_latency is not None:
+            least = int(self.points.sizes[0])
+            return self.points.within_size(self.request.max_latency * least) or 0
         assert self.request.max_kl is not None
         limit = self.request.max_kl
         for _ in range(RUNS):
@@ -152,22 +159,20 @@ class Solver:
         self.tried[point] = Trial(found.size, float(self.points.losses[point]), predicted, found.kl)
         self.folders[point] = found.folder
         # Tensors start on pages, so that what is beside the units differs from plan to plan.
-        self.fixed = found.size - float(self.points.sizes[point])
+        self.fixed = float(found.size - self._bytes(point))
         if self.joint[point] > 0:
             self.runtime = found.kl / self.joint[point]
 
     def _keeps(self, trial: Trial) -> bool:
-        if self.request.max_size is not None:
-            return trial.size <= self.request.max_size
-        assert self.request.max_kl is not None
-        return trial.kl <= self.request.max_kl
+        kl, size = self.request.max_kl, self.request.max_size
+        return (kl is None or trial.kl <= kl) and (size is None or trial.size <= size)
 
     def _good_enough(self, trial: Trial) -> bool:
         kl, size = self.request.max_kl, self.request.max_size
-        if kl is not None:
-            return kl * (1 - _UNUSED_KL) <= trial.kl <= kl
-        assert size is not None
-        return size * (1 - _UNUSED_SIZE) <= trial.size <= size
+        used = (kl is None or trial.kl >= kl * (1 - _UNUSED_KL)) and (
+            size is None or trial.size >= size * (1 - _UNUSED_SIZE)
+        )
+        return used and self._keeps(trial)
 
     def _refusal(self) -> str:
         if self.request.max_size is not None:
@@ -205,17 +210,31 @@ class Solver:
         """Everything that is known about a point."""
         points, trial = self.points, self.tried[point]
         shown = {point, *np.linspace(0, len(points) - 1, min(_SHOWN, len(points))).astype(int).tolist()}
-        fixed = trial.size - int(points.sizes[point])
+        beside = trial.size - self._bytes(point)
         line = tuple(
-            FrontPoint(int(points.sizes[at]) + fixed, float(points.losses[at]) * trial.factor, at == point)
+            FrontPoint(
+                self._bytes(at) + beside,
+                float(points.losses[at]) * trial.factor,
+                at == point,
+                self._latency(at),
+            )
             for at in sorted(shown)
         )
-        plan = self.plan(point)
-        of_size = self.request.max_size is not None
-        gap = points.loss_gap(point) if of_size else points.size_gap(point)
+        gap = points.loss_gap(point) if self.request.max_kl is None else points.size_gap(point)
         picks, trials = self._picks(point), tuple(self.tried.values())
-        bits = self._bits(picks)
-        return Choice(plan, trial, trials, self.units, picks, bits, gap, line, seconds, notes)
+        facts = (self.plan(point), trial, trials, self.units, picks, self._bits(picks), gap, line)
+        return Choice(*facts, seconds, notes, self._latency(point))
+
+    def _latency(self, point: int) -> float | None:
+        """Time of the layers' products over that of the quickest choice; None when it wasn't asked for."""
+        if self.request.max_latency is None:
+            return None
+        return int(self.points.sizes[point]) / int(self.points.sizes[0])
+
+    def _bytes(self, point: int) -> int:
+        """Bytes of all units."""
+        picks = self._picks(point)
+        return sum(unit.options[picks[unit.name]].size for unit in self.units)
 
     def _bits(self, picks: Mapping[str, str]) -> float:
         layers = [unit for unit in self.units if unit.modules]

@@ -9,7 +9,7 @@ the error of its output on the same text.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from vera_edge.formats.blocks import quantize
 from vera_edge.precision.codes import INTEGER, Rounded
 from vera_edge.precision.knapsack import Option
+from vera_edge.precision.latency import Kind, kind_of, nanoseconds
 from vera_edge.precision.replay import Change, Replay, rounded
 from vera_edge.precision.sizes import HEADS, matrix_bytes, step_bytes
 from vera_edge.progress import Progress
@@ -39,11 +40,13 @@ class Unit:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """Measures units on the text of `replay`, whose model this is."""
+    """Measures units on the text of `replay`, whose model this is. timed: how long they take, too."""
 
     model: Any
     replay: Replay
     codes: Rounded
+    timed: bool = False
+    _times: dict[Kind, int] = field(default_factory=dict)
 
     def units(self, heads: Sequence[str], progress: Progress) -> tuple[Unit, ...]:
         """Every unit with its options measured, each alone; `heads`: what the ends may be stored as."""
@@ -64,9 +67,15 @@ class Sensitivities:
             name: Option(
                 sum(step_bytes(steps[module]) for module in modules),
                 loss * errors[name] / errors[worst] if loss else 0.0,
+                sum(self._time(kind_of(steps[module])) for module in modules),
             )
             for name, steps in self.codes.steps.items()
         }
+
+    def _time(self, kind: Kind) -> int:
+        if self.timed and kind not in self._times:
+            self._times[kind] = nanoseconds(kind)
+        return self._times.get(kind, 0)
 
     def _output_error(self, modules: Sequence[str], change: Change, x: torch.Tensor) -> float:
         """The squared error of the modules' outputs for inputs x (tokens, in)."""
@@ -94,7 +103,8 @@ class Sensitivities:
         for kind in kinds:
             size = sum(matrix_bytes(rows, columns, kind) for rows, columns in shapes)
             change = ends_change(self.model, kind)
-            options[kind] = Option(size, self.replay.kl(change) if change.weights else 0.0)
+            time = self._time((kind, (shapes[-1][0], shapes[-1][1]), BLOCK)) if whole else 0
+            options[kind] = Option(size, self.replay.kl(change) if change.weights else 0.0, time)
         return Unit(ENDS, (), options)
 
 
