@@ -11,6 +11,7 @@ from scripts import demo_encoder
 from tests import exported
 from tests.conftest import Cli
 from vera_edge import bundle
+from vera_edge.device.encoder import Encoder
 
 SENTENCES = ["An adapter of kilobytes, swapped in milliseconds.", "Merge, then quantize again."]
 
@@ -36,3 +37,10 @@ def test_minilm_gives_the_hidden_states_of_peft(cli: Cli, tmp_path: Path) -> Non
     assert exported.error(base, truth) > 0.1  # so that a lost adapter would have failed
     assert np.isfinite(found).all()
     assert bundle.verify(out, deep=True).kind == "encoder"
+    mask = inputs["attention_mask"].numpy()[:, :, None]
+    pooled = (truth * mask).sum(axis=1) / mask.sum(axis=1)
+    assert exported.error(Encoder.open(out).embed(SENTENCES), pooled) < 1e-4
+    made_golden = cli("golden", out, made.base, made.adapter, "--min-cosine", 0.9999)
+    assert made_golden.exit_code == 0, made_golden.stderr
+    validated = cli("validate", out)
+    assert validated.exit_code == 0, validated.stderr
