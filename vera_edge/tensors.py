@@ -99,14 +99,19 @@ _NUMPY_NAMES = {"b1": "BOOL", "u1": "U8", "i1": "I8", "u2": "U16", "i2": "I16", 
 
 def bf16_to_float32(bits: npt.NDArray[np.uint16]) -> Float32:
     """Widen bfloat16 bits to float32 (exact)."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.left_shift(bits, np.uint32(16), dtype=np.uint32).view(np.float32)
 
 
 def float32_to_bf16(values: Float32) -> npt.NDArray[np.uint16]:
     """Round float32 to bfloat16 bits, to nearest with ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    result = (rounded >> np.uint32(16)).astype(np.uint16)
+    nan = np.isnan(values)
+    return np.where(nan, np.uint16(0x7FC0), result) if nan.any() else result
 
 
 def read_header(path: Path, error: type[VeraEdgeError] = CheckpointError) -> dict[str, TensorInfo]:

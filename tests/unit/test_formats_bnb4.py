@@ -77,14 +77,24 @@ def test_code_book_is_bitsandbytes_own() -> None:
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_no_cell_of_the_search_holds_two_bounds(quant_type: str) -> None:
-    ranks, _, _ = codes4._search_grid(quant_type)
-    assert np.diff(ranks.astype(int)).max() == 1
+@pytest.mark.parametrize("exponent", [-40, -31, -3, 0, 30])
+def test_codes_at_the_bounds_between_levels(quant_type: str, exponent: int) -> None:
+    """Values on a bound, and a few steps of float32 to both sides of it, in whole blocks and a short one."""
     levels = np.sort(codes4.LEVELS[quant_type])
     bounds = (levels[:-1] + levels[1:]) / np.float32(2)
-    # A bound near an edge could fall to the wrong side by rounding.
-    distance = np.abs((bounds * 1024 + 0.5) - np.rint(bounds * 1024 + 0.5))
-    assert distance.min() > 1e-3
+    rng = np.random.default_rng(4)
+    absmax = (rng.uniform(1, 2, 500) * 10.0**exponent).astype(np.float32)
+    values = rng.choice(bounds, (500, 64)) * absmax[:, None]
+    toward = rng.choice(np.array([-np.inf, 0, np.inf], np.float32), values.shape)
+    for _ in range(3):
+        values = np.nextafter(values, np.where(rng.random(values.shape) < 0.5, toward, values))
+    values[:, 5] = absmax
+    values[7] = 0
+    flat = values.reshape(-1)[:-20]
+    codes, found = codes4.block_codes(flat, 64, quant_type)
+    packed, state = bnb.quantize_4bit(torch.from_numpy(flat), blocksize=64, quant_type=quant_type)
+    assert np.array_equal(bits(found), bits(state.absmax.numpy()))
+    assert np.array_equal(codes4.pack(codes), packed.numpy().reshape(-1))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -17,7 +17,16 @@ from vera_edge.formats import checks
 from vera_edge.formats.bnb4 import Bnb4, Bnb4Weight
 from vera_edge.formats.bnb8 import Int8, Int8Weight
 from vera_edge.formats.dense import Dense
-from vera_edge.formats.weight import Layout, StoredLinear, Weight, WeightFormat, dequantize, row_chunks
+from vera_edge.formats.weight import (
+    Layout,
+    Rounder,
+    StoredLinear,
+    Weight,
+    WeightFormat,
+    dequantize,
+    rounder,
+    row_chunks,
+)
 from vera_edge.tensors import TensorFolder
 
 __all__ = [
@@ -25,6 +34,7 @@ __all__ = [
     "Bnb4Weight",
     "Int8Weight",
     "Layout",
+    "Rounder",
     "StoredLinear",
     "Weight",
     "WeightFormat",
@@ -33,6 +43,7 @@ __all__ = [
     "find_linears",
     "get",
     "load",
+    "rounder",
     "row_chunks",
 ]
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge.errors import CheckpointError, FormatError, PlanError
-from vera_edge.formats.codes4 import LEVELS, nearest_codes, pack, scale_blocks, unpack
+from vera_edge.formats.codes4 import LEVELS, block_codes, levels_of, nearest_codes, pack
 from vera_edge.formats.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from vera_edge.formats.nested import Nested, quantize_absmax
 from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear
@@ -53,7 +53,7 @@ class Bnb4Weight:
         # Blocks run over row ends: begin at the block that holds the first value.
         first = begin // self.blocksize
         aligned = first * self.blocksize
-        values = LEVELS[self.quant_type][unpack(self.packed[aligned // 2 : (end + 1) // 2])][: end - aligned]
+        values = levels_of(self.packed[aligned // 2 : (end + 1) // 2], self.quant_type)[: end - aligned]
         full = values.size // self.blocksize
         blocks = values[: full * self.blocksize].reshape(full, self.blocksize)
         blocks *= self.absmax[first : first + full, None]
@@ -195,23 +195,12 @@ class Bnb4:
         return found
 
     def quantize(self, weight: Float32, options: Mapping[str, Any]) -> Bnb4Weight:
-        values, blocksize = np.ascontiguousarray(weight).reshape(-1), options["blocksize"]
-        absmax = np.empty(-(-values.size // blocksize), np.float32)
-        packed = np.empty(-(-values.size // 2), np.uint8)
-        step = max(1, CHUNK_VALUES // blocksize) * blocksize
-        for start in range(0, values.size, step):
-            scaled, scales = scale_blocks(values[start : start + step], blocksize)
-            if scaled.size % 2:  # only at the very end: blocks are even
-                scaled = np.append(scaled, np.float32(0))
-            first = start // blocksize
-            absmax[first : first + scales.size] = scales
-            packed[start // 2 : (start + scaled.size) // 2] = pack(nearest_codes(scaled, self.name))
-        nested = quantize_absmax(absmax) if options["double_quant"] else None
-        kept = (options["storage"], options["dtype"])
-        restored = nested.absmax() if nested else absmax
-        return Bnb4Weight(
-            (weight.shape[0], weight.shape[1]), self.name, blocksize, packed, restored, nested, *kept
-        )
+        rounded = self.rounder((weight.shape[0], weight.shape[1]), options)
+        rounded.add(weight)
+        return rounded.weight()
+
+    def rounder(self, shape: tuple[int, int], options: Mapping[str, Any]) -> Bnb4Rounder:
+        return Bnb4Rounder(self.name, shape, options)
 
     def quantization_config(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
         return {
@@ -222,6 +211,38 @@ class Bnb4:
             "bnb_4bit_use_double_quant": options["double_quant"],
             "bnb_4bit_quant_storage": STORAGES[options["storage"]],
         }
+
+
+class Bnb4Rounder:
+    """Rounds a weight piece by piece; see `formats.Rounder`."""
+
+    def __init__(self, quant_type: str, shape: tuple[int, int], options: Mapping[str, Any]) -> None:
+        count, self._blocksize = shape[0] * shape[1], int(options["blocksize"])
+        self.multiple = self._blocksize // math.gcd(self._blocksize, shape[1])
+        self._shape, self._quant_type, self._options = shape, quant_type, options
+        self._absmax = np.empty(-(-count // self._blocksize), np.float32)
+        self._packed = np.empty(-(-count // 2), np.uint8)
+        self._done = 0
+
+    def add(self, rows: Float32) -> None:
+        values = np.ascontiguousarray(rows).reshape(-1)
+        step = max(1, CHUNK_VALUES // self._blocksize) * self._blocksize
+        for start in range(0, values.size, step):
+            codes, absmax = block_codes(values[start : start + step], self._blocksize, self._quant_type)
+            if codes.size % 2:  # only at the very end: blocks are even
+                codes = np.append(codes, nearest_codes(np.zeros(1, np.float32), self._quant_type))
+            block, byte = self._done // self._blocksize, self._done // 2
+            self._absmax[block : block + absmax.size] = absmax
+            self._packed[byte : byte + codes.size // 2] = pack(codes)
+            self._done += codes.size
+
+    def weight(self) -> Bnb4Weight:
+        nested = quantize_absmax(self._absmax) if self._options["double_quant"] else None
+        kept = (self._options["storage"], self._options["dtype"])
+        absmax = nested.absmax() if nested else self._absmax
+        return Bnb4Weight(
+            self._shape, self._quant_type, self._blocksize, self._packed, absmax, nested, *kept
+        )
 
 
 def _expect(

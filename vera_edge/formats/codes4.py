@@ -25,56 +25,99 @@ LEVELS: Mapping[str, Float32] = {
     "nf4": np.array(_NF4.split(), np.float32),
     "fp4": np.array(_FP4.split(), np.float32) / np.float32(12),
 }
-# Cells of the search grid over [-1, 1]; fine enough that no cell holds two of a format's 15 bounds.
-_HALF_CELLS = 1024
+# A value over its block's absmax, times this, cut to an integer, is its cell.
+_CELLS = np.float32(32767)
 _TINY = np.float32(1e-38)
+_SMALL = np.float32(1e-30)  # below, cells are beyond float32; no real weight's absmax is
+_UNSURE = 255
+
+
+def levels_of(packed: Bytes, quant_type: str) -> Float32:
+    """The levels of packed codes, flat: two for each byte."""
+    return np.take(_pairs(quant_type), packed, mode="clip").view(np.float32)
 
 
 @cache
-def _search_grid(quant_type: str) -> tuple[Bytes, Float32, Bytes]:
-    """For each cell: the rank of its lowest code and the one bound it may hold; then code by rank.
+def _pairs(quant_type: str) -> npt.NDArray[np.uint64]:
+    """For each byte, the bits of its two levels."""
+    codes = unpack(np.arange(256, dtype=np.uint8))
+    return LEVELS[quant_type][codes].view(np.uint64)
 
-    A value on a bound belongs to the lower code, as `torch.bucketize` has it.
-    """
+
+@cache
+def _bounds(quant_type: str) -> tuple[Float32, Bytes]:
+    """The bounds between levels in rising order, and the code between each two of them."""
     levels = LEVELS[quant_type]
     order = np.argsort(levels, kind="stable")
-    bounds = (levels[order[:-1]] + levels[order[1:]]) / np.float32(2)
-    edges = (np.arange(2 * _HALF_CELLS + 1) - _HALF_CELLS - 0.5) / _HALF_CELLS
-    ranks = np.searchsorted(bounds, edges.astype(np.float32))
-    limits = np.append(bounds, np.float32(np.inf))[ranks]
-    return ranks.astype(np.uint8), limits, order.astype(np.uint8)
+    return (levels[order[:-1]] + levels[order[1:]]) / np.float32(2), order.astype(np.uint8)
+
+
+@cache
+def _code_of_cell(quant_type: str) -> Bytes:
+    """For each cell (as its uint16 bits) the code of all its values, or _UNSURE near a bound."""
+    bounds, order = _bounds(quant_type)
+    cells = np.arange(1 << 16, dtype=np.uint16).view(np.int16).astype(np.int64)
+    limits = (bounds * _CELLS).astype(np.int64)
+    codes = order[np.searchsorted(limits, cells)]
+    # Cells come from one product where exact values take two roundings: less than a cell, and two are given.
+    near = np.abs(cells[:, None] - limits).min(axis=1) <= 2
+    return np.where(near, np.uint8(_UNSURE), codes)
 
 
 def nearest_codes(scaled: Float32, quant_type: str) -> Bytes:
-    """The code (uint8, 0 to 15) of each value of `scaled`, which lies in [-1, 1]."""
-    ranks, limits, order = _search_grid(quant_type)
-    cells = (scaled * np.float32(_HALF_CELLS) + np.float32(_HALF_CELLS + 0.5)).astype(np.intp)
-    return order[ranks[cells] + (scaled > limits[cells])]
+    """The code (uint8, 0 to 15) of each value of `scaled`, which lies in [-1, 1].
 
-
-def scale_blocks(values: Float32, blocksize: int) -> tuple[Float32, Float32]:
-    """Flat `values` over their block's absmax, and the absmax (blocks,). The last block may be short.
-
-    bitsandbytes multiplies whole blocks by the reciprocal and divides the short one; the bits differ.
+    A value on a bound belongs to the lower code, as `torch.bucketize` has it.
     """
-    full = values.size // blocksize * blocksize
-    blocks = values[:full].reshape(-1, blocksize)
-    absmax = np.abs(blocks).max(axis=1) if full else np.empty(0, np.float32)
-    scaled = np.empty_like(values)
-    reciprocal = np.float32(1) / np.maximum(absmax, _TINY)
-    np.multiply(blocks, reciprocal[:, None], out=scaled[:full].reshape(-1, blocksize))
-    if full < values.size:
-        last = np.maximum(np.abs(values[full:]).max(), _TINY)
-        np.divide(values[full:], last, out=scaled[full:])
-        absmax = np.append(absmax, last)
-    return np.clip(scaled, -1, 1, out=scaled), absmax
+    bounds, order = _bounds(quant_type)
+    return order[np.searchsorted(bounds, scaled)]
+
+
+def block_codes(values: Float32, blocksize: int, quant_type: str) -> tuple[Bytes, Float32]:
+    """The code of each of the flat finite `values` over its block's absmax, and the absmax (blocks,).
+
+    The last block may be short; bitsandbytes divides it, and multiplies whole blocks by the reciprocal.
+    """
+    starts = np.arange(0, values.size, blocksize)
+    # Without their signs floats are in the order of their bits, and integers are compared faster.
+    absmax = np.maximum.reduceat(values.view(np.uint32) & np.uint32(0x7FFFFFFF), starts).view(np.float32)
+    full = values.size // blocksize
+    absmax[full:] = np.maximum(absmax[full:], _TINY)
+    if ((absmax < _SMALL) & (absmax > 0)).any():
+        every = np.arange(values.size)
+        return nearest_codes(_scaled(values, absmax, blocksize, every), quant_type), absmax
+    factors = _CELLS / np.maximum(absmax, _SMALL)
+    cells = np.empty(values.size, np.int16)
+    whole = full * blocksize
+    np.multiply(
+        values[:whole].reshape(full, blocksize),
+        factors[:full, None],
+        out=cells[:whole].reshape(full, blocksize),
+        casting="unsafe",
+    )
+    if whole < values.size:
+        cells[whole:] = values[whole:] * factors[full]
+    codes = np.take(_code_of_cell(quant_type), cells.view(np.uint16), mode="clip")
+    unsure = np.flatnonzero(codes == _UNSURE)
+    codes[unsure] = nearest_codes(_scaled(values, absmax, blocksize, unsure), quant_type)
+    return codes, absmax
+
+
+def _scaled(values: Float32, absmax: Float32, blocksize: int, places: npt.NDArray[np.intp]) -> Float32:
+    """Values at `places` over their block's absmax, rounded as bitsandbytes has it."""
+    block, found = places // blocksize, values[places]
+    scaled = found * (np.float32(1) / np.maximum(absmax, _TINY))[block]
+    short = block >= values.size // blocksize
+    scaled[short] = found[short] / absmax[block[short]]
+    return scaled
 
 
 def pack(codes: Bytes) -> Bytes:
     """Two codes to a byte, the first in the high nibble; an odd last one is paired with the code of zero."""
     if codes.size % 2:
         raise ValueError("pad an odd number of codes before packing")
-    return (codes[::2] << np.uint8(4)) | codes[1::2]
+    both = codes.view("<u2")  # the first code is the low byte
+    return ((both << np.uint16(4)) | (both >> np.uint16(8))).astype(np.uint8)
 
 
 def unpack(packed: Bytes) -> Bytes:

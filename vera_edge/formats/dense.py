@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vera_edge.errors import PlanError
 from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear
@@ -113,17 +114,46 @@ class Dense:
         transposed = bool(options.get("transposed"))
         return DenseWeight(to_dtype(weight.T if transposed else weight, self.dtype), transposed)
 
+    def rounder(self, shape: tuple[int, int], options: Mapping[str, Any]) -> DenseRounder:
+        return DenseRounder(self.dtype, shape, bool(options.get("transposed")))
+
     def quantization_config(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
 
 
+class DenseRounder:
+    """Rounds a weight piece by piece; see `formats.Rounder`."""
+
+    multiple = 1
+
+    def __init__(self, dtype: str, shape: tuple[int, int], transposed: bool) -> None:
+        self._dtype, self._transposed, self._done = dtype, transposed, 0
+        self._result = np.empty(shape[::-1] if transposed else shape, _NUMPY[dtype])
+
+    def add(self, rows: Float32) -> None:
+        stop = self._done + len(rows)
+        part = self._result[:, self._done : stop] if self._transposed else self._result[self._done : stop]
+        _round_into(part, rows.T if self._transposed else rows, self._dtype)
+        self._done = stop
+
+    def weight(self) -> DenseWeight:
+        return DenseWeight(RawTensor.of(self._result, self._dtype), self._transposed)
+
+
+_NUMPY: Mapping[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
 def to_dtype(values: Float32, dtype: str) -> RawTensor:
     """Round float32 values to F32, F16 or BF16, to nearest with ties to even; fp16 overflow becomes inf."""
-    result = np.empty(values.shape, {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[dtype])
+    result = np.empty(values.shape, _NUMPY[dtype])
+    _round_into(result, values, dtype)
+    return RawTensor.of(result, dtype)
+
+
+def _round_into(result: npt.NDArray[Any], values: Float32, dtype: str) -> None:
     rows = values.shape[0] if values.ndim else 1
     step = max(1, CHUNK_VALUES * rows // max(1, values.size))
     pieces = [slice(start, start + step) for start in range(0, rows, step)] if values.ndim else [...]
     with np.errstate(over="ignore"):
         for piece in pieces:
             result[piece] = float32_to_bf16(values[piece]) if dtype == "BF16" else values[piece]
-    return RawTensor.of(result, dtype)

@@ -89,6 +89,48 @@ class WeightFormat(Protocol):
         """The `quantization_config` of config.json, None for an unquantized model."""
 
 
+class Rounder(Protocol):
+    """Stores a float32 weight piece by piece, as `quantize` stores it whole.
+
+    A format that can has a method `rounder(shape, options)`; for the others `rounder` here keeps the pieces.
+    """
+
+    @property
+    def multiple(self) -> int:
+        """Every piece but the last has a multiple of this many rows."""
+
+    def add(self, rows: Float32) -> None:
+        """Take the next rows (any, in_features); they may change afterwards."""
+
+    def weight(self) -> Weight:
+        """The whole, when all rows are there."""
+
+
+@dataclass
+class _Kept:
+    target: WeightFormat
+    options: Mapping[str, Any]
+    values: Float32
+    multiple: int = 1
+    done: int = 0
+
+    def add(self, rows: Float32) -> None:
+        self.values[self.done : self.done + len(rows)] = rows
+        self.done += len(rows)
+
+    def weight(self) -> Weight:
+        return self.target.quantize(self.values, self.options)
+
+
+def rounder(target: WeightFormat, shape: tuple[int, int], options: Mapping[str, Any]) -> Rounder:
+    """What stores a weight (out, in) in the format `target`, piece by piece."""
+    own = getattr(target, "rounder", None)
+    if own is None:
+        return _Kept(target, options, np.empty(shape, np.float32))
+    made: Rounder = own(shape, options)
+    return made
+
+
 def row_chunks(shape: tuple[int, int], multiple: int = 1) -> Iterator[tuple[int, int]]:
     """Row ranges that cover a weight (out, in) in pieces of some MiB, each a multiple of `multiple` rows."""
     out, size = shape[0], max(1, CHUNK_VALUES // max(1, shape[1]))
