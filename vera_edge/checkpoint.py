@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from vera_edge.errors import CheckpointError, FormatError
 from vera_edge.files import read_json, sha256_bytes
 from vera_edge.formats import StoredLinear, Weight, checks, gguf
 from vera_edge.formats.dense import DTYPES, is_conv1d_module
-from vera_edge.tensors import Float32, TensorFolder
+from vera_edge.tensors import Float32, TensorFolder, WitnessedFolder
 
 
 @dataclass(frozen=True)
@@ -99,15 +99,23 @@ class Checkpoint:
 
         Independent of how the tensors are spread over files. Reads the whole checkpoint, once.
         """
-        digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            digest.update(self._digest_line(name).encode() + b"\n")
-        return digest.hexdigest()
+        return self.digest_of(self.tensor_digests(self.tensors))
 
-    def _digest_line(self, name: str) -> str:
-        tensor = self.tensors.read(name)
-        inner = hashlib.sha256(tensor.data.data).hexdigest()
-        return json.dumps([name, tensor.dtype, list(tensor.shape), inner], ensure_ascii=False)
+    def tensor_digests(self, names: Iterable[str]) -> dict[str, str]:
+        """Hex SHA-256 of the bytes of tensors, which it reads."""
+        seen = WitnessedFolder(self.tensors)
+        for name in names:
+            for _ in seen.pieces(name):
+                pass
+        return seen.digests
+
+    def digest_of(self, inner: Mapping[str, str]) -> str:
+        """What `digest` is when every tensor's bytes have the SHA-256 that `inner` says; reads nothing."""
+        digest = hashlib.sha256()
+        for name, info in sorted(self.tensors.items()):
+            line = json.dumps([name, info.dtype, list(info.shape), inner[name]], ensure_ascii=False)
+            digest.update(line.encode() + b"\n")
+        return digest.hexdigest()
 
 
 _BITSANDBYTES = {"load_in_4bit": frozenset({"nf4", "fp4"}), "load_in_8bit": frozenset({"int8"})}

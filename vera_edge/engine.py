@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
@@ -28,7 +28,7 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Engine:
-    """`kind`: "local" or "ray". `workers`: processes at once (local); 1 works in this process.
+    """`kind`: "local" or "ray". `workers`: processes or threads at once (local); 1 is this one.
 
     `address`: of a Ray cluster that exists; None starts one on this machine for the time of the work.
 
@@ -45,7 +45,7 @@ class Engine:
         if self.workers < 1:
             raise PlanError(f"{self.workers} workers can't work; give 1 or more")
 
-    def map(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[tuple[int, R]]:
+    def map(self, work: Callable[[T], R], items: Sequence[T]) -> Generator[tuple[int, R]]:
         """`work(item)` for every item; see `map_with`."""
         return self.map_with(_alone, work, items)
 
@@ -55,10 +55,12 @@ class Engine:
         shared: S,
         items: Sequence[T],
         in_flight: int | None = None,
-    ) -> Iterator[tuple[int, R]]:
+        threads: bool = False,
+    ) -> Generator[tuple[int, R]]:
         """`work(shared, item)` for every item; yields (index, result) as they finish, in any order.
 
         shared: sent to each worker once. in_flight: items at once, at most, on a cluster as well.
+        threads: local workers are threads of this process, for work that numpy and the disk do.
         An error that `work` raises passes through and ends the rest. A worker that dies is replaced and its
         item done again, up to three times; then VeraEdgeError. Workers don't outlive this process.
         """
@@ -67,7 +69,7 @@ class Engine:
         workers = min(self.workers, len(items), in_flight or self.workers)
         if workers <= 1:
             return ((index, work(shared, item)) for index, item in enumerate(items))
-        return _in_processes(work, shared, items, workers)
+        return (_in_threads if threads else _in_processes)(work, shared, items, workers)
 
 
 def _alone(work: Callable[[T], R], item: T) -> R:
@@ -97,7 +99,7 @@ def _call(work: Callable[[Any, T], R], item: T) -> R:
 
 def _in_processes(
     work: Callable[[S, T], R], shared: S, items: Sequence[T], workers: int
-) -> Iterator[tuple[int, R]]:
+) -> Generator[tuple[int, R]]:
     waiting = list(range(len(items)))
     for _ in range(_TRIES):
         # Forking a process that has threads (BLAS, ONNX Runtime) can hang the child.
@@ -118,9 +120,21 @@ def _in_processes(
     raise VeraEdgeError(f"a worker process died {_TRIES} times over; is the machine short of memory?")
 
 
+def _in_threads(
+    work: Callable[[S, T], R], shared: S, items: Sequence[T], workers: int
+) -> Generator[tuple[int, R]]:
+    pool = ThreadPoolExecutor(workers)
+    try:
+        futures = {pool.submit(work, shared, item): index for index, item in enumerate(items)}
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _on_ray(
     work: Callable[[S, T], R], shared: S, items: Sequence[T], address: str | None, in_flight: int | None
-) -> Iterator[tuple[int, R]]:
+) -> Generator[tuple[int, R]]:
     try:
         import ray
     except ImportError:
@@ -142,7 +156,7 @@ def _on_ray(
 
 def _collect(
     ray: Any, work: Callable[[S, T], R], shared: S, items: Sequence[T], in_flight: int
-) -> Iterator[tuple[int, R]]:
+) -> Generator[tuple[int, R]]:
     remote, common = ray.remote(max_retries=_TRIES)(work), ray.put(shared)
     left = iter(enumerate(items))
     waiting: dict[Any, int] = {}

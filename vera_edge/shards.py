@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from vera_edge.files import canonical_json, write_atomic
-from vera_edge.tensors import DTYPES, RawTensor, write_header
+from vera_edge.tensors import DTYPES, Bytes, RawTensor, write_header
 
 MAX_SHARD_BYTES = 5_000_000_000
 _PIECE = 1 << 22
@@ -92,8 +92,18 @@ class Shards:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tensor.shape}, announced once as {self.layout[name]}"
             )
+        self.put_bytes(name, 0, tensor.data)
+
+    def put_bytes(self, name: str, offset: int, data: Bytes) -> None:
+        """Write some of one tensor's bytes, `offset` being where in it they begin."""
+        start, end = self._places[name]
+        if start + offset + data.size > end:
+            raise ValueError(f"{name} has more bytes than were announced")
         with _opened(self.folder / self.files[name], os.O_WRONLY) as handle:
-            _write_at(handle, tensor.data.data, self._places[name][0])
+            _write_at(handle, data.data, start + offset)
+            if data.size >= _PIECE // 4 and hasattr(os, "posix_fadvise"):
+                # Starts the disk on them now; else all would wait for the flush at the end.
+                os.posix_fadvise(handle, start + offset, data.size, os.POSIX_FADV_DONTNEED)
 
     def digest(self, name: str) -> str:
         """Hex SHA-256 of what a tensor's place holds."""

@@ -8,6 +8,7 @@ Layout of the format: 8 bytes little-endian header length, JSON header, data
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +45,7 @@ DTYPES: Mapping[str, tuple[int, str]] = {
 }
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+_PIECE = 1 << 22
 _MAX_HEADER = 100_000_000  # the safetensors package's own limit
 
 
@@ -233,14 +235,49 @@ class TensorFolder(Mapping[str, TensorInfo]):
         info = self._infos[name]
         with info.file.open("rb") as stream:
             stream.seek(info.start)
-            data = np.fromfile(stream, np.uint8, info.nbytes)
-        if data.size != info.nbytes:
-            raise CheckpointError(f"{info.file} ends inside tensor {name}; copy or download it again")
-        return RawTensor(info.dtype, info.shape, data)
+            return RawTensor(info.dtype, info.shape, _read(stream, info.nbytes, info))
+
+    def pieces(self, name: str) -> Iterator[Bytes]:
+        """The bytes of one tensor, some MiB of whole values at a time."""
+        info = self._infos[name]
+        with info.file.open("rb") as stream:
+            stream.seek(info.start)
+            for start in range(0, info.nbytes, _PIECE):
+                yield _read(stream, min(_PIECE, info.nbytes - start), info)
 
     def float32(self, name: str) -> Float32:
         """One tensor as float32; raises CheckpointError when it isn't a float tensor."""
         return self.read(name).float32()
+
+
+class WitnessedFolder(TensorFolder):
+    """Another folder's tensors; `digests` is the SHA-256 of each that was read here whole."""
+
+    def __init__(self, folder: TensorFolder) -> None:
+        super().__init__(folder, folder.files)
+        self._folder = folder
+        self.digests: dict[str, str] = {}
+
+    def read(self, name: str) -> RawTensor:
+        """The bytes of one tensor."""
+        tensor = self._folder.read(name)
+        self.digests[name] = hashlib.sha256(tensor.data.data).hexdigest()
+        return tensor
+
+    def pieces(self, name: str) -> Iterator[Bytes]:
+        """The bytes of one tensor, piece by piece."""
+        state = hashlib.sha256()
+        for piece in self._folder.pieces(name):
+            state.update(piece.data)
+            yield piece
+        self.digests[name] = state.hexdigest()
+
+
+def _read(stream: BinaryIO, nbytes: int, info: TensorInfo) -> Bytes:
+    data = np.fromfile(stream, np.uint8, nbytes)
+    if data.size != nbytes:
+        raise CheckpointError(f"{info.file} ends inside tensor {info.name}; copy or download it again")
+    return data
 
 
 def write_header(

@@ -341,7 +341,12 @@ class TestJournal:
     """What is read back is what was written, or less."""
 
     entries = tuple(
-        Done(number, f"{number:064x}", LayerReport("a", "nf4", "fp32", Survival(0.1, 1 / 3, 1e-300, 2.5)))
+        Done(
+            number,
+            f"{number:064x}",
+            {"a.weight": "0" * 64},
+            LayerReport("a", "nf4", "fp32", Survival(0.1, 1 / 3, 1e-300, 2.5)),
+        )
         for number in range(6)
     )
 

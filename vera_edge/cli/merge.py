@@ -130,7 +130,7 @@ def _plan_table(plan: Plan) -> Table:
 
 def _show_estimate(found: merging.Estimate) -> None:
     table = Table("one process", "", box=SIMPLE_HEAD)
-    table.add_row("reads", f"{found.reads / 1e6:,.1f} MB, the base twice")
+    table.add_row("reads", f"{found.reads / 1e6:,.1f} MB")
     table.add_row("writes", f"{found.writes / 1e6:,.1f} MB")
     table.add_row("memory", f"{found.memory / 1e6:,.0f} MB at most")
     table.add_row("time", f"about {found.seconds:,.1f} s, and calibration where the method needs it")

@@ -240,9 +240,7 @@ class Bnb4Rounder:
         nested = quantize_absmax(self._absmax) if self._options["double_quant"] else None
         kept = (self._options["storage"], self._options["dtype"])
         absmax = nested.absmax() if nested else self._absmax
-        return Bnb4Weight(
-            self._shape, self._quant_type, self._blocksize, self._packed, absmax, nested, *kept
-        )
+        return Bnb4Weight(self._shape, self._quant_type, self._blocksize, self._packed, absmax, nested, *kept)
 
 
 def _expect(

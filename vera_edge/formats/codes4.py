@@ -106,7 +106,8 @@ def block_codes(values: Float32, blocksize: int, quant_type: str) -> tuple[Bytes
 def _scaled(values: Float32, absmax: Float32, blocksize: int, places: npt.NDArray[np.intp]) -> Float32:
     """Values at `places` over their block's absmax, rounded as bitsandbytes has it."""
     block, found = places // blocksize, values[places]
-    scaled = found * (np.float32(1) / np.maximum(absmax, _TINY))[block]
+    reciprocal: Float32 = np.reciprocal(np.maximum(absmax, _TINY))
+    scaled: Float32 = found * reciprocal[block]
     short = block >= values.size // blocksize
     scaled[short] = found[short] / absmax[block[short]]
     return scaled

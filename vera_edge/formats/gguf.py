@@ -18,7 +18,7 @@ import numpy as np
 
 from vera_edge.errors import CheckpointError, FormatError
 from vera_edge.files import read_json
-from vera_edge.tensors import DTYPES, RawTensor, TensorFolder, TensorInfo
+from vera_edge.tensors import DTYPES, Bytes, RawTensor, TensorFolder, TensorInfo
 
 _FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -114,6 +114,10 @@ class GgufFolder(TensorFolder):
                         data, self.number(heads, self.number("attention.head_count")), name
                     )
         return data
+
+    def pieces(self, name: str) -> Iterator[Bytes]:
+        """One tensor's bytes, in one piece."""
+        yield self.read(name).data
 
     def _unpermuted(self, raw: RawTensor, heads: int, name: str) -> RawTensor:
         """Undo llama.cpp's reordering: it interleaves the two halves of each head's rows."""

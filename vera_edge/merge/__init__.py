@@ -20,7 +20,7 @@ from vera_edge.files import check_output
 from vera_edge.formats import FORMATS
 from vera_edge.merge import costs
 from vera_edge.merge.costs import Estimate
-from vera_edge.merge.executor import check_plan, merged_weight, write
+from vera_edge.merge.executor import Merge, check_plan, merged_weight, write, write_each
 from vera_edge.merge.measure import Survival
 from vera_edge.merge.memory import ONE_PROCESS, Resources
 from vera_edge.merge.report import LayerReport, MergeReport
@@ -33,6 +33,7 @@ __all__ = [
     "ONE_PROCESS",
     "Estimate",
     "LayerReport",
+    "Merge",
     "MergeReport",
     "Prepared",
     "Resources",
@@ -44,6 +45,7 @@ __all__ = [
     "prepare",
     "to_folder",
     "write",
+    "write_each",
 ]
 
 
@@ -56,6 +58,13 @@ class Prepared:
     projections: Projections
     plan: Plan
     notes: tuple[str, ...]
+
+    def merge(
+        self, out: Path, requantized: Mapping[str, Codes] | None = None, notes: Sequence[str] = ()
+    ) -> Merge:
+        """The work of writing it to `out`, for `write_each`."""
+        facts = (self.plan, self.checkpoint, self.adapters, self.projections)
+        return Merge(*facts, out, (*self.notes, *notes), requantized or {})
 
 
 def prepare(
@@ -102,19 +111,9 @@ def perform(
     notes: Sequence[str] = (),
     resources: Resources = ONE_PROCESS,
 ) -> MergeReport:
-    """Write what was prepared to `out`, whole or not at all; see `write`."""
-    return write(
-        ready.plan,
-        ready.checkpoint,
-        ready.adapters,
-        ready.projections,
-        out,
-        progress=progress,
-        force=force,
-        notes=(*ready.notes, *notes),
-        requantized=requantized,
-        resources=resources,
-    )
+    """Write what was prepared to `out`, whole or not at all; see `write_each`."""
+    one = ready.merge(out, requantized, notes)
+    return write_each([one], progress, force, resources=resources)[0]
 
 
 def to_folder(

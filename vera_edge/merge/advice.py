@@ -9,10 +9,9 @@ import numpy as np
 from vera_edge import formats
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.merge.delta import Delta
-from vera_edge.merge.measure import Survival, measure, total
+from vera_edge.merge.delta import Delta, merge_rows
+from vera_edge.merge.measure import Survival, measure, measured_rows, total
 from vera_edge.merge.report import MergeReport
-from vera_edge.merge.units import merge_rows
 from vera_edge.projection import Projections
 
 # From small to large; the first that keeps the adapter is named.
@@ -77,4 +76,5 @@ def _try(
     options = target.options({})
     # Values beyond fp16 become infinite, their shares NaN, and NaN is never good enough to be named.
     with np.errstate(over="ignore", invalid="ignore"):
-        return measure(base, merged, target.quantize(merged, options), target, options, on_grid=False)
+        exact = {start: merged[start:stop] for start, stop in measured_rows(base.shape).items()}
+        return measure(base, exact, target.quantize(merged, options), target, options, on_grid=False)

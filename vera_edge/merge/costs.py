@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.files import sha256_bytes
 from vera_edge.merge.memory import process_size, unit_peak
-from vera_edge.merge.units import Copy, Unit
+from vera_edge.merge.units import Linear, Unit
 from vera_edge.merge.work import Job
 from vera_edge.plan import Plan
 from vera_edge.projection import Projections
 from vera_edge.requantize.gram import one_blas_thread
 from vera_edge.shards import MAX_SHARD_BYTES
+from vera_edge.tensors import Bytes, RawTensor, WitnessedFolder
 
 
 @dataclass(frozen=True)
@@ -40,31 +42,47 @@ def estimate(
 ) -> Estimate:
     """Estimate the merge that `plan` says; computes one layer of middling size and writes nothing."""
     job = Job("", plan, checkpoint, adapters, projections, {}, Path(), MAX_SHARD_BYTES)
-    base = sum(info.nbytes for info in checkpoint.tensors.values())
     read = {id(unit): sum(checkpoint.tensors[name].nbytes for name in unit.names) for unit in job.units}
-    computed = sorted((unit for unit in job.units if not isinstance(unit, Copy)), key=lambda u: read[id(u)])
-    copied = base + sum(read[id(unit)] for unit in job.units if isinstance(unit, Copy))
+    computed = sorted((unit for unit in job.units if isinstance(unit, Linear)), key=lambda u: read[id(u)])
+    others = sum(read[id(unit)] for unit in job.units if not isinstance(unit, Linear))
     seconds = 0.0
     if computed:
         sample = computed[len(computed) // 2]
-        share = sum(read[id(unit)] for unit in computed) / max(1, read[id(sample)])
-        seconds += _time(sample) * share
-        largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes)
-        begun = time.perf_counter()
-        sha256_bytes(checkpoint.tensors.read(largest.name).data.data)
-        seconds += (time.perf_counter() - begun) * copied / max(1, largest.nbytes)
+        seconds += _time(sample, checkpoint) * sum(read[id(unit)] for unit in computed) / read[id(sample)]
+    if others:
+        seconds += _copying_time(checkpoint) * others
     return Estimate(
-        reads=base + sum(read.values()),
+        reads=sum(read.values()),
         writes=job.shards.total,
         memory=process_size(job) + max((unit_peak(job, unit) for unit in job.units), default=0),
         seconds=seconds,
     )
 
 
-def _time(unit: Unit) -> float:
+@dataclass(frozen=True)
+class _Nowhere:
+    """Takes digests of what a unit gives, which is part of the work, and forgets it."""
+
+    def put(self, name: str, tensor: RawTensor) -> None:
+        sha256_bytes(tensor.data.data)
+
+    def stream(self, name: str, pieces: Iterable[Bytes]) -> None:
+        for piece in pieces:
+            sha256_bytes(piece.data)
+
+
+def _time(unit: Unit, checkpoint: Checkpoint) -> float:
     begun = time.perf_counter()
     with one_blas_thread():
-        for result in unit.run():
-            for tensor in result.tensors.values():
-                sha256_bytes(tensor.data.data)
+        unit.run(WitnessedFolder(checkpoint.tensors), _Nowhere())
     return time.perf_counter() - begun
+
+
+def _copying_time(checkpoint: Checkpoint) -> float:
+    """Seconds for each byte that is copied, by the first MiB of the longest tensor."""
+    largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes)
+    begun = time.perf_counter()
+    piece = next(iter(checkpoint.tensors.pieces(largest.name)))
+    sha256_bytes(piece.data)
+    sha256_bytes(piece.data)
+    return (time.perf_counter() - begun) / max(1, piece.size)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.formats import dense
-from vera_edge.merge.units import Cast, Copy, Linear, Place, Unit, Untie
+from vera_edge.merge.units import Cast, Copy, Linear, Place, Unit
 from vera_edge.plan import SAME, Plan
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
@@ -76,7 +76,7 @@ def _untie(checkpoint: Checkpoint, replaced: Mapping[str, RawTensor], target: st
         return []
     vocabulary = checkpoint.config.get("vocab_size")
     return [
-        Untie(checkpoint, _HEAD, name, target or checkpoint.tensors[name].dtype)
+        Cast(checkpoint, name, target or checkpoint.tensors[name].dtype, _HEAD)
         for name in replaced
         if name in checkpoint.tensors
         and dense.is_embedding(name.removesuffix(".weight"))

@@ -1,17 +1,22 @@
-"""The sum of what the adapters add to one weight, in float32."""
+"""What the adapters add to one weight, and the sum of both, in float32, a piece of some rows at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 
 from vera_edge.adapter import Adapter
-from vera_edge.formats import row_chunks
+from vera_edge.errors import CheckpointError
+from vera_edge.formats import Weight, row_chunks
+from vera_edge.merge.measure import ROWS
 from vera_edge.projection import Projections
 from vera_edge.tensors import Float32
 
-_MATMUL_ROWS = 512  # fewer make the product slow
+# Values of one product: fewer make it slow, more fall out of the processor's cache before they're stored.
+PRODUCT_VALUES = 1 << 21
 
 
 class Delta:
@@ -27,32 +32,66 @@ class Delta:
         adapters: Sequence[tuple[Adapter, float]],
         projections: Projections,
     ) -> None:
-        self._projections = projections
+        self._b = projections.b
         self._terms: list[tuple[Float32, Float32]] = []
         for adapter, weight in adapters:
             if module in adapter.vectors:
                 vectors = adapter.vectors[module]
                 projections.check(vectors.lambda_b, vectors.lambda_d, in_features)
                 self._terms.append((np.float32(weight) * vectors.lambda_b, vectors.lambda_d))
+        self._a = projections.a[:, :in_features]
 
     @property
     def is_zero(self) -> bool:
         """Whether no adapter changes this layer: it isn't adapted, or lambda_b was never trained."""
         return not any(lambda_b.any() for lambda_b, _ in self._terms)
 
-    def into(self, out: Float32) -> None:
-        """Write the delta (out, in) over `out`, by the products in PEFT's order (`get_delta_weight`).
+    @cached_property
+    def _scaled_a(self) -> list[Float32]:
+        return [lambda_d[:, None] * self._a for _, lambda_d in self._terms]
 
-        The first product needs no memory of its own, further ones a piece of some MiB.
+    def into(self, out: Float32, start: int = 0) -> None:
+        """Write rows `start`, ... of the delta over `out` (rows, in), by the products in PEFT's order
+        (`get_delta_weight`).
         """
-        rows, columns = out.shape
-        for number, (lambda_b, lambda_d) in enumerate(self._terms):
-            scaled_a = lambda_d[:, None] * self._projections.a[:, :columns]
+        stop = start + len(out)
+        for number, ((lambda_b, _), scaled_a) in enumerate(zip(self._terms, self._scaled_a, strict=True)):
+            scaled_b = lambda_b[start:stop, None] * self._b[start:stop]
             if number == 0:
-                np.matmul(self._scaled_b(lambda_b, 0, rows), scaled_a, out=out)
-                continue
-            for start, stop in row_chunks((rows, columns), multiple=_MATMUL_ROWS):
-                out[start:stop] += np.matmul(self._scaled_b(lambda_b, start, stop), scaled_a)
+                np.matmul(scaled_b, scaled_a, out=out)
+            else:
+                out += scaled_b @ scaled_a
 
-    def _scaled_b(self, lambda_b: Float32, start: int, stop: int) -> Float32:
-        return lambda_b[start:stop, None] * self._projections.b[start:stop]
+
+def merged_rows(
+    module: str, base: Weight, delta: Delta | None, multiple: int = 1
+) -> Iterator[tuple[int, Float32]]:
+    """The base's weight plus the delta, piece by piece: the first row, and float32 (rows, in).
+
+    A piece has a multiple of `multiple` rows and of `measure.ROWS`, but for the last. It is written over by
+    the next one. Raises CheckpointError when it isn't finite.
+    """
+    (out, columns), multiple = base.shape, math.lcm(ROWS, multiple)
+    count = min(out, max(1, PRODUCT_VALUES // columns // multiple) * multiple)
+    buffer = np.empty((count, columns), np.float32)
+    for start in range(0, out, count):
+        piece = buffer[: out - start]
+        if delta is not None:
+            delta.into(piece, start)
+        for first, stop in row_chunks(piece.shape):
+            rows, own = piece[first:stop], base.rows(start + first, start + stop)
+            np.copyto(rows, own) if delta is None else np.add(rows, own, out=rows)
+            if not np.isfinite(rows).all():
+                raise CheckpointError(
+                    f"the weight of {module} holds NaN or infinite values, so nothing sound can be made of "
+                    "it; the checkpoint is damaged: copy it again"
+                )
+        yield start, piece
+
+
+def merge_rows(module: str, base: Weight, delta: Delta | None) -> Float32:
+    """`merged_rows` as a whole, float32 (out, in)."""
+    merged = np.empty(base.shape, np.float32)
+    for start, rows in merged_rows(module, base, delta):
+        merged[start : start + len(rows)] = rows
+    return merged

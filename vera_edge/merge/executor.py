@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vera_edge import formats, side_files
@@ -16,13 +17,11 @@ from vera_edge.errors import OutputError, PlanError
 from vera_edge.files import canonical_json, check_output, write_atomic
 from vera_edge.merge import advice, card
 from vera_edge.merge.config import merged_config
-from vera_edge.merge.cutting import cut
-from vera_edge.merge.delta import Delta
+from vera_edge.merge.delta import Delta, merge_rows
 from vera_edge.merge.journal import Done
 from vera_edge.merge.memory import ONE_PROCESS, Resources, allowed_workers
-from vera_edge.merge.report import LayerReport, MergeReport
+from vera_edge.merge.report import MergeReport
 from vera_edge.merge.stage import Stage, files_of, opened, tidy
-from vera_edge.merge.units import merge_rows
 from vera_edge.merge.work import Job, do_unit, is_there, key_of
 from vera_edge.plan import Plan, check_made_for
 from vera_edge.progress import Progress, silent
@@ -47,6 +46,23 @@ def merged_weight(
     return merge_rows(module, base, None if delta.is_zero else delta)
 
 
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """One merge to perform. adapters: those the plan was made for, with their weights.
+
+    notes: sentences for the report. requantized: weights that were rounded elsewhere, merged, by module; the
+    others are rounded to nearest.
+    """
+
+    plan: Plan
+    checkpoint: Checkpoint
+    adapters: Sequence[tuple[Adapter, float]]
+    projections: Projections
+    out: Path
+    notes: Sequence[str] = ()
+    requantized: Mapping[str, Codes] = field(default_factory=dict)
+
+
 def write(
     plan: Plan,
     checkpoint: Checkpoint,
@@ -56,36 +72,55 @@ def write(
     progress: Progress = silent,
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    notes: Sequence[str] = (),
-    requantized: Mapping[str, Codes] | None = None,
     resources: Resources = ONE_PROCESS,
 ) -> MergeReport:
-    """Perform `plan` and write the merged model to `out`, whole or not at all.
+    """`write_each` of one merge."""
+    one = Merge(plan, checkpoint, adapters, projections, out)
+    return write_each([one], progress, force, max_shard_bytes, resources)[0]
 
-    adapters: those the plan was made for, with their weights. notes: sentences for the report.
-    requantized: weights that were rounded elsewhere, merged, by module; the others are rounded to nearest.
-    resources: where it runs; the bytes don't depend on it. What a run that was killed has finished isn't done
-    again, if it's the same merge (`work.key_of`) and the files still hold it.
-    Raises MismatchError when the plan was made for other inputs, PlanError when it isn't a merge or can't fit
-    in memory, OutputError when `out` can't be written, VeraEdgeError when workers keep dying.
+
+def write_each(
+    merges: Sequence[Merge],
+    progress: Progress = silent,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    resources: Resources = ONE_PROCESS,
+) -> list[MergeReport]:
+    """Perform merges of one base and write each model to its folder, whole or not at all.
+
+    A layer is merged for all of them before the next one. resources: where it runs; the bytes don't depend
+    on it, nor on what else is merged beside. What a run that was killed has finished isn't done again, if
+    it's the same merge (`work.key_of`), the files still hold it and the base still holds what it read.
+    Raises MismatchError when a plan was made for other inputs, PlanError when it isn't a merge or can't fit
+    in memory, OutputError when a folder can't be written, VeraEdgeError when workers keep dying.
     """
-    check_plan(plan, checkpoint, adapters, projections)
-    tidy(out)
-    check_output(out, force)
-    codes = requantized or {}
-    cut(plan, checkpoint, adapters, projections, codes)  # raises before the base is read for its digest
-    key = key_of(plan, checkpoint, codes, max_shard_bytes)
-    folder = files_of(out, key)
-    job = Job(key, plan, checkpoint, adapters, projections, codes, folder, max_shard_bytes)
-    workers = allowed_workers(job, resources.in_flight, resources.max_memory)
-    config = merged_config(plan, checkpoint, job.untied)
-    with opened(out, key) as stage:
-        layers = _write_tensors(job, stage, resources.engine, workers, progress)
-        report = _report(plan, checkpoint, adapters, projections, out, layers, notes, bool(requantized))
-        _write_beside(stage.files, report, config, checkpoint, plan)
-        size = sum(path.stat().st_size for path in stage.files.rglob("*") if path.is_file())
-        stage.commit()
-    return replace(report, size=size)
+    jobs = [_job(merge, force, max_shard_bytes, resources) for merge in merges]
+    workers = allowed_workers(jobs, resources)
+    configs = [merged_config(job.plan, job.checkpoint, job.untied) for job in jobs]
+    with ExitStack() as held:
+        stages = [
+            held.enter_context(opened(merge.out, job.key)) for merge, job in zip(merges, jobs, strict=True)
+        ]
+        found = _write_tensors(jobs, stages, resources.engine, workers, progress)
+        reports = []
+        for merge, stage, done, config in zip(merges, stages, found, configs, strict=True):
+            report = _report(merge, done)
+            _write_beside(stage.files, report, config, merge)
+            size = sum(path.stat().st_size for path in stage.files.rglob("*") if path.is_file())
+            reports.append(replace(report, size=size))
+        for stage in stages:
+            stage.commit()
+    return reports
+
+
+def _job(merge: Merge, force: bool, max_shard_bytes: int, resources: Resources) -> Job:
+    facts = (merge.plan, merge.checkpoint, merge.adapters, merge.projections)
+    check_plan(*facts)
+    tidy(merge.out)
+    check_output(merge.out, force)
+    key = key_of(merge.plan, merge.requantized, max_shard_bytes)
+    folder = files_of(merge.out, key)
+    return Job(key, *facts, merge.requantized, folder, max_shard_bytes, resources.in_flight or 1)
 
 
 def check_plan(
@@ -110,25 +145,36 @@ def check_plan(
 
 
 def _write_tensors(
-    job: Job, stage: Stage, engine: Engine, workers: int | None, progress: Progress
-) -> tuple[LayerReport, ...]:
-    _keep_only_shards(job, stage)
-    _check_space(job, stage)
-    with ShardWriter(job.shards) as writer:
-        done = _take_up(job, stage, progress)
-        written = sum(job.sizes[number] for number in done)
-        left = [number for number in range(len(job.units)) if number not in done]
-        progress(WHAT, written, writer.total)
-        for _, one in engine.map_with(do_unit, job, left, workers):
-            stage.journal.add(one)
-            done[one.unit] = one
-            written += job.sizes[one.unit]
-            progress(WHAT, written, writer.total)
-        for number in done:
-            for name in job.units[number].layout:
+    jobs: list[Job], stages: list[Stage], engine: Engine, workers: int | None, progress: Progress
+) -> list[dict[int, Done]]:
+    """Do the units that aren't done yet; all of them, by job."""
+    for job, stage in zip(jobs, stages, strict=True):
+        _keep_only_shards(job, stage)
+    _check_space(jobs, stages)
+    with ExitStack() as held:
+        writers = [held.enter_context(ShardWriter(job.shards)) for job in jobs]
+        found = [_take_up(job, stage, progress) for job, stage in zip(jobs, stages, strict=True)]
+        total = sum(job.shards.total for job in jobs)
+        written = sum(job.sizes[number] for job, done in zip(jobs, found, strict=True) for number in done)
+        left = [(which, number) for which, job in enumerate(jobs) for number in range(len(job.units))]
+        left = [(which, number) for which, number in left if number not in found[which]]
+        left.sort(key=lambda item: item[::-1])  # one layer of the base for all jobs, then the next
+        progress(WHAT, written, total)
+        with closing(engine.map_with(_do, jobs, left, workers, threads=True)) as results:
+            for index, done in results:
+                which = left[index][0]
+                stages[which].journal.add(done)
+                found[which][done.unit] = done
+                written += jobs[which].sizes[done.unit]
+                progress(WHAT, written, total)
+        for job, writer in zip(jobs, writers, strict=True):
+            for name in job.shards.layout:
                 writer.claim(name)
-    layers = [one.layer for one in done.values() if one.layer is not None]
-    return tuple(sorted(layers, key=lambda layer: layer.module))
+    return found
+
+
+def _do(jobs: list[Job], item: tuple[int, int]) -> Done:
+    return do_unit(jobs[item[0]], item[1])
 
 
 def _keep_only_shards(job: Job, stage: Stage) -> None:
@@ -139,13 +185,15 @@ def _keep_only_shards(job: Job, stage: Stage) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _check_space(job: Job, stage: Stage) -> None:
-    free = shutil.disk_usage(stage.files).free
-    held = sum(path.stat().st_blocks * 512 for path in stage.files.iterdir())  # by an earlier run
-    if free + held < job.shards.total:
+def _check_space(jobs: list[Job], stages: list[Stage]) -> None:
+    free = shutil.disk_usage(stages[0].files).free
+    held = sum(path.stat().st_blocks * 512 for stage in stages for path in stage.files.iterdir())
+    total = sum(job.shards.total for job in jobs)
+    if free + held < total:  # what an earlier run wrote is held already
         raise OutputError(
-            f"the merged model takes {job.shards.total:,} bytes and the disk of {stage.target.parent} has "
-            f"{free:,} left; free some or choose a smaller format with --to"
+            f"{'the merged model takes' if len(jobs) == 1 else 'the merged models take'} {total:,} bytes and "
+            f"the disk of {stages[0].target.parent} has {free:,} left; free some or choose a smaller format "
+            "with --to"
         )
 
 
@@ -159,44 +207,43 @@ def _take_up(job: Job, stage: Stage, progress: Progress) -> dict[int, Done]:
     return found
 
 
-def _report(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    adapters: Sequence[tuple[Adapter, float]],
-    projections: Projections,
-    out: Path,
-    layers: tuple[LayerReport, ...],
-    notes: Sequence[str],
-    calibrated: bool,
-) -> MergeReport:
+def _report(merge: Merge, done: Mapping[int, Done]) -> MergeReport:
+    plan, adapters, projections = merge.plan, merge.adapters, merge.projections
+    layers = sorted((one.layer for one in done.values() if one.layer), key=lambda layer: layer.module)
     changed = {layer.module for layer in layers}
     report = MergeReport(
-        folder=out,
+        folder=merge.out,
         weights=plan.weights,
-        layers=layers,
+        layers=tuple(layers),
         results=dict(sorted(Counter(step.result for step in plan.steps).items())),
         size=0,
-        base_digest=checkpoint.digest,
+        base_digest=_base_digest(merge.checkpoint, done),
         adapters=tuple((adapter.name, adapter.digest, float(weight)) for adapter, weight in adapters),
         projection={**projections.spec.to_dict(), "digest": projections.digest},
-        notes=tuple(notes),
+        notes=tuple(merge.notes),
         unchanged=tuple(
             step.module for step in plan.steps if step.action == "merge" and step.module not in changed
         ),
     )
-    if calibrated:
+    if merge.requantized:
         # Compensated rounding spends weight-space error to save output error: shares of the delta say little.
         return report
-    return replace(report, warning=advice.warning(report, checkpoint, adapters, projections))
+    return replace(report, warning=advice.warning(report, merge.checkpoint, adapters, projections))
 
 
-def _write_beside(
-    stage: Path, report: MergeReport, config: dict[str, object], checkpoint: Checkpoint, plan: Plan
-) -> None:
+def _base_digest(checkpoint: Checkpoint, done: Mapping[int, Done]) -> str:
+    """The base's digest, of the bytes that the units read."""
+    read = {name: digest for one in done.values() for name, digest in one.read.items()}
+    unread = checkpoint.tensors.keys() - read.keys()  # those that adapters replace
+    return checkpoint.digest_of(read | checkpoint.tensor_digests(unread))
+
+
+def _write_beside(stage: Path, report: MergeReport, config: dict[str, object], merge: Merge) -> None:
     """Everything but the weights."""
+    checkpoint = merge.checkpoint
     write_atomic(stage / "config.json", canonical_json(config))
     side_files.copy(checkpoint.path, stage)
     base_name = str(checkpoint.config.get("_name_or_path") or checkpoint.path.resolve().name)
     write_atomic(stage / "README.md", card.text(report, base_name, config).encode())
-    record = {"plan": plan.to_dict(), "report": report.facts()}
+    record = {"plan": merge.plan.to_dict(), "report": report.facts()}
     write_atomic(stage / RECORD, canonical_json(record))

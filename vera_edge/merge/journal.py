@@ -23,10 +23,15 @@ _MARK = 16  # hex digits of a line's digest
 
 @dataclass(frozen=True)
 class Done:
-    """A unit that is finished. `unit`: its number; `digest`: of the tensors it gave, see `work.digest_of`."""
+    """A unit that is finished.
+
+    unit: its number. digest: of the tensors it gave, see `work.digest_of`. read: the SHA-256 of each tensor
+    of the base that it read.
+    """
 
     unit: int
     digest: str
+    read: Mapping[str, str]
     layer: LayerReport | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -35,12 +40,13 @@ class Done:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Done:
-        """What `to_dict` wrote. Raises KeyError or TypeError on anything else."""
+        """What `to_dict` wrote. Raises KeyError, TypeError or AttributeError on anything else."""
         found = value["layer"]
         layer = None
         if found is not None:
             layer = LayerReport(**{**found, "survival": Survival(**found["survival"])})
-        return cls(int(value["unit"]), str(value["digest"]), layer)
+        read = {str(name): str(digest) for name, digest in value["read"].items()}
+        return cls(int(value["unit"]), str(value["digest"]), read, layer)
 
 
 class Journal:
@@ -87,7 +93,7 @@ class Journal:
             if number:
                 try:
                     found = Done.from_dict(value)
-                except (KeyError, TypeError, ValueError):
+                except (KeyError, TypeError, ValueError, AttributeError):
                     break
                 self.done[found.unit] = found
             kept += len(entry)

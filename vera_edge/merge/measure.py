@@ -15,20 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from vera_edge.formats import Weight, WeightFormat, row_chunks
+from vera_edge.formats import Weight, WeightFormat
 from vera_edge.tensors import Float32
 
 MAX_NOISE = 1.0
 MIN_RETAINED = 0.5
 
-
 # Formats pack outputs in eights or 32s, and FP8 scales blocks of 128 rows.
-_ROWS = 128
+ROWS = 128
+_MEASURED = 1 << 21  # values of a layer, about, beyond which a part is measured
 
 
 @dataclass(frozen=True)
 class Survival:
-    """Sums over the values of one or many layers, in float64, from which the shares follow."""
+    """Sums over the values of one or many layers, in float64, from which the shares follow.
+
+    Of a large layer they are those of some of its rows, scaled up: see `measured_rows`.
+    """
 
     base_square: float  # |W|^2
     delta_square: float  # |dW|^2
@@ -70,21 +73,28 @@ def total(parts: Iterable[Survival]) -> Survival:
     )
 
 
+def measured_rows(shape: tuple[int, int]) -> dict[int, int]:
+    """The row ranges of a weight (out, in) that are measured, last row by first: all where it isn't large."""
+    step = ROWS * -(-shape[0] * shape[1] // _MEASURED)
+    return {start: min(shape[0], start + ROWS) for start in range(0, shape[0], step)}
+
+
 def measure(
     base: Weight,
-    merged: Float32,
+    merged: Mapping[int, Float32],
     result: Weight,
     target: WeightFormat,
     options: Mapping[str, Any],
     on_grid: bool,
 ) -> Survival:
-    """Hold `result` against `merged` (out, in), the exact sum it was made from.
+    """Hold `result` against `merged`, the exact sums it was made from: `measured_rows` by their first row.
 
     on_grid: the base is stored in the very format of the result, so that Q(W) is W.
     """
-    sums = np.zeros(4)
-    for start, stop in row_chunks(base.shape, _ROWS):
-        weight, exact = base.rows(start, stop), merged[start:stop]
+    sums, seen = np.zeros(4), 0
+    for start, exact in merged.items():
+        stop = start + len(exact)
+        weight = base.rows(start, stop)
         delta = exact - weight
         rounded = result.rows(start, stop)
         # Rows quantize by themselves, but for double-quantized scales: there this is very nearly Q(W).
@@ -95,6 +105,8 @@ def measure(
             _dot(rounded - grid, delta),
             _dot(*([rounded - exact] * 2)),
         )
+        seen += len(exact)
+    sums *= base.shape[0] / max(1, seen)  # so that a layer weighs in a sum over layers what it is
     return Survival(*(float(value) for value in sums))
 
 

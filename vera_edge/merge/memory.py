@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vera_edge import formats
 from vera_edge.engine import Engine
 from vera_edge.errors import PlanError
-from vera_edge.merge.units import Copy, Linear, Unit
+from vera_edge.merge.measure import measured_rows
+from vera_edge.merge.units import Linear, Unit
 from vera_edge.merge.work import Job
 from vera_edge.shards import nbytes
 
 _PROCESS = 96 << 20  # Python, numpy and what vera-edge imports, measured with some to spare
-_PIECES = 24 << 20  # what is worked on piece by piece, a piece being 1 MiB of float32 (formats.CHUNK_VALUES)
+_PIECES = 24 << 20  # what is worked on piece by piece (delta.PRODUCT_VALUES, formats.CHUNK_VALUES)
+ROOM = 1 << 30
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Where a merge runs. max_memory: bytes that its processes together may take; None for any."""
+    """Where a merge runs. max_memory: bytes that it may take, on all of its machines; None for no limit."""
 
     engine: Engine
     max_memory: int | None = None
@@ -33,22 +36,23 @@ ONE_PROCESS = Resources(Engine())
 
 
 def unit_peak(job: Job, unit: Unit) -> int:
-    """Bytes a unit takes at its peak: what it reads, its float32 values, what it gives, and pieces."""
-    sizes = [job.checkpoint.tensors[name].nbytes for name in unit.names]
-    if isinstance(unit, Copy):
-        return max(sizes, default=0) + _PIECES
+    """Bytes a unit takes at its peak: what it reads, what it gives, and pieces."""
+    if not isinstance(unit, Linear):
+        return _PIECES + sum(tensor.data.nbytes for tensor in [getattr(unit, "tensor", None)] if tensor)
+    stored = sum(job.checkpoint.tensors[name].nbytes for name in unit.names)
     result = sum(nbytes(*entry) for entry in unit.layout.values())
-    values = max(math.prod(shape) for _, shape in unit.layout.values())
-    scaled = 0
-    if isinstance(unit, Linear):
-        values = math.prod(unit.step.shape)
-        spec = job.projections.spec
-        scaled = 4 * spec.rank * sum(unit.step.shape) if unit.step.action == "merge" else 0
-        if hasattr(formats.get(unit.step.result), "pack"):
-            scaled += 6 * values  # AWQ, the hungriest: codes, in the order it packs them, and what they mean
-        if unit.step.module in job.requantized:
-            scaled += 2 * values
-    return sum(sizes) + 4 * values + 2 * result + scaled + _PIECES
+    step, values = unit.step, math.prod(unit.step.shape)
+    measured = sum(stop - start for start, stop in measured_rows(step.shape).items())
+    taken = stored + result + 4 * measured * step.shape[1]
+    if step.action == "merge":
+        taken += 4 * job.projections.spec.rank * step.shape[1]
+    if step.module in job.requantized:
+        taken += 3 * values
+    elif not hasattr(formats.get(step.result), "rounder"):
+        taken += 4 * values
+        if hasattr(formats.get(step.result), "pack"):
+            taken += 6 * values  # AWQ, the hungriest: codes, in the order it packs them, and what they mean
+    return taken + _PIECES
 
 
 def process_size(job: Job) -> int:
@@ -65,21 +69,22 @@ def process_size(job: Job) -> int:
     return _PROCESS + 4 * spec.elements + vectors + tensors
 
 
-def allowed_workers(job: Job, workers: int | None, max_memory: int | None) -> int | None:
-    """How many of `workers` units may be at work at once, for all to fit in `max_memory` bytes; None for any.
+def allowed_workers(jobs: Sequence[Job], resources: Resources) -> int | None:
+    """How many units may be at work at once, for all to fit in the memory that is allowed; None for any.
 
-    Raises PlanError when not even one fits.
+    Where nothing is said of memory, workers of this process take no more than `ROOM`, if they are several.
+    Raises PlanError when not even one unit fits.
     """
-    if max_memory is None:
-        return workers
-    largest = max((unit_peak(job, unit) for unit in job.units), default=0)
-    one, fixed = process_size(job) + largest, process_size(job)
-    if one > max_memory:
-        name = max(job.units, key=lambda unit: unit_peak(job, unit))
+    workers, limit = resources.in_flight, resources.max_memory
+    if limit is None and workers is None:
+        return None
+    fixed = max(process_size(job) for job in jobs)
+    largest, name = max((unit_peak(job, unit), next(iter(unit.layout))) for job in jobs for unit in job.units)
+    if limit is not None and fixed + largest > limit:
         raise PlanError(
-            f"--max-memory allows {max_memory / 1e6:,.0f} MB, and {next(iter(name.layout))} alone takes "
-            f"{one / 1e6:,.0f} MB; allow that much or choose a smaller format with --to"
+            f"--max-memory allows {limit / 1e6:,.0f} MB, and {name} alone takes "
+            f"{(fixed + largest) / 1e6:,.0f} MB; allow that much or choose a smaller format with --to"
         )
-    # With several workers the process that leads them does no unit itself.
-    fit = max(1, (max_memory - fixed) // one)
+    each = largest if resources.engine.kind == "local" else fixed + largest
+    fit = max(1, ((ROOM if limit is None else limit) - fixed) // each)
     return fit if workers is None else min(workers, fit)

@@ -6,7 +6,7 @@ keep one tensor in memory, and be spread over workers or taken up again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,24 +15,26 @@ import numpy as np
 from vera_edge import formats
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.errors import CheckpointError, PlanError
-from vera_edge.formats import Weight, affine, dense, row_chunks
-from vera_edge.merge.delta import Delta
-from vera_edge.merge.measure import measure
+from vera_edge.errors import PlanError
+from vera_edge.formats import Rounder, Weight, affine, dense, row_chunks
+from vera_edge.merge.delta import Delta, merged_rows
+from vera_edge.merge.measure import ROWS, measure, measured_rows
 from vera_edge.merge.report import LayerReport
 from vera_edge.plan import Step
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
 from vera_edge.shards import Layout
-from vera_edge.tensors import FLOATS, Float32, RawTensor
+from vera_edge.tensors import DTYPES, FLOATS, Bytes, Float32, RawTensor, TensorFolder
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a unit gives: tensors by name, and for a layer that an adapter changed, what became of it."""
+class Output(Protocol):
+    """Where a unit's tensors go."""
 
-    tensors: Mapping[str, RawTensor]
-    layer: LayerReport | None = None
+    def put(self, name: str, tensor: RawTensor) -> None:
+        """Take a whole tensor."""
+
+    def stream(self, name: str, pieces: Iterable[Bytes]) -> None:
+        """Take a tensor's bytes piece by piece."""
 
 
 class Unit(Protocol):
@@ -46,8 +48,8 @@ class Unit(Protocol):
     def names(self) -> Sequence[str]:
         """The base's tensors it reads."""
 
-    def run(self) -> Iterator[Result]:
-        """Do it; a result at a time, so that no more than one tensor is held."""
+    def run(self, tensors: TensorFolder, out: Output) -> LayerReport | None:
+        """Do it, reading the base from `tensors`; for a layer that an adapter changed, what became of it."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +64,39 @@ class Copy:
         infos = [self.checkpoint.tensors[name] for name in self.names]
         return {info.name: (info.dtype, info.shape) for info in infos}
 
-    def run(self) -> Iterator[Result]:
+    def run(self, tensors: TensorFolder, out: Output) -> None:
         for name in self.names:
-            yield Result({name: self.checkpoint.tensors.read(name)})
+            out.stream(name, tensors.pieces(name))
 
 
 @dataclass(frozen=True)
 class Cast:
-    """A float tensor that isn't quantized, in another dtype."""
+    """A float tensor that isn't quantized, in another dtype, and under another name where one is given.
+
+    A name of its own gets the base's embedding as an output head, where the adapter replaced one of the two.
+    """
 
     checkpoint: Checkpoint
-    name: str
+    source: str
     dtype: str
+    name: str = ""
 
     @property
     def names(self) -> Sequence[str]:
-        return (self.name,)
+        return (self.source,)
 
     @property
     def layout(self) -> Layout:
-        return {self.name: (self.dtype, self.checkpoint.tensors[self.name].shape)}
+        return {self.name or self.source: (self.dtype, self.checkpoint.tensors[self.source].shape)}
 
-    def run(self) -> Iterator[Result]:
-        yield Result({self.name: cast(self.name, self.checkpoint.tensors.read(self.name), self.dtype)})
+    def run(self, tensors: TensorFolder, out: Output) -> None:
+        out.stream(self.name or self.source, self._pieces(tensors))
+
+    def _pieces(self, tensors: TensorFolder) -> Iterator[Bytes]:
+        info = tensors[self.source]
+        for piece in tensors.pieces(self.source):
+            count = piece.size // DTYPES[info.dtype][0]
+            yield cast(self.source, RawTensor(info.dtype, (count,), piece), self.dtype).data
 
 
 @dataclass(frozen=True)
@@ -103,29 +115,8 @@ class Place:
     def layout(self) -> Layout:
         return {self.name: (self.dtype, self.tensor.shape)}
 
-    def run(self) -> Iterator[Result]:
-        yield Result({self.name: cast(self.name, self.tensor, self.dtype)})
-
-
-@dataclass(frozen=True)
-class Untie:
-    """The base's embedding under the output head's name, where the adapter replaced the other of the two."""
-
-    checkpoint: Checkpoint
-    name: str
-    source: str
-    dtype: str
-
-    @property
-    def names(self) -> Sequence[str]:
-        return (self.source,)
-
-    @property
-    def layout(self) -> Layout:
-        return {self.name: (self.dtype, self.checkpoint.tensors[self.source].shape)}
-
-    def run(self) -> Iterator[Result]:
-        yield Result({self.name: cast(self.source, self.checkpoint.tensors.read(self.source), self.dtype)})
+    def run(self, tensors: TensorFolder, out: Output) -> None:
+        out.put(self.name, cast(self.name, self.tensor, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -147,19 +138,29 @@ class Linear:
         planned = formats.get(self.step.result).layout(self.step.shape, self.step.options)
         return {self.step.module + suffix: entry for suffix, entry in planned.items()}
 
-    def run(self) -> Iterator[Result]:
-        step, target = self.step, formats.get(self.step.result)
-        base = self.checkpoint.load(step.module)
-        merged = merge_rows(step.module, base, self.delta())
-        codes = self.requantized.get(step.module)
-        result = target.quantize(merged, step.options) if codes is None else _stored(codes, step)
-        check_range(step, merged, result)
-        layer = None
-        if step.action == "merge":
-            survival = measure(base, merged, result, target, step.options, self.on_grid)
-            layer = LayerReport(step.module, step.source, step.result, survival)
-        tensors = {step.module + suffix: tensor for suffix, tensor in result.tensors().items()}
-        yield Result(tensors, layer)
+    def run(self, tensors: TensorFolder, out: Output) -> LayerReport | None:
+        step, target, kept = self.step, formats.get(self.step.result), dict[int, Float32]()
+        base = formats.load(tensors, self.checkpoint.linear(step.module))
+        rounder = self._rounder()
+        measured = measured_rows(step.shape) if step.action == "merge" else {}
+        for start, rows in merged_rows(step.module, base, self.delta(), rounder.multiple):
+            rounder.add(rows)
+            for first in range(start, start + len(rows), ROWS):
+                if first in measured:
+                    kept[first] = rows[first - start : measured[first] - start].copy()
+        result = rounder.weight()
+        check_range(step, result)
+        for suffix, tensor in result.tensors().items():
+            out.put(step.module + suffix, tensor)
+        if step.action != "merge":
+            return None
+        survival = measure(base, kept, result, target, step.options, self.on_grid)
+        return LayerReport(step.module, step.source, step.result, survival)
+
+    def _rounder(self) -> Rounder:
+        if self.step.module in self.requantized:
+            return _Chosen(self.requantized[self.step.module], self.step)
+        return formats.rounder(formats.get(self.step.result), self.step.shape, self.step.options)
 
     @property
     def on_grid(self) -> bool:
@@ -174,38 +175,29 @@ class Linear:
         return Delta(self.step.module, self.step.shape[1], self.adapters, self.projections)
 
 
-def _stored(codes: Codes, step: Step) -> Weight:
-    """Codes that were chosen elsewhere, in the format that stores them."""
-    pack = getattr(formats.get(step.result), "pack", None)
-    if pack is None:
-        return codes.weight()
-    zeros = np.full_like(codes.scales, codes.grid.middle)
-    if codes.zeros is not None:
-        zeros = codes.zeros.astype(np.float32)
-    weight: Weight = pack(affine.Grid(codes.codes, codes.scales, zeros), step.options)
-    return weight
+@dataclass(frozen=True)
+class _Chosen:
+    """Codes that were chosen elsewhere, in the format that stores them; see `formats.Rounder`."""
+
+    codes: Codes
+    step: Step
+    multiple: int = 1
+
+    def add(self, rows: Float32) -> None:
+        """Nothing is left to choose."""
+
+    def weight(self) -> Weight:
+        codes, pack = self.codes, getattr(formats.get(self.step.result), "pack", None)
+        if pack is None:
+            return codes.weight()
+        zeros = np.full_like(codes.scales, codes.grid.middle)
+        if codes.zeros is not None:
+            zeros = codes.zeros.astype(np.float32)
+        weight: Weight = pack(affine.Grid(codes.codes, codes.scales, zeros), self.step.options)
+        return weight
 
 
-def merge_rows(module: str, base: Weight, delta: Delta | None) -> Float32:
-    """The base's weight plus the delta, float32 (out, in). Raises CheckpointError when it isn't finite."""
-    merged = np.empty(base.shape, np.float32)
-    if delta is not None:
-        delta.into(merged)
-    for start, stop in row_chunks(base.shape):
-        rows = merged[start:stop]
-        if delta is None:
-            rows[:] = base.rows(start, stop)
-        else:
-            rows += base.rows(start, stop)
-        if not np.isfinite(rows).all():
-            raise CheckpointError(
-                f"the weight of {module} holds NaN or infinite values, so nothing sound can be made of it; "
-                "the checkpoint is damaged: copy it again"
-            )
-    return merged
-
-
-def check_range(step: Step, merged: Float32, result: Weight) -> None:
+def check_range(step: Step, result: Weight) -> None:
     """Raise when a finite weight became infinite: fp16 ends at 65504."""
     if step.result != "fp16":
         return

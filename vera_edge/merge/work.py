@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy.typing as npt
 
@@ -23,13 +25,17 @@ from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
 from vera_edge.requantize.gram import one_blas_thread
 from vera_edge.shards import Shards, nbytes
+from vera_edge.tensors import Bytes, RawTensor, WitnessedFolder
+
+_AHEAD = 1 << 28  # bytes of one tensor to fetch ahead; a longer one is read in order, which the system sees
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
     """A merge, as its workers need it. Pickled, it carries the base's path, and a worker opens that once.
 
-    folder: where the shards are, made already. max_shard_bytes: as for `Shards`.
+    folder: where the shards are, made already. max_shard_bytes: as for `Shards`. ahead: how many units are
+    at work at once, so that the one after them is fetched. run: what a worker knows it by.
     """
 
     key: str
@@ -40,6 +46,8 @@ class Job:
     requantized: Mapping[str, Codes]
     folder: Path
     max_shard_bytes: int
+    ahead: int = 1
+    run: str = field(default_factory=lambda: uuid4().hex)
 
     @cached_property
     def _cut(self) -> tuple[list[Unit], bool]:
@@ -69,29 +77,31 @@ class Job:
         return [sum(nbytes(*entry) for entry in unit.layout.values()) for unit in self.units]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        facts = (self.plan.to_dict(), self.checkpoint.path.absolute(), self.adapters, self.projections)
-        return _reopen, (self.key, *facts, self.requantized, self.folder, self.max_shard_bytes)
+        opened = (self.run, self.key, self.plan.to_dict(), self.checkpoint.path.absolute())
+        facts = (self.adapters, self.projections, self.requantized, self.folder, self.max_shard_bytes)
+        return _reopen, (*opened, facts)
 
 
-_reopened: dict[tuple[str, Path], Job] = {}  # in a worker: the job it works on, or did last
+_reopened: dict[str, Job] = {}  # in a worker: the jobs it works on
+_HELD = 64
 
 
-def _reopen(key: str, plan: Mapping[str, Any], base: Path, *facts: Any) -> Job:
-    held = (key, facts[-2])
-    if held not in _reopened:
-        _reopened.clear()
-        _reopened[held] = Job(key, Plan.from_dict(plan), Checkpoint.open(base), *facts)
-    return _reopened[held]
+def _reopen(run: str, key: str, plan: Mapping[str, Any], base: Path, facts: tuple[Any, ...]) -> Job:
+    if run not in _reopened:
+        while len(_reopened) >= _HELD:
+            _reopened.pop(next(iter(_reopened)))
+        _reopened[run] = Job(key, Plan.from_dict(plan), Checkpoint.open(base), *facts)
+    return _reopened[run]
 
 
-def key_of(plan: Plan, checkpoint: Checkpoint, requantized: Mapping[str, Codes], max_shard_bytes: int) -> str:
-    """Hex SHA-256 of all that decides the bytes: two merges of one key write the same.
+def key_of(plan: Plan, requantized: Mapping[str, Codes], max_shard_bytes: int) -> str:
+    """Hex SHA-256 of what decides the bytes, but for the base's own: two merges of one key and one base
+    write the same.
 
-    Reads the base (`Checkpoint.digest`) and the codes. The plan holds the adapters' digests and weights.
+    The plan holds the digests of the base's layout and of the adapters, and their weights. Reads the codes.
     """
     codes = {module: _codes_digest(requantized[module]) for module in requantized}
-    facts = [plan.to_dict(), checkpoint.digest, codes, max_shard_bytes, __version__]
-    return sha256_bytes(canonical_json(facts))
+    return sha256_bytes(canonical_json([plan.to_dict(), codes, max_shard_bytes, __version__]))
 
 
 def _codes_digest(codes: Codes) -> str:
@@ -102,32 +112,59 @@ def _codes_digest(codes: Codes) -> str:
     return sha256_bytes(canonical_json([*parts, codes.nested and float(codes.nested.offset)]))
 
 
+class _Written:
+    """Puts tensors in their place in the shards; `digests` is the SHA-256 of each."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.digests: dict[str, str] = {}
+
+    def put(self, name: str, tensor: RawTensor) -> None:
+        """A whole tensor."""
+        if (tensor.dtype, tensor.shape) != self._job.shards.layout[name]:
+            raise ValueError(f"{name} isn't the tensor that was announced")
+        self.stream(name, [tensor.data])
+
+    def stream(self, name: str, pieces: Iterable[Bytes]) -> None:
+        """A tensor piece by piece."""
+        state, offset = hashlib.sha256(), 0
+        for piece in pieces:
+            try:
+                self._job.shards.put_bytes(name, offset, piece)
+            except OSError as cause:
+                raise output_error(self._job.folder, cause) from cause
+            state.update(piece.data)
+            offset += piece.size
+        if offset != nbytes(*self._job.shards.layout[name]):
+            raise ValueError(f"{name} has fewer bytes than were announced")
+        self.digests[name] = state.hexdigest()
+
+
 def do_unit(job: Job, number: int) -> Done:
-    """Do one unit and write what it gives. Safe to do again, and to be killed in.
+    """Do one unit and write what it gives. Safe to do again, to be killed in, and beside others in threads.
 
     Raises as units do, and OutputError when the disk refuses.
     """
-    _read_ahead(job, number + 1)
-    digests, layer = {}, None
+    _read_ahead(job, number + job.ahead)
+    read, written = WitnessedFolder(job.checkpoint.tensors), _Written(job)
     with one_blas_thread():
-        for result in job.units[number].run():
-            for name, tensor in result.tensors.items():
-                try:
-                    job.shards.put(name, tensor)
-                except OSError as cause:
-                    raise output_error(job.folder, cause) from cause
-                digests[name] = sha256_bytes(tensor.data.data)
-            layer = result.layer or layer
-    return Done(number, digest_of(digests), layer)
+        layer = job.units[number].run(read, written)
+    for name in job.units[number].names:
+        if name not in read.digests:  # a part that was read when the base was opened
+            read.read(name)
+    return Done(number, digest_of(written.digests), read.digests, layer)
 
 
 def is_there(job: Job, done: Done) -> bool:
-    """Whether the files hold what a unit is said to have written."""
-    names = job.units[done.unit].layout if done.unit < len(job.units) else {}
+    """Whether the files hold what a unit is said to have written, made of what the base holds now."""
+    unit = job.units[done.unit] if done.unit < len(job.units) else None
+    if unit is None or set(done.read) != set(unit.names):
+        return False
     try:
-        return digest_of({name: job.shards.digest(name) for name in names}) == done.digest
+        written = digest_of({name: job.shards.digest(name) for name in unit.layout})
     except OSError:
         return False
+    return written == done.digest and job.checkpoint.tensor_digests(done.read) == done.read
 
 
 def digest_of(tensors: Mapping[str, str]) -> str:
@@ -143,6 +180,8 @@ def _read_ahead(job: Job, number: int) -> None:
         info = job.checkpoint.tensors[name]
         try:
             with info.file.open("rb") as stream:
-                os.posix_fadvise(stream.fileno(), info.start, info.nbytes, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(
+                    stream.fileno(), info.start, min(info.nbytes, _AHEAD), os.POSIX_FADV_WILLNEED
+                )
         except OSError:
             return  # advice only: what is really wrong with the file, reading it will say

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,11 +24,26 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+_limits: list[Any] = []  # what holds BLAS to one thread, for each block that runs
+_limits_lock = threading.Lock()
+
+
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """Run BLAS on one thread: how many it has changes how it sums, and so the last bits of a product."""
-    with _controller().limit(limits=1, user_api="blas"):
+    """Run BLAS on one thread: how many it has changes how it sums, and so the last bits of a product.
+
+    The limit is the process's: of blocks that run in several threads the last to end lifts it.
+    """
+    with _limits_lock:
+        limit = _controller().limit(limits=1, user_api="blas") if not _limits else _limits[-1]
+        _limits.append(limit)
+    try:
         yield
+    finally:
+        with _limits_lock:
+            _limits.pop()
+            if not _limits:
+                limit.restore_original_limits()
 
 
 @dataclass(frozen=True, eq=False)
