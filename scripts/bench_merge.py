@@ -1,15 +1,17 @@
 """What a merge costs in time, processor, memory and bytes, beside PEFT's and beside what the machine allows.
 
-    nice -n 5 python scripts/bench_merge.py [--size tiny|0.14b|0.5b|1.5b|7b] [--source nf4] [--source bf16]
-        [--rank 256] [--workers 1] [--workers 2] [--without-peft] [--folder DIR] [--json]
+    scripts/bench_merge [--size tiny|0.14b|0.5b|1.5b|7b] [--source nf4] [--source bf16] [--rank 256]
+        [--workers N] [--without-peft] [--folder DIR] [--make] [--json]
 
 The base is a Llama of that size with random weights, in shards, made by code; the adapter a VeRA adapter on
-all of its linears. Each row runs in a process of its own, to the base's own format, rounded to nearest. PEFT
-loads the model, merges in its weights and saves it where it can. The limits: the output's bytes copied and
-flushed, and the products B A alone, on one thread and on all.
+all of its linears. Each row runs in a process of its own, to the base's own format, rounded to nearest, and
+begins with nothing of the base in the system's memory. PEFT loads the model, merges in its weights and saves
+it where it can. The limits: the base's files copied and flushed, and the products B A alone, on one thread
+and on all.
 
 `wall` is from a process's start to its end, `seconds` without the interpreter's start. `read` and `written`
-are what was asked of the system, which may have had it in memory. Linux only (/proc).
+are what was asked of the system. With --folder the models stay there and are used again; --make only makes
+them. Linux only (/proc).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +146,6 @@ facts |= {
     'seconds': time.perf_counter() - begun,
     'cpu': sum(u.ru_utime + u.ru_stime for u in usage),
     'peak': int(status['VmHWM'].split()[0]) * 1024,
-    'peak_of_a_worker': usage[1].ru_maxrss * 1024,
     'read': int(io['rchar']), 'written': int(io['wchar']),
 }
 print(json.dumps(facts))
@@ -180,6 +182,7 @@ def run(code: str, *words: object) -> dict[str, Any]:
         script = Path(folder) / "measured.py"
         guard = "if __name__ == '__main__':\n" + "".join(f"    {row}\n" for row in REPORT.splitlines())
         script.write_text(ACCOUNT + code + guard)
+        _forget(Path(str(words[0])))
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         begun = time.perf_counter()
         done = subprocess.run(
@@ -193,10 +196,19 @@ def run(code: str, *words: object) -> dict[str, Any]:
         return told | {"wall": time.perf_counter() - begun}
 
 
+def _forget(folder: Path) -> None:
+    """Have the system drop what it holds of a folder's files."""
+    for file in folder.iterdir():
+        with file.open("rb+") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def copy_limit(source: Path, target: Path) -> float:
     """Seconds to copy a folder's files and flush them."""
-    begun = time.perf_counter()
+    _forget(source)
     target.mkdir()
+    begun = time.perf_counter()
     for file in source.iterdir():
         shutil.copyfile(file, target / file.name)
         with (target / file.name).open("rb+") as stream:
@@ -223,29 +235,38 @@ def product_limit(size: Size, rank: int) -> float:
     return time.perf_counter() - begun
 
 
+def make(size: Size, rank: int, folder: Path, sources: list[str]) -> None:
+    """The adapter, and the bases that aren't there yet, each put in its place when it is whole."""
+    from vera_edge import merge
+
+    dense, adapter = folder / "bf16", folder / "adapter"
+    if not dense.exists():
+        make_base(size, folder / "making")
+        (folder / "making").rename(dense)
+    if not adapter.exists():
+        make_adapter(size, rank, dense, adapter)
+    if "nf4" in sources and not (folder / "nf4").exists():
+        merge.to_folder(dense, [(adapter, 0.0)], folder / "nf4", "nf4", {"double_quant": True})
+
+
 def bench(words: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     """The rows, one measured thing each."""
-    size, adapter, dense = SIZES[words.size], folder / "adapter", folder / "bf16"
-    make_base(size, dense)
-    make_adapter(size, words.rank, dense, adapter)
+    size, adapter, sources = SIZES[words.size], folder / "adapter", words.source or ["nf4", "bf16"]
+    make(size, words.rank, folder, sources)
+    if words.make:
+        return
     yield {"what": "products, all threads", "wall": product_limit(size, words.rank)}
     with one_blas_thread():
         yield {"what": "products, one thread", "wall": product_limit(size, words.rank)}
-    for source in words.source or ["nf4", "bf16"]:
-        base = folder / source
-        if source == "nf4":
-            from vera_edge import merge
-
-            merge.to_folder(dense, [(adapter, 0.0)], base, "nf4", {"double_quant": True})
-        for workers in words.workers or [1, 2]:
-            out = folder / "ours"
+    for source in sources:
+        base, out = folder / source, folder / "out"
+        yield {"what": f"copy, {source}", "wall": copy_limit(base, folder / "copy")}
+        for workers in words.workers or [len(os.sched_getaffinity(0))]:
             yield {"what": f"vera-edge, {source}, workers {workers}"} | run(OURS, base, adapter, out, workers)
-            if workers == (words.workers or [1, 2])[-1]:
-                yield {"what": f"copy of the output, {source}", "wall": copy_limit(out, folder / "copy")}
             shutil.rmtree(out)
         if not words.without_peft:
-            yield {"what": f"PEFT, {source}"} | run(PEFT, base, adapter, folder / "peft")
-            shutil.rmtree(folder / "peft", ignore_errors=True)
+            yield {"what": f"PEFT, {source}"} | run(PEFT, base, adapter, out)
+            shutil.rmtree(out, ignore_errors=True)
 
 
 def main() -> None:
@@ -255,13 +276,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--workers", type=int, action="append")
     parser.add_argument("--without-peft", action="store_true")
-    parser.add_argument(
-        "--folder", type=Path, help="where the models are made; they take up to 5 times the base"
-    )
+    parser.add_argument("--folder", type=Path, help="where the models are made, and stay")
+    parser.add_argument("--make", action="store_true", help="only make the models")
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=words.folder) as folder:
-        for row in bench(words, Path(folder)):
+    with ExitStack() as held:
+        folder = words.folder or Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bench-merge-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in bench(words, folder):
             load = os.getloadavg()[0]
             if words.json:
                 print(json.dumps({**row, "load": load}), flush=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -148,10 +148,29 @@ def merge_to_folder(
     resources: merging.Resources = merging.ONE_PROCESS,
 ) -> merging.MergeReport:
     """Merge what was prepared into `out`, its weights rounded as `rounding` says. Raises as that does."""
-    check_output(out, force)
-    facts = (ready.checkpoint, ready.adapters, ready.projections, ready.plan, out, progress)
-    with (rounding or Rounding()).codes(*facts, exported=False) as (codes, notes):
-        return merging.perform(ready, out, progress, force, codes, notes, resources)
+    return merge_to_folders({out: ready}, rounding, progress, force, resources)[0]
+
+
+def merge_to_folders(
+    ready: Mapping[Path, merging.Prepared],
+    rounding: Rounding | None = None,
+    progress: Progress = silent,
+    force: bool = False,
+    resources: merging.Resources = merging.ONE_PROCESS,
+) -> list[merging.MergeReport]:
+    """Merge what was prepared, of one base, into its folder each; see `merge.write_each`.
+
+    Calibration, where the method needs it, is done for one after the other, before all else.
+    """
+    for out in ready:
+        check_output(out, force)
+    with ExitStack() as held:
+        merges = []
+        for out, one in ready.items():
+            facts = (one.checkpoint, one.adapters, one.projections, one.plan, out, progress)
+            codes, notes = held.enter_context((rounding or Rounding()).codes(*facts, exported=False))
+            merges.append(one.merge(out, codes, notes))
+        return merging.write_each(merges, progress, force, resources=resources)
 
 
 def _windows(

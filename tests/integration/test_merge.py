@@ -177,6 +177,21 @@ def test_weights_and_further_adapters(tiny_llama: tiny.TinyLlama, cli: Cli, tmp_
     assert [entry["weight"] for entry in json.loads(result.stdout)["adapters"]] == [0.5, -0.25, 1.0]
 
 
+def test_every_adapter_by_itself(tiny_llama: tiny.TinyLlama, cli: Cli, tmp_path: Path) -> None:
+    folders = [tiny.make_adapter(tiny_llama.nf4, tmp_path / name, strength=0.03) for name in ("a", "b")]
+    words = ["merge", tiny_llama.nf4, *folders, "--each", "--method", "rtn"]
+    result = cli(*words, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert [Path(one["folder"]).name for one in json.loads(result.stdout)["models"]] == ["a", "b"]
+    assert [line[:12] for line in result.stderr.splitlines()] == ["warning: a: ", "warning: b: "]
+    for name in ("a", "b"):
+        assert cli("merge", tiny_llama.nf4, tmp_path / name, "-o", tmp_path / "one", "--force", *words[-2:])
+        one, both = (tmp_path / where / "model.safetensors" for where in ("one", f"out/{name}"))
+        assert one.read_bytes() == both.read_bytes()
+    plans = json.loads(cli(*words, "-o", tmp_path / "dry", "--dry-run", "--json").stdout)["plans"]
+    assert list(plans) == ["a", "b"]
+
+
 class TestRefused:
     """One sentence on stderr, exit 2, and nothing written."""
 
@@ -196,6 +211,18 @@ class TestRefused:
         out = tmp_path / "out"
         assert "isn't a folder" in self.refused(cli, out, tmp_path / "none", tiny_adapter)
         assert "isn't a folder" in self.refused(cli, out, tiny_llama.nf4, tmp_path / "none")
+
+    def test_one_unreadable_adapter_of_many(
+        self, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, cli: Cli, tmp_path: Path
+    ) -> None:
+        out, words = tmp_path / "out", (tiny_llama.nf4, tiny_adapter)
+        assert "isn't a folder" in self.refused(cli, out, *words, tmp_path / "none", "--each")
+        assert f"called {tiny_adapter.name}" in self.refused(cli, out, *words, tiny_adapter, "--each")
+        for wrong in ([tiny_adapter], ["--each", "--adapter", tiny_adapter]):
+            result = cli("merge", *words, *wrong, "-o", out)
+            assert result.exit_code == 2
+            assert "--each merges every" in result.stderr
+        assert not list(tmp_path.iterdir())
 
     def test_a_truncated_base(
         self, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, cli: Cli, tmp_path: Path

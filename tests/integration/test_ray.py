@@ -54,12 +54,14 @@ def test_an_error_of_ours_passes_through(cluster: Any) -> None:
         list(Engine("ray", address=cluster.address).map(refuse, [1]))
 
 
-def test_a_merge_on_a_cluster_that_loses_a_node(
+def test_merges_on_a_cluster_that_loses_a_node(
     cluster: Any, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    """The bytes are those of one process here."""
-    ready = merge.prepare(tiny_llama.sharded, [(tiny_adapter, 1.0)], "nf4")
-    merge.perform(ready, tmp_path / "here")
+    """Two adapters over one base: the bytes are those of merging each alone, in this process."""
+    ready = {"one": merge.prepare(tiny_llama.sharded, [(tiny_adapter, 1.0)], "nf4")}
+    ready["other"] = merge.prepare(tiny_llama.sharded, [(tiny_adapter, -0.5)], "nf4")
+    for name, one in ready.items():
+        merge.perform(one, tmp_path / "here" / name)
     nodes = [cluster.add_node(num_cpus=2)]
 
     def progress(what: str, done: int, total: int) -> None:
@@ -67,7 +69,9 @@ def test_a_merge_on_a_cluster_that_loses_a_node(
             cluster.remove_node(nodes.pop(), allow_graceful=False)
 
     on_ray = merge.Resources(Engine("ray", address=cluster.address), max_memory=2 << 30)
-    merge.perform(ready, tmp_path / "there", progress, resources=on_ray)
+    merges = [one.merge(tmp_path / "there" / name) for name, one in ready.items()]
+    merge.write_each(merges, progress, resources=on_ray)
     assert not nodes
-    assert contents(tmp_path / "here") == contents(tmp_path / "there")
-    assert {path.name for path in tmp_path.iterdir()} == {"here", "there"}
+    for name in ready:
+        assert contents(tmp_path / "here" / name) == contents(tmp_path / "there" / name)
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {"one", "other"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from vera_edge.adapter import Adapter, Vectors
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.engine import Engine
 from vera_edge.errors import CheckpointError, OutputError, PlanError
-from vera_edge.merge import Resources, executor, memory, stage, work
+from vera_edge.merge import Resources, executor, memory, stage, units, work
 from vera_edge.merge.cutting import cut
 from vera_edge.merge.journal import Done, Journal, line
 from vera_edge.merge.measure import Survival
@@ -105,6 +106,59 @@ def test_workers_change_no_byte_of_calibrated_codes(
     assert contents(tmp_path / "one") == contents(tmp_path / "two") != contents(tmp_path / "rounded")
 
 
+def test_each_adapter_alone_and_all_together(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, units_done: list[int]
+) -> None:
+    """The same bytes, also when a run of all is stopped in the middle and begun again."""
+    other = tiny.make_adapter(tiny_llama.nf4, tmp_path / "other", targets=["q_proj"], seed=32)
+    ready = merge.prepare_each(tiny_llama.nf4, [tiny_adapter, other], to="bf16")
+    for name, one in ready.items():
+        merge.perform(one, tmp_path / "alone" / name)
+    merges = [one.merge(tmp_path / "all" / name) for name, one in ready.items()]
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == executor.WHAT and done > total / 2 and not stopped:
+            stopped.append(len(units_done))
+            raise Stopped
+
+    stopped: list[int] = []
+    units_done.clear()
+    with pytest.raises(Stopped):
+        merge.write_each(merges, progress)
+    assert not [path for path in (tmp_path / "all").iterdir() if path.name in ready]
+    merge.write_each(merges, progress, resources=TWO)
+    assert len(units_done) == sum(count(one) for one in ready.values())
+    for name in ready:
+        assert contents(tmp_path / "all" / name) == contents(tmp_path / "alone" / name)
+    assert {path.name for path in (tmp_path / "all").iterdir()} == set(ready)
+
+
+def test_a_base_that_changed_under_a_run(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, units_done: list[int]
+) -> None:
+    """Same names and shapes, other values in two tensors: what was made of them is made again."""
+    base = Path(shutil.copytree(tiny_llama.fp32, tmp_path / "base"))
+    ready = merge.prepare(base, [(tiny_adapter, 1.0)], "bf16")
+    stop_after(ready, tmp_path / "out", count(ready) - 1)
+    assert len(units_done) == count(ready) - 1
+    changed = [unit.names[0] for unit in _units(ready)][:2]
+    _overwrite(ready.checkpoint, changed)
+    units_done.clear()
+    report = merge.perform(ready, tmp_path / "out")
+    assert len(units_done) == 3
+    assert report.base_digest == Checkpoint.open(base).digest
+    merge.perform(ready, tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def _overwrite(checkpoint: Checkpoint, names: list[str]) -> None:
+    for name in names:
+        info = checkpoint.tensors[name]
+        with info.file.open("rb+") as stream:
+            stream.seek(info.start)
+            stream.write(bytes(info.nbytes))
+
+
 def test_a_run_goes_on_where_the_last_one_ended(
     ready: merge.Prepared, expected: dict[str, bytes], tmp_path: Path, units_done: list[int]
 ) -> None:
@@ -138,7 +192,11 @@ def test_a_unit_that_the_files_do_not_hold_is_done_again(
 
 def count(ready: merge.Prepared) -> int:
     """The units of a merge."""
-    return len(cut(ready.plan, ready.checkpoint, ready.adapters, ready.projections, {})[0])
+    return len(_units(ready))
+
+
+def _units(ready: merge.Prepared) -> list[units.Unit]:
+    return cut(ready.plan, ready.checkpoint, ready.adapters, ready.projections, {})[0]
 
 
 @pytest.mark.parametrize("cut", [1, 7, 100, -1])

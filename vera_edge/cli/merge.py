@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -31,15 +32,16 @@ from vera_edge.engine import Engine
 from vera_edge.formats import block_option
 from vera_edge.plan import Plan
 from vera_edge.precision import parse_size
-from vera_edge.weight_rounding import Rounding, merge_to_folder
+from vera_edge.weight_rounding import Rounding, merge_to_folders
 
 _SHOWN = 5
 
 
 @click.command()
 @click.argument("base", type=FOLDER)
-@click.argument("adapter", type=FOLDER)
+@click.argument("adapters", type=FOLDER, nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("-o", "--out", "folder", type=FOLDER, required=True, help="The folder to write.")
+@click.option("--each", is_flag=True, help="Merge every ADAPTER by itself, into OUT/<its folder's name>.")
 @click.option(
     "--to",
     default="same",
@@ -59,10 +61,8 @@ _SHOWN = 5
 @weight_option
 @projection_dtype_option
 @click.option("--dry-run", is_flag=True, help="Show the plan, its bytes and about its time; write nothing.")
-@click.option("--workers", type=int, default=1, show_default=True, help="Processes that merge at once.")
-@click.option(
-    "--max-memory", metavar="SIZE", help="What all of them together may take, like 2GB or 2GiB; see the docs."
-)
+@click.option("--workers", type=int, help="Layers at once, each in a thread; by default as many as cores.")
+@click.option("--max-memory", metavar="SIZE", help="What the merge may take, like 2GB or 2GiB; see the docs.")
 @click.option(
     "--engine", default="local", show_default=True, help="local, or ray: a cluster that shares the disk."
 )
@@ -72,8 +72,9 @@ _SHOWN = 5
 @json_option
 def merge(
     base: Path,
-    adapter: Path,
+    adapters: tuple[Path, ...],
     folder: Path,
+    each: bool,
     to: str,
     block_size: int | None,
     double_quant: bool,
@@ -84,7 +85,7 @@ def merge(
     weight: float,
     projection_dtype: str | None,
     dry_run: bool,
-    workers: int,
+    workers: int | None,
     max_memory: str | None,
     engine: str,
     ray_address: str | None,
@@ -96,28 +97,57 @@ def merge(
 
     The output loads with transformers as any model does. A warning says when rounding drowned the adapter.
     """
-    where = Engine(engine, workers, ray_address)
+    _check_words(adapters, each, more, plan_file)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    where = Engine(engine, cores or 1 if workers is None else workers, ray_address)
     resources = merging.Resources(where, None if max_memory is None else parse_size(max_memory))
     refuse_beside_plan("to", "block_size", "double_quant")
     made = None if plan_file is None else plans.read(plan_file)
     options = {block_option(to): block_size} if block_size is not None else {}
     options |= {"double_quant": True} if double_quant else {}
-    ready = merging.prepare(base, [(adapter, weight), *more], to, options, projection_dtype, made)
+    if each:
+        found = merging.prepare_each(base, adapters, weight, to, options, projection_dtype)
+        ready = {folder / name: one for name, one in found.items()}
+    else:
+        pairs = [(adapters[0], weight), *more]
+        ready = {folder: merging.prepare(base, pairs, to, options, projection_dtype, made)}
     if dry_run:
-        if as_json:
-            print_json(ready.plan.to_dict())
-        else:
-            out().print(_plan_table(ready.plan))
-            _show_estimate(merging.estimate(ready))
+        _show_plans(ready, each, as_json)
         return
     with progress_bar(quiet or as_json, in_bytes=("merging",)) as progress:
-        report = merge_to_folder(ready, folder, Rounding(method, calibration), progress, force, resources)
+        reports = merge_to_folders(ready, Rounding(method, calibration), progress, force, resources)
     if as_json:
-        print_json(report.to_dict())
-    else:
-        _show(report)
-    if report.warning:
-        err().print(f"warning: {report.warning}", markup=False, soft_wrap=True)
+        told = [report.to_dict() for report in reports]
+        print_json({"models": told} if each else told[0])
+    for report in reports:
+        if not as_json:
+            _show(report)
+        if report.warning:
+            which = f"{report.folder.name}: " if each else ""
+            err().print(f"warning: {which}{report.warning}", markup=False, soft_wrap=True)
+
+
+def _check_words(
+    adapters: tuple[Path, ...], each: bool, more: list[tuple[Path, float]], plan_file: Path | None
+) -> None:
+    if each and (more or plan_file):
+        raise click.UsageError("--each merges every ADAPTER by itself; leave out --adapter and --plan")
+    if len(adapters) > 1 and not each:
+        raise click.UsageError(
+            "several adapters: --each merges every one by itself, --adapter PATH=WEIGHT adds one to the first"
+        )
+
+
+def _show_plans(ready: dict[Path, merging.Prepared], each: bool, as_json: bool) -> None:
+    if as_json:
+        told = {folder.name: one.plan.to_dict() for folder, one in ready.items()}
+        print_json({"plans": told} if each else next(iter(told.values())))
+        return
+    for folder, one in ready.items():
+        if each:
+            out().print(str(folder), markup=False)
+        out().print(_plan_table(one.plan))
+        _show_estimate(merging.estimate(one))
 
 
 def _plan_table(plan: Plan) -> Table:
@@ -129,7 +159,7 @@ def _plan_table(plan: Plan) -> Table:
 
 
 def _show_estimate(found: merging.Estimate) -> None:
-    table = Table("one process", "", box=SIMPLE_HEAD)
+    table = Table("one worker", "", box=SIMPLE_HEAD)
     table.add_row("reads", f"{found.reads / 1e6:,.1f} MB")
     table.add_row("writes", f"{found.writes / 1e6:,.1f} MB")
     table.add_row("memory", f"{found.memory / 1e6:,.0f} MB at most")

@@ -7,7 +7,7 @@ never a live bitsandbytes parameter, which repacks itself at its first use.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ __all__ = [
     "merged_weight",
     "perform",
     "prepare",
+    "prepare_each",
     "to_folder",
     "write",
     "write_each",
@@ -68,7 +69,7 @@ class Prepared:
 
 
 def prepare(
-    base: Path,
+    base: Path | Checkpoint,
     adapters: Sequence[tuple[Path, float]],
     to: str = SAME,
     options: Mapping[str, Any] | None = None,
@@ -85,7 +86,7 @@ def prepare(
         raise PlanError("give at least one adapter to merge")
     if to != SAME and to not in FORMATS:
         raise PlanError(f"no weight format is called {to!r}; choose {SAME} or one of {', '.join(FORMATS)}")
-    checkpoint = Checkpoint.open(base)
+    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     read = tuple((alignment.read(path, checkpoint), weight) for path, weight in adapters)
     plans.check_together(read)
     found = [provenance.resolve(adapter, checkpoint, projection_dtype) for adapter, _ in read]
@@ -95,6 +96,31 @@ def prepare(
     plan = made or plans.make(checkpoint, read, "merged", to, options, projections)
     notes = dict.fromkeys(note for one in found for note in (one.how, *one.notes))
     return Prepared(checkpoint, read, projections, plan, tuple(notes))
+
+
+def prepare_each(
+    base: Path,
+    adapters: Sequence[Path],
+    weight: float = 1.0,
+    to: str = SAME,
+    options: Mapping[str, Any] | None = None,
+    projection_dtype: str | None = None,
+) -> dict[str, Prepared]:
+    """`prepare` for each of many adapters alone, by the name of its folder; they needn't have anything in
+    common but the base.
+
+    Raises as that does, and PlanError when two folders have one name.
+    """
+    checkpoint, ready = Checkpoint.open(base), dict[str, Prepared]()
+    shared: dict[str, Projections] = {}  # adapters of one seed hold one pair
+    for path in adapters:
+        name = path.resolve().name
+        if name in ready:
+            raise PlanError(f"two of the adapters are in folders called {name}, which names what is written")
+        one = prepare(checkpoint, [(path, weight)], to, options, projection_dtype)
+        projections = shared.setdefault(one.projections.digest, one.projections)
+        ready[name] = replace(one, projections=projections)
+    return ready
 
 
 def estimate(ready: Prepared) -> Estimate:

@@ -45,9 +45,8 @@ def cut(
 
 def _of_step(unit: Linear) -> Unit:
     """The work on a linear; a copy when its bytes stay, which vectors of zeros leave them too."""
-    step, delta = unit.step, unit.delta()
-    stays = unit.on_grid and (delta is None or delta.is_zero)
-    return Copy(unit.checkpoint, unit.names) if step.copies or stays else unit
+    stays = unit.step.copies or (unit.on_grid and unit.delta() is None)
+    return Copy(unit.checkpoint, unit.names) if stays else unit
 
 
 def _of_tensor(checkpoint: Checkpoint, name: str, target: str | None) -> Unit:

@@ -169,10 +169,11 @@ class Linear:
         return linear.format == result and formats.get(result).options_of(linear) == self.step.options
 
     def delta(self) -> Delta | None:
-        """What is added to the weight, None when nothing is."""
+        """What is added to the weight, None when that is nothing."""
         if self.step.action != "merge":
             return None
-        return Delta(self.step.module, self.step.shape[1], self.adapters, self.projections)
+        found = Delta(self.step.module, self.step.shape[1], self.adapters, self.projections)
+        return None if found.is_zero else found
 
 
 @dataclass(frozen=True)
