@@ -28,7 +28,7 @@ from vera_edge import adapter, provenance, reference
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.drift import windows
 
-CODE_TOKENS = 2048
+CODE_TOKENS = 1024
 
 
 def main() -> None:
@@ -52,7 +52,7 @@ def main() -> None:
             print(long)
             return
         below = tables.rest(long, encoder_table(demo, out), scored)
-    readme = tables.short_table(rows, scored[tables.MEASURED])
+    readme = tables.short_table([*rows, bench.bare], scored[tables.MEASURED])
     print(readme, below or "", sep="\n")
     tables.write(readme, below)
 

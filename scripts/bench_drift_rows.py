@@ -20,6 +20,8 @@ from vera_edge.target import Runner
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 
+BARE = "*the base without the adapter*"
+
 
 @dataclass(frozen=True)
 class Made:
@@ -54,7 +56,6 @@ class Figures:
     kl: float
     kl_error: float
     effect: float
-    retained: float
     flips: float
     top1: float
     perplexity: float
@@ -62,6 +63,7 @@ class Figures:
 
     @property
     def share(self) -> float:
+        """Of the adapter's effect, what is lost."""
         return self.kl / self.effect
 
 
@@ -118,27 +120,24 @@ class Bench:
             if kept.facts == facts and not (self.with_speed and way.spoken and kept.speed is None):
                 return kept
         made = way.make()
-        texts = {name: self._figures(made.runner, windows) for name, windows in self.texts.items()}
+        texts = {name: self._figures(name, made.runner) for name in self.texts}
         speed = made.speed() if self.with_speed and made.speed else None
         row = Row(way.name, made.bits, made.size, speed, texts, facts)
         write_atomic(path, canonical_json(asdict(row)))
         return row
 
     @cached_property
-    def effect(self) -> float:
-        """Mean KL in nats, on the first text, from the model as trained to the base without the adapter."""
-        found = evaluate.measure(self.reference, self.base, next(iter(self.texts.values())))
-        return found.fidelity.kl.mean.value
+    def bare(self) -> Row:
+        """The base without the adapter: what remains when the adapter is lost."""
+        return self.row(Way(BARE, lambda: Made(self.base, 0.0)))
 
-    def _figures(self, runner: Runner, windows: Windows) -> Figures:
-        found = evaluate.measure(self.reference, runner, windows, base=self.base)
-        own, effect, retained = found.fidelity, found.effect, found.retained
-        assert effect is not None and retained is not None
+    def _figures(self, text: str, runner: Runner) -> Figures:
+        own = evaluate.measure(self.reference, runner, self.texts[text]).fidelity
+        kl = own.kl.mean.value
         return Figures(
-            kl=own.kl.mean.value,
+            kl=kl,
             kl_error=own.kl.mean.standard_error,
-            effect=effect.kl.mean.value,
-            retained=retained.value,
+            effect=kl if runner is self.base else self.bare.texts[text].kl,
             flips=own.flips.value,
             top1=own.same_top1.value,
             perplexity=own.perplexity.value,

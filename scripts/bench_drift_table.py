@@ -40,7 +40,7 @@ def short_table(rows: Sequence[Row], scored: int) -> str:
         speed = f"{row.speed:.0f}" if row.speed is not None else ""
         lines.append(
             f"| {row.name} | {found.kl:.2g} | {found.share:.1%} | {found.top1:.1%} "
-            f"| {found.perplexity:.3f} | {_size(row) or 'can not be saved'} | {speed} |"
+            f"| {found.perplexity:.3f} | {_size(row)} | {speed} |"
         )
     return "\n".join([*lines, "", _footnote(scored, rows[0].texts[MEASURED].reference_perplexity), ""])
 
@@ -59,14 +59,16 @@ def long_table(rows: Sequence[Row]) -> str:
         name, best = (f"**{row.name}**", found.kl) if found.kl < best else (row.name, best)
         lines.append(
             f"| {name} | {row.bits:.2f} | {_size(row)} | {found.kl:.2g} ± {found.kl_error:.1g} "
-            f"| {found.share:.1%} | {found.retained:.3f} | {found.flips:.1%} | {found.top1:.1%} "
-            f"| {other.kl:.2g} | {other.share:.1%} | {other.retained:.3f} |"
+            f"| {found.share:.1%} | {1 - found.share:.3f} | {found.flips:.1%} | {found.top1:.1%} "
+            f"| {other.kl:.2g} | {other.share:.1%} | {1 - other.share:.3f} |"
         )
     return "\n".join([*lines, ""])
 
 
 def _size(row: Row) -> str:
-    return f"{row.size / 1e6:.0f}" if row.size is not None else ""
+    if row.size is None:
+        return "can't be saved" if row.speed is not None else ""
+    return f"{row.size / 1e6:.0f}"
 
 
 def _footnote(scored: int, perplexity: float) -> str:

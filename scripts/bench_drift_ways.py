@@ -28,6 +28,7 @@ from vera_edge.weight_rounding import Rounding, merge_to_folder
 NF4_BITS = 4 + 8 / 64 + 32 / 64 / 256
 PROMPT = 'What does the Python reference say about "The "import" statement"?'
 SPOKEN = 64  # tokens generated to measure speed
+_SIMPLE = ("rtn", "hqq", "search")
 PEFT = "PEFT merge_and_unload into NF4"
 SHORT = (
     ("fp32 merged", "merged", "fp32", None),
@@ -47,36 +48,35 @@ MORE = (
 
 def short(demo: Demo, out: Path) -> list[Way]:
     """The ways of the README's table."""
-    ours = _code()
-    exports = [Way(row[0], partial(_exported, demo, out, *row), ours, spoken=True) for row in SHORT]
-    merged = Way("nf4 merged back (vera-edge merge)", partial(_merged, demo, out, None), ours)
+    exports = [Way(row[0], partial(_exported, demo, out, *row), _code(), spoken=True) for row in SHORT]
+    merged = Way("nf4 merged back (vera-edge merge)", partial(_merged, demo, out, None), _code())
     peft = Way(PEFT, partial(_peft, demo, out), f"peft {version('peft')}", spoken=True)
     return [*exports, merged, peft]
 
 
 def more(demo: Demo, out: Path, bench: Bench) -> Iterator[Way]:
     """Other methods on the same grids, and mixes that `plan` chooses for a share of the adapter's effect."""
-    ours = _code()
     for row in MORE:
-        yield Way(row[0], partial(_exported, demo, out, *row), ours)
+        yield Way(row[0], partial(_exported, demo, out, *row), _code(row[3]))
     for method in ("rtn", "hqq", "search"):
         name = "rounded to nearest" if method == "rtn" else method
-        yield Way(f"nf4 merged back, {name}", partial(_merged, demo, out, method), ours)
+        yield Way(f"nf4 merged back, {name}", partial(_merged, demo, out, method), _code(method))
     for share, mode in ((0.03, "merged"), (0.06, "merged"), (0.03, "branch")):
-        yield Way(
-            f"plan, {share:.0%} of the effect, {mode}", partial(_planned, demo, out, bench, share, mode), ours
-        )
+        name = f"plan, {share:.0%} of the effect, {mode}"
+        yield Way(name, partial(_planned, demo, out, bench, share, mode), _code())
 
 
-def _code() -> str:
-    """A digest of what decides how weights are rounded."""
-    found = hashlib.sha256()
-    folders = [*(ROOT / "vera_edge" / name for name in ("requantize", "formats", "precision"))]
-    files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
-    files += [ROOT / "vera_edge" / f"{name}.py" for name in ("calibration", "writeback", "weight_rounding")]
-    for path in files:
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+def _code(method: str = "") -> str:
+    """A digest of what decides how weights are rounded: by one of the simple methods, or at all."""
+    folder = ROOT / "vera_edge" / "requantize"
+    if method in _SIMPLE:
+        files = [folder / f"{name}.py" for name in ("grids", *_SIMPLE)]
+    else:
+        files = sorted(folder.glob("*.py"))
+        files += [
+            ROOT / "vera_edge" / f"{name}.py" for name in ("calibration", "writeback", "weight_rounding")
+        ]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def _exported(demo: Demo, out: Path, name: str, mode: str, weights: str, method: str | None) -> Made:
@@ -91,7 +91,8 @@ def _exported(demo: Demo, out: Path, name: str, mode: str, weights: str, method:
 def _planned(demo: Demo, out: Path, bench: Bench, share: float, mode: str) -> Made:
     """Planned on the text of the training, since the measured one must be new to it."""
     folder, texts = out / f"planned-{mode}", (str(demo.calibration_text), str(demo.train_text))
-    request = Request(max_kl=share * bench.effect, mode=mode, calibration=texts[0], data=texts[1])
+    limit = share * next(iter(bench.bare.texts.values())).kl
+    request = Request(max_kl=limit, mode=mode, calibration=texts[0], data=texts[1])
     found = choose(demo.base, [(demo.adapter, 1.0)], request, folder, keep=folder)
     return _open(folder, found.plan)
 
