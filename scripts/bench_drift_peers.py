@@ -7,6 +7,7 @@ vera-edge doesn't (hqq, llama-cpp-python); a peer whose package isn't there is l
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ def _builder(demo: Demo, out: Path, algorithm: str) -> Made:
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", merged, "-o", folder]
     command += ["-p", "int4", "-e", "cpu", "-c", out / "cache", "--extra_options", *options]
     subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
-    return Made(_Graph.open(folder / "model.onnx"), _bits(folder / "model.onnx"), folder_bytes(folder))
+    return Made(_Graph.open(folder), _bits(folder / "model.onnx"), folder_bytes(folder))
 
 
 def _bits(path: Path) -> float:
@@ -95,12 +96,14 @@ class _Graph:
 
     session: ort.InferenceSession
     vocab_size: int
+    cache: tuple[int, int]  # heads and their size
 
     @classmethod
-    def open(cls, path: Path) -> _Graph:
-        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-        logits = next(value for value in session.get_outputs() if value.name == "logits")
-        return cls(session, int(logits.shape[-1]))
+    def open(cls, folder: Path) -> _Graph:
+        session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+        model = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        decoder = model["decoder"]
+        return cls(session, model["vocab_size"], (decoder["num_key_value_heads"], decoder["head_size"]))
 
     def logits(self, tokens: Int64) -> Float32:
         feeds: dict[str, npt.NDArray[Any]] = {
@@ -109,7 +112,7 @@ class _Graph:
         }
         for value in self.session.get_inputs():
             if value.name.startswith("past_key_values."):
-                feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+                feeds[value.name] = np.zeros((1, self.cache[0], 0, self.cache[1]), np.float32)
         found: Float32 = self.session.run(["logits"], feeds)[0][0]
         return found
 

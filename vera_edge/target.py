@@ -148,7 +148,7 @@ def stored_options(plan: Plan) -> dict[str, str]:
     return {name: str(plan.options[name]) for name in ("head", "projections") if name in plan.options}
 
 
-def _in_blocks(plan: Plan, block: str | None, symmetric: str | None) -> Plan:
+def in_blocks(plan: Plan, block: str | None, symmetric: str | None) -> Plan:
     """`plan` with integer blocks of another size, or symmetric or not; raises PlanError when it has none."""
     if block is None and symmetric is None:
         return plan
@@ -208,7 +208,7 @@ def export(
         plans.check_made_for(made, checkpoint, read, projections)
     options = dict(options or {})
     plan = made or plans.make(checkpoint, read, mode, weights, projections=projections)
-    plan = _in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
+    plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
     notes = tuple(dict.fromkeys(note for one in found for note in (one.how, *one.notes)))
     facts = (checkpoint, read, projections, plan, out)
     with rounding.codes(*facts, progress) if rounding else nullcontext(({}, ())) as (codes, more):

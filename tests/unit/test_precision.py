@@ -145,6 +145,20 @@ def test_the_smallest_within_a_loss(make: Plan) -> None:
     assert set(looser.picks.values()) == {"int4"}
 
 
+def test_blocks_are_chosen_too(make: Plan) -> None:
+    """Shorter blocks where scales pay, longer ones where they don't; weighed and run as exported."""
+    found = make(max_kl=0.008, formats=("int4", "int4:16", "int8", "int8:64"))
+    assert found.trial.kl <= 0.008 and found.trial.predicted_kl == pytest.approx(found.trial.kl, rel=0.03)
+    blocks = {step.module: step.options.get("block") for step in found.plan.steps}
+    for unit in found.units:
+        said = found.picks[unit.name].partition(":")[2]
+        assert {blocks[module] for module in unit.modules} <= {int(said) if said else None}
+        if unit.modules:
+            options = [unit.options[name] for name in ("int4", "int4:16", "int8:64")]
+            assert options[0].size < options[1].size < options[2].size
+            assert options[0].loss > options[1].loss > options[2].loss
+
+
 def test_the_front_is_monotone_and_holds_the_choice(make: Plan) -> None:
     front = make(max_kl=0.01).front
     assert [point.size for point in front] == sorted({point.size for point in front})
@@ -235,7 +249,7 @@ def test_a_formats_loss_follows_from_anothers_by_the_output_error(
 ) -> None:
     """Only the worst format of a unit is measured; what is inferred for the others, against measuring it."""
     ready = merge.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)])
-    _, steps = candidates(ready, ("int4", "int8", "nf4", "fp32"))
+    _, _, steps = candidates(ready, ("int4", "int8", "nf4", "fp32"))
     rounded = Rounded(ready, steps, "gptq", {name: CodesFolder(tmp_path / name) for name in steps})
     for store in rounded.stores.values():
         store.folder.mkdir()
@@ -255,7 +269,7 @@ def test_conv1d_weights_are_exchanged_the_right_way_round(
 ) -> None:
     """GPT-2 holds (in, out): a square weight put in transposed would cost a hundred times as much."""
     ready = merge.prepare(tiny_gpt2, [(tiny_gpt2_adapter, 1.0)])
-    _, steps = candidates(ready, ("int4", "int8"))
+    _, _, steps = candidates(ready, ("int4", "int8"))
     rounded = Rounded(ready, steps, "gptq", {name: CodesFolder(tmp_path / name) for name in steps})
     for store in rounded.stores.values():
         store.folder.mkdir()
@@ -381,6 +395,10 @@ def test_a_file_that_is_no_plan_is_refused(
         (("--max-latency", "0.9x"), "1 or more"),
         (("--max-kl", "1", "--target", "coreml"), "onnx"),
         (("--max-kl", "1", "--formats", "int4,int3"), "'int3'"),
+        (("--max-kl", "1", "--formats", "int4,int4"), "more than once"),
+        (("--max-kl", "1", "--formats", "int4:24"), "24"),
+        (("--max-kl", "1", "--formats", "int4:wide"), "'wide'"),
+        (("--max-kl", "1", "--formats", "nf4:32"), "blocks to choose"),
         (("--max-kl", "1", "--formats", ","), "nothing"),
         (("--max-kl", "1", "--data", "missing.txt"), "missing.txt is missing"),
     ],

@@ -38,7 +38,7 @@ from vera_edge.precision.choice import Choice
     default="int4,int8",
     show_default=True,
     metavar="LIST",
-    help=f"What layers may be stored as, of {', '.join(FORMATS)}.",
+    help=f"What layers may be stored as, of {', '.join(FORMATS)}; integers also with a block, like int8:128.",
 )
 @click.option("--data", metavar="FILE", help="Text to measure on, or built-in; else the calibration's.")
 @click.option(

@@ -21,7 +21,7 @@ from vera_edge.plan import DENSE, SAME, Plan, Step
 from vera_edge.precision.choice import Choice
 from vera_edge.precision.codes import Rounded
 from vera_edge.precision.replay import Replay
-from vera_edge.precision.request import Request
+from vera_edge.precision.request import Request, split
 from vera_edge.precision.solver import Solver, finished
 from vera_edge.precision.trained import check_adapters, trained_model
 from vera_edge.precision.trial import Trials
@@ -68,26 +68,28 @@ def _scratch(beside: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def candidates(ready: Prepared, formats: Sequence[str]) -> tuple[Plan, dict[str, dict[str, Step]]]:
-    """A plan to start from, and by format the steps of the modules that may have it.
+def candidates(ready: Prepared, formats: Sequence[str]) -> tuple[str, Plan, dict[str, dict[str, Step]]]:
+    """A format to start from and the plan for it, and by format the steps of the modules that may have it.
 
     Raises PlanError when no layer may be quantized.
     """
     made = {}
     for name in formats:
-        facts = (ready.checkpoint, ready.adapters, ready.plan.mode, name, None, ready.projections)
-        made[name] = plans.make(*facts)
+        kind, block = split(name)
+        facts = (ready.checkpoint, ready.adapters, ready.plan.mode, kind, None, ready.projections)
+        made[name] = targets.in_blocks(plans.make(*facts), block, None)
     quantized = {name: plan for name, plan in made.items() if name not in DENSE} or made
     free: set[str] | None = None
     for name, plan in quantized.items():
-        may = {step.module for step in plan.steps if step.result == name}
+        may = {step.module for step in plan.steps if step.result == split(name)[0]}
         free = may if free is None else free & may
     if not free:
         raise PlanError(f"no layer of {ready.checkpoint.path} may be stored as {' or '.join(formats)}")
     steps = {
         name: {step.module: step for step in plan.steps if step.module in free} for name, plan in made.items()
     }
-    return next(iter(quantized.values())), steps
+    first = next(iter(quantized))
+    return first, made[first], steps
 
 
 @dataclass
@@ -100,7 +102,7 @@ class _Search:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> Choice:
-        start, steps = candidates(self.ready, self.request.formats)
+        first, start, steps = candidates(self.ready, self.request.formats)
         stores = {name: CodesFolder(self.work / name) for name in steps}
         for store in stores.values():
             store.folder.mkdir()
@@ -118,7 +120,7 @@ class _Search:
             measured = Sensitivities(model, Replay(model, modules, sensitivity.tokens), rounded, timed)
             units = measured.units(heads, self.progress)
             del measured
-        fixed = float(weighed - bytes_of(units, start.weights, heads[0]))
+        fixed = float(weighed - bytes_of(units, first, heads[0]))
         with self._timed("trials"):
             replay = Replay(model, modules, check.tokens)
             facts = (self.request, start, rounded, units, model, replay, trials, self.progress, fixed)

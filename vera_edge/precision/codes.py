@@ -26,7 +26,7 @@ from vera_edge.progress import Progress
 from vera_edge.requantize import Codes, CodesFolder, Gram, Grid, requantize
 from vera_edge.requantize.gram import one_blas_thread
 from vera_edge.tensors import Float32
-from vera_edge.weight_rounding import BLOCK, grid_of
+from vera_edge.weight_rounding import grid_of
 
 # A graph's layers of these formats round what they read, see replay.py.
 INTEGER = ("int4", "int8")
@@ -89,21 +89,24 @@ class Rounded:
 
     def change(self, modules: Sequence[str], name: str, model: Any) -> Change:
         """Modules in one format, the adapter's delta included; nothing where they stay what they are."""
-        weights, rounded = {}, []
+        weights, rounded = {}, {}
         for module in modules:
             step = self.steps[name][module]
-            if step.result in INTEGER:
-                rounded.append(module)
+            if step.result in INTEGER and (grid := grid_of(step, exported=True)) is not None:
+                rounded[module] = grid.block
             if (stored := self._stored(step, name)) is not None:
                 weights[f"{module}.weight"] = self._effective(module, stored, model)
-        return Change(weights, tuple(rounded))
+        return Change(weights, rounded)
 
     def _stored(self, step: Step, name: str) -> Float32 | None:
         """The weight that an export holds, (out, in); None where nothing of it is lost."""
         if step.module in self.stores[name]:
             return self.stores[name][step.module].dequantize()
         if step.result == "int8" and not step.copies:
-            return quantize(self._target(step.module), 8, BLOCK, symmetric=True).dequantize()
+            grid = grid_of(step, exported=True)
+            assert grid is not None
+            target = self._target(step.module)
+            return quantize(target, grid.bits, grid.block, grid.symmetric).dequantize()
         return None
 
     def _effective(self, module: str, stored: Float32, model: Any) -> torch.Tensor:

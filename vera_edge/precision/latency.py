@@ -31,7 +31,7 @@ def kind_of(step: Step) -> Kind:
     """What a plan's step is multiplied as."""
     if step.result in DENSE:
         return ("fp32", step.shape, 0)
-    return (step.result, step.shape, int(step.options.get("blocksize", BLOCK)))
+    return (step.result, step.shape, int(step.options.get("blocksize", step.options.get("block", BLOCK))))
 
 
 def nanoseconds(kind: Kind) -> int:

@@ -10,7 +10,7 @@ so the same is done here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -24,7 +24,6 @@ from torch import nn
 from vera_edge.errors import DataError
 from vera_edge.progress import Progress, silent
 from vera_edge.target import Runner
-from vera_edge.weight_rounding import BLOCK
 
 Int64 = npt.NDArray[np.int64]
 
@@ -40,10 +39,10 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class Change:
-    """Parameters by name, and the linears whose inputs a runtime rounds then."""
+    """Parameters by name, and the linears whose inputs a runtime rounds then, in blocks of what size."""
 
     weights: Mapping[str, torch.Tensor]
-    rounded: Collection[str] = ()
+    rounded: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -195,8 +194,8 @@ class Replay:
     def _changed(self, change: Change) -> Iterator[None]:
         parameters = {name: self.model.get_parameter(name) for name in change.weights}
         kept = {name: parameter.data for name, parameter in parameters.items()}
-        layers = [self.model.get_submodule(module) for module in change.rounded]
-        with _hooked(*(layer.register_forward_pre_hook(_round_input) for layer in layers)):
+        layers = ((self.model.get_submodule(module), block) for module, block in change.rounded.items())
+        with _hooked(*(layer.register_forward_pre_hook(_rounding(block)) for layer, block in layers)):
             try:
                 for name, parameter in parameters.items():
                     parameter.data = change.weights[name]
@@ -222,15 +221,18 @@ def _hooked(*handles: Any) -> Iterator[None]:
         yield
 
 
-def _round_input(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (rounded(args[0]), *args[1:])
+def _rounding(block: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (rounded(args[0], block), *args[1:])
+
+    return before
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """What a layer in integer blocks computes with where it is given x (..., in)."""
+def rounded(x: torch.Tensor, block: int) -> torch.Tensor:
+    """What a layer in blocks of integers computes with where it is given x (..., in)."""
     inside = x.shape[-1]
-    padded = nn.functional.pad(x, (0, -inside % BLOCK))
-    blocks = padded.reshape(*x.shape[:-1], -1, BLOCK)
+    padded = nn.functional.pad(x, (0, -inside % block))
+    blocks = padded.reshape(*x.shape[:-1], -1, block)
     scales = blocks.abs().amax(-1, keepdim=True) / _TOP
     levels = torch.round(blocks / torch.where(scales == 0, 1.0, scales))
     return (levels * scales).reshape(padded.shape)[..., :inside]

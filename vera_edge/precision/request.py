@@ -37,7 +37,8 @@ class Request:
     """max_size: bytes of all files of the export. max_kl: mean KL in nats on `data`. max_latency: time of the
     layers' products over that of the quickest choice, on this machine. One of the three.
 
-    formats: what layers may be stored as; "int4" and "int8" or "fp32" also what embeddings and head may.
+    formats: what layers may be stored as, integers also with a block ("int4:16", "int8:128"; 32 unless said);
+    "int4" and "int8" or "fp32" also what embeddings and head may.
     method, calibration: how weights are rounded, as an export does. data: the text that sensitivities
     (`tokens` of it) and plans (twice as many) are measured on. The calibration's when it is None.
     """
@@ -79,12 +80,20 @@ class Request:
             )
         if self.method not in METHODS:
             raise PlanError(f"no quantization method is called {self.method!r}; known: {', '.join(METHODS)}")
-        unknown = [name for name in self.formats if name not in FORMATS]
+        unknown = [name for name in self.formats if split(name)[0] not in FORMATS]
         if unknown or not self.formats:
             raise PlanError(
                 f"layers can't be planned as {unknown[0] if unknown else 'nothing'!r}; choose from "
                 f"{', '.join(FORMATS)}"
             )
+        if twice := [name for name in self.formats if self.formats.count(name) > 1]:
+            raise PlanError(f"{twice[0]} is among the formats more than once")
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """ "int4:16" as "int4" and "16"; None where no block is said."""
+    kind, _, block = name.partition(":")
+    return kind, block or None
 
 
 def parse_ratio(text: str) -> float:

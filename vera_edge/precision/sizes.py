@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vera_edge.errors import PlanError
 from vera_edge.plan import DENSE, Step
-from vera_edge.weight_rounding import BLOCK
+from vera_edge.requantize import Grid, int_blocks
+from vera_edge.weight_rounding import BLOCK, grid_of
 
 HEADS = ("fp32", "int8", "int4")
 _FLOAT = 4
@@ -21,8 +22,8 @@ def step_bytes(step: Step) -> int:
     if step.result in ("nf4", "fp4"):
         block = int(step.options.get("blocksize", 64))
         return -(-out * inside // 2) + _FLOAT * -(-out * inside // block)
-    if step.result in ("int4", "int8"):
-        return matrix_bytes(out, inside, step.result)
+    if step.result in ("int4", "int8") and (grid := grid_of(step, exported=True)) is not None:
+        return _block_bytes(out, inside, grid)
     raise PlanError(f"{step.module} is {step.result}, which an ONNX graph can't hold; choose other formats")
 
 
@@ -30,6 +31,10 @@ def matrix_bytes(rows: int, columns: int, kind: str) -> int:
     """A matrix (rows, columns) as "fp32", or in blocks of 32: "int8" symmetric, "int4" with zero points."""
     if kind == "fp32":
         return rows * columns * _FLOAT
-    blocks, bits = -(-columns // BLOCK), int(kind.removeprefix("int"))
-    zeros = -(-blocks // 2) if bits == 4 else 0
-    return rows * (blocks * BLOCK * bits // 8 + blocks * _FLOAT + zeros)
+    return _block_bytes(rows, columns, int_blocks(int(kind.removeprefix("int")), BLOCK, kind == "int8"))
+
+
+def _block_bytes(rows: int, columns: int, grid: Grid) -> int:
+    blocks = -(-columns // grid.block)
+    zeros = 0 if grid.symmetric else -(-blocks * grid.bits // 8)
+    return rows * (blocks * grid.block * grid.bits // 8 + blocks * _FLOAT + zeros)

@@ -13,10 +13,10 @@ from vera_edge.errors import PlanError
 from vera_edge.merge import Prepared
 from vera_edge.plan import SAME, Plan
 from vera_edge.precision.choice import Choice, FrontPoint, Trial
-from vera_edge.precision.codes import Picked, Rounded
+from vera_edge.precision.codes import INTEGER, Picked, Rounded
 from vera_edge.precision.knapsack import Front, front
 from vera_edge.precision.replay import Change, Replay
-from vera_edge.precision.request import Request
+from vera_edge.precision.request import Request, split
 from vera_edge.precision.trial import Trials
 from vera_edge.precision.units import ENDS, Unit, ends_change
 from vera_edge.progress import Progress
@@ -36,7 +36,8 @@ def finished(plan: Plan, head: str, request: Request, ready: Prepared) -> Plan:
     """`plan` with what an export needs to know beside the steps."""
     options = {"base_digest": ready.checkpoint.digest, "head": head, "method": request.method}
     if request.mode == "branch":
-        options["projections"] = "int8" if {"int4", "int8"} & set(request.formats) else "fp32"
+        integers = any(split(name)[0] in INTEGER for name in request.formats)
+        options["projections"] = "int8" if integers else "fp32"
     return replace(plan, weights=SAME, options=options, others=SAME)
 
 
@@ -149,7 +150,7 @@ class Solver:
                 for unit in layers.get(depth, ())
             ]
             weights = {name: weight for change in changes for name, weight in change.weights.items()}
-            return Change(weights, [module for change in changes for module in change.rounded])
+            return Change(weights, {name: b for change in changes for name, b in change.rounded.items()})
 
         return self.replay.joint(change_of, ends_change(self.model, picks[ENDS]))
 

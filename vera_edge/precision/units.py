@@ -19,6 +19,7 @@ from vera_edge.precision.codes import INTEGER, Rounded
 from vera_edge.precision.knapsack import Option
 from vera_edge.precision.latency import Kind, kind_of, nanoseconds
 from vera_edge.precision.replay import Change, Replay, rounded
+from vera_edge.precision.request import split
 from vera_edge.precision.sizes import HEADS, matrix_bytes, step_bytes
 from vera_edge.progress import Progress
 from vera_edge.weight_rounding import BLOCK
@@ -85,7 +86,8 @@ class Sensitivities:
                 exact = self.model.get_submodule(module).weight.data
                 weight = change.weights.get(f"{module}.weight", exact)
                 conv1d = self.codes.ready.checkpoint.is_conv1d(module)
-                read = rounded(x) - x if module in change.rounded else None
+                block = change.rounded.get(module)
+                read = None if block is None else rounded(x, block) - x
                 error = _product(x, weight - exact, conv1d) if weight is not exact else None
                 if read is not None:
                     noise = _product(read, weight, conv1d)
@@ -115,7 +117,7 @@ def ends_change(model: Any, kind: str) -> Change:
     names = {id(value): name for name, value in model.named_parameters()}
     weights = {names[key]: _rounded(weight, kind) for key, weight in _end_weights(model).items()}
     head = model.get_output_embeddings()
-    return Change(weights, [name for name, module in model.named_modules() if module is head])
+    return Change(weights, {name: BLOCK for name, module in model.named_modules() if module is head})
 
 
 def _end_weights(model: Any) -> dict[int, torch.Tensor]:
@@ -139,8 +141,9 @@ def _name(modules: Sequence[str]) -> str:
 
 
 def heads_of(formats: Sequence[str]) -> tuple[str, ...]:
-    """What embeddings and head may be stored as beside linears of these formats."""
-    return tuple(name for name in HEADS if name in formats) or ("fp32",)
+    """What embeddings and head may be stored as beside linears of these formats; their blocks are of 32."""
+    kinds = {split(name)[0] for name in formats}
+    return tuple(name for name in HEADS if name in kinds) or ("fp32",)
 
 
 def bytes_of(units: Sequence[Unit], layers: str, head: str) -> int:
