@@ -63,6 +63,7 @@ DEVICE_PARTS = {
     "files",
     "tensors",
     "projection",
+    "formats",
     "manifest",
     "bundle",
     "signing",

@@ -126,7 +126,7 @@ def verify(folder: Path, deep: bool = True, progress: Progress = silent, complet
     if missing := sorted(manifest.files.keys() - present):
         raise BundleError(f"{folder / missing[0]} is missing; copy or download the bundle again")
     if complete and (missing := sorted(drawn.keys() - present)):
-        raise BundleError(f"{folder / missing[0]} isn't drawn yet; `vera-edge install` draws it")
+        raise BundleError(f"{folder / missing[0]} isn't made yet; `vera-edge install` makes it")
     if extra := sorted(present - manifest.files.keys() - drawn.keys()):
         raise BundleError(f"{folder / extra[0]} isn't listed in {MANIFEST}; remove it or export again")
     entries = dict(manifest.files) | {name: entry for name, entry in drawn.items() if name in present}

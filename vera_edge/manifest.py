@@ -49,8 +49,9 @@ class Facts:
     `limits` are the drift limits that `validate` holds the device to; `golden` is the file of golden
     vectors. `requires` maps a runtime's distribution name to the oldest version that runs the graph.
     `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
-    `generated` maps a file that isn't shipped, since `projection` determines it, to its `size`, its `sha256`
-    and how it is laid out (see device/projections.py); installing draws it.
+    `generated` maps a file that isn't shipped, since others determine it, to its `size`, its `sha256` and how
+    it is made: from `projection` (see device/projections.py), or from the weights in the file that its
+    `source` names (see device/expansion.py). Installing makes it.
     """
 
     kind: str
@@ -94,6 +95,11 @@ class Manifest(Facts):
         """The generated files."""
         return {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in self.generated.items()}
 
+    @property
+    def expanded(self) -> Mapping[str, Mapping[str, Json]]:
+        """Those of the generated files that are made from shipped weights."""
+        return {name: entry for name, entry in self.generated.items() if "source" in entry}
+
 
 def _is_count(value: Json) -> bool:
     return type(value) is int and 0 <= value < _MAX_SIZE
@@ -117,7 +123,11 @@ def parse(value: Mapping[str, Json], folder: Path, path: Path) -> Manifest:
     taken = set(UNLISTED)
     files = _parse_files(listed, folder, taken, need)
     _parse_files(generated, folder, taken, need)
-    need(not generated or value.get("projection") is not None, "generated files without a projection")
+    for entry in generated.values():
+        need(
+            value.get("projection") is not None or entry.get("source") in files,
+            "generated files without a projection or a listed source",
+        )
     for key, (holds, what) in FIELDS.items():
         need(key in value or key in _OPTIONAL, f"{key} is missing")
         need(key not in value or holds(value[key]), f"{key} {what}")

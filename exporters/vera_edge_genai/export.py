@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from vera_edge import bundle, merge
+from vera_edge import merge
 from vera_edge import plan as plans
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
@@ -20,12 +20,14 @@ from vera_edge.files import staged_folder
 from vera_edge.target import Export, ExportRequest
 from vera_edge.weight_rounding import BLOCK
 from vera_edge_genai import build, configs
-from vera_edge_onnx import adapters, branch, head, seed, sites, storage, weights
+from vera_edge_onnx import adapters, branch, generated, head, seed, sites, storage, weights
+from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
-_OPTIONS = ("head", "projections", weights.ACCURACY, seed.OPTION)
+SHIPPED = "onnx/model.4bit.safetensors"
+_OPTIONS = ("head", "projections", weights.ACCURACY, weights.RUN, seed.OPTION)
 
 
 class GenaiExporter:
@@ -47,20 +49,19 @@ class GenaiExporter:
             with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
                 work = request.drawn or Path(scratch)
                 model, found, graph = _float_graph(request, architecture, work)
-                shared = _weave(request, model, found)
+                shared, shipped = _weave(request, model, found)
                 configs.fix_shapes(model, graph)
                 model.metadata_props.update(describe(request))
-                apart = seed.tensors(model) if seed.wanted(request) else ()
-                storage.save(model, stage / MODEL, shared, request.progress, apart)
+                apart = generated.apart(request, model, shipped, SHIPPED)
+                initializers = [group.initializers for group in apart]
+                storage.save(model, stage / MODEL, shared, request.progress, initializers)
+                if shipped.sites:
+                    shipped.write(stage / SHIPPED)
                 configs.copy(work / "float", graph, stage, MODEL, quiet=request.plan.mode == "branch")
             if request.plan.mode == "branch":
                 files = adapters.write(request, stage)
             described = facts(request, MODEL, files)
-            if apart:
-                second = storage.second_file(Path(MODEL)).as_posix()
-                manifest = seed.write(stage, model, second, described, request.progress)
-            else:
-                manifest = bundle.write(stage, described, request.progress)
+            manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
         return Export(
             target=self.name,
             folder=request.out,
@@ -77,7 +78,7 @@ def check(request: ExportRequest) -> str:
     if unknown := sorted(set(request.options) - set(_OPTIONS)):
         raise PlanError(f"the target genai takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
     seed.wanted(request)
-    weights.kind(request.plan)
+    weights.runs_as(request)
     names = checkpoint.config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise TargetError(f"{checkpoint.path / 'config.json'} names no architecture to export")
@@ -124,15 +125,21 @@ def _is_adapted(site: sites.Site, adapted: Mapping[str, int]) -> bool:
     return any(part.module in adapted for part in site.parts)
 
 
-def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...]) -> dict[str, Range]:
-    """Store each weight as the plan says and add the side-branches; returns which bytes are shared."""
-    weaver, plan, kind = Weaver(model), request.plan, weights.kind(request.plan)
+def _weave(
+    request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...]
+) -> tuple[dict[str, Range], Shipped]:
+    """Store each weight as the plan says and add the side-branches.
+
+    Returns which bytes are shared, and what is shipped in 4 bits to be expanded.
+    """
+    weaver, plan, kind = Weaver(model), request.plan, weights.runs_as(request)
     adapted = adapters.sizes(request) if plan.mode == "branch" else {}
     ends = head.find(model)
     if ends is not None and any(site.node is ends.head and _is_adapted(site, adapted) for site in found):
         ends = None  # a head with a side-branch is a linear like any other
     inner = tuple(site for site in found if ends is None or site.node is not ends.head)
     bases = weights.stored(request, inner)
+    shipped = ship(request, inner, bases) if kind != weights.kind(plan) else Shipped()
     if kind == "fp16":
         for site in inner:
             weaver.narrow_weight(site.node)
@@ -142,4 +149,4 @@ def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...
     if ends is not None:
         head.store(weaver, ends, request.options.get("head", weights.beside(kind)), BLOCK)
     weights.set_accuracy(request, model)
-    return weaver.finish()
+    return weaver.finish(), shipped

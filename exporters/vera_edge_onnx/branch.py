@@ -119,9 +119,8 @@ def weave(
         )
         branches = Branches(weaver, StoredProjections(projections, dtype, widths), sizes)
     for site in sites:
-        weight = f"{site.name.lstrip('/').replace('/', '.')}.weight"
         if site.name in bases:
-            base = bases[site.name].product(weaver, site.input, weight, site.name, site.node)
+            base = bases[site.name].product(weaver, site.input, site.weight_name, site.name, site.node)
         elif branches is not None and branches.touches(site):
             base = _kept(weaver, site)
         else:

@@ -10,7 +10,7 @@ from vera_edge.bundle import Facts
 from vera_edge.files import canonical_json, sha256_bytes
 from vera_edge.target import ExportRequest
 from vera_edge_onnx import adapters
-from vera_edge_onnx.weights import kind
+from vera_edge_onnx.weights import runs_as
 
 _TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 # The oldest ONNX Runtime that knows every operator, and adapters, as they are written here.
@@ -41,7 +41,7 @@ def describe(request: ExportRequest, model_kind: str = "decoder") -> dict[str, s
         "vera_edge.plan": sha256_bytes(canonical_json(decided)),
         "vera_edge.projections": request.projections.digest,
         "vera_edge.tools": ",".join(f"{name}={number}" for name, number in sorted(tools(model_kind).items())),
-        "vera_edge.weights": kind(plan),
+        "vera_edge.weights": runs_as(request),
     }
 
 
@@ -53,7 +53,7 @@ def facts(request: ExportRequest, model: str, files: Mapping[str, str], model_ki
     return Facts(
         kind=model_kind,
         mode=plan.mode,
-        weights=kind(plan),
+        weights=runs_as(request),
         model=model,
         base={
             "digest": request.checkpoint.digest,

@@ -1,26 +1,14 @@
-"""Leaves the projections out of an export: a file of their own, which the device draws from the seed.
-
-The graph is the same as with baked projections but for the file's name; `vera_edge.device.projections` writes
-that file, so here it is written once, compared with what is drawn, listed as generated, and removed.
-"""
+"""Projections that the device draws from the seed: whether they can be, and how their file is laid out."""
 
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from vera_edge import bundle
-from vera_edge.bundle import Facts, Manifest
-from vera_edge.device import projections
-from vera_edge.errors import PlanError, TargetError
-from vera_edge.files import sha256_file
-from vera_edge.progress import Progress
+from vera_edge.errors import PlanError
 from vera_edge.projection import stream_digest
 from vera_edge.target import ExportRequest
 
@@ -55,23 +43,7 @@ def tensors(model: ir.Model) -> frozenset[str]:
     return frozenset(name for name in model.graph.initializers if _NAME.fullmatch(name))
 
 
-def write(stage: Path, model: ir.Model, file: str, facts: Facts, progress: Progress) -> Manifest:
-    """Write the manifest of `stage`, in which `file` is generated, and remove that file.
-
-    model: as it was saved. Raises TargetError when the device would draw another file.
-    """
-    path = stage / file
-    entry = {"size": path.stat().st_size, "sha256": sha256_file(path), **_layout(model, path.name)}
-    manifest = bundle.write(stage, replace(facts, generated={file: entry}), progress)
-    with tempfile.TemporaryDirectory(prefix=".drawn-", dir=stage) as drawn:
-        projections.write(manifest, Path(drawn))
-        if sha256_file(Path(drawn) / file) != entry["sha256"]:
-            raise TargetError("the projections drawn from the seed aren't those of the graph; bake them")
-    path.unlink()
-    return manifest
-
-
-def _layout(model: ir.Model, location: str) -> Mapping[str, Any]:
+def layout(model: ir.Model, location: str) -> Mapping[str, Any]:
     """The dtype and the tensors of the data file `location`, as the manifest lists them."""
     found, dtypes = {}, set()
     for name, value in sorted(model.graph.initializers.items()):

@@ -48,6 +48,11 @@ class Site:
         return sum(part.size for part in self.parts)
 
     @property
+    def weight_name(self) -> str:
+        """What the initializers of the stored weight begin with."""
+        return f"{self.name.lstrip('/').replace('/', '.')}.weight"
+
+    @property
     def input(self) -> ir.Value:
         """What the layer reads, (..., in_features)."""
         value = self.node.inputs[0]

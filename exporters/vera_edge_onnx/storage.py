@@ -33,33 +33,34 @@ def save(
     path: Path,
     shared: Mapping[str, Range],
     progress: Progress = silent,
-    apart: Collection[str] = (),
+    apart: Sequence[Collection[str]] = (),
 ) -> None:
     """Write `model` to `path` and its initializers to `<path>_data` beside it.
 
-    shared: initializer -> where its bytes lie within another one's. apart: initializers that go to
-    `second_file(path)` instead, all of them, whatever their size.
+    shared: initializer -> where its bytes lie within another one's. apart: groups of initializers that go to
+    files of their own instead, group n to `more_file(path, n)`, all of them, whatever their size.
     Raises OutputError when the disk is full or a folder can't be written.
     """
     places: dict[str, int] = {}
+    data_path = path.with_name(f"{path.name}_data")
+    files = {name: more_file(path, number) for number, names in enumerate(apart) for name in names}
     values = []
     for name, value in sorted(model.graph.initializers.items()):
         tensor = value.const_value
         assert tensor is not None
-        if tensor.nbytes > _INLINE or name in shared or name in apart:
+        if tensor.nbytes > _INLINE or name in shared or name in files:
             values.append((name, value))
         else:
             value.const_value = ir.Tensor(tensor.numpy().copy(), name=name)
-    data_path = path.with_name(f"{path.name}_data")
     own = {value: name for name, value in values if name not in shared}
-    _write(data_path, [value for value, name in own.items() if name not in apart], places, progress)
-    if apart:
-        _write(second_file(path), [value for value, name in own.items() if name in apart], places, progress)
+    for file in dict.fromkeys([data_path, *files.values()]):
+        here = [value for value, name in own.items() if files.get(name, data_path) == file]
+        _write(file, here, places, progress)
     for name, value in values:
         tensor = value.const_value
         assert tensor is not None
         place = shared.get(name, Range(name))
-        file = second_file(path) if place.source in apart else data_path
+        file = files.get(place.source, data_path)
         value.const_value = ir.ExternalTensor(
             file.name,
             places[place.source] + place.offset,
@@ -78,9 +79,9 @@ def save(
         raise output_error(path, cause) from cause
 
 
-def second_file(path: Path) -> Path:
-    """Another data file of the graph `path`, named as Transformers.js counts them."""
-    return path.with_name(f"{path.name}_data_1")
+def more_file(path: Path, number: int) -> Path:
+    """Data file `number`, from 0, beside the graph's first one, named as Transformers.js counts them."""
+    return path.with_name(f"{path.name}_data_{number + 1}")
 
 
 def _write(path: Path, values: Sequence[ir.Value], places: dict[str, int], progress: Progress) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +22,7 @@ from vera_edge_onnx.integers import Order
 from vera_edge_onnx.linear import Bnb4, Linear, join_bnb4
 from vera_edge_onnx.sites import Part, Site
 
-ACCURACY = "accuracy_level"
+ACCURACY, RUN = "accuracy_level", "run"
 _INTEGERS = ("int8", "int4", "int2")
 _BNB4 = ("nf4", "fp4")
 # What a format of a checkpoint is stored as in a graph; ONNX Runtime computes in float32 on a CPU.
@@ -57,6 +57,24 @@ def stored_as(step: Step) -> str:
     return found
 
 
+def runs_as(request: ExportRequest) -> str:
+    """What most linears of the graph that runs are; with the option `run` other than what is shipped.
+
+    Raises PlanError when what is shipped can't become that.
+    """
+    shipped = kind(request.plan)
+    run = request.options.get(RUN, shipped)
+    if run != shipped and (run != "int8" or shipped not in _BNB4):
+        raise PlanError(f"{shipped} weights can't run as {run!r}; nf4 and fp4 weights can, as int8")
+    return run
+
+
+def is_four_bit(site: Site, steps: Mapping[str, Step]) -> bool:
+    """Whether all of a site is NF4, or all of it FP4."""
+    results = {stored_as(steps[part.module]) for part in site.parts}
+    return len(results) == 1 and results <= set(_BNB4)
+
+
 def beside(kind: str, four_bit: str = "int8") -> str:
     """What embeddings, head and the projections of a side-branch are stored as beside linears of a kind.
 
@@ -82,11 +100,11 @@ def stored(request: ExportRequest, sites: Sequence[Site]) -> dict[str, Linear]:
         request.progress("quantizing", done, len(sites))
         results = {stored_as(steps[part.module]) for part in site.parts}
         if results <= set(_INTEGERS):
-            parts = [_blocks(request, steps[part.module], part, rows) for part, rows in _rows(site)]
+            parts = [_blocks(request, steps[part.module], part, rows) for part, rows in rows_of(site)]
             found[site.name] = integers.join(parts)
-        elif len(results) == 1 and results <= set(_BNB4):
+        elif is_four_bit(site, steps) and runs_as(request) != "int8":
             found[site.name] = join_bnb4(
-                [_bnb4(request, steps[part.module], part, rows) for part, rows in _rows(site)]
+                [_bnb4(request, steps[part.module], part, rows) for part, rows in rows_of(site)]
             )
     return found
 
@@ -106,7 +124,7 @@ def set_accuracy(request: ExportRequest, model: ir.Model) -> None:
             node.attributes[ACCURACY] = ir.AttrInt64(ACCURACY, int(level))
 
 
-def _rows(site: Site) -> list[tuple[Part, Float32]]:
+def rows_of(site: Site) -> list[tuple[Part, Float32]]:
     """Each part with its rows of the site's weight, (rows, in)."""
     ends = np.cumsum([part.size for part in site.parts])[:-1]
     return list(zip(site.parts, np.split(site.weight, ends), strict=True))
@@ -142,15 +160,19 @@ def _rowwise(own: Int8Weight, part: Part) -> IntBlocks:
 
 
 def _bnb4(request: ExportRequest, step: Step, part: Part, rows: Float32) -> Bnb4:
+    made = four_bit(request, step, rows)
+    whole = Bnb4(made.shape, made.quant_type, made.blocksize, made.packed, made.absmax)
+    return whole if part.size == made.shape[0] else whole.rows(part.start, part.stop)
+
+
+def four_bit(request: ExportRequest, step: Step, rows: Float32) -> Bnb4Weight:
+    """A module's weight in NF4 or FP4, whole where the checkpoint or a rounding gives it; else of `rows`."""
     codes = request.requantized.get(step.module)
-    own = _own(request, step) if codes is None else codes.bnb4()
-    if own is not None:
-        assert isinstance(own, Bnb4Weight)
-        whole = Bnb4(own.shape, own.quant_type, own.blocksize, own.packed, own.absmax)
-        return whole if part.size == own.shape[0] else whole.rows(part.start, part.stop)
-    made = formats.get(step.result).quantize(rows, step.options)
+    made = _own(request, step) if codes is None else codes.bnb4()
+    if made is None:
+        made = formats.get(step.result).quantize(rows, step.options)
     assert isinstance(made, Bnb4Weight)
-    return Bnb4(made.shape, made.quant_type, made.blocksize, made.packed, made.absmax)
+    return made
 
 
 def _own(request: ExportRequest, step: Step) -> Weight | None:

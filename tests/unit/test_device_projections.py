@@ -62,7 +62,7 @@ def test_the_projections_are_not_shipped(baked: Path, seeded: Path) -> None:
     assert 4 * values <= manifest.generated[FILE]["size"] < 4 * values + (1 << 16)
     saved = bundle.read(baked).size - manifest.size
     assert abs(saved - 4 * values) < 8192
-    with pytest.raises(BundleError, match=r"model\.onnx_data_1 isn't drawn yet; `vera-edge install`"):
+    with pytest.raises(BundleError, match=r"model\.onnx_data_1 isn't made yet; `vera-edge install`"):
         bundle.verify(seeded, complete=True)
 
 
@@ -143,7 +143,7 @@ def test_a_lost_file_is_drawn_again_and_a_damaged_one_is_found(seeded: Path, tmp
     assert install(seeded, tmp_path / "device").changed
     folder = current(tmp_path / "device")
     assert folder is not None and folder != first and (folder / FILE).read_bytes() == whole
-    with pytest.raises(BundleError, match="isn't drawn yet"):
+    with pytest.raises(BundleError, match="isn't made yet"):
         rollback(tmp_path / "device")
 
 
@@ -249,7 +249,7 @@ def test_the_command_line_says_what_is_missing_and_where_it_comes_from(
     out, device = tmp_path / "out", tmp_path / "device"
     words = ["--mode", "branch", "--weights", "int8", "--projections", "seed"]
     assert cli("export", tiny_llama.nf4, tiny_adapter, "-o", out, *words).exit_code == 0
-    assert "drawn from the seed by `vera-edge install`" in cli("verify", out).stdout
+    assert "made by `vera-edge install`" in cli("verify", out).stdout
     assert cli("install", out, device).exit_code == 0
     shown = cli("verify", device / "current").stdout
     assert "sound" in shown and "drawn" not in shown

@@ -45,10 +45,16 @@ STORED = ("fp32", "fp16", "int8", "int4")
 )
 @click.option(
     "--weights",
+    "--ship",
     type=click.Choice(WEIGHTS),
     default="fp32",
     show_default=True,
     help="How the linear layers are stored; same: as the base stores them.",
+)
+@click.option(
+    "--run",
+    type=click.Choice(["int8"]),
+    help="What `vera-edge install` expands the weights to on the device: --ship nf4 --run int8.",
 )
 @more_adapters_option
 @weight_option
@@ -87,6 +93,7 @@ def export(
     weights: str,
     more: list[tuple[Path, float]],
     weight: float,
+    run: str | None,
     block: int | None,
     symmetric: bool | None,
     accuracy_level: str | None,
@@ -108,6 +115,7 @@ def export(
         "head": head,
         "projections": projections_dtype,
         "origin": origin,
+        "run": run,
         "block": None if block is None else str(block),
         "symmetric": None if symmetric is None else str(symmetric).lower(),
         "accuracy_level": accuracy_level,

@@ -26,7 +26,7 @@ def verify(bundle: Path, fast: bool, as_json: bool, quiet: bool) -> None:
         return
     adapters = ", ".join(manifest.adapters) or "none"
     files = [name for name in manifest.generated if not manifest.path(name).is_file()]
-    absent = f"{', '.join(files)}: drawn from the seed by `vera-edge install`\n" if files else ""
+    absent = f"{', '.join(files)}: made by `vera-edge install`\n" if files else ""
     out().print(
         f"{bundle}: sound\n"
         f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB; {manifest.kind}, {manifest.mode}, "

@@ -194,9 +194,9 @@ def _stage(
                 _copy(path, stage / name, progress)
         _copy_seals(manifest.folder, stage)
         if manifest.generated:
-            from vera_edge.device import projections
+            from vera_edge.device import generated
 
-            projections.write(manifest, stage, progress)
+            generated.write(manifest, stage, progress)
         if bundle.verify(stage, progress=progress, complete=True).digest != manifest.digest:
             raise BundleError(f"{manifest.folder} changed while it was installed; install it again")
         if accept is not None:

@@ -8,7 +8,7 @@ import onnxruntime
 
 from vera_edge import bundle
 from vera_edge.bundle import Manifest
-from vera_edge.device import adapters, facts, projections
+from vera_edge.device import adapters, facts, generated
 from vera_edge.device.adapters import Vectors
 from vera_edge.device.graph import Graph
 from vera_edge.errors import BundleError, MismatchError
@@ -74,7 +74,7 @@ class Opened:
 def open_graph(
     folder: Path, kind: str, threads: int | None = None, deep: bool = True
 ) -> tuple[Manifest, Graph]:
-    """Verify a bundle of this `kind` and open its graph. Projections it doesn't bring are drawn in memory.
+    """Verify a bundle of this `kind` and open its graph. What it leaves to be generated is made in memory.
 
     deep: read every byte first, as `vera-edge verify` does, and not only of files up to 64 MiB. Raises
     BundleError when the bundle is damaged, foreign, of another kind, or needs a newer runtime or more memory.
@@ -88,7 +88,7 @@ def open_graph(
         raise BundleError(f"{folder} holds {hint}")
     _check_runtime(manifest)
     _check_memory(manifest)
-    return manifest, Graph(manifest.path(manifest.model), threads, projections.in_memory(manifest))
+    return manifest, Graph(manifest.path(manifest.model), threads, generated.in_memory(manifest))
 
 
 def _check_memory(manifest: Manifest) -> None:

@@ -61,7 +61,7 @@ def draw(manifest: Manifest) -> Projections:
 
 def in_memory(manifest: Manifest) -> dict[str, Array]:
     """By initializer of the graph, what the generated files that aren't there would hold; often nothing."""
-    absent = [name for name in manifest.generated if not manifest.path(name).is_file()]
+    absent = [name for name in _files(manifest) if not manifest.path(name).is_file()]
     if not absent:
         return {}
     drawn = draw(manifest)
@@ -74,14 +74,15 @@ def in_memory(manifest: Manifest) -> dict[str, Array]:
 
 
 def write(manifest: Manifest, folder: Path, progress: Progress = silent) -> None:
-    """Draw every generated file of `manifest` into `folder`, each whole or not at all.
+    """Draw every file of projections that `manifest` lists into `folder`, each whole or not at all.
 
     Whether it is what the manifest lists is for `bundle.verify` to say. Raises BundleError when the
     manifest's layout or spec isn't sound, OutputError when the disk refuses.
     """
-    drawn = draw(manifest) if manifest.generated else None
-    for done, name in enumerate(manifest.generated):
-        progress("drawing the projections", done, len(manifest.generated))
+    files = _files(manifest)
+    drawn = draw(manifest) if files else None
+    for done, name in enumerate(files):
+        progress("drawing the projections", done, len(files))
         assert drawn is not None
         dtype, tensors = _layout(manifest, name)
         size = manifest.drawn[name].size
@@ -93,6 +94,10 @@ def write(manifest: Manifest, folder: Path, progress: Progress = silent) -> None
                 stream.seek(rows.offset)
                 stream.write(data)
             stream.truncate(size)
+
+
+def _files(manifest: Manifest) -> list[str]:
+    return [name for name in manifest.generated if name not in manifest.expanded]
 
 
 def _cut(drawn: Projections, rows: Rows, dtype: str, manifest: Manifest) -> Array:
