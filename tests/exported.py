@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,17 @@ def logits(folder: Path, ids: Int64, adapter: Path | None = None) -> Float32:
     import onnxruntime
 
     running = session(folder)
+    options = onnxruntime.RunOptions()
+    if adapter is not None:
+        vectors = onnxruntime.LoraAdapter()
+        vectors.Load(str(adapter))
+        options.add_active_adapter(vectors)
+    found: Float32 = running.run(["logits"], decoder_feeds(running, ids), options)[0][0]
+    return found
+
+
+def decoder_feeds(running: Any, ids: Int64) -> dict[str, npt.NDArray[Any]]:
+    """The inputs of a decoder's session for one sequence, with an empty cache."""
     feeds: dict[str, npt.NDArray[Any]] = {}
     for value in running.get_inputs():
         if value.name == "input_ids":
@@ -43,13 +55,7 @@ def logits(folder: Path, ids: Int64, adapter: Path | None = None) -> Float32:
             feeds[value.name] = np.ones((1, ids.size), np.int64)
         else:
             feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-    options = onnxruntime.RunOptions()
-    if adapter is not None:
-        vectors = onnxruntime.LoraAdapter()
-        vectors.Load(str(adapter))
-        options.add_active_adapter(vectors)
-    found: Float32 = running.run(["logits"], feeds, options)[0][0]
-    return found
+    return feeds
 
 
 def peft_logits(base: Path, adapter: Path, ids: Int64, active: bool = True) -> Float32:
@@ -107,3 +113,65 @@ def data(folder: Path, name: str) -> npt.NDArray[np.uint8]:
     with (folder / "onnx" / "model.onnx_data").open("rb") as stream:
         stream.seek(offset)
         return np.frombuffer(stream.read(length), np.uint8)
+
+
+def check(folder: Path, feeds: Mapping[str, npt.NDArray[Any]]) -> int:
+    """Run ONNX's checker with strict shape inference; then run the graph and hold every declared shape to it.
+
+    onnx knows no SimplifiedLayerNormalization, which ONNX Runtime keeps in ONNX's own domain: its schema is
+    registered first. Of contrib operators it knows nothing, hence the run. Returns the number of values held.
+    """
+    import onnx
+    import onnxruntime
+
+    _register_layer_norm()
+    path = folder / "onnx" / "model.onnx"
+    onnx.checker.check_model(path, full_check=True)
+    model = onnx.load(path, load_external_data=False)
+    inner = list(model.graph.value_info)
+    model.graph.output.extend(inner)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    running = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    symbols: dict[str, int] = {}
+    arrays = running.run([value.name for value in inner], dict(feeds))
+    for value, array in zip(inner, arrays, strict=True):
+        shape = value.type.tensor_type.shape.dim
+        assert len(shape) == array.ndim, value.name
+        for dimension, size in zip(shape, array.shape, strict=True):
+            if dimension.dim_param:
+                assert symbols.setdefault(dimension.dim_param, size) == size, (value.name, array.shape)
+            elif dimension.HasField("dim_value"):
+                assert dimension.dim_value == size, (value.name, array.shape)
+    return len(inner)
+
+
+def _register_layer_norm() -> None:
+    from onnx import defs
+
+    name = "SimplifiedLayerNormalization"
+    if defs.has(name):
+        return
+    schema, text = defs.OpSchema, "X over its root mean square, times scale"
+    kinds = schema.AttrType
+    attributes = {"axis": kinds.INT, "epsilon": kinds.FLOAT, "stash_type": kinds.INT}
+    made = schema(
+        name,
+        "",
+        1,
+        text,
+        inputs=[schema.FormalParameter("X", "T"), schema.FormalParameter("scale", "T")],
+        outputs=[schema.FormalParameter("Y", "T")],
+        type_constraints=[("T", ["tensor(float)"], "")],
+        attributes=[schema.Attribute(key, kind, "", required=False) for key, kind in attributes.items()],
+    )
+
+    def infer(context: Any) -> None:
+        context.set_output_type(0, context.get_input_type(0))
+
+    made.set_type_and_shape_inference_function(infer)
+    defs.register_schema(made)

@@ -21,8 +21,12 @@ _ORIGINS = ("_name_or_path", "_model_name_or_path")
 def fix_shapes(model: ir.Model, graph: Path) -> None:
     """Give keys and values the head size as their last axis, where the builder leaves a symbol.
 
-    Transformers.js makes the empty cache from these shapes and takes a symbol for 0.
+    Transformers.js makes the empty cache from these shapes and takes a symbol for 0. And let constants have
+    the shapes of their values: the builder calls some of them scalars that are vectors of one.
     """
+    for node in model.graph:
+        if node.op_type == "Constant" and "value" in node.attributes:
+            node.outputs[0].shape = ir.Shape(node.attributes["value"].as_tensor().shape.numpy())
     size = _read(graph)["model"]["decoder"]["head_size"]
     for value in [*model.graph.inputs, *model.graph.outputs]:
         name, shape = value.name or "", value.shape

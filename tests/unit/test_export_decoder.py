@@ -244,6 +244,15 @@ def test_the_folder_is_laid_out_as_runtimes_expect(make: Make) -> None:
     assert manifest.adapters["default"]["file"] == "adapters/default.onnx_adapter"
 
 
+@pytest.mark.parametrize(
+    ("mode", "weights"), [("merged", "fp32"), ("merged", "int4"), ("branch", "int8"), ("branch", "fp32")]
+)
+def test_the_graph_is_sound(mode: str, weights: str, make: Make) -> None:
+    out = make(mode, weights)
+    feeds = exported.decoder_feeds(exported.session(out), exported.tokens())
+    assert exported.check(out, feeds) > 20
+
+
 def test_genai_generates_and_swaps(make: Make, tiny_llama: tiny.TinyLlama, float_adapter: Path) -> None:
     import onnxruntime_genai as og
 

@@ -190,7 +190,7 @@ def test_names_and_axes_are_what_consumers_expect(
 )
 def test_the_graph_is_sound_and_the_manifest_true(name: str, mode: str, weights: str, make: Make) -> None:
     case = make(name, mode, weights)
-    onnx.checker.check_model(case.out / "onnx" / "model.onnx", full_check=True)
+    assert exported.check(case.out, case.feeds(3, 5)) > 20
     manifest = bundle.verify(case.out, deep=True)
     assert (manifest.kind, manifest.mode, manifest.weights) == ("encoder", mode, weights)
     names = {
