@@ -26,7 +26,7 @@ from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
-SHIPPED = "onnx/model.4bit.safetensors"
+SHIPPED = "model.4bit.safetensors"
 _OPTIONS = ("head", "projections", weights.ACCURACY, weights.RUN, seed.OPTION)
 
 

@@ -20,7 +20,7 @@ from vera_edge.device.install import install
 from vera_edge.device.session import Session
 from vera_edge.errors import BundleError, PlanError, VeraEdgeError
 
-SOURCE, FILE = "onnx/model.4bit.safetensors", "onnx/model.onnx_data_1"
+SOURCE, FILE = "model.4bit.safetensors", "onnx/model.onnx_data_1"
 
 
 @pytest.fixture(scope="module")

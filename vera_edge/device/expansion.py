@@ -3,7 +3,7 @@
 The manifest's `generated` names the safetensors file they are shipped in (bitsandbytes' own layout) and, by
 weight of the graph, which rows of which modules it is stacked of and where its codes and scales begin:
 
-    {"onnx/model.onnx_data_1": {"size": 127401984, "sha256": "...", "source": "onnx/model.4bit.safetensors",
+    {"onnx/model.onnx_data_1": {"size": 127401984, "sha256": "...", "source": "model.4bit.safetensors",
         "block": 32, "weights": {"model.layers.0.mlp.gate_proj.weight": {"codes": 0,
             "scales": 884736, "rows": [["model.layers.0.mlp.gate_proj", 0, 1536]]}, ...}}}
 
