@@ -69,7 +69,9 @@ def test_packed_codes_lie_low_bits_first(bits: int, codes: npt.NDArray[np.uint8]
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("width", "block"), [(128, 32), (80, 32), (96, 16), (40, 64), (256, 128), (300, 256)])
+@pytest.mark.parametrize(
+    ("width", "block"), [(128, 32), (80, 32), (96, 16), (40, 64), (256, 128), (300, 256)]
+)
 def test_blocks_multiply_as_they_dequantize(
     bits: int, symmetric: bool, width: int, block: int, tmp_path: Path
 ) -> None:
