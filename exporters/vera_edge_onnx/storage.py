@@ -104,5 +104,8 @@ def _append(stream: BinaryIO, value: ir.Value) -> int:
     alignment = _GRANULE if size >= _LARGE else _PAGE if size >= _PAGE else _SMALL_ALIGNMENT
     stream.write(bytes(-stream.tell() % alignment))
     start = stream.tell()
-    stream.write(tensor.tobytes())
+    if isinstance(tensor, ir.Tensor | ir.ExternalTensor):
+        tensor.tofile(stream)  # without a copy in memory
+    else:
+        stream.write(tensor.tobytes())
     return start

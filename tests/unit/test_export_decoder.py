@@ -327,8 +327,8 @@ FAMILIES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_families(family: str, tmp_path: Path) -> None:
+def family_base(family: str, folder: Path) -> tuple[Path, Path]:
+    """A tiny random model of a family, and a VeRA adapter for it, both in `folder`."""
     import torch
     import transformers
 
@@ -352,8 +352,13 @@ def test_families(family: str, tmp_path: Path) -> None:
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
-    base, ids = tiny.save(model, tmp_path / "base"), exported.tokens()
-    adapter = tiny.make_adapter(base, tmp_path / "adapter", targets=targets)
+    base = tiny.save(model, folder / "base")
+    return base, tiny.make_adapter(base, folder / "adapter", targets=targets)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, tmp_path: Path) -> None:
+    (base, adapter), ids = family_base(family, tmp_path), exported.tokens()
     result = target.export(base, [(adapter, 1.0)], tmp_path / "out", mode="branch")
     found = exported.logits(result.folder, ids, result.adapters["default"])
     truth = exported.peft_logits(base, adapter, ids)
