@@ -240,7 +240,7 @@ def make(size: Size, rank: int, folder: Path, sources: list[str]) -> None:
     from vera_edge import merge
 
     dense, adapter = folder / "bf16", folder / "adapter"
-    if not dense.exists():
+    if not all((folder / source).exists() for source in sources) and not dense.exists():
         make_base(size, folder / "making")
         (folder / "making").rename(dense)
     if not adapter.exists():
