@@ -122,7 +122,7 @@ def check_made_for(
     digest = plan.options.get("base_digest")
     shapes = {step.module: (step.source, step.shape) for step in plan.steps}
     own = {module: (linear.format, linear.shape) for module, linear in checkpoint.linears.items()}
-    if plan.base != checkpoint.layout_digest or shapes != own or digest not in (None, checkpoint.digest):
+    if plan.base != checkpoint.layout_digest or shapes != own or not _holds(checkpoint, digest):
         raise MismatchError(f"the plan was made for another base than {checkpoint.path}; plan again")
     if plan.adapters != tuple((adapter.digest, float(weight)) for adapter, weight in adapters):
         raise MismatchError("the plan was made for other adapters or weights; plan again")
@@ -131,6 +131,11 @@ def check_made_for(
     for step in plan.steps:
         if step.result in ("nf4", "fp4") and not step.copies:
             formats.get(step.result).options(step.options)
+
+
+def _holds(checkpoint: Checkpoint, digest: object) -> bool:
+    """Whether the base is the one of that digest, where a plan names one: telling reads the whole base."""
+    return digest is None or digest == checkpoint.digest
 
 
 def make(
