@@ -10,7 +10,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from vera_edge import adapter as adapters
-from vera_edge import formats, merge
+from vera_edge import formats, merge, tensors
 from vera_edge import plan as plans
 from vera_edge.adapter import Adapter, Vectors
 from vera_edge.checkpoint import Checkpoint
@@ -416,6 +416,26 @@ def test_the_merged_forward_is_the_branch_forward(
         branch += weight * pair.lambda_b[:, None] * (projections.b[:out] @ inner)
     merged = merge.merged_weight(checkpoint, module, pairs, projections) @ x
     assert np.abs(merged - branch).max() <= 1e-5 * max(1.0, np.abs(branch).max())
+
+
+@pytest.mark.parametrize("to", ["same", "bf16"])
+def test_the_base_is_read_once(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    """Its digest is of the very bytes that were merged."""
+    read: dict[str, int] = {}
+
+    def counted(stream: BinaryIO, nbytes: int, info: tensors.TensorInfo) -> tensors.Bytes:
+        read[info.name] = read.get(info.name, 0) + nbytes
+        return once(stream, nbytes, info)
+
+    ready = merge.prepare(tiny_llama.bf16, [(tiny_adapter, 1.0)], to, projection_dtype="float32")
+    once = tensors._read
+    monkeypatch.setattr(tensors, "_read", counted)
+    report = merge.perform(ready, tmp_path / "out")
+    assert report.warning is None, "a warning tries some layers again"
+    assert read == {name: info.nbytes for name, info in ready.checkpoint.tensors.items()}
+    assert report.base_digest == Checkpoint.open(tiny_llama.bf16).digest
 
 
 def test_no_more_than_one_tensor_is_in_memory(tmp_path: Path) -> None:

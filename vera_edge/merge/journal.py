@@ -1,4 +1,4 @@
-"""What a merge has finished so far, on disk: a line for each unit, appended and flushed as it ends.
+"""What a merge has finished so far, on disk: a line for each unit, appended as it ends.
 
 A line is taken only when it's whole: it begins with a digest of the rest. The first one says what the merge
 is, so that no other merge goes on from here.
@@ -7,7 +7,6 @@ is, so that no other merge goes on from here.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,8 +79,9 @@ class Journal:
 
     def _append(self, value: Mapping[str, Any]) -> None:
         self._stream.write(line(value))
+        # Not forced to the disk: whoever goes on from here looks up what each line says, and a lost line is
+        # work done again.
         self._stream.flush()
-        os.fsync(self._stream.fileno())
 
     def _read(self) -> int:
         """Fill `done`; returns how many bytes of the file are sound and of this merge."""

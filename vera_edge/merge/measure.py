@@ -23,7 +23,7 @@ MIN_RETAINED = 0.5
 
 # Formats pack outputs in eights or 32s, and FP8 scales blocks of 128 rows.
 ROWS = 128
-_MEASURED = 1 << 21  # values of a layer, about, beyond which a part is measured
+_MEASURED = 1 << 20  # values of a layer, about, beyond which a part is measured
 
 
 @dataclass(frozen=True)
