@@ -1,12 +1,14 @@
 """Signatures on bundles: sigstore's `model-signing`, kept in `model.sig` inside the folder it signs.
 
-The signature covers the name and SHA-256 of every other file, the manifest included. Key pairs (EC P-256,
-P-384, P-521, in PEM) work offline; a folder of trusted public keys is the policy. The `release` extra brings
-the library, which is imported only here and only when a signature is made or checked.
+The signature covers the name and SHA-256 of every other file, the manifest included. Keys (EC P-256, P-384,
+P-521) and certificates, in PEM, work offline; a folder of those that are trusted is the policy. Keyless
+signatures, by the identity that a CI system vouches for, need the network on both sides. The `release` extra
+brings the library, which is imported only here and only when a signature is made or checked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,40 +18,104 @@ from vera_edge.bundle import SIGNATURE
 from vera_edge.errors import BundleError
 from vera_edge.files import sha256_file
 
+_CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
+
+
+@dataclass(frozen=True)
+class Signer:
+    """What bundles are signed with. key: an EC private key (PEM), None for the identity of this CI job.
+
+    certificate: the key's certificate (PEM), for those who trust its issuer rather than the key. chain: the
+    certificates between the two.
+    """
+
+    key: Path | None
+    certificate: Path | None = None
+    chain: tuple[Path, ...] = ()
+
 
 @dataclass(frozen=True)
 class Trust:
-    """Which signatures are accepted. `keys`: a public key (PEM) or a folder of them, all trusted."""
+    """Which signatures are accepted.
+
+    keys: a public key or an issuer's certificate (PEM), or a folder of them, all trusted. identity: who may
+    have signed without a key, and the OpenID Connect issuer (a URL) that vouched for them.
+    """
 
     keys: Path | None = None
     required: bool = False
+    identity: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A signature that was checked: the trusted key that made it and the SHA-256 of that key's file."""
+    """A signature that was checked: who made it, in words, and the SHA-256 of the trusted file, if any."""
 
-    key: Path
-    key_sha256: str
+    by: str
+    key_sha256: str | None = None
 
 
-def sign(folder: Path, private_key: Path, password: str | None = None) -> Path:
-    """Sign every file of `folder` with an EC private key (PEM); returns the signature's path.
+def sign(folder: Path, signer: Signer) -> Path:
+    """Sign every file of `folder`; returns the signature's path.
 
-    Raises BundleError when the key can't be used. An older signature is replaced.
+    Raises BundleError when the key can't be used, or there is no identity to sign by. An older signature is
+    replaced.
     """
-    from model_signing import hashing, signing
+    from model_signing import hashing
 
     path = (folder / SIGNATURE).absolute()
-    try:
-        config = signing.Config().use_elliptic_key_signer(private_key=private_key, password=password)
-    except (OSError, ValueError, TypeError) as cause:
-        raise BundleError(f"the signing key {private_key} can't be used: {_one_line(cause)}") from None
+    config = _configured(signer)
     path.unlink(missing_ok=True)
     left_out = [path, *(folder.absolute() / name for name in _generated(folder))]
     ignored = hashing.Config().set_ignored_paths(paths=left_out, ignore_git_paths=False)
-    config.set_hashing_config(ignored).sign(folder.absolute(), path)
+    config.set_hashing_config(ignored)
+    if signer.key is not None:
+        config.sign(folder.absolute(), path)
+        return path
+    try:
+        config.sign(folder.absolute(), path)
+    except Exception as cause:  # of the network, of the services, of what they answer
+        raise BundleError(f"{folder} can't be signed by this identity: {_one_line(cause)}") from None
     return path
+
+
+def _configured(signer: Signer) -> Any:
+    from model_signing import signing
+
+    config = signing.Config()
+    try:
+        if signer.key is None:
+            return config.use_sigstore_signer(identity_token=_ambient_token())
+        if signer.certificate is None:
+            return config.use_elliptic_key_signer(private_key=signer.key)
+        return config.use_certificate_signer(
+            private_key=signer.key,
+            signing_certificate=signer.certificate,
+            # The library doesn't take an empty chain; the certificate itself adds nothing to it.
+            certificate_chain=signer.chain or (signer.certificate,),
+        )
+    except BundleError:
+        raise
+    except (OSError, ValueError, TypeError) as cause:
+        raise BundleError(f"the signing key {signer.key} can't be used: {_one_line(cause)}") from None
+    except Exception as cause:  # sigstore's own errors, which share no base with anything
+        raise BundleError(f"keyless signing needs the network: {_one_line(cause)}") from None
+
+
+def _ambient_token() -> str:
+    """The token by which a CI system says who runs here."""
+    from sigstore.oidc import detect_credential
+
+    try:
+        token = detect_credential()
+    except Exception as cause:  # the CI is there and refuses
+        raise BundleError(f"this CI job may not ask for its identity: {_one_line(cause)}") from None
+    if token is None:
+        raise BundleError(
+            "nothing here says who signs; keyless signing works in a CI job with an identity "
+            "(GitHub: permissions id-token: write), elsewhere give a key"
+        )
+    return str(token)
 
 
 def check(folder: Path, trust: Trust) -> Signature | None:
@@ -63,31 +129,48 @@ def check(folder: Path, trust: Trust) -> Signature | None:
         if trust.required:
             raise BundleError(f"{folder} isn't signed, and a signature is required; sign it or take another")
         return None
-    if trust.keys is None:
+    if trust.keys is None and trust.identity is None:
         if trust.required:
             raise BundleError("a signature is required but no trusted key was given; pass --trusted-keys")
         return None
-    keys = _trusted_keys(trust.keys)
     faults = []
-    for key in keys:
-        fault = _fault(folder.absolute(), path.absolute(), key)
+    for found, verifier in _verifiers(trust):
+        fault = _fault(folder.absolute(), path.absolute(), verifier)
         if fault is None:
-            return Signature(key, sha256_file(key))
+            return found
         faults.append(fault)
     changed = next((fault for fault in faults if fault.startswith("Signature mismatch")), None)
     if changed:
         raise BundleError(f"{folder} isn't what was signed ({changed[:200]}); copy or download it again")
+    if trust.keys is None:
+        raise BundleError(f"{path} can't be held to {' of '.join(trust.identity or ())}: {faults[0][:200]}")
     raise BundleError(
-        f"{path} was made by none of the {len(keys)} trusted keys in {trust.keys}; don't use it"
+        f"{path} was made by none of the {len(faults)} trusted keys in {trust.keys}; don't use it"
     )
 
 
-def _fault(folder: Path, signature: Path, key: Path) -> str | None:
-    """Why `key` doesn't vouch for `folder`, or None when it does."""
+def _verifiers(trust: Trust) -> Iterator[tuple[Signature, Any]]:
+    """For each that is trusted: the signature that it would be, and a call that configures a verification."""
+    for path in _trusted_files(trust.keys) if trust.keys is not None else ():
+        found = Signature(path.name, sha256_file(path))
+        if _CERTIFICATE in path.read_bytes():
+            yield found, lambda config, path=path: config.use_certificate_verifier(certificate_chain=[path])
+        else:
+            yield found, lambda config, path=path: config.use_elliptic_key_verifier(public_key=path)
+    if trust.identity is not None:
+        who, issuer = trust.identity
+        yield (
+            Signature(f"{who} of {issuer}"),
+            lambda config: config.use_sigstore_verifier(identity=who, oidc_issuer=issuer),
+        )
+
+
+def _fault(folder: Path, signature: Path, verifier: Any) -> str | None:
+    """Why `verifier` doesn't vouch for `folder`, or None when it does."""
     from model_signing import verifying
 
     try:
-        config: Any = verifying.Config().use_elliptic_key_verifier(public_key=key)
+        config: Any = verifier(verifying.Config())
         # A signed bundle may have its projections drawn since; `bundle.verify` holds them to the manifest.
         config.set_ignore_unsigned_files(bool(_generated(folder))).verify(folder, signature)
     except Exception as cause:  # a hostile signature file may raise anything from the parsers below
@@ -103,7 +186,7 @@ def _generated(folder: Path) -> tuple[str, ...]:
         return ()
 
 
-def _trusted_keys(keys: Path) -> list[Path]:
+def _trusted_files(keys: Path) -> list[Path]:
     found = sorted(keys.glob("*.pem")) + sorted(keys.glob("*.pub")) if keys.is_dir() else [keys]
     if not found or not all(key.is_file() for key in found):
         raise BundleError(f"{keys} holds no trusted public key (*.pem); put the publisher's key there")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import datetime
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.conftest import Cli
 from vera_edge import bundle, signing
 from vera_edge.errors import BundleError
 from vera_edge.files import sha256_bytes
-from vera_edge.signing import Trust
+from vera_edge.signing import Signer, Trust
 
 
 def make_key(folder: Path, name: str) -> tuple[Path, Path]:
@@ -26,6 +29,45 @@ def make_key(folder: Path, name: str) -> tuple[Path, Path]:
     )
     public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
     return private, public
+
+
+def _usage(authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def make_certificates(folder: Path, name: str) -> tuple[Path, Path, Path]:
+    """A key, its certificate, which has long expired, and the certificate of that one's issuer."""
+    private, _ = make_key(folder, name)
+    issuer = ec.generate_private_key(ec.SECP256R1())
+    own: Any = serialization.load_pem_private_key(private.read_bytes(), None)
+    made = []
+    for who, key, authority in ((f"{name} root", issuer, True), (name, own, False)):
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, who)]))
+            .issuer_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"{name} root")]))
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(datetime.datetime(2020, 1, 1))
+            .not_valid_after(datetime.datetime(2021, 1, 1))
+            .add_extension(x509.BasicConstraints(authority, None), critical=True)
+            .add_extension(_usage(authority), critical=True)
+            .sign(issuer, hashes.SHA256())
+        )
+        path = folder / f"{who.replace(' ', '-')}.crt.pem"
+        path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        made.append(path)
+    return private, made[1], made[0]
 
 
 @pytest.fixture
@@ -41,13 +83,13 @@ def signed(tmp_path: Path, keys: tuple[Path, Path]) -> Path:
     (folder / "onnx" / "model.onnx").write_bytes(b"graph")
     facts = bundle.Facts(kind="decoder", mode="merged", weights="int8", base={"digest": "0" * 64})
     bundle.write(folder, facts)
-    signing.sign(folder, keys[0])
+    signing.sign(folder, Signer(keys[0]))
     return folder
 
 
 def test_a_trusted_signature_passes_and_the_bundle_stays_sound(signed: Path, keys: tuple[Path, Path]) -> None:
     found = signing.check(signed, Trust(keys[1].parent, required=True))
-    assert found is not None and found.key == keys[1]
+    assert found is not None and found.by == keys[1].name
     bundle.verify(signed)
 
 
@@ -86,11 +128,11 @@ def test_a_file_that_is_drawn_after_signing_keeps_the_signature(
         bundle.read(signed), generated={"onnx/drawn": entry}, projection={"digest": "0" * 64}
     )
     bundle.write(signed, facts)
-    signing.sign(signed, keys[0])
+    signing.sign(signed, Signer(keys[0]))
     (signed / "onnx" / "drawn").write_bytes(b"drawn")
     assert signing.check(signed, Trust(keys[1], required=True)) is not None
     bundle.verify(signed)
-    signing.sign(signed, keys[0])
+    signing.sign(signed, Signer(keys[0]))
     (signed / "onnx" / "drawn").unlink()
     assert signing.check(signed, Trust(keys[1], required=True)) is not None
     (signed / "extra").touch()
@@ -120,9 +162,62 @@ def test_no_signature_is_refused_only_when_one_is_required(signed: Path, keys: t
         signing.check(signed, Trust(keys[1], required=True))
 
 
+def test_a_certificate_is_trusted_by_its_issuer(
+    signed: Path, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The issuer is one of a folder of trusted files, keys and certificates; no clock has a say."""
+    key, certificate, root = make_certificates(tmp_path, "team")
+    signing.sign(signed, Signer(key, certificate))
+    with pytest.raises(BundleError, match="none of the 1 trusted keys"):
+        signing.check(signed, Trust(keys[1].parent, required=True))
+    shutil.copy(root, keys[1].parent)
+    found = signing.check(signed, Trust(keys[1].parent, required=True))
+    assert found is not None and found.by == root.name
+    _, _, stranger = make_certificates(tmp_path, "stranger")
+    with pytest.raises(BundleError, match="none of the 1 trusted keys"):
+        signing.check(signed, Trust(stranger, required=True))
+    (signed / "onnx" / "model.onnx").write_bytes(b"graqh")
+    with pytest.raises(BundleError, match="isn't what was signed"):
+        signing.check(signed, Trust(root, required=True))
+
+
+def test_a_certificate_of_another_key_is_refused(
+    signed: Path, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, certificate, _ = make_certificates(tmp_path, "team")
+    with pytest.raises(BundleError, match="can't be used"):
+        signing.sign(signed, Signer(keys[0], certificate))
+
+
+def test_keyless_signing_needs_somebody_who_says_who_signs(
+    signed: Path, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "GITHUB_ACTIONS", "BUILDKITE", "GITLAB_CI"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(BundleError, match="nothing here says who signs"):
+        signing.sign(signed, Signer(None))
+    assert signing.check(signed, Trust(keys[1], required=True)) is not None
+
+
+def test_a_signature_by_key_is_none_of_an_identity(signed: Path) -> None:
+    identity = ("release@example.com", "https://issuer.example.com")
+    with pytest.raises(BundleError, match=r"can't be held to release@example.com of https://issuer"):
+        signing.check(signed, Trust(required=True, identity=identity))
+
+
+def test_the_command_signs(signed: Path, keys: tuple[Path, Path], cli: Cli) -> None:
+    (signed / bundle.SIGNATURE).unlink()
+    assert cli("sign", signed, "--key", keys[0]).exit_code == 0
+    assert signing.check(signed, Trust(keys[1], required=True)) is not None
+    (signed / "onnx" / "model.onnx").write_bytes(b"graqh")
+    result = cli("sign", signed, "--key", keys[0])
+    assert result.exit_code == 2 and "is damaged" in result.stderr
+    assert "give --key" in cli("sign", signed).stderr
+
+
 def test_a_key_that_is_none_leaves_the_old_signature(signed: Path, keys: tuple[Path, Path]) -> None:
     with pytest.raises(BundleError, match="can't be used"):
-        signing.sign(signed, keys[1])
+        signing.sign(signed, Signer(keys[1]))
     assert signing.check(signed, Trust(keys[1], required=True)) is not None
 
 

@@ -18,21 +18,35 @@ def checks_signature(folder: str) -> Callable[[Callable[..., None]], Callable[..
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
-        def checked(*, trusted_keys: Path | None, require_signature: bool, **words: Any) -> None:
-            signature = signing.check(words[folder], signing.Trust(trusted_keys, require_signature))
+        def checked(
+            *,
+            trusted_keys: Path | None,
+            trusted_identity: tuple[str, str] | None,
+            require_signature: bool,
+            **words: Any,
+        ) -> None:
+            trust = signing.Trust(trusted_keys, require_signature, trusted_identity)
+            signature = signing.check(words[folder], trust)
             if signature is not None:
-                err().print(f"signed by {signature.key.name}", markup=False)
+                err().print(f"signed by {signature.by}", markup=False)
             command(**words)
 
         keys = click.option(
             "--trusted-keys",
             type=FOLDER,
             envvar="VERA_EDGE_TRUSTED_KEYS",
-            help="A public key (PEM) or a folder of them; the bundle's signature must be one of theirs.",
+            help="A public key or an issuer's certificate (PEM), or a folder of them; the bundle's signature "
+            "must be one of theirs.",
+        )
+        identity = click.option(
+            "--trusted-identity",
+            type=(str, str),
+            metavar="WHO ISSUER",
+            help="Who may have signed without a key, and the URL of who vouched for it; needs the network.",
         )
         required = click.option(
             "--require-signature", is_flag=True, help="Refuse a bundle that isn't signed by a trusted key."
         )
-        return keys(required(checked))
+        return keys(identity(required(checked)))
 
     return decorate

@@ -17,6 +17,7 @@ from vera_edge.errors import PlanError
 from vera_edge.files import sha256_bytes
 from vera_edge.precision import Request, parse_size
 from vera_edge.projection import Rounding
+from vera_edge.signing import Signer, Trust
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -131,10 +132,24 @@ class LimitsEntry(_Model):
 
 
 class Signing(_Model):
-    """[sign]: the private key (PEM) that bundles are signed with, and its public key for the check after."""
+    """[sign]: the key (PEM) that bundles are signed with, or the identity that a CI job signs by.
 
-    key: str
+    certificate: the key's (PEM). chain: those between it and its issuer's. public_key: that, or the issuer's
+    certificate, to tell an old signature from a good one. identity, issuer: as `--trusted-identity`.
+    """
+
+    key: str | None = None
     public_key: str | None = None
+    certificate: str | None = None
+    chain: tuple[str, ...] = Field(default=(), strict=False)
+    identity: str | None = None
+    issuer: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Signing:
+        if (self.identity is None) != (self.issuer is None) or (self.key is None) == (self.identity is None):
+            raise ValueError("needs a key, or identity and issuer")
+        return self
 
 
 class RecipeFile(_Model):
@@ -160,6 +175,28 @@ class Recipe(BaseModel):
     def path(self, relative: str) -> Path:
         """A path of the recipe, absolute."""
         return (self.folder / Path(relative).expanduser()).absolute()
+
+    @property
+    def signer(self) -> Signer | None:
+        """What [sign] says to sign with."""
+        asked = self.file.sign
+        if asked is None:
+            return None
+        key, certificate = (
+            None if name is None else self.path(name) for name in (asked.key, asked.certificate)
+        )
+        return Signer(key, certificate, tuple(self.path(name) for name in asked.chain))
+
+    @property
+    def trust(self) -> Trust:
+        """Which signatures are those that [sign] asks for; any, where it doesn't say how to tell."""
+        asked = self.file.sign
+        if asked is None:
+            return Trust()
+        if asked.identity is not None and asked.issuer is not None:
+            return Trust(required=True, identity=(asked.identity, asked.issuer))
+        keys = None if asked.public_key is None else self.path(asked.public_key)
+        return Trust(keys, required=keys is not None)
 
     def base(self, identifier: str) -> Base:
         """The [[base]] called `identifier`."""

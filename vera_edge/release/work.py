@@ -124,25 +124,23 @@ class _Work:
     def _publish(self, parts: Parts) -> Manifest:
         with staged_folder(self.target, force=True) as stage:
             made = compose(self.job, stage, parts, self.store)
-            if (sign := self.job.recipe.file.sign) is not None:
-                signing.sign(stage, self.job.recipe.path(sign.key))
+            if (signer := self.job.recipe.signer) is not None:
+                signing.sign(stage, signer)
         return made
 
     def _published(self, key: str, asked: evidence.Question) -> Result | None:
         """The bundle that is published already, when it is this very one, whole and signed as asked."""
         if self.job.fresh is not None:
             return None
-        folder, sign = self.target, self.job.recipe.file.sign
+        folder, recipe = self.target, self.job.recipe
         try:
             statement = read_json(folder / EVIDENCE / PROVENANCE, VeraEdgeError)
             if statement["predicate"]["buildDefinition"]["externalParameters"]["key"] != key:
                 return None
             manifest = bundle.verify(folder, deep=False)
-            if sign is not None:
-                keys = self.job.recipe.path(sign.public_key) if sign.public_key else None
-                if not (folder / bundle.SIGNATURE).is_file():
-                    return None
-                signing.check(folder, signing.Trust(keys, required=keys is not None))
+            if recipe.signer is not None and not (folder / bundle.SIGNATURE).is_file():
+                return None
+            signing.check(folder, recipe.trust)
             measured = evidence.read(folder / EVIDENCE, asked)
         except (VeraEdgeError, KeyError, TypeError):
             return None

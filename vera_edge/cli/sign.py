@@ -1,0 +1,35 @@
+"""`vera-edge sign`: a signature on a bundle that is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from vera_edge import bundle as bundles
+from vera_edge import signing
+from vera_edge.cli.show import FOLDER, out, progress_bar, quiet_option
+
+
+@click.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--key", type=FOLDER, help="EC private key, PEM.")
+@click.option("--certificate", type=FOLDER, help="The key's certificate, PEM.")
+@click.option("--chain", type=FOLDER, multiple=True, help="Certificates between it and the trusted one.")
+@click.option("--keyless", is_flag=True, help="Sign by the identity of this CI job; needs the network.")
+@quiet_option
+def sign(
+    bundle: Path,
+    key: Path | None,
+    certificate: Path | None,
+    chain: tuple[Path, ...],
+    keyless: bool,
+    quiet: bool,
+) -> None:
+    """Sign BUNDLE, once every byte of it is verified; an older signature is replaced."""
+    if (key is None) != keyless:
+        raise click.UsageError("give --key or --keyless, one of them")
+    with progress_bar(quiet) as progress:
+        bundles.verify(bundle, progress=progress)
+    path = signing.sign(bundle, signing.Signer(key, certificate, chain))
+    out().print(f"{path}: signed", markup=False)
