@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -200,6 +202,91 @@ def test_a_signed_release(inputs: Path, store: Path, tmp_path: Path, cli: Cli) -
     before = content(out)
     assert cli("release", path, "-o", out, "--store", store).stderr.count("unchanged") == 2
     assert content(out) == before
+
+
+def test_plans_and_projections_from_the_seed(inputs: Path, store: Path, tmp_path: Path, cli: Cli) -> None:
+    """A plan searched for, the same plan from a file, and a branch whose device draws its projections."""
+    variants = """
+[[variant]]
+id = "searched"
+weights = "plan"
+max_kl = 0.02
+calibration = "t.txt"
+adapters = ["a"]
+[[variant]]
+id = "given"
+weights = "plan"
+plan = "plan.json"
+calibration = "t.txt"
+adapters = ["a"]
+[[variant]]
+id = "seeded"
+mode = "branch"
+weights = "nf4"
+projections = "seed"
+adapters = ["a"]
+"""
+    head, _, tail = RECIPE.partition("[[variant]]")
+    path, out = inputs / "planned.toml", tmp_path / "out"
+    path.write_text(
+        head.replace("[[base]]", "golden = false\n[[base]]") + variants + tail[tail.index("[limits]") :]
+    )
+    made = cli("release", path, "-o", out, "--store", store)
+    assert (
+        made.exit_code == 2
+        and "given" in made.stderr
+        and f"{inputs / 'plan.json'} can't be read" in made.stderr
+    )
+    searched = bundle.read(out / "a" / "searched")
+    assert len({step["result"] for step in (searched.plan or {})["steps"]}) > 1, (
+        "one format for all is no plan"
+    )
+    (inputs / "plan.json").write_text(json.dumps(searched.plan))
+    made = cli("release", path, "-o", out, "--store", store)
+    assert made.exit_code == 0 and made.stderr.count("unchanged") == 2, made.stderr
+    given = bundle.read(out / "a" / "given")
+    assert given.files["onnx/model.onnx_data"] == searched.files["onnx/model.onnx_data"]
+    seeded = bundle.verify(out / "a" / "seeded")
+    assert len(seeded.generated) == 1 and not (seeded.folder / next(iter(seeded.generated))).exists()
+    again = cli("release", "rebuild", out / "a" / "given", "--inputs", inputs)
+    assert again.exit_code == 0, again.stderr
+
+
+def test_a_fresh_run_takes_nothing_from_earlier_ones(
+    inputs: Path, store: Path, released: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """A damaged store is found when a bundle is put together, and --fresh makes it good."""
+    for source, name in ((store, "store"), (released, "out")):
+        shutil.copytree(source, tmp_path / name)
+    words = ("release", inputs / "r.toml", "-o", tmp_path / "out", "--store", tmp_path / "store")
+    graphs = [path for path in (tmp_path / "store").rglob("model.onnx_data") if path.stat().st_size > 99_999]
+    for path in graphs:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    assert cli(*words).stderr.count("unchanged") == 2
+    shutil.rmtree(tmp_path / "out" / "b")
+    result = cli(*words)
+    assert result.exit_code == 2 and "was damaged after it was made; run again with --fresh" in result.stderr
+    result = cli(*words, "--fresh")
+    assert result.exit_code == 0 and result.stderr.count("built") == 2
+    assert content(tmp_path / "out") == content(released)
+    assert cli(*words, "--resume").stderr.count("unchanged") == 2
+
+
+def test_the_model_card_shows_what_was_measured(released: Path) -> None:
+    folder = released / "a" / NAME
+    card = (folder / "README.md").read_text()
+    drift = json.loads((folder / "evidence" / "drift.json").read_bytes())
+    assert (
+        f"| mean KL from the model as trained | {drift['fidelity']['kl']['mean']['value']:.3g} nats |" in card
+    )
+    for name in re.findall(r"\]\((evidence/[^)]+)\)", card):
+        plot = ElementTree.parse(folder / name).getroot()
+        assert plot.tag == "{http://www.w3.org/2000/svg}svg"
+        classes = {mark.get("class") for mark in plot.iter()}
+        assert any("fidelity" in (one or "") for one in classes) and "line effect" in classes
+    assert card.count("](evidence/") == 2
 
 
 def test_a_dry_run_touches_nothing(inputs: Path, tmp_path: Path, cli: Cli) -> None:

@@ -120,9 +120,14 @@ class Store:
         Identity is device, inode, size, and both change times in nanoseconds: rewriting a file changes its
         status-change time even when its modification time is set back. A file that changed just now, or in
         the future by this machine's clock, isn't remembered: within a tick of the clock it could change again
-        and look the same.
+        and look the same. Raises VeraEdgeError when the file can't be read.
         """
-        stat = path.stat()
+        try:
+            return self._file_digest(path, path.stat())
+        except OSError as cause:
+            raise VeraEdgeError(f"{path} can't be read: {cause.strerror}") from None
+
+    def _file_digest(self, path: Path, stat: os.stat_result) -> str:
         identity = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         name = sha256_bytes(os.fsencode(path.absolute()))
         note = self.root / "digests" / name[:2] / f"{name}.json"
