@@ -15,12 +15,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from vera_edge.errors import BundleError, OutputError, VeraEdgeError
 
+_PIECE = 4 << 20  # bytes
 PARTIAL_MARK = ".partial-"
 
 
@@ -39,9 +41,17 @@ def sha256_bytes(data: bytes | memoryview) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces that stay in the processor's cache."""
+    """Hex SHA-256 of a file; of a large one the next piece is read while this one is hashed."""
     with path.open("rb", buffering=0) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        if os.fstat(stream.fileno()).st_size <= _PIECE:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(stream.read, _PIECE)
+            while piece := coming.result():
+                coming = reader.submit(stream.read, _PIECE)
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_json(path: Path, error: type[VeraEdgeError]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import pytest
 
 from scripts.soak_merge import contents
 from tests import tiny
+from tests.conftest import Cli
+from tests.integration.test_release_faults import recipe
 from vera_edge import merge
 from vera_edge.engine import Engine
 from vera_edge.errors import PlanError
@@ -75,3 +77,19 @@ def test_merges_on_a_cluster_that_loses_a_node(
     for name in ready:
         assert contents(tmp_path / "here" / name) == contents(tmp_path / "there" / name)
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"one", "other"}
+
+
+def test_a_release_on_a_cluster_has_the_bytes_of_one_made_here(
+    cluster: Any, tiny_llama: tiny.TinyLlama, tmp_path: Path, cli: Cli
+) -> None:
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    (inputs / "nf4").symlink_to(tiny_llama.nf4)
+    tiny.make_adapter(tiny_llama.nf4, inputs / "a")
+    (inputs / "t.txt").write_text(tiny.TEXT * 2)
+    (inputs / "r.toml").write_text(recipe("a"))
+    for place, words in (("here", ()), ("there", ("--engine", "ray", "--ray-address", cluster.address))):
+        out = ("-o", tmp_path / place / "out", "--store", tmp_path / place / "store")
+        result = cli("release", inputs / "r.toml", *out, *words)
+        assert result.exit_code == 0 and result.stderr.count("built") == 1, result.stderr
+    assert contents(tmp_path / "here" / "out") == contents(tmp_path / "there" / "out")
