@@ -7,7 +7,7 @@ only: a device reads it before anything else is imported.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -49,9 +49,15 @@ class Facts:
     `limits` are the drift limits that `validate` holds the device to; `golden` is the file of golden
     vectors. `requires` maps a runtime's distribution name to the oldest version that runs the graph.
     `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
+<<<<<<< HEAD
     `generated` maps a file that isn't shipped, since others determine it, to its `size`, its `sha256` and how
     it is made: from `projection` (see device/projections.py), or from the weights in the file that its
     `source` names (see device/expansion.py). Installing makes it.
+=======
+    `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py).
+    `generated` maps a file that isn't shipped, since `projection` determines it, to its `size`, its `sha256`
+    and how it is laid out (see device/projections.py); installing draws it.
+>>>>>>> 803053d (Compute side-branches in fewer nodes: vectors in two inputs, equal layers by one product)
     """
 
     kind: str
@@ -63,6 +69,7 @@ class Facts:
     default_adapter: str | None = None
     projection: Mapping[str, Json] | None = None
     model_version: int | None = None
+    vectors: Sequence[tuple[str, int, int]] = ()
     generated: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     plan: Mapping[str, Json] | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -142,6 +149,13 @@ def _is_int32(value: Json) -> bool:
     return type(value) is int and 0 < value < 1 << 31
 
 
+def _is_piece(value: Json) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 3 or not _is_text(value[0]):
+        return False
+    start, stop = value[1:]
+    return _is_count(start) and _is_count(stop) and start < stop
+
+
 def _is_map(value: Json, holds: Callable[[Json], bool] = lambda _: True) -> bool:
     return isinstance(value, dict) and all(holds(item) for item in value.values())
 
@@ -176,6 +190,10 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
         lambda value: value is None or _is_int32(value),
         "isn't an integer from 1 to 2**31 - 1",
     ),
+    "vectors": (
+        lambda value: isinstance(value, list | tuple) and all(_is_piece(item) for item in value),
+        "isn't a list of [module, start, stop]",
+    ),
     "generated": (_is_map, "isn't an object of files"),
     "plan": (lambda value: value is None or _is_map(value), "isn't an object"),
     "limits": (lambda value: _is_map(value, _is_number), "isn't an object of numbers"),
@@ -186,7 +204,7 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
 
 
 # Fields that came after format 1 was first written; a manifest without them means their defaults.
-_OPTIONAL = frozenset({"generated", "model_version"})
+_OPTIONAL = frozenset({"generated", "model_version", "vectors"})
 
 
 def _parse_files(

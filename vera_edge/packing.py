@@ -6,7 +6,7 @@ bundle's base, projections or layers is refused here, with the field that differ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,15 @@ from vera_edge import bundle
 from vera_edge.adapter import Adapter
 from vera_edge.bundle import Manifest
 from vera_edge.errors import MismatchError
-from vera_edge.files import check_output, sha256_bytes, write_atomic
+from vera_edge.files import canonical_json, check_output, sha256_bytes, write_atomic
 from vera_edge.projection import Projections, ProjectionSpec
 from vera_edge.tensors import Float32
 
 ADAPTER_VERSION = 1
+# The graph's inputs: every module's lambda_b in a row, and every module's lambda_d.
+LAMBDA_B, LAMBDA_D = "vera.lambda_b", "vera.lambda_d"
+# Module, start, stop: some rows of its lambda_b.
+Piece = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -34,32 +38,31 @@ class Packed:
     digest: str
 
 
-def vector_names(module: str) -> tuple[str, str]:
-    """The graph inputs that carry a module's lambda_b and lambda_d."""
-    return f"{module}.lambda_b", f"{module}.lambda_d"
-
-
-def model_version(base: str, projections: str) -> int:
-    """What an `.onnx_adapter` carries to say what it is for, from the digests of base and projections.
+def model_version(base: str, projections: str, layout: Sequence[Piece]) -> int:
+    """What an `.onnx_adapter` carries to say what it is for: digests of base and projections, and the layout.
 
     31 bits, positive: ONNX Runtime keeps it as a signed 32-bit integer.
     """
-    return int(sha256_bytes(f"{base} {projections}".encode())[:8], 16) & 0x7FFFFFFF
+    value = f"{base} {projections} {canonical_json([list(piece) for piece in layout]).decode()}"
+    return int(sha256_bytes(value.encode())[:8], 16) & 0x7FFFFFFF
 
 
-def vectors(adapter: Adapter, sizes: Mapping[str, int], weight: float = 1.0) -> dict[str, Float32]:
-    """Every vector of a graph, by input name, sorted; the adapter's delta scaled by `weight`.
+def vectors(adapter: Adapter, layout: Sequence[Piece], weight: float = 1.0) -> dict[str, Float32]:
+    """Both vectors of a graph by input name, (1, 1, size) each; the adapter's delta scaled by `weight`.
 
-    sizes: output features of every module that the graph has vectors for. What the adapter leaves alone gets
-    zeros: a runtime that swaps adapters would otherwise keep the other one's values.
+    layout: the pieces of lambda_b as the graph takes them; lambda_d has (rank,) for each of their modules, in
+    the order of their first pieces. What the adapter leaves alone gets zeros.
     """
-    found: dict[str, Float32] = {}
-    for module, size in sizes.items():
-        name_b, name_d = vector_names(module)
-        pair = adapter.vectors.get(module)
-        found[name_b] = np.zeros(size, np.float32) if pair is None else pair.lambda_b * np.float32(weight)
-        found[name_d] = np.zeros(adapter.rank, np.float32) if pair is None else pair.lambda_d
-    return dict(sorted(found.items()))
+    pairs, nothing = adapter.vectors, np.zeros(adapter.rank, np.float32)
+    modules = dict.fromkeys(module for module, _, _ in layout)
+    pieces = [
+        pairs[module].lambda_b[start:stop] * np.float32(weight)
+        if module in pairs
+        else np.zeros(stop - start, np.float32)
+        for module, start, stop in layout
+    ]
+    scales = [pairs[module].lambda_d if module in pairs else nothing for module in modules]
+    return {LAMBDA_B: np.concatenate(pieces)[None, None], LAMBDA_D: np.concatenate(scales)[None, None]}
 
 
 def write(path: Path, arrays: Mapping[str, Float32], model_version: int) -> Packed:
@@ -96,8 +99,12 @@ def pack(
     Raises MismatchError when rank, seed, projections, layers or shapes aren't the bundle's.
     """
     check(adapter, manifest, spec)
-    # Bundles that don't record it were made when every adapter carried 1.
-    return write(path, vectors(adapter, module_sizes(manifest), weight), manifest.model_version or 1)
+    if not manifest.vectors or manifest.model_version is None:
+        raise MismatchError(
+            f"the bundle {manifest.folder} doesn't say how its vectors are laid out; export it again"
+        )
+    layout = [(module, start, stop) for module, start, stop in manifest.vectors]
+    return write(path, vectors(adapter, layout, weight), manifest.model_version)
 
 
 def pack_folder(adapter: Path, folder: Path, path: Path, weight: float = 1.0, force: bool = False) -> Packed:

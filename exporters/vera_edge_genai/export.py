@@ -20,7 +20,7 @@ from vera_edge.files import staged_folder
 from vera_edge.target import Export, ExportRequest
 from vera_edge.weight_rounding import BLOCK
 from vera_edge_genai import build, configs
-from vera_edge_onnx import adapters, branch, generated, head, seed, sites, storage, weights
+from vera_edge_onnx import adapters, branch, generated, groups, head, seed, sites, storage, weights
 from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
@@ -44,11 +44,12 @@ class GenaiExporter:
         that isn't known.
         """
         architecture = check(request)
-        files: dict[str, str] = {}
+        branched = request.plan.mode == "branch"
         with staged_folder(request.out, request.force) as stage:
             with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
                 work = request.drawn or Path(scratch)
                 model, found, graph = _float_graph(request, architecture, work)
+                layout = groups.layout(found, adapters.sizes(request)) if branched else ()
                 shared, shipped = _weave(request, model, found)
                 configs.fix_shapes(model, graph)
                 model.metadata_props.update(describe(request))
@@ -57,10 +58,9 @@ class GenaiExporter:
                 storage.save(model, stage / MODEL, shared, request.progress, initializers)
                 if shipped.sites:
                     shipped.write(stage / SHIPPED)
-                configs.copy(work / "float", graph, stage, MODEL, quiet=request.plan.mode == "branch")
-            if request.plan.mode == "branch":
-                files = adapters.write(request, stage)
-            described = facts(request, MODEL, files)
+                configs.copy(work / "float", graph, stage, MODEL, quiet=branched)
+            files = adapters.write(request, stage, layout) if branched else {}
+            described = facts(request, MODEL, files, layout)
             manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
         return Export(
             target=self.name,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from vera_edge import packing
 from vera_edge.errors import PlanError, TargetError
+from vera_edge.packing import Piece
 from vera_edge.target import ExportRequest
 from vera_edge.tensors import FLOATS, RawTensor
 
@@ -40,18 +42,19 @@ def sizes(request: ExportRequest) -> dict[str, int]:
     return {module: request.checkpoint.linear(module).out_features for module in modules}
 
 
-def model_version(request: ExportRequest) -> int:
+def model_version(request: ExportRequest, layout: Sequence[Piece]) -> int:
     """The model version of every adapter that is packed for this export."""
-    return packing.model_version(request.checkpoint.digest, request.projections.digest)
+    return packing.model_version(request.checkpoint.digest, request.projections.digest, layout)
 
 
-def write(request: ExportRequest, stage: Path) -> dict[str, str]:
+def write(request: ExportRequest, stage: Path, layout: Sequence[Piece]) -> dict[str, str]:
     """One file for each adapter, name -> file within `stage`; the first is called default."""
-    adapted, files, version = sizes(request), {}, model_version(request)
+    files: dict[str, str] = {}
+    version = model_version(request, layout)
     for number, (adapter, weight) in enumerate(request.adapters):
         name = adapter.name if number else "default"
         if name in files:
             raise PlanError(f"two adapters are called {name}; rename the folder of one of them")
         files[name] = f"adapters/{name}.onnx_adapter"
-        packing.write(stage / files[name], packing.vectors(adapter, adapted, weight), version)
+        packing.write(stage / files[name], packing.vectors(adapter, layout, weight), version)
     return files

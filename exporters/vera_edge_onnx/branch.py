@@ -1,101 +1,98 @@
 """Weaves VeRA side-branches into a graph: h = W x + diag(b) B diag(d) A x.
 
-The base layer keeps its weight. `A x` is computed once for all layers that read the same x. Vectors are graph
-inputs with zeros for defaults, so the graph without an adapter is the base itself.
+The base layer keeps its weight. `A x` is computed once for all layers that read the same x, and layers of one
+size among them share one product with B. Beside the products it is the number of nodes and inputs that costs.
 Formula: Kopiczko et al., VeRA, ICLR 2024, https://arxiv.org/abs/2310.11454.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from vera_edge.packing import vector_names
 from vera_edge.projection import Projections
-from vera_edge_onnx.linear import Linear
+from vera_edge_onnx.groups import Group, groups
+from vera_edge_onnx.linear import Blocks, Linear, join_blocks
 from vera_edge_onnx.projections import StoredProjections
-from vera_edge_onnx.sites import Part, Site
-from vera_edge_onnx.weaver import Range, Weaver, leading
+from vera_edge_onnx.sites import Site
+from vera_edge_onnx.vectors import Vectors
+from vera_edge_onnx.weaver import Weaver, leading
 
 
 @dataclass
 class Branches:
-    """The side-branches of one graph, added site by site in graph order.
-
-    sizes: output features of each adapted module.
-    """
+    """The side-branches of one graph, added group by group."""
 
     weaver: Weaver
     stored: StoredProjections
-    sizes: Mapping[str, int]
+    vectors: Vectors
     _down: dict[ir.Value, ir.Value] = field(default_factory=dict)
-    _vectors: list[ir.Value] = field(default_factory=list)
 
-    def touches(self, site: Site) -> bool:
-        return any(part.module in self.sizes for part in site.parts)
+    def delta(self, group: Group) -> ir.Value:
+        """What the adapter adds to the products of the group's sites, side by side: (..., width)."""
+        node, down = f"{group.name}/vera", self._down_product(group)
+        up = self._stacked(group, down) if group.stacked else self._side_by_side(group, down)
+        scale = self.vectors.lambda_b[group.name]
+        return self._node("Mul", [up, scale], f"{node}/Mul", (*leading(down), group.width), group)
 
-    def add(self, site: Site, base: ir.Value) -> ir.Value:
-        """`base`, the site's own product, plus what the adapter adds to it."""
-        node, before = f"{site.name}/vera", site.node
-        down = self._down_product(site)
-        shape = leading(base)
-        ups = [self._up_product(site, part, down) for part in site.parts]
-        scales = [self._lambda_b(site, part) for part in site.parts]
-        up, scale = ups[0], scales[0]
-        if len(ups) > 1:
-            width = site.out_features
-            up = self.weaver.node("Concat", ups, f"{node}/up", (*shape, width), before=before, axis=-1)
-            scale = self.weaver.node("Concat", scales, f"{node}/lambda_b", (width,), before=before, axis=0)
-        width = site.out_features
-        delta = self.weaver.node("Mul", [up, scale], f"{node}/Mul", (*shape, width), before=before)
-        return self.weaver.node("Add", [base, delta], f"{node}/Add", (*shape, width), before=before)
-
-    def finish(self) -> None:
-        """Let all vectors' zeros be one range of the data file."""
-        if not self._vectors:
-            return
-        longest = max(self._vectors, key=lambda value: value.const_value.nbytes if value.const_value else 0)
-        for value in self._vectors:
-            if value is not longest:
-                assert value.name is not None and longest.name is not None
-                self.weaver.shared[value.name] = Range(longest.name)
-
-    def _down_product(self, site: Site) -> ir.Value:
+    def _down_product(self, group: Group) -> ir.Value:
         """A x, (..., rank)."""
-        x = site.input
+        x, width = group.sites[0].input, group.sites[0].in_features
         if x not in self._down:
-            self._down[x] = self.stored.down(self.weaver, x, site.in_features, f"{site.name}/vera", site.node)
+            self._down[x] = self.stored.down(self.weaver, x, width, f"{group.name}/vera", group.node)
         return self._down[x]
 
-    def _up_product(self, site: Site, part: Part, down: ir.Value) -> ir.Value:
-        """B diag(d) A x of the rows of one part, (..., rows)."""
-        node = f"{site.name}/vera/{part.module.rsplit('.', 1)[-1]}"
-        lambda_d = self._vector(vector_names(part.module)[1], self.stored.rank)
-        scaled = self.weaver.node(
-            "Mul", [down, lambda_d], f"{node}/lambda_d", (*leading(down), self.stored.rank), before=site.node
+    def _stacked(self, group: Group, down: ir.Value) -> ir.Value:
+        """B diag(d) A x of all parts by one product, (..., parts * rows): the weight is read once."""
+        node, axes = f"{group.name}/vera", leading(down)
+        count, rank, rows = len(group.parts), self.stored.rank, (0, group.parts[0].size)
+        wide = self._node("Concat", [down] * count, f"{node}/repeat", (*axes, count * rank), group, axis=-1)
+        scale = self.vectors.lambda_d[group.name]
+        scaled = self._node("Mul", [wide, scale], f"{node}/lambda_d", (*axes, count * rank), group)
+        stacked = self._reshape(scaled, f"{node}/stack", (*axes, count, rank), group)
+        up = self.stored.up(self.weaver, stacked, rows, f"{node}/B", group.node)
+        return self._reshape(up, f"{node}/unstack", (*axes, count * rows[1]), group)
+
+    def _side_by_side(self, group: Group, down: ir.Value) -> ir.Value:
+        """B diag(d) A x, part by part, (..., width)."""
+        node, axes = f"{group.name}/vera", leading(down)
+        scaled, ups = {}, []
+        for module in group.modules:
+            scale, name = self.vectors.lambda_d[module], module.rsplit(".", 1)[-1]
+            shape = (*axes, self.stored.rank)
+            scaled[module] = self._node("Mul", [down, scale], f"{node}/{name}/lambda_d", shape, group)
+        for part in group.parts:
+            name, rows = part.module.rsplit(".", 1)[-1], (part.start, part.stop)
+            ups.append(self.stored.up(self.weaver, scaled[part.module], rows, f"{node}/{name}/B", group.node))
+        if len(ups) == 1:
+            return ups[0]
+        return self._node("Concat", ups, f"{node}/up", (*axes, group.width), group, axis=-1)
+
+    def _reshape(
+        self, value: ir.Value, name: str, shape: tuple[int | str | None, ...], group: Group
+    ) -> ir.Value:
+        """Other axes behind the leading ones of x, which stay (0 in ONNX's terms)."""
+        kept = len(leading(group.sites[0].input))
+        sizes = [0] * kept + [size for size in shape[kept:] if isinstance(size, int)]
+        constant = self.weaver.initializer(
+            f"vera.shape.{'.'.join(map(str, sizes))}", np.array(sizes, np.int64)
         )
-        return self.stored.up(self.weaver, scaled, (part.start, part.stop), f"{node}/B", site.node)
+        return self._node("Reshape", [value, constant], name, shape, group)
 
-    def _lambda_b(self, site: Site, part: Part) -> ir.Value:
-        size = self.sizes[part.module]
-        whole = self._vector(vector_names(part.module)[0], size)
-        if (part.start, part.stop) == (0, size):
-            return whole
-        node = f"{site.name}/vera/{part.module.rsplit('.', 1)[-1]}/lambda_b"
-        ends = [
-            self.weaver.initializer(f"vera.at.{at}", np.array([at], np.int64))
-            for at in (part.start, part.stop)
-        ]
-        return self.weaver.node("Slice", [whole, *ends], node, (part.size,), before=site.node)
-
-    def _vector(self, name: str, size: int) -> ir.Value:
-        value = self.weaver.overridable(name, np.zeros(size, np.float32))
-        if value not in self._vectors:
-            self._vectors.append(value)
-        return value
+    def _node(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        shape: tuple[int | str | None, ...],
+        group: Group,
+        **attributes: Any,
+    ) -> ir.Value:
+        return self.weaver.node(op, inputs, name, shape, before=group.node, **attributes)
 
 
 def weave(
@@ -112,28 +109,70 @@ def weave(
     sizes: adapted module -> output features; empty when the adapter is merged.
     dtype: how the projections are stored, "fp32", "fp16", "int8" or "int4".
     """
-    branches = None
-    if projections is not None and sizes:
-        widths = tuple(
-            sorted({site.in_features for site in sites if any(p.module in sizes for p in site.parts)})
-        )
-        branches = Branches(weaver, StoredProjections(projections, dtype, widths), sizes)
+    branched = groups(sites, sizes)
+    adapted = {site.name for group in branched for site in group.sites}
     for site in sites:
-        if site.name in bases:
-            base = bases[site.name].product(weaver, site.input, site.weight_name, site.name, site.node)
-        elif branches is not None and branches.touches(site):
-            base = _kept(weaver, site)
-        else:
-            continue
-        total = branches.add(site, base) if branches is not None and branches.touches(site) else base
-        weaver.take_over(site.node, total)
-    if branches is not None:
-        branches.finish()
+        if site.name in bases and site.name not in adapted:
+            weaver.take_over(site.node, _product(weaver, site, bases[site.name]))
+    if projections is None or not branched:
+        return
+    widest = max(group.sites[0].in_features for group in branched)
+    stored = StoredProjections(projections, dtype, widest)
+    branches = Branches(weaver, stored, Vectors.of(weaver, branched, stored.rank))
+    for group in branched:
+        delta = branches.delta(group)
+        for site, total in _totals(weaver, group, bases, delta):
+            weaver.take_over(site.node, total)
 
 
-def _kept(weaver: Weaver, site: Site) -> ir.Value:
-    """The site's own float product, as a value of its own."""
+def _totals(
+    weaver: Weaver, group: Group, bases: Mapping[str, Linear], delta: ir.Value
+) -> Iterator[tuple[Site, ir.Value]]:
+    """Each site's base product plus its part of the delta, in as few nodes as there can be."""
+    axes, widths = leading(delta), [site.out_features for site in group.sites]
+    joined = _joined([bases.get(site.name) for site in group.sites])
+    if len(group.sites) == 1 or joined is not None:
+        base = (
+            _base(weaver, group.sites[0], bases)
+            if joined is None
+            else joined.product(weaver, group.sites[0].input, _weight(group.name), group.name, group.node)
+        )
+        shape = (*axes, group.width)
+        total = weaver.node("Add", [base, delta], f"{group.name}/vera/Add", shape, before=group.node)
+        yield from zip(group.sites, _split(weaver, group, total, widths), strict=True)
+        return
+    for site, part in zip(group.sites, _split(weaver, group, delta, widths), strict=True):
+        base, shape = _base(weaver, site, bases), (*axes, site.out_features)
+        yield site, weaver.node("Add", [base, part], f"{site.name}/vera/Add", shape, before=site.node)
+
+
+def _split(weaver: Weaver, group: Group, value: ir.Value, widths: Sequence[int]) -> list[ir.Value]:
+    if len(widths) == 1:
+        return [value]
+    names = [f"{site.name}/vera/part" for site in group.sites]
+    return weaver.split(value, widths, f"{group.name}/vera/Split", names, before=group.node)
+
+
+def _joined(linears: Sequence[Linear | None]) -> Blocks | None:
+    """The weights as one, where they are integers in blocks of one kind."""
+    blocks = [linear for linear in linears if isinstance(linear, Blocks)]
+    kinds = {(one.form.bits, one.form.block, one.form.zero_points is None) for one in blocks}
+    return join_blocks(blocks) if 1 < len(blocks) == len(linears) and len(kinds) == 1 else None
+
+
+def _base(weaver: Weaver, site: Site, bases: Mapping[str, Linear]) -> ir.Value:
+    """The site's own product, as a value of its own."""
+    if site.name in bases:
+        return _product(weaver, site, bases[site.name])
     x, weight = site.node.inputs
     assert x is not None and weight is not None
     shape = (*leading(site.node.outputs[0]), site.out_features)
     return weaver.node("MatMul", [x, weight], f"{site.name}/base/MatMul", shape, before=site.node)
+
+
+def _product(weaver: Weaver, site: Site, base: Linear) -> ir.Value:
+    return base.product(weaver, site.input, _weight(site.name), site.name, site.node)
+
+
+def _weight(name: str) -> str:
+    return f"{name.lstrip('/').replace('/', '.')}.weight"

@@ -18,7 +18,17 @@ from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import canonical_json, read_json, staged_folder, write_atomic
 from vera_edge.target import Export, ExportRequest
 from vera_edge.weight_rounding import BLOCK
-from vera_edge_onnx import adapters, branch, drawing, embeddings, sites, storage, tokenizer_config, weights
+from vera_edge_onnx import (
+    adapters,
+    branch,
+    drawing,
+    embeddings,
+    groups,
+    sites,
+    storage,
+    tokenizer_config,
+    weights,
+)
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
@@ -36,17 +46,17 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
     isn't known.
     """
     task = _check(request, target, architecture)
-    files: dict[str, str] = {}
+    branched = request.plan.mode == "branch"
     with staged_folder(request.out, request.force) as stage:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as work:
             model, found, copy = _float_graph(request, task, Path(work))
+            layout = groups.layout(found, adapters.sizes(request)) if branched else ()
             shared = _weave(request, model, found)
             model.metadata_props.update(describe(request, KIND) | {"vera_edge.task": task.name})
             storage.save(model, stage / MODEL, shared, request.progress)
             _copy_beside(copy, stage, [value.name or "" for value in model.graph.inputs])
-        if request.plan.mode == "branch":
-            files = adapters.write(request, stage)
-        manifest = bundle.write(stage, facts(request, MODEL, files, KIND), request.progress)
+        files = adapters.write(request, stage, layout) if branched else {}
+        manifest = bundle.write(stage, facts(request, MODEL, files, layout, KIND), request.progress)
     return Export(
         target=target,
         folder=request.out,

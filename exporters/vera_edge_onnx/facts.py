@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import vera_edge
 from vera_edge.bundle import Facts
 from vera_edge.files import canonical_json, sha256_bytes
+from vera_edge.packing import Piece
 from vera_edge.target import ExportRequest
 from vera_edge_onnx import adapters
 from vera_edge_onnx.weights import runs_as
@@ -45,8 +46,17 @@ def describe(request: ExportRequest, model_kind: str = "decoder") -> dict[str, s
     }
 
 
-def facts(request: ExportRequest, model: str, files: Mapping[str, str], model_kind: str = "decoder") -> Facts:
-    """The manifest's facts. `files`: adapter name -> its file, in the order of `request.adapters`."""
+def facts(
+    request: ExportRequest,
+    model: str,
+    files: Mapping[str, str],
+    layout: Sequence[Piece],
+    model_kind: str = "decoder",
+) -> Facts:
+    """The manifest's facts.
+
+    files: adapter name -> its file, in the order of `request.adapters`. layout: of the graph's vectors.
+    """
     plan, branch = request.plan, bool(files)
     names = list(files) if branch else [adapter.name for adapter, _ in request.adapters]
     spec = request.projections.spec.to_dict() | {"digest": request.projections.digest}
@@ -65,7 +75,8 @@ def facts(request: ExportRequest, model: str, files: Mapping[str, str], model_ki
         },
         default_adapter=names[0] if branch else None,
         projection=spec if branch else None,
-        model_version=adapters.model_version(request) if branch else None,
+        model_version=adapters.model_version(request, layout) if branch else None,
+        vectors=layout,
         requires=_REQUIRES,
         plan=plan.to_dict(),
         tools=tools(model_kind),

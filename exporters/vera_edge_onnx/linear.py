@@ -121,14 +121,14 @@ class Blocks:
 
     def product(self, weaver: Weaver, x: ir.Value, weight: str, node: str, before: ir.Node) -> ir.Value:
         values = [weaver.initializer(name, array) for name, array in self.arrays(weight).items()]
-        return self._node(weaver, x, values, self.shape[0], node, before)
+        return self.multiply(weaver, x, values, self.shape[0], node, before)
 
     def rows_product(
         self, weaver: Weaver, x: ir.Value, weight: str, rows: tuple[int, int], node: str, before: ir.Node
     ) -> ir.Value:
         """The product with rows `start` to `stop` of the weight only: (..., stop - start)."""
         values = [weaver.rows(name, array, rows) for name, array in self.arrays(weight).items()]
-        return self._node(weaver, x, values, rows[1] - rows[0], node, before)
+        return self.multiply(weaver, x, values, rows[1] - rows[0], node, before)
 
     def arrays(self, weight: str) -> dict[str, Bytes | Float32]:
         """Codes (out, blocks, block * bits / 8), scales (out, blocks), zero points (out, bytes) if any."""
@@ -141,9 +141,10 @@ class Blocks:
             arrays[f"{weight}.zero_points"] = pack_bits(form.zero_points, form.bits)
         return arrays
 
-    def _node(
+    def multiply(
         self, weaver: Weaver, x: ir.Value, values: list[ir.Value], out: int, node: str, before: ir.Node
     ) -> ir.Value:
+        """The product with the arrays of a weight of this form and `out` rows, given as values."""
         return weaver.node(
             "MatMulNBits",
             [x, *values],

@@ -1,8 +1,8 @@
 """The shared projections A and B as a graph stores them: each column and row once for the whole model.
 
 A layer reads the first columns of A (rank, in_max) and some rows of B (out_max, rank). In fp32, A is stored
-transposed, so that both are rows, and every width is a range of the same bytes. Quantized, A is cut at the
-widths that occur, A = [A1 | A2], and wider layers add up `A1 x1 + A2 x2`.
+transposed, so that both are rows, and every width is a range of the same bytes. Quantized, the first columns
+aren't a range; nodes on constants cut them out, which a runtime folds when it loads the graph.
 
 The fp32 projections are overridable graph inputs. ONNX Runtime would otherwise repack a constant for every
 product that reads it, 2 for each layer: more memory than the model's own weights, and no longer in the cache.
@@ -11,8 +11,8 @@ product that reads it, 2 for each layer: more memory than the model's own weight
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -26,20 +26,23 @@ from vera_edge_onnx.weaver import MICROSOFT, Weaver, leading
 
 DTYPES = ("fp32", "fp16", "int8", "int4")
 _BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
-# The values are uniform, so all blocks have the same scale but for chance: long blocks cost nothing.
+# The values are uniform, so all blocks have the same scale but for chance: long blocks cost no precision, and
+# the longest that the rank fills are the fastest.
 _BLOCK = 128
+_BLOCKS_OF_B = (256, 128, 64, 32)
 _A, _B = "vera.A", "vera.B"
 
 
 @dataclass
 class StoredProjections:
-    """A and B of one graph. `widths` are the distinct input widths of the layers that read A, ascending."""
+    """A and B of one graph. `widest`: input width of the widest layer that reads A."""
 
     projections: Projections
     dtype: str
-    widths: tuple[int, ...]
+    widest: int
     _quantized: dict[str, Blocks] = field(default_factory=dict)
     _widened: dict[str, ir.Value] = field(default_factory=dict)
+    _narrow: dict[int, list[ir.Value]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -55,20 +58,16 @@ class StoredProjections:
         if self.dtype in ("fp32", "fp16"):
             weight = self._float_rows(weaver, _A, self.projections.a.T, (0, width), before)
             return weaver.node("MatMul", [x, weight], f"{node}/A/MatMul", shape, before=before)
-        cuts = [0, *(cut for cut in self.widths if cut <= width)]
-        pieces = self._split(weaver, x, cuts, node, before)
-        total: ir.Value | None = None
-        for (start, stop), piece in zip(pairwise(cuts), pieces, strict=True):
-            name = f"{node}/A" if len(pieces) == 1 else f"{node}/A[{start}:{stop}]"
-            blocks = self._blocks(f"{_A}[{start}:{stop}]", self.projections.a[:, start:stop])
-            product = blocks.product(weaver, piece, f"{_A}[{start}:{stop}]", name, before)
-            total = (
-                product
-                if total is None
-                else weaver.node("Add", [total, product], f"{name}/Add", shape, before=before)
-            )
-        assert total is not None
-        return total
+        if width == self.widest or width % 2:  # half a byte can't be cut off
+            name = _A if width == self.widest else f"{_A}[:{width}]"
+            blocks = self._blocks(name, self.projections.a[:, :width], _BLOCK)
+            return blocks.product(weaver, x, name, f"{node}/A", before)
+        whole = self._blocks(_A, self.projections.a[:, : self.widest], _BLOCK)
+        count = -(-width // _BLOCK)
+        narrow = Blocks(replace(whole.form, in_features=width, codes=whole.form.codes[:, :count]))
+        if width not in self._narrow:
+            self._narrow[width] = _columns(weaver, whole, narrow, before)
+        return narrow.multiply(weaver, x, self._narrow[width], self.rank, f"{node}/A", before)
 
     def up(self, weaver: Weaver, x: ir.Value, rows: tuple[int, int], node: str, before: ir.Node) -> ir.Value:
         """B[start:stop] x, (..., stop - start)."""
@@ -84,11 +83,12 @@ class StoredProjections:
                 domain=MICROSOFT,
                 transB=1,
             )
-        return self._blocks(_B, self.projections.b).rows_product(weaver, x, _B, rows, node, before)
+        block = next((block for block in _BLOCKS_OF_B if self.rank % block == 0), _BLOCKS_OF_B[-1])
+        return self._blocks(_B, self.projections.b, block).rows_product(weaver, x, _B, rows, node, before)
 
-    def _blocks(self, name: str, matrix: Float32) -> Blocks:
+    def _blocks(self, name: str, matrix: Float32, block: int) -> Blocks:
         if name not in self._quantized:
-            self._quantized[name] = Blocks(quantize(matrix, _BITS[self.dtype], _BLOCK, symmetric=True))
+            self._quantized[name] = Blocks(quantize(matrix, _BITS[self.dtype], block, symmetric=True))
         return self._quantized[name]
 
     def _float_rows(
@@ -106,16 +106,28 @@ class StoredProjections:
             )
         return self._widened[key]
 
-    def _split(
-        self, weaver: Weaver, x: ir.Value, cuts: list[int], node: str, before: ir.Node
-    ) -> list[ir.Value]:
-        """x cut at the given places along its last axis."""
-        if len(cuts) == 2:
-            return [x]
-        pieces = []
-        for start, stop in pairwise(cuts):
-            ends = [weaver.initializer(f"vera.at.{at}", np.array([at], np.int64)) for at in (start, stop, -1)]
-            shape = (*leading(x), stop - start)
-            name = f"{node}/x[{start}:{stop}]"
-            pieces.append(weaver.node("Slice", [x, *ends], name, shape, before=before))
-        return pieces
+
+def _columns(weaver: Weaver, whole: Blocks, narrow: Blocks, before: ir.Node) -> list[ir.Value]:
+    """Codes and scales of the first columns of A, the last block filled up with zeros."""
+    form, width, name = whole.form, narrow.shape[1], f"{_A}[:{narrow.shape[1]}]"
+    out, count, block = narrow.form.codes.shape
+    codes, scales = (weaver.initializer(*stored) for stored in whole.arrays(_A).items())
+    taken, size = width * form.bits // 8, block * form.bits // 8
+
+    def node(
+        op: str, value: ir.Value, constants: Mapping[str, Any], to: str, shape: tuple[int, ...]
+    ) -> ir.Value:
+        inputs = [weaver.initializer(f"{to}.{key}", np.array(item)) for key, item in constants.items()]
+        assert value.dtype is not None
+        return weaver.node(op, [value, *inputs], to, shape, before=before, dtype=value.dtype)
+
+    flat = node("Reshape", codes, {"shape": [out, -1]}, f"{name}/flat", (out, form.codes.shape[1] * size))
+    ends = {"starts": [0], "ends": [taken], "axes": [1]}
+    cut = node("Slice", flat, ends, f"{name}/Slice", (out, taken))
+    if missing := count * size - taken:
+        zeros = np.uint8(0x80 if form.bits == 8 else 0x88)
+        padding = {"pads": [0, 0, 0, missing], "value": zeros}
+        cut = node("Pad", cut, padding, f"{name}/Pad", (out, count * size))
+    shaped = node("Reshape", cut, {"shape": [out, count, size]}, f"{name}/codes", (out, count, size))
+    few = node("Slice", scales, ends | {"ends": [count]}, f"{name}/scales", (out, count))
+    return [shaped, few]

@@ -48,7 +48,8 @@ def save(
     for name, value in sorted(model.graph.initializers.items()):
         tensor = value.const_value
         assert tensor is not None
-        if tensor.nbytes > _INLINE or name in shared or name in files:
+        inline = tensor.nbytes <= _INLINE or tensor.dtype == ir.DataType.INT64
+        if not inline or name in shared or name in files:
             values.append((name, value))
         else:
             value.const_value = ir.Tensor(tensor.numpy().copy(), name=name)

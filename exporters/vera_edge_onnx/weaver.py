@@ -98,6 +98,18 @@ class Weaver:
         self.model.graph.insert_before(before, node)
         return output
 
+    def split(
+        self, value: ir.Value, sizes: Sequence[int], node: str, names: Sequence[str], *, before: ir.Node
+    ) -> list[ir.Value]:
+        """Pieces of the given sizes along the last axis, called `names`, cut by a node called `node`."""
+        ends = self.initializer(f"{node}.sizes", np.array(sizes, np.int64))
+        made = ir.node("Split", [value, ends], {"axis": -1}, num_outputs=len(sizes), name=node)
+        assert value.type is not None
+        for output, size, name in zip(made.outputs, sizes, names, strict=True):
+            output.name, output.shape, output.type = name, ir.Shape([*leading(value), size]), value.type
+        self.model.graph.insert_before(before, made)
+        return list(made.outputs)
+
     def take_over(self, old: ir.Node, new: ir.Value) -> None:
         """Let `new` stand, under the old name, wherever the single output of `old` stood; remove `old`."""
         output = old.outputs[0]

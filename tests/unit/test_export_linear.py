@@ -137,7 +137,7 @@ def test_projections_give_their_first_columns_and_rows(
     dtype: str, limit: float, width: int, rows: tuple[int, int], tmp_path: Path
 ) -> None:
     weaver, value, end = graph(width, out=rows[1] - rows[0])
-    stored = StoredProjections(PROJECTIONS, dtype, (64, 96, 160))
+    stored = StoredProjections(PROJECTIONS, dtype, 160)
     down = stored.down(weaver, value, width, "/a", end)
     up = stored.up(weaver, down, rows, "/b", end)
     x = drawn(3, width)
@@ -147,7 +147,7 @@ def test_projections_give_their_first_columns_and_rows(
 
 def test_projections_of_an_unknown_dtype_are_refused() -> None:
     with pytest.raises(PlanError, match="choose from fp32, fp16, int8, int4"):
-        StoredProjections(PROJECTIONS, "int2", (64,))
+        StoredProjections(PROJECTIONS, "int2", 64)
 
 
 @settings(deadline=None)
