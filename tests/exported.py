@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,7 @@ def logits(folder: Path, ids: Int64, adapter: Path | None = None) -> Float32:
     """Logits (n, vocabulary) of one sequence, with the vectors of an `.onnx_adapter` or without."""
     import onnxruntime
 
-    running = session(folder)
-    options = onnxruntime.RunOptions()
+    running, options = session(folder), onnxruntime.RunOptions()
     if adapter is not None:
         vectors = onnxruntime.LoraAdapter()
         vectors.Load(str(adapter))
@@ -46,16 +45,28 @@ def logits(folder: Path, ids: Int64, adapter: Path | None = None) -> Float32:
 
 
 def decoder_feeds(running: Any, ids: Int64) -> dict[str, npt.NDArray[Any]]:
-    """The inputs of a decoder's session for one sequence, with an empty cache."""
+    """The inputs of a decoder's session for one sequence (n,), or for rows of them, with an empty cache."""
+    rows = ids if ids.ndim == 2 else ids[None]
     feeds: dict[str, npt.NDArray[Any]] = {}
     for value in running.get_inputs():
         if value.name == "input_ids":
-            feeds[value.name] = ids[None]
+            feeds[value.name] = rows
         elif value.name == "attention_mask":
-            feeds[value.name] = np.ones((1, ids.size), np.int64)
+            feeds[value.name] = np.ones(rows.shape, np.int64)
         else:
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            feeds[value.name] = np.zeros((len(rows), value.shape[1], 0, value.shape[3]), np.float32)
     return feeds
+
+
+def batch_logits(folder: Path, ids: Int64, adapters: Sequence[Path]) -> Float32:
+    """Logits (rows, n, vocabulary) of several sequences at once, each with its own `.onnx_adapter`."""
+    import onnxruntime
+
+    running = session(folder)
+    files = [onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters() for path in adapters]
+    vectors = {name: np.concatenate([file[name].numpy() for file in files]) for name in files[0]}
+    found: Float32 = running.run(["logits"], decoder_feeds(running, ids) | vectors)[0]
+    return found
 
 
 def peft_logits(base: Path, adapter: Path, ids: Int64, active: bool = True) -> Float32:

@@ -307,6 +307,20 @@ def test_several_adapters_are_packed_side_by_side(
         assert (exported.error(found, truth) < 1e-5) == (name == "default")  # the second is at half strength
 
 
+def test_each_row_of_a_batch_runs_its_own_adapter(
+    tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path: Path
+) -> None:
+    second = tiny.make_adapter(tiny_llama.fp32, tmp_path / "second", vectors_seed=9)
+    adapters = [(float_adapter, 1.0), (second, 1.0)]
+    result = target.export(tiny_llama.fp32, adapters, tmp_path / "out", mode="branch")
+    ids = np.stack([exported.tokens(seed=seed) for seed in (1, 2, 3)])
+    rows = [result.adapters[name] for name in ("default", "second", "default")]
+    found = exported.batch_logits(result.folder, ids, rows)
+    for row, source in enumerate((float_adapter, second, float_adapter)):
+        truth = exported.peft_logits(tiny_llama.fp32, source, ids[row])
+        assert exported.error(found[row], truth) < 1e-5
+
+
 def test_an_adapter_on_some_of_qkv(make: Make, tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
     adapter = tiny.make_adapter(tiny_llama.fp32, tmp_path / "qv", targets=["q_proj", "v_proj"])
     ids, out = exported.tokens(), make("branch", "fp32", adapter=adapter)
