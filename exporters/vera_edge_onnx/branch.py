@@ -7,7 +7,7 @@ Formula: Kopiczko et al., VeRA, ICLR 2024, https://arxiv.org/abs/2310.11454.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from vera_edge.projection import Projections
 from vera_edge_onnx.groups import Group, groups
-from vera_edge_onnx.linear import Blocks, Linear, join_blocks
+from vera_edge_onnx.linear import Linear
 from vera_edge_onnx.projections import StoredProjections
 from vera_edge_onnx.sites import Site
 from vera_edge_onnx.vectors import Vectors
@@ -120,44 +120,19 @@ def weave(
     stored = StoredProjections(projections, dtype, widest)
     branches = Branches(weaver, stored, Vectors.of(weaver, branched, stored.rank))
     for group in branched:
-        delta = branches.delta(group)
-        for site, total in _totals(weaver, group, bases, delta):
+        for site, delta in zip(group.sites, _parts(weaver, group, branches.delta(group)), strict=True):
+            base, shape = _base(weaver, site, bases), (*leading(delta), site.out_features)
+            total = weaver.node("Add", [base, delta], f"{site.name}/vera/Add", shape, before=site.node)
             weaver.take_over(site.node, total)
 
 
-def _totals(
-    weaver: Weaver, group: Group, bases: Mapping[str, Linear], delta: ir.Value
-) -> Iterator[tuple[Site, ir.Value]]:
-    """Each site's base product plus its part of the delta, in as few nodes as there can be."""
-    axes, widths = leading(delta), [site.out_features for site in group.sites]
-    joined = _joined([bases.get(site.name) for site in group.sites])
-    if len(group.sites) == 1 or joined is not None:
-        base = (
-            _base(weaver, group.sites[0], bases)
-            if joined is None
-            else joined.product(weaver, group.sites[0].input, _weight(group.name), group.name, group.node)
-        )
-        shape = (*axes, group.width)
-        total = weaver.node("Add", [base, delta], f"{group.name}/vera/Add", shape, before=group.node)
-        yield from zip(group.sites, _split(weaver, group, total, widths), strict=True)
-        return
-    for site, part in zip(group.sites, _split(weaver, group, delta, widths), strict=True):
-        base, shape = _base(weaver, site, bases), (*axes, site.out_features)
-        yield site, weaver.node("Add", [base, part], f"{site.name}/vera/Add", shape, before=site.node)
-
-
-def _split(weaver: Weaver, group: Group, value: ir.Value, widths: Sequence[int]) -> list[ir.Value]:
-    if len(widths) == 1:
-        return [value]
+def _parts(weaver: Weaver, group: Group, delta: ir.Value) -> Sequence[ir.Value]:
+    """The delta cut up for the group's sites."""
+    if len(group.sites) == 1:
+        return [delta]
+    widths = [site.out_features for site in group.sites]
     names = [f"{site.name}/vera/part" for site in group.sites]
-    return weaver.split(value, widths, f"{group.name}/vera/Split", names, before=group.node)
-
-
-def _joined(linears: Sequence[Linear | None]) -> Blocks | None:
-    """The weights as one, where they are integers in blocks of one kind."""
-    blocks = [linear for linear in linears if isinstance(linear, Blocks)]
-    kinds = {(one.form.bits, one.form.block, one.form.zero_points is None) for one in blocks}
-    return join_blocks(blocks) if 1 < len(blocks) == len(linears) and len(kinds) == 1 else None
+    return weaver.split(delta, widths, f"{group.name}/vera/Split", names, before=group.node)
 
 
 def _base(weaver: Weaver, site: Site, bases: Mapping[str, Linear]) -> ir.Value:
@@ -171,8 +146,4 @@ def _base(weaver: Weaver, site: Site, bases: Mapping[str, Linear]) -> ir.Value:
 
 
 def _product(weaver: Weaver, site: Site, base: Linear) -> ir.Value:
-    return base.product(weaver, site.input, _weight(site.name), site.name, site.node)
-
-
-def _weight(name: str) -> str:
-    return f"{name.lstrip('/').replace('/', '.')}.weight"
+    return base.product(weaver, site.input, site.weight_name, site.name, site.node)

@@ -1,0 +1,179 @@
+"""Measure what a side-branch costs, and where: the demo's model and a larger Llama with random weights.
+
+    scripts/bench_branch [--tokens 24] [--rounds 9] [--threads N] [--layers 16] [--keep] [--write]
+
+The Llama has a hidden size of 2048, and adapters of rank 256 on its seven linears; its base is int8. The
+profile tells what part of a step each kind of node takes; ONNX Runtime's profiler slows small nodes down, so
+shares of the branch are upper bounds. `--write` puts both tables into docs/speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scripts.bench_turns import Genai, Row, footnote, measure, say, table, write_section
+from scripts.prepare_demo import cache_folder, prepare
+from vera_edge import target
+from vera_edge.device.graph import available_cores
+from vera_edge.drift.models import folder_bytes
+
+LLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+PAST, STEPS = 64, 30  # tokens in the cache, steps that are profiled
+_KINDS = (
+    "base products",
+    "attention",
+    "norms, activations and the rest",
+    "A",
+    "B",
+    "branch: scales and sums",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=24, help="tokens generated in a round")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--layers", type=int, default=16, help="of the random Llama")
+    parser.add_argument("--keep", action="store_true", help="take exports that are there from an earlier run")
+    parser.add_argument("--prepare", action="store_true", help="make what is measured, and stop")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/speed.md")
+    given = parser.parse_args()
+    folders, against = _folders(given.layers, given.keep)
+    if given.prepare:
+        return
+    lines = []
+    for model, ways in folders.items():
+        runners = {name: Genai(folder, given.threads) for name, folder in ways.items()}
+        speeds = measure(runners, given.tokens, given.rounds)
+        rows = [Row(name, folder_bytes(folder), against.get(name)) for name, folder in ways.items()]
+        lines += [f"{model}:", "", *table(rows, speeds), ""]
+        del runners
+    lines += [footnote(given.rounds, given.threads), "", *_profiles(folders, given.threads)]
+    say("\n".join(lines))
+    if given.write:
+        write_section("branch", lines)
+
+
+def _folders(layers: int, keep: bool) -> tuple[dict[str, dict[str, Path]], dict[str, str]]:
+    """The exports by model and name, and which name a ratio is taken to."""
+    out, demo = cache_folder() / "bench-branch", prepare()
+    base, adapter = _llama(out / f"llama-{layers}", layers)
+    models = {
+        "SmolLM2-135M (hidden 576, 30 layers)": (demo.base, demo.adapter, ("int4", "int8")),
+        f"A random Llama (hidden 2048, {layers} layers)": (base, adapter, ("int8",)),
+    }
+    folders: dict[str, dict[str, Path]] = {}
+    for number, (model, (base, adapter, kinds)) in enumerate(models.items()):
+        folders[model] = {}
+        for weights in kinds:
+            for mode in ("merged", "branch"):
+                folder = out / f"{'demo' if number == 0 else f'llama-{layers}'}-{mode}-{weights}"
+                folders[model][f"{mode} {weights}"] = folder
+                if keep and (folder / "genai_config.json").is_file():
+                    continue
+                say(f"{model}, {mode} {weights}: exporting")
+                target.export(base, [(adapter, 1.0)], folder, mode=mode, weights=weights, force=True)
+    return folders, {f"branch {weights}": f"merged {weights}" for weights in ("int4", "int8")}
+
+
+def _llama(out: Path, layers: int) -> tuple[Path, Path]:
+    """A Llama with random weights and a VeRA adapter of rank 256 on its seven linears."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests import tiny
+
+    base, adapter = out / "base", out / "adapter"
+    if not (base / "config.json").is_file():
+        torch.manual_seed(0)
+        tiny.save(LlamaForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=layers)), base)
+    if not (adapter / "adapter_config.json").is_file():
+        tiny.make_adapter(base, adapter, rank=256)
+    return base, adapter
+
+
+def _profiles(folders: Mapping[str, Mapping[str, Path]], threads: int) -> Iterator[str]:
+    yield "Where a step's time goes, in per cent of all nodes' time (nodes):"
+    yield ""
+    yield f"| model | {' | '.join(_KINDS)} |"
+    yield "|---|" + "--:|" * len(_KINDS)
+    for model, ways in folders.items():
+        for name, folder in ways.items():
+            if name.startswith("branch"):
+                spent, nodes = _profile(folder, threads)
+                whole = sum(spent.values())
+                cells = [f"{100 * spent[kind] / whole:.0f} ({nodes[kind]})" for kind in _KINDS]
+                yield f"| {model.split(' (')[0]}, {name} | {' | '.join(cells)} |"
+
+
+def _profile(folder: Path, threads: int) -> tuple[Counter[str], Counter[str]]:
+    """Microseconds and nodes by kind, over STEPS decoding steps with the adapter active."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as temporary:
+        options.profile_file_prefix = str(Path(temporary) / "profile")
+        session = ort.InferenceSession(str(folder / "onnx" / "model.onnx"), options)
+        adapter, run = ort.LoraAdapter(), ort.RunOptions()
+        adapter.Load(str(folder / "adapters" / "default.onnx_adapter"))
+        run.add_active_adapter(adapter)
+        for _ in range(STEPS):
+            session.run(["logits"], _step(session), run)
+        events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
+    spent: Counter[str] = Counter()
+    nodes: dict[str, str] = {}
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            nodes[event["name"]] = kind = _kind(event["name"], event["args"]["op_name"])
+            spent[kind] += event["dur"]
+    return spent, Counter(nodes.values())
+
+
+def _kind(node: str, op: str) -> str:
+    if "/vera/" in node:
+        for matrix in ("A", "B"):
+            if f"/{matrix}/" in node:
+                return matrix
+        return _KINDS[5]
+    if "MatMul" in op:
+        return _KINDS[0]
+    if node.startswith("vera."):
+        return _KINDS[5]
+    return _KINDS[1] if "Attention" in op else _KINDS[2]
+
+
+def _step(session: Any) -> dict[str, Any]:
+    """One token after PAST in the cache."""
+    feeds: dict[str, Any] = {}
+    for value in session.get_inputs():
+        if value.name == "input_ids":
+            feeds[value.name] = np.array([[500]], np.int64)
+        elif value.name == "attention_mask":
+            feeds[value.name] = np.ones((1, PAST + 1), np.int64)
+        elif value.name.startswith("past"):
+            shape = (1, value.shape[1], PAST, value.shape[3])
+            feeds[value.name] = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    return feeds
+
+
+if __name__ == "__main__":
+    main()

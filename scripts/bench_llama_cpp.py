@@ -1,0 +1,100 @@
+"""llama.cpp through llama-cpp-python, as a runner of the speed benches: see bench_turns.Worker.
+
+    python bench_llama_cpp.py MODEL.gguf --threads N     tokens on a line in, tokens per second on a line out
+    python bench_llama_cpp.py SOURCE.gguf --quantize OUT.gguf    Q4_0, as llama.cpp's own quantizer does
+
+Run by the interpreter of an environment of its own, which `environment` makes; so it imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "llama-cpp-python==0.3.36"
+# The parts that aren't used here take as long to compile as those that are.
+_CMAKE = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
+PROMPT = 32
+
+
+def environment(folder: Path) -> Path:
+    """The Python of an environment with llama-cpp-python, compiled here from the registry's source."""
+    python = folder / "bin" / "python"
+    check = [str(python), "-c", "import llama_cpp"]
+    if not python.is_file() or subprocess.run(check, capture_output=True).returncode:
+        print("compiling llama.cpp, which takes some minutes", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        command = [str(python), "-m", "pip", "install", "-q", "--no-binary", "llama-cpp-python", PACKAGE]
+        subprocess.run(command, check=True, env=os.environ | {"CMAKE_ARGS": _CMAKE})
+    return python
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quantize", metavar="OUT")
+    given = parser.parse_args()
+    llama_cpp: Any = importlib.import_module("llama_cpp")
+
+    llama_cpp.llama_backend_init()
+    llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
+    if given.quantize:
+        _quantize(llama_cpp, given.model, given.quantize)
+        return
+    serve(llama_cpp, given.model, given.threads)
+
+
+def _quantize(llama_cpp: Any, source: str, out: str) -> None:
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    options.allow_requantize = True
+    if llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(options)):
+        raise SystemExit(f"llama.cpp can't quantize {source}")
+
+
+def serve(llama_cpp: Any, path: str, threads: int) -> None:
+    """Answer each number of tokens with the speed of decoding that many after the prompt."""
+    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    options = llama_cpp.llama_context_default_params()
+    options.n_ctx, options.n_threads, options.n_threads_batch = 512, threads, threads
+    context = llama_cpp.llama_init_from_model(model, options)
+    vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(_decode(llama_cpp, context, vocabulary, int(line)), flush=True)
+
+
+def _decode(llama_cpp: Any, context: Any, vocabulary: int, tokens: int) -> float:
+    import numpy as np
+
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    feed = list(range(100, 100 + PROMPT))
+    started = 0.0
+    for step in range(tokens + 1):
+        array = (llama_cpp.llama_token * len(feed))(*feed)
+        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(feed))):
+            raise SystemExit("llama.cpp can't decode")
+        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), (vocabulary,))
+        feed = [int(logits.argmax())]
+        if step == 0:
+            started = time.perf_counter()
+    return tokens / (time.perf_counter() - started)
+
+
+def _silent(level: int, text: bytes, data: Any) -> None:
+    """Keep llama.cpp's talk off the terminal."""
+
+
+_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_silent)
+
+
+if __name__ == "__main__":
+    main()
