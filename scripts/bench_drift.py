@@ -1,7 +1,8 @@
 """Measure the drift tables: every way to ship the demo's adapter, against the model as trained.
 
     scripts/bench_drift [--tokens 4096] [--only NAME ...] [--again NAME ...]      the README's table
-    scripts/bench_drift --all                                                      and docs/drift-table.md
+    scripts/bench_drift --all                                                     and docs/drift-table.md
+    scripts/bench_drift --kept                     that page alone, from the rows that were measured already
 
 All rows are measured on the same windows of the demo's held-out text (with --all on code too), against logits
 the reference gave once. Rows are kept in the cache and measured again when what they depend on changes, so a
@@ -35,6 +36,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--tokens", type=int, default=4096, help="about how many tokens to measure on")
     options.add_argument("--all", action="store_true", help="all methods and peers, on code too")
+    options.add_argument("--kept", action="store_true", help="write the page from the rows that are there")
     options.add_argument("--only", nargs="*", help="these rows alone, shown and not written")
     options.add_argument("--again", nargs="*", default=[], help="measure these rows again")
     chosen = options.parse_args()
@@ -43,6 +45,9 @@ def main() -> None:
         _bench(demo, out, chosen.tokens), again=frozenset(chosen.again), with_speed=not chosen.only
     )
     scored = {name: cut.scored for name, cut in bench.texts.items()}
+    if chosen.kept:
+        tables.write(None, tables.rest(tables.long_table(bench.kept()), encoder_table(demo, out), scored))
+        return
     rows = _rows(bench, short(demo, out), chosen.only)
     below = None
     if chosen.all or chosen.only:

@@ -112,6 +112,11 @@ class Bench:
     with_speed: bool = False
     again: frozenset[str] = field(default_factory=frozenset)
 
+    def kept(self) -> list[Row]:
+        """Every row that was kept for this model, adapter and text."""
+        found = [_read(path) for path in sorted(self.folder.glob("*.json"))]
+        return [row for row in found if row.facts.startswith(self.facts)]
+
     def row(self, way: Way) -> Row:
         """The row of a way: as it was kept when nothing that it depends on has changed, else measured."""
         path, facts = self.folder / f"{_slug(way.name)}.json", f"{self.facts} {way.facts}"

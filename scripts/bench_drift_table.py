@@ -87,16 +87,20 @@ def _footnote(scored: int, perplexity: float) -> str:
 def rest(long: str, encoder: str, scored: Mapping[str, int]) -> str:
     """What stands under the short table in docs/drift-table.md."""
     intro = _filled(_INTRO.format(measured=scored[MEASURED], other=scored[OTHER]))
-    parts = (_REST, "", intro, "", long, "## A second model", "", encoder)
-    return "\n".join(parts)
+    return "\n".join((_REST, "", intro, "", long, "## A second model", "", encoder))
 
 
-def write(short: str, below: str | None) -> None:
-    """Put the short table between the marks in README.md and into docs, above what is there or `below`."""
-    if below is None:
-        _, found, kept = PAGE.read_text(encoding="utf-8").partition(_REST)
-        below = found + kept
-    PAGE.write_text(f"# Drift, size and speed of each way to ship\n\n{short}\n{below}", encoding="utf-8")
+def write(short: str | None, below: str | None) -> None:
+    """Put the short table between the marks in README.md and into docs, and `below` under it there.
+
+    What is None stays as it is.
+    """
+    above, found, kept = PAGE.read_text(encoding="utf-8").partition(_REST)
+    if short is not None:
+        above = f"# Drift, size and speed of each way to ship\n\n{short}\n"
+    PAGE.write_text(above.rstrip() + "\n\n" + (below or found + kept), encoding="utf-8")
+    if short is None:
+        return
     readme = ROOT / "README.md"
     before, after = readme.read_text(encoding="utf-8").split(MARKS[0])
     after = after.split(MARKS[1])[1]
