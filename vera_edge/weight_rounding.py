@@ -15,6 +15,7 @@ from vera_edge import merge as merging
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.drift import windows
+from vera_edge.drift.models import auto_class_of
 from vera_edge.errors import PlanError
 from vera_edge.files import PARTIAL_MARK, check_output, output_error
 from vera_edge.formats import FORMATS
@@ -122,7 +123,7 @@ class Rounding:
             merged = plan.mode == "merged"
             seen = () if self.any_adapter and not merged else adapters
             facts = (checkpoint, seen, projections, grids, calibration)
-            write_back(*facts, store.put, merged, progress=progress)
+            write_back(*facts, store.put, merged, auto_class_of(checkpoint), progress)
             yield store, notes
 
 
