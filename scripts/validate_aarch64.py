@@ -213,7 +213,7 @@ def boot(kernel: Path, disk: Path, cpu: str, memory: int) -> int:
     """Run the device and print what its console says; returns the exit code it tells."""
     command = ["qemu-system-aarch64", "-machine", "virt", "-cpu", cpu, "-smp", "1", "-m", str(memory)]
     command += ["-nographic", "-no-reboot", "-nic", "none", "-kernel", str(kernel)]
-    command += ["-append", "console=ttyAMA0 quiet panic=-1 root=/dev/nvme0n1 rw init=/edge/init"]
+    command += ["-append", "console=ttyAMA0 quiet nowatchdog panic=-1 root=/dev/nvme0n1 rw init=/edge/init"]
     command += ["-drive", f"file={disk},if=none,id=disk,format=raw,cache=unsafe"]
     command += ["-device", "nvme,serial=edge,drive=disk"]
     code = None
