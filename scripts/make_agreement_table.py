@@ -23,10 +23,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "agreement.md"
 WAYS = (
     ("merged", "fp32"),
     ("branch", "fp32"),
-    ("merged", "fp16"),
     ("merged", "int8"),
     ("branch", "int8"),
-    ("merged", "int4"),
     ("branch", "int4"),
 )
 HEAD = """\

@@ -26,6 +26,7 @@ def build(source: Path, out: Path, architecture: str, options: Mapping[str, str]
     with _quiet():
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
+        _teach_gemma3()
         cache = str(out / "cache")
         extra = [f"{key}={value}" for key, value in options.items()]
         try:
@@ -71,3 +72,30 @@ def _quiet() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _teach_gemma3() -> None:
+    """Let the builder read Gemma 3's two rotary embeddings where transformers 5 keeps them.
+
+    Its reader knows transformers 4's flat settings only; for Gemma 4 it reads the nested ones, as done here.
+    """
+    from onnxruntime_genai.models import builder
+
+    if getattr(builder.Gemma3Model, "reads_nested", False):
+        return
+
+    class Gemma3Model(builder.Gemma3Model):
+        reads_nested = True
+
+        def make_rope_init(self, config: Any) -> None:
+            rope = config.rope_parameters
+            if "full_attention" not in rope:
+                super().make_rope_init(config)
+                return
+            kinds = {rope[layers]["rope_type"] for layers in ("full_attention", "sliding_attention")}
+            if kinds != {"default"}:
+                raise ValueError(f"it can't scale one of two rotary embeddings ({', '.join(sorted(kinds))})")
+            self.rope_attrs["theta"] = rope["full_attention"]["rope_theta"]
+            config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+
+    builder.Gemma3Model = Gemma3Model

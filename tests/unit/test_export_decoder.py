@@ -336,6 +336,12 @@ FAMILIES: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     # The checkpoint packs qkv and gate_up; the builder takes gate and up apart, half a lambda_b for each.
     "phi3": ("Phi3", ["qkv_proj", "gate_up_proj"], {"original_max_position_embeddings": 256}),
     "gemma2": ("Gemma2", list(tiny.LLAMA_LINEARS), {"head_dim": 16, "query_pre_attn_scalar": 16}),
+    # Six layers: the sixth reads all of the text and has a rotary embedding of its own.
+    "gemma3": (
+        "Gemma3",
+        list(tiny.LLAMA_LINEARS),
+        {"head_dim": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 6, "sliding_window": 20},
+    ),
     "smollm3": ("SmolLM3", list(tiny.LLAMA_LINEARS), {}),
     "llama with an adapted head": ("Llama", ["q_proj", "k_proj", "v_proj", "lm_head"], {}),
 }
@@ -362,7 +368,7 @@ def family_base(family: str, folder: Path) -> tuple[Path, Path]:
     }
     torch.manual_seed(3)
     cls = getattr(transformers, f"{name}ForCausalLM")
-    model = cls(cls.config_class(**sizes, **options))
+    model = cls(cls.config_class(**(sizes | options)))
     for key, parameter in model.named_parameters():
         if key.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
@@ -426,6 +432,14 @@ def test_refusals_leave_nothing_behind(
     with pytest.raises(OutputError, match="--force"):
         target.export(tiny_llama.fp32, one, out)
     assert [path.name for path in out.iterdir()] == ["kept"]
+
+
+def test_scaled_rotary_embeddings_of_gemma3_are_refused(tmp_path: Path) -> None:
+    base, adapter = family_base("gemma3", tmp_path)
+    config = json.loads((base / "config.json").read_text())
+    config["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+    (base / "config.json").write_text(json.dumps(config))
+    refused(TargetError, "rotary embeddings", tmp_path / "out", base, [(adapter, 1.0)])
 
 
 def test_an_encoder_is_refused(tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path: Path) -> None:
