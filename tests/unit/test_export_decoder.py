@@ -434,6 +434,14 @@ def test_refusals_leave_nothing_behind(
     assert [path.name for path in out.iterdir()] == ["kept"]
 
 
+def test_the_delta_of_an_adapted_head_is_merged_too(tmp_path: Path) -> None:
+    """PEFT saves the head's frozen weight beside its vectors, which must not take the sum's place."""
+    (base, adapter), ids = family_base("llama with an adapted head", tmp_path), exported.tokens()
+    target.export(base, [(adapter, 1.0)], tmp_path / "out")
+    truth = exported.peft_logits(base, adapter, ids)
+    assert exported.error(exported.logits(tmp_path / "out", ids), truth) < 1e-5
+
+
 def test_scaled_rotary_embeddings_of_gemma3_are_refused(tmp_path: Path) -> None:
     base, adapter = family_base("gemma3", tmp_path)
     config = json.loads((base / "config.json").read_text())

@@ -57,10 +57,15 @@ def _of_tensor(checkpoint: Checkpoint, name: str, target: str | None) -> Unit:
 
 
 def replacements(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, RawTensor]:
-    """The tensors that adapters put in place of the base's, by name."""
+    """The tensors that adapters put in place of the base's, by name.
+
+    PEFT also saves the frozen weight of an adapted head: a copy of the base's, which the delta is added to, not
+    one that replaces the sum.
+    """
     found: dict[str, RawTensor] = {}
     for adapter, _ in adapters:
-        found |= adapter.modules_to_save
+        frozen = {f"{module}.weight" for module in adapter.vectors}
+        found |= {name: saved for name, saved in adapter.modules_to_save.items() if name not in frozen}
         found |= {f"{module}.bias": RawTensor.of(bias) for module, bias in adapter.biases.items()}
     return found
 
