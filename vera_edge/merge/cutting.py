@@ -59,8 +59,8 @@ def _of_tensor(checkpoint: Checkpoint, name: str, target: str | None) -> Unit:
 def replacements(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, RawTensor]:
     """The tensors that adapters put in place of the base's, by name.
 
-    PEFT also saves the frozen weight of an adapted head: a copy of the base's, which the delta is added to, not
-    one that replaces the sum.
+    PEFT also saves the frozen weight of an adapted head: a copy of the base's, which the delta is added to,
+    not one that replaces the sum.
     """
     found: dict[str, RawTensor] = {}
     for adapter, _ in adapters:
