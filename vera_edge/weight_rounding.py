@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vera_edge import merge as merging
@@ -69,6 +69,7 @@ class Rounding:
     `default_method`.
 
     text: what "search" and "gptq" are calibrated on, a UTF-8 file or "built-in"; about `tokens` of it.
+    recover: which vectors of a branch to refit to the rounded base, of recover.PARTS.
     any_adapter: calibrate a side-branch's base without its adapter, so that the weights come out the same
         whichever adapter they are exported with.
     """
@@ -76,6 +77,7 @@ class Rounding:
     method: str | None = None
     text: str = BUILT_IN
     tokens: int = TOKENS
+    recover: tuple[str, ...] = ()
     any_adapter: bool = False
 
     @contextmanager

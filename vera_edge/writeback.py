@@ -2,7 +2,7 @@
 
 The target of each layer is the model as trained: `W + delta` where it's merged, `W` where the adapter stays a
 branch beside the requantized base. Either way the calibration text runs through the effective weights, delta
-included.
+included. A branch's vectors can be refitted to the base that came out (recover.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from vera_edge.adapter import Adapter
-from vera_edge.calibration import Inputs, Int64, Sees, Walk, follow_target
+from vera_edge import recover
+from vera_edge.adapter import Adapter, Vectors
+from vera_edge.calibration import Inputs, Sees, Walk, follow_target
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.errors import MismatchError
+from vera_edge.errors import MismatchError, PlanError
+from vera_edge.layers import Int64
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.reference import load_dense
@@ -27,13 +29,17 @@ from vera_edge.tensors import Float32
 
 @dataclass(frozen=True)
 class Calibration:
-    """How to calibrate. `windows`: token ids. `sees`, `follow`: see calibration.py."""
+    """How to calibrate. `windows`: token ids. `sees`, `follow`: see calibration.py.
+
+    recover: which of recover.PARTS to refit, for a branch of one adapter.
+    """
 
     windows: Sequence[Int64]
     method: str = "gptq"
-    sees: Sees = "original"
-    follow: float = 0.0
+    sees: Sees = "inputs"
+    follow: float = 1.0
     effort: Effort = field(default_factory=Effort)
+    recover: tuple[str, ...] = ()
 
 
 def write_back(
@@ -46,14 +52,19 @@ def write_back(
     merged: bool = True,
     auto_class: str = "AutoModelForCausalLM",
     progress: Progress = silent,
-) -> None:
+) -> dict[str, Vectors]:
     """Requantize the modules of `grids`; `put(module, codes)` is called for each, in order of computation.
+
+    Returns the adapter's vectors by module where they were refitted.
 
     Modules that the text never reaches get scales by search, without statistics. Codes are in nn.Linear's
     orientation (out, in). Memory: the model in float32 and one layer's statistics.
     Raises DataError when the model or the text can't be calibrated with, MismatchError for a module that the
-    base doesn't have.
+    base doesn't have, PlanError where there's nothing that could be refitted.
     """
+    if calibration.recover:
+        recover.check(calibration.recover)
+        _check_one_branch(adapters, merged, calibration.method)
     for module in grids:
         if module not in checkpoint.linears:
             raise MismatchError(f"{checkpoint.path} has no linear layer called {module}")
@@ -61,10 +72,19 @@ def write_back(
     if calibration.method in ("search", "gptq"):
         model = load_dense(checkpoint, auto_class).eval()
         work.prepare(model)
-        cross = calibration.follow > 0
-        walk = Walk(model, frozenset(grids), calibration.windows, calibration.sees, cross, progress)
+        walk = Walk(model, frozenset(grids), calibration.windows, calibration.sees, progress)
         walk.run(work.answer)
     work.finish(progress)
+    return work.refitted
+
+
+def _check_one_branch(adapters: Sequence[tuple[Adapter, float]], merged: bool, method: str) -> None:
+    if merged:
+        raise PlanError("a merged adapter has no vectors left to refit; recover needs --mode branch")
+    if method not in ("search", "gptq"):
+        raise PlanError(f"recover needs calibration statistics, which {method} doesn't gather; use gptq")
+    if len(adapters) != 1 or adapters[0][1] == 0:
+        raise PlanError("vectors are refitted for one adapter at a time, with a weight that isn't 0")
 
 
 @dataclass
@@ -77,6 +97,7 @@ class _WriteBack:
     put: Callable[[str, Codes], None]
     merged: bool
     done: set[str] = field(default_factory=set)
+    refitted: dict[str, Vectors] = field(default_factory=dict)
 
     def prepare(self, model: Any) -> None:
         """Make the model the one that was trained: every adapter's delta and biases in its weights."""
@@ -88,18 +109,32 @@ class _WriteBack:
                 model.get_submodule(module).bias.data = torch.from_numpy(np.array(bias, np.float32))
 
     def answer(self, inputs: Inputs) -> Mapping[str, torch.Tensor]:
-        gram = Gram.of(inputs.gram, self.calibration.effort.damp, self.calibration.effort.act_order)
+        effort = self.calibration.effort
+        gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order)
         changed = {}
         for module in inputs.modules:
             base, delta = self.checkpoint.dequantize(module), self._delta(module)
             trained = base + delta
             target = follow_target(trained, inputs, self.calibration.follow)
-            if not self.merged:
-                target = base if target is trained else target - delta
-            found = self._requantize(module, target, gram)
-            effective = found if self.merged else found + delta
-            changed[module] = self._stored(module, torch.from_numpy(effective))
+            if self.merged:
+                found = self._requantize(module, target, gram)
+            else:
+                beside = base if target is trained else target - delta
+                found = self._requantize(module, beside, gram)
+                found += self._refitted(module, target - found, delta, gram)
+            changed[module] = self._stored(module, torch.from_numpy(found))
         return changed
+
+    def _refitted(self, module: str, left: Float32, delta: Float32, gram: Gram) -> Float32:
+        """What the branch adds from now on; `left`: what it should, `delta`: what it does as trained."""
+        adapter, weight = self.adapters[0] if self.calibration.recover else (None, 0.0)
+        if adapter is None or module not in adapter.vectors or self.projections is None:
+            return delta
+        vectors, scale = adapter.vectors[module], np.float32(weight)
+        found = recover.refit(vectors, left / scale, self.projections, gram, self.calibration.recover)
+        self.refitted[module] = found
+        inside = left.shape[1]
+        return scale * self.projections.delta(found.lambda_b, found.lambda_d, inside)
 
     def finish(self, progress: Progress) -> None:
         """Requantize what no text reached."""

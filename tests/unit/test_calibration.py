@@ -50,7 +50,7 @@ def nothing(inputs: Inputs) -> Mapping[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("sees", ["original", "layers", "inputs"])
+@pytest.mark.parametrize("sees", ["original", "inputs"])
 def test_statistics_are_those_of_whole_forward_passes(
     tiny_llama: tiny.TinyLlama, tiny_gpt2: Path, family: str, sees: Sees
 ) -> None:
@@ -62,7 +62,7 @@ def test_statistics_are_those_of_whole_forward_passes(
             found[module] = inputs
         return {}
 
-    Walk(model, frozenset(expected), WINDOWS, sees, cross=sees != "original").run(keep)
+    Walk(model, frozenset(expected), WINDOWS, sees).run(keep)
     assert found.keys() == expected.keys()
     for module, inputs in found.items():
         scale = np.abs(expected[module]).max()
@@ -79,7 +79,7 @@ def test_linears_of_one_input_are_visited_once(tiny_llama: tiny.TinyLlama) -> No
         groups.append(inputs.modules)
         return {}
 
-    Walk(model, frozenset(linears(model)), WINDOWS[:1]).run(visit)
+    Walk(model, frozenset(linears(model)), WINDOWS[:1], "inputs").run(visit)
     assert [tuple(name.rsplit(".", 1)[1] for name in group) for group in groups[:4]] == [
         ("q_proj", "k_proj", "v_proj"),
         ("o_proj",),
@@ -88,7 +88,7 @@ def test_linears_of_one_input_are_visited_once(tiny_llama: tiny.TinyLlama) -> No
     ]
 
 
-@pytest.mark.parametrize("sees", ["original", "layers", "inputs"])
+@pytest.mark.parametrize("sees", ["original", "inputs"])
 def test_what_later_layers_see(tiny_llama: tiny.TinyLlama, sees: Sees) -> None:
     """Weights changed on the way show in later inputs, or don't, and the model ends with them or without."""
     model = tiny.load(tiny_llama.fp32).eval()
@@ -117,6 +117,7 @@ def test_following_finds_the_best_weight_for_changed_inputs() -> None:
     inputs = Inputs(
         ("m",),
         (changed.T @ changed / 400).astype(np.float32),
+        400,
         (original.T @ changed / 400).astype(np.float32),
     )
 
@@ -128,7 +129,7 @@ def test_following_finds_the_best_weight_for_changed_inputs() -> None:
     np.testing.assert_allclose(followed, best.T, atol=1e-4)
     errors = [error(follow_target(weight, inputs, share)) for share in (0.0, 0.5, 1.0)]
     assert errors[0] > errors[1] > errors[2]
-    assert follow_target(weight, Inputs(("m",), inputs.gram, None), 1.0) is weight
+    assert follow_target(weight, Inputs(("m",), inputs.gram, 400), 1.0) is weight
 
 
 def test_models_and_texts_that_cannot_be_walked(tiny_llama: tiny.TinyLlama) -> None:

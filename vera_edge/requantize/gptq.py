@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from vera_edge.requantize.gram import Gram
 from vera_edge.requantize.grids import Grid, inverse, spread
+from vera_edge.requantize.search import search
 from vera_edge.tensors import Float32
 
 _PANEL = 64
@@ -42,19 +43,38 @@ class _Columns:
         upright = np.ascontiguousarray(scales.T)
         return cls(upright, inverse(upright), np.ascontiguousarray(zeros.T), block_of)
 
+    def set(self, block: int, scales: Float32, zeros: Float32) -> None:
+        """Take other scales and zero points (out, blocks) for one block."""
+        self.scales[block], self.zeros[block] = scales[:, block], zeros[:, block]
+        self.inverses[block] = inverse(self.scales[block])
 
-def compensate(weight: Float32, grid: Grid, scales: Float32, zeros: Float32, gram: Gram) -> Float32:
-    """Levels (out, in) float32 for weight (out, in)."""
+
+def compensate(
+    weight: Float32, grid: Grid, scales: Float32, zeros: Float32, gram: Gram, adapt: bool = False
+) -> Float32:
+    """Levels (out, in) float32 for weight (out, in).
+
+    adapt: search each block's scale and zero point again for its weights as they are once they have made up
+    for all blocks before it; written to `scales` and `zeros`. Blocks must lie within rows, in order.
+    """
     shape = (weight.shape[0], weight.shape[1])
     columns = _Columns.of(scales, zeros, grid, shape)
     order, feedback = gram.order, gram.feedback
     rest = np.ascontiguousarray(weight.T[order])
     levels = np.empty_like(rest)
     errors = np.empty((_PANEL, shape[0]), np.float32)
+    width = grid.width(shape[1])
     for begin in range(0, shape[1], _PANEL):
         end = min(begin + _PANEL, shape[1])
         for index in range(begin, end):
             column, block = rest[index], columns.block_of[order[index]]
+            if adapt and index % width == 0:
+                last = min(index + width, shape[1])
+                pending = feedback[begin:index, index:last].T @ errors[: index - begin]
+                part = np.ascontiguousarray((rest[index:last] - pending).T)
+                found = search(part, grid, gram.conditional[index:last])
+                scales[:, block : block + 1], zeros[:, block : block + 1] = found
+                columns.set(block, scales, zeros)
             if index > begin:
                 column = column - feedback[begin:index, index] @ errors[: index - begin]
             found = grid.nearest(column * columns.inverses[block], columns.zeros[block])

@@ -84,19 +84,30 @@ class Gram:
             return np.argsort(-self.importance, kind="stable")
         return np.arange(self.size)
 
-    @cached_property
+    @property
     def feedback(self) -> Float32:
         """How a column's error is made up for by the ones after it: float32 (in, in), unit upper triangle.
 
         Rows of the upper Cholesky factor of the inverse, over their diagonal (Frantar et al., GPTQ,
         https://arxiv.org/abs/2210.17323, equation 3), in the order of `order`.
         """
+        return self._factor[0]
+
+    @property
+    def conditional(self) -> Float32:
+        """What an error in each input's weights costs once all later ones make up for it: (in,), in `order`."""
+        return self._factor[1]
+
+    @cached_property
+    def _factor(self) -> tuple[Float32, Float32]:
         with one_blas_thread():
             ordered = self.values[np.ix_(self.order, self.order)].astype(np.float64)
             # The factor of the reversed matrix gives that of the inverse without forming the inverse.
             lower = np.linalg.cholesky(ordered[::-1, ::-1])
             upper = np.linalg.inv(lower)[::-1, ::-1]
-            return np.ascontiguousarray((upper / np.diag(upper)[:, None]).astype(np.float32))
+        diagonal = np.diag(upper)
+        feedback = np.ascontiguousarray((upper / diagonal[:, None]).astype(np.float32))
+        return feedback, (diagonal**-2.0).astype(np.float32)
 
 
 def output_error(weight: Float32, quantized: Float32, gram: Floats | Gram | None) -> float:

@@ -125,7 +125,9 @@ class _Work:
         scales, zeros = self.scales[rows], self.zeros[rows]
         if method == "gptq":
             assert self.gram is not None
-            return compensate(part, self.grid, scales, zeros, self.gram)
+            # Double-quantized scales lie on a grid of their own, which is fixed by now.
+            adapt = self.in_rows and self.nested is None and not self.gram.act_order
+            return compensate(part, self.grid, scales, zeros, self.gram, adapt)
         shape = (part.shape[0], part.shape[1])
         scaled = part * spread(inverse(scales), self.grid, shape)
         return self.grid.nearest(scaled, spread(zeros, self.grid, shape))

@@ -1,0 +1,214 @@
+"""The layers of a transformer, called one by one in torch, their linears watched and their weights exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from vera_edge.errors import DataError
+
+Int64 = npt.NDArray[np.int64]
+# The place of a layer's own input, among those of its submodules.
+OWN_INPUT = ""
+
+
+class _Stop(Exception):
+    """Raised by a hook: everything that was wanted of this forward pass is there."""
+
+
+@dataclass
+class Stack:
+    """The stack of layers, and the keyword arguments each is called with, by the length of the window."""
+
+    name: str
+    layers: list[nn.Module]
+    arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    modules: frozenset[str]
+
+    @classmethod
+    def find(cls, model: nn.Module, modules: frozenset[str], windows: Sequence[Int64]) -> Stack:
+        lists = {name: item for name, item in model.named_modules() if isinstance(item, nn.ModuleList)}
+        inside = {
+            name: sum(module.startswith(f"{name}.") for module in modules) * (len(item) > 0)
+            for name, item in lists.items()
+        }
+        name = max(inside, key=lambda name: (inside[name], -len(name)), default="")
+        if not name or not inside[name]:
+            raise DataError(
+                "this model has no stack of layers to calibrate; choose a method without calibration"
+            )
+        stack = cls(name, list(lists[name]), {}, modules)
+        for length in sorted({len(window) for window in windows}):
+            window = next(window for window in windows if len(window) == length)
+            stack.arguments[length] = stack._record(model, window)
+        return stack
+
+    def _record(self, model: nn.Module, window: Int64) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """One forward pass, to see how each layer is called; each must read what the one before gave."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        chain: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
+            chain.append((_hidden_of(args, kwargs), _hidden(output)))
+
+        with ExitStack() as hooks:
+            for layer in self.layers:
+                handle = layer.register_forward_hook(after, with_kwargs=True)
+                hooks.callback(handle.remove)
+            _forward(model, window)
+        links = pairwise(chain)
+        if len(calls) != len(self.layers) or any(one[1] is not two[0] for one, two in links):
+            raise DataError(
+                f"the layers of {self.name} aren't called one after the other; choose a method that needs no "
+                "calibration"
+            )
+        return calls
+
+    def first_inputs(self, model: nn.Module, windows: Sequence[Int64]) -> list[torch.Tensor]:
+        """What the first layer reads, for every window."""
+        found: list[torch.Tensor] = []
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(_hidden_of(args, kwargs))
+            raise _Stop
+
+        handle = self.layers[0].register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            for window in windows:
+                try:
+                    _forward(model, window)
+                except _Stop:
+                    continue
+        finally:
+            handle.remove()
+        return found
+
+
+class Layer:
+    """One layer of a stack: called on hidden states, its linears watched, its weights exchanged."""
+
+    def __init__(self, stack: Stack, index: int, windows: Sequence[Int64]) -> None:
+        self._layer, self._windows = stack.layers[index], windows
+        self._arguments = {length: calls[index] for length, calls in stack.arguments.items()}
+        prefix = f"{stack.name}.{index}."
+        self._parts: dict[str, Any] = {
+            prefix + name: module for name, module in self._layer.named_modules() if name
+        }
+        self.linears = {name: module for name, module in self._parts.items() if name in stack.modules}
+
+    def __call__(self, hidden: torch.Tensor, row: int) -> torch.Tensor:
+        args, kwargs = self._arguments[len(self._windows[row])]
+        return _hidden(self._layer(hidden, *args, **kwargs))
+
+    def use(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Give linears these weights from now on."""
+        for module, weight in weights.items():
+            self.linears[module].weight.data = weight
+
+    def groups(self, hidden: torch.Tensor) -> list[tuple[str, ...]]:
+        """The linears that read the same input, in the order of computation, without those never called."""
+        seen: list[tuple[torch.Tensor, list[str]]] = []
+
+        def watch(module: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+                for tensor, modules in seen:
+                    if tensor is args[0]:
+                        modules.append(module)
+                        return
+                seen.append((args[0], [module]))
+
+            return before
+
+        with ExitStack() as hooks:
+            for module, linear in self.linears.items():
+                hooks.callback(linear.register_forward_pre_hook(watch(module)).remove)
+            self(hidden, 0)
+        return [tuple(modules) for _, modules in seen]
+
+    def added_to(self, hidden: torch.Tensor) -> dict[str, str]:
+        """The linears whose output is added to a tensor that flows past them: to the input of which part.
+
+        Found by looking, as no two architectures agree: some part of the layer, or its output, must then be
+        exactly the sum. Linears whose output goes another way are left out.
+        """
+        flow: list[tuple[str, torch.Tensor]] = [(OWN_INPUT, hidden)]
+        outputs: list[tuple[str, torch.Tensor, int]] = []
+
+        def before(part: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            return lambda _, args: flow.append((part, args[0])) if _is_tensor(args) else None
+
+        def after(module: str) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], None]:
+            return lambda _, __, output: outputs.append((module, output, len(flow)))
+
+        with ExitStack() as hooks:
+            for part, module in self._parts.items():
+                hooks.callback(module.register_forward_pre_hook(before(part)).remove)
+            for name, linear in self.linears.items():
+                hooks.callback(linear.register_forward_hook(after(name)).remove)
+            flow.append((OWN_INPUT, self(hidden, 0)))
+        found = {}
+        for name, output, count in outputs:
+            like = [(part, tensor) for part, tensor in flow[:count] if tensor.shape == output.shape]
+            sums = [tensor for _, tensor in flow[count:] if tensor.shape == output.shape]
+            for part, tensor in like:
+                total = tensor + output
+                if any(torch.equal(total, one) for one in sums):
+                    found[name] = part
+        return found
+
+    def inputs(
+        self, parts: Sequence[str], hidden: torch.Tensor, row: int, to_the_end: bool = False
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """What each of `parts` reads, (tokens, in), and the layer's output, if the pass goes `to_the_end`.
+
+        Otherwise it ends when the last part has been reached.
+        """
+        found: dict[str, torch.Tensor] = {}
+        missing = set(parts) - {OWN_INPUT}
+        if OWN_INPUT in parts:
+            found[OWN_INPUT] = hidden.reshape(-1, hidden.shape[-1])
+
+        def watch(part: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def before(_: nn.Module, args: tuple[Any, ...]) -> None:
+                found[part] = args[0].reshape(-1, args[0].shape[-1])
+                missing.discard(part)
+                if not missing and not to_the_end:
+                    raise _Stop
+
+            return before
+
+        output = None
+        with ExitStack() as hooks:
+            for part in missing:
+                hooks.callback(self._parts[part].register_forward_pre_hook(watch(part)).remove)
+            with suppress(_Stop):
+                output = self(hidden, row)
+        return found, output
+
+
+def _forward(model: nn.Module, window: Int64) -> None:
+    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    model(input_ids=torch.from_numpy(np.ascontiguousarray(window[None])), **options)
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    found: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return found
+
+
+def _is_tensor(args: tuple[Any, ...]) -> bool:
+    return bool(args) and isinstance(args[0], torch.Tensor)

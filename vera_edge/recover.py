@@ -1,0 +1,82 @@
+"""Refits a side-branch's vectors to the requantized base beside it, in closed form.
+
+A branch gives `diag(lambda_b) B diag(lambda_d) A x`, with A and B fixed. Where the base W became Q, the branch
+should give what is left to the model as trained, `L = target - Q`; the output error is
+`tr((L - D) H (L - D)^T)` for the branch D and `H = X^T X / n` over the layer's inputs. It is quadratic in lambda_b with
+lambda_d fixed, row by row, and in lambda_d with lambda_b fixed. Only the vectors change: kilobytes beside a base
+that stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.adapter import Vectors
+from vera_edge.errors import PlanError
+from vera_edge.projection import Projections
+from vera_edge.requantize.gram import Gram, one_blas_thread
+from vera_edge.tensors import Float32
+
+PARTS = ("lambda_b", "lambda_d")
+# Pull towards the trained vectors, relative to the mean diagonal: what the text says little about stays.
+_RIDGE = 0.01
+_TURNS = 2
+
+Float64 = npt.NDArray[np.float64]
+
+
+def check(parts: Sequence[str]) -> None:
+    """Raise PlanError for anything that can't be refitted."""
+    if unknown := next((part for part in parts if part not in PARTS), None):
+        raise PlanError(f"{unknown!r} can't be refitted; choose from {', '.join(PARTS)}")
+
+
+def refit(
+    vectors: Vectors, left: Float32, projections: Projections, gram: Gram, parts: Sequence[str] = PARTS
+) -> Vectors:
+    """The vectors of `parts` that bring the branch closest to `left` (out, in), the others as they are.
+
+    With both, they take turns. The damping in `gram` and a pull towards the trained values keep what the
+    calibration text hardly touches. Raises MismatchError when a size doesn't fit the projections.
+    """
+    check(parts)
+    projections.check(vectors.lambda_b, vectors.lambda_d, left.shape[1])
+    found = vectors
+    with one_blas_thread():
+        for _ in range(_TURNS if len(set(parts)) > 1 else 1):
+            if "lambda_b" in parts:
+                found = Vectors(_lambda_b(vectors, found.lambda_d, left, projections, gram), found.lambda_d)
+            if "lambda_d" in parts:
+                found = Vectors(found.lambda_b, _lambda_d(vectors, found.lambda_b, left, projections, gram))
+    return found
+
+
+def _lambda_b(
+    trained: Vectors, lambda_d: Float32, left: Float32, projections: Projections, gram: Gram
+) -> Float32:
+    """Row by row: b = (L_i H C_i) / (C_i H C_i) for rows C = B diag(d) A."""
+    rows = projections.delta(np.ones_like(trained.lambda_b), lambda_d, left.shape[1])
+    seen = rows @ gram.values
+    energy = (seen * rows).sum(axis=1, dtype=np.float64)
+    ridge = _RIDGE * energy.mean() + np.finfo(np.float32).tiny
+    wanted = (seen * left).sum(axis=1, dtype=np.float64) + ridge * trained.lambda_b
+    found: Float32 = (wanted / (energy + ridge)).astype(np.float32)
+    return found
+
+
+def _lambda_d(
+    trained: Vectors, lambda_b: Float32, left: Float32, projections: Projections, gram: Gram
+) -> Float32:
+    """All at once: ((B^T diag(b)^2 B) * (A H A^T)) d = diag(B^T diag(b) L H A^T)."""
+    b = (lambda_b[:, None] * projections.b[: left.shape[0]]).astype(np.float64)
+    a = projections.a[:, : left.shape[1]]
+    seen = (a @ gram.values).astype(np.float64)
+    matrix: Float64 = (b.T @ b) * (seen @ a.T)
+    wanted: Float64 = ((b.T @ left) * seen).sum(axis=1)
+    ridge = _RIDGE * float(np.trace(matrix)) / len(matrix) + np.finfo(np.float32).tiny
+    matrix[np.diag_indices_from(matrix)] += ridge
+    found: Float32 = np.linalg.solve(matrix, wanted + ridge * trained.lambda_d).astype(np.float32)
+    return found
