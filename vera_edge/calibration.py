@@ -55,8 +55,8 @@ class Inputs:
     def damp(self) -> float:
         """Damping for `gram`, relative to its mean diagonal: the fewer the tokens, the more.
 
-        Few tokens make directions look unimportant that other text uses. Without enough damping, rounding errors are
-        pushed into those.
+        Few tokens make directions look unimportant that other text uses, and compensation pushes rounding
+        errors into those.
         """
         return max(_LEAST_DAMP, _DAMP * self.gram.shape[0] / self.count)
 

@@ -1,4 +1,4 @@
-"""The layers of a transformer, called one by one in torch, their linears watched and their weights exchanged."""
+"""The layers of a transformer, called one by one in torch: linears watched, weights exchanged."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """Refits a side-branch's vectors to the requantized base beside it, in closed form.
 
-A branch gives `diag(lambda_b) B diag(lambda_d) A x`, with A and B fixed. Where the base W became Q, the branch
-should give what is left to the model as trained, `L = target - Q`; the output error is
-`tr((L - D) H (L - D)^T)` for the branch D and `H = X^T X / n` over the layer's inputs. It is quadratic in lambda_b with
-lambda_d fixed, row by row, and in lambda_d with lambda_b fixed. Only the vectors change: kilobytes beside a base
-that stays as it is.
+A branch gives `diag(lambda_b) B diag(lambda_d) A x`, with A and B fixed. Where the base W became Q, it should
+give what is left to the model as trained, `L = target - Q`; the output error is `tr((L - D) H (L - D)^T)`
+for the branch D and `H = X^T X / n` over the layer's inputs. It is quadratic in lambda_b with lambda_d fixed,
+row by row, and in lambda_d with lambda_b fixed. Only the vectors change: kilobytes beside a base that stays.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.adapter import Vectors
+from vera_edge.adapter import Adapter, Vectors
 from vera_edge.errors import PlanError
 from vera_edge.projection import Projections
 from vera_edge.requantize.gram import Gram, one_blas_thread
@@ -28,8 +27,18 @@ _TURNS = 2
 Float64 = npt.NDArray[np.float64]
 
 
-def check(parts: Sequence[str]) -> None:
-    """Raise PlanError for anything that can't be refitted."""
+def check(parts: Sequence[str], adapters: Sequence[tuple[Adapter, float]], merged: bool, method: str) -> None:
+    """Raise PlanError where these parts can't be refitted: for one adapter, as a branch, with statistics."""
+    _check_known(parts)
+    if merged:
+        raise PlanError("a merged adapter has no vectors left to refit; recover needs --mode branch")
+    if method not in ("search", "gptq"):
+        raise PlanError(f"recover needs calibration statistics, which {method} doesn't gather; use gptq")
+    if len(adapters) != 1 or adapters[0][1] == 0:
+        raise PlanError("vectors are refitted for one adapter at a time, with a weight that isn't 0")
+
+
+def _check_known(parts: Sequence[str]) -> None:
     if unknown := next((part for part in parts if part not in PARTS), None):
         raise PlanError(f"{unknown!r} can't be refitted; choose from {', '.join(PARTS)}")
 
@@ -42,7 +51,7 @@ def refit(
     With both, they take turns. The damping in `gram` and a pull towards the trained values keep what the
     calibration text hardly touches. Raises MismatchError when a size doesn't fit the projections.
     """
-    check(parts)
+    _check_known(parts)
     projections.check(vectors.lambda_b, vectors.lambda_d, left.shape[1])
     found = vectors
     with one_blas_thread():

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +95,17 @@ class Export:
         }
 
 
+class Rounded(NamedTuple):
+    """What rounding gave. codes: by module. notes: sentences for a person to read.
+
+    adapters: those to export, with their weights; vectors may have been refitted to the rounded base.
+    """
+
+    codes: Mapping[str, Codes]
+    notes: tuple[str, ...]
+    adapters: Sequence[tuple[Adapter, float]]
+
+
 class Rounding(Protocol):
     """Rounds the weights of a plan before the exporter sees them; see `weight_rounding.Rounding`."""
 
@@ -106,8 +117,8 @@ class Rounding(Protocol):
         plan: Plan,
         out: Path,
         progress: Progress,
-    ) -> AbstractContextManager[tuple[Mapping[str, Codes], tuple[str, ...]]]:
-        """Codes by module, kept beside `out` while the context lasts, and sentences for a person to read."""
+    ) -> AbstractContextManager[Rounded]:
+        """The weights rounded; codes are kept beside `out` while the context lasts."""
 
 
 @runtime_checkable
@@ -211,8 +222,11 @@ def export(
     plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
     notes = tuple(dict.fromkeys(note for one in found for note in (one.how, *one.notes)))
     facts = (checkpoint, read, projections, plan, out)
-    with rounding.codes(*facts, progress) if rounding else nullcontext(({}, ())) as (codes, more):
+    nothing = Rounded({}, (), read)
+    with rounding.codes(*facts, progress) if rounding else nullcontext(nothing) as rounded:
         chosen = {**stored_options(plan), **options}
-        request = ExportRequest(*facts, chosen, force, progress, codes)
+        request = ExportRequest(
+            checkpoint, rounded.adapters, projections, plan, out, chosen, force, progress, rounded.codes
+        )
         exported = exporter.export(request)
-    return replace(exported, notes=(*notes, *more, *exported.notes))
+    return replace(exported, notes=(*notes, *rounded.notes, *exported.notes))

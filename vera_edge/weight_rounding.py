@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vera_edge import merge as merging
-from vera_edge.adapter import Adapter
+from vera_edge import recover
+from vera_edge.adapter import Adapter, Vectors
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.drift import windows
 from vera_edge.drift.models import auto_class_of
@@ -23,7 +24,8 @@ from vera_edge.formats.blocks import BITS, block_within
 from vera_edge.plan import Plan, Step
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
-from vera_edge.requantize import METHODS, Codes, CodesFolder, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.requantize import METHODS, CodesFolder, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.target import Rounded
 
 FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16")
 BLOCK = 32  # of integers in ONNX graphs
@@ -90,17 +92,19 @@ class Rounding:
         out: Path,
         progress: Progress = silent,
         exported: bool = True,
-    ) -> Iterator[tuple[Mapping[str, Codes], tuple[str, ...]]]:
-        """Codes by module, kept beside `out` while the context lasts, and sentences for a person to read.
+    ) -> Iterator[Rounded]:
+        """The weights rounded; codes are kept beside `out` while the context lasts.
 
         No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or one
-        that no layer can use, DataError for unusable text.
+        that no layer can use, or where no vectors can be refitted, DataError for unusable text.
         """
         method = self.method or str(plan.options.get("method") or default_method(plan.steps))
         if method not in METHODS:
             raise PlanError(f"no quantization method is called {method!r}; known: {', '.join(METHODS)}")
+        if self.recover:
+            recover.check(self.recover, adapters, plan.mode == "merged", method)
         if method == "rtn":
-            yield {}, ()
+            yield Rounded({}, (), adapters)
             return
         changed = [step for step in plan.steps if not step.copies]
         # At 8 bits rounding to nearest loses next to nothing, and formats and exporters do it by themselves.
@@ -109,8 +113,8 @@ class Rounding:
             for step in changed
             if (grid := grid_of(step, exported)) is not None and (self.method or grid.bits != 8)
         }
-        if not grids and self.method is None:
-            yield {}, ()
+        if not grids and self.method is None and not self.recover:
+            yield Rounded({}, (), adapters)
             return
         if not grids:
             raise PlanError(
@@ -119,14 +123,25 @@ class Rounding:
         from vera_edge.writeback import Calibration, write_back  # they import torch
 
         cut, notes = _windows(checkpoint, method, self.text, self.tokens)
-        calibration = Calibration(cut, method)
+        calibration = Calibration(cut, method, recover=self.recover)
         with _scratch(out) as folder:
             store = CodesFolder(folder)
             merged = plan.mode == "merged"
             seen = () if self.any_adapter and not merged else adapters
             facts = (checkpoint, seen, projections, grids, calibration)
-            write_back(*facts, store.put, merged, auto_class_of(checkpoint), progress)
-            yield store, notes
+            vectors = write_back(*facts, store.put, merged, auto_class_of(checkpoint), progress)
+            if vectors:
+                notes = (*notes, f"{' and '.join(self.recover)} of {len(vectors)} layers were refitted")
+            yield Rounded(store, notes, _with_vectors(adapters, vectors))
+
+
+def _with_vectors(
+    adapters: Sequence[tuple[Adapter, float]], vectors: Mapping[str, Vectors]
+) -> Sequence[tuple[Adapter, float]]:
+    if not vectors:
+        return adapters
+    (adapter, weight), *_ = adapters
+    return [(replace(adapter, vectors={**adapter.vectors, **vectors}), weight)]
 
 
 @contextmanager
@@ -171,8 +186,8 @@ def merge_to_folders(
         merges = []
         for out, one in ready.items():
             facts = (one.checkpoint, one.adapters, one.projections, one.plan, out, progress)
-            codes, notes = held.enter_context((rounding or Rounding()).codes(*facts, exported=False))
-            merges.append(one.merge(out, codes, notes))
+            rounded = held.enter_context((rounding or Rounding()).codes(*facts, exported=False))
+            merges.append(one.merge(out, rounded.codes, rounded.notes))
         return merging.write_each(merges, progress, force, resources=resources)
 
 

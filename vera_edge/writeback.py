@@ -18,7 +18,7 @@ from vera_edge import recover
 from vera_edge.adapter import Adapter, Vectors
 from vera_edge.calibration import Inputs, Sees, Walk, follow_target
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.errors import MismatchError, PlanError
+from vera_edge.errors import MismatchError
 from vera_edge.layers import Int64
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
@@ -63,8 +63,7 @@ def write_back(
     base doesn't have, PlanError where there's nothing that could be refitted.
     """
     if calibration.recover:
-        recover.check(calibration.recover)
-        _check_one_branch(adapters, merged, calibration.method)
+        recover.check(calibration.recover, adapters, merged, calibration.method)
     for module in grids:
         if module not in checkpoint.linears:
             raise MismatchError(f"{checkpoint.path} has no linear layer called {module}")
@@ -76,15 +75,6 @@ def write_back(
         walk.run(work.answer)
     work.finish(progress)
     return work.refitted
-
-
-def _check_one_branch(adapters: Sequence[tuple[Adapter, float]], merged: bool, method: str) -> None:
-    if merged:
-        raise PlanError("a merged adapter has no vectors left to refit; recover needs --mode branch")
-    if method not in ("search", "gptq"):
-        raise PlanError(f"recover needs calibration statistics, which {method} doesn't gather; use gptq")
-    if len(adapters) != 1 or adapters[0][1] == 0:
-        raise PlanError("vectors are refitted for one adapter at a time, with a weight that isn't 0")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Refitted vectors against scipy's least squares on the outputs themselves, and their effect on a whole model."""
+"""Refitted vectors against scipy's least squares on the outputs themselves."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def test_lambda_b_is_least_squares_on_the_outputs(case: Case) -> None:
     rows = projections.delta(np.ones(OUT, np.float32), vectors.lambda_d, IN)
     for row in range(OUT):
         best = lsq_linear((x @ rows[row])[:, None], x @ left[row]).x[0]
-        assert abs(found.lambda_b[row] - best) < 0.03 * abs(best) + 0.02, "but for the pull to what was trained"
+        assert abs(found.lambda_b[row] - best) < 0.03 * abs(best) + 0.02, (
+            "but for the pull to what was trained"
+        )
     assert (found.lambda_d == vectors.lambda_d).all()
 
 

@@ -21,6 +21,7 @@ from vera_edge.cli.show import (
     progress_bar,
     projection_dtype_option,
     quiet_option,
+    recover_option,
     refuse_beside_plan,
     weight_option,
 )
@@ -81,6 +82,7 @@ STORED = ("fp32", "fp16", "int8", "int4")
 @plan_option
 @method_option
 @calibration_option
+@recover_option
 @force_option
 @quiet_option
 @json_option
@@ -104,6 +106,7 @@ def export(
     plan_file: Path | None,
     method: str | None,
     calibration: str,
+    recover: tuple[str, ...],
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -132,7 +135,7 @@ def export(
             projection_dtype=projection_dtype,
             force=force,
             progress=progress,
-            rounding=Rounding(method, calibration),
+            rounding=Rounding(method, calibration, recover=recover),
             made=made,
         )
     if as_json:

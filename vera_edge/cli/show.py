@@ -48,6 +48,13 @@ calibration_option: Callable[[F], F] = click.option(
     metavar="FILE",
     help="Text to calibrate search and gptq on: a UTF-8 file like what the adapter is for, or built-in.",
 )
+recover_option: Callable[[F], F] = click.option(
+    "--recover",
+    default="",
+    metavar="PARTS",
+    callback=lambda ctx, param, value: tuple(part.strip() for part in value.split(",") if part.strip()),
+    help="Branch: refit lambda_b, lambda_d or both (with a comma) to the rounded base.",
+)
 plan_option: Callable[[F], F] = click.option(
     "--plan", "plan_file", type=FOLDER, metavar="FILE", help="Do what a plan says (vera-edge plan)."
 )

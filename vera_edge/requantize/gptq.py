@@ -72,8 +72,8 @@ def compensate(
                 last = min(index + width, shape[1])
                 pending = feedback[begin:index, index:last].T @ errors[: index - begin]
                 part = np.ascontiguousarray((rest[index:last] - pending).T)
-                found = search(part, grid, gram.conditional[index:last])
-                scales[:, block : block + 1], zeros[:, block : block + 1] = found
+                scale, zero = search(part, grid, gram.conditional[index:last])
+                scales[:, block], zeros[:, block] = scale[:, 0], zero[:, 0]
                 columns.set(block, scales, zeros)
             if index > begin:
                 column = column - feedback[begin:index, index] @ errors[: index - begin]

@@ -95,7 +95,7 @@ class Gram:
 
     @property
     def conditional(self) -> Float32:
-        """What an error in each input's weights costs once all later ones make up for it: (in,), in `order`."""
+        """What an error in an input's weights costs once all later ones make up for it: (in,), in `order`."""
         return self._factor[1]
 
     @cached_property
