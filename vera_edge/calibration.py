@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from vera_edge.errors import DataError
-from vera_edge.layers import Int64, Layer, Stack
+from vera_edge.layers import Layer, Stack
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize.gram import one_blas_thread
 
@@ -34,6 +34,7 @@ Float32 = npt.NDArray[np.float32]
 # How much damping a token less per input costs: errors on other text were least between 1 and 4.
 _DAMP = 2.0
 _LEAST_DAMP = 0.01
+Int64 = npt.NDArray[np.int64]
 Sees = Literal["original", "inputs"]
 
 

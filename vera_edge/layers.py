@@ -155,14 +155,14 @@ class Layer:
             for name, linear in self.linears.items():
                 hooks.callback(linear.register_forward_hook(after(name)).remove)
             flow.append((OWN_INPUT, self(hidden, 0)))
-        found = {}
+        found: dict[str, str] = {}
         for name, output, count in outputs:
             like = [(part, tensor) for part, tensor in flow[:count] if tensor.shape == output.shape]
             sums = [tensor for _, tensor in flow[count:] if tensor.shape == output.shape]
             for part, tensor in like:
                 total = tensor + output
                 if any(torch.equal(total, one) for one in sums):
-                    found[name] = part
+                    found.setdefault(name, part)
         return found
 
     def inputs(

@@ -13,6 +13,7 @@ import torch
 from tests import tiny
 from vera_edge.calibration import Inputs, Sees, Walk, follow_target
 from vera_edge.errors import DataError
+from vera_edge.layers import OWN_INPUT, Layer, Stack
 
 WINDOWS = [np.random.default_rng(seed).integers(3, 300, size) for seed, size in enumerate((48, 48, 30))]
 
@@ -153,3 +154,30 @@ def test_models_and_texts_that_cannot_be_walked(tiny_llama: tiny.TinyLlama) -> N
 
     with pytest.raises(DataError, match="one after the other"):
         Walk(Skipping(), frozenset(linears(model)) - {"lm_head"}, WINDOWS[:1]).run(nothing)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_linears_that_write_to_the_stream_are_found(
+    tiny_llama: tiny.TinyLlama, tiny_gpt2: Path, family: str
+) -> None:
+    model = tiny.load(tiny_llama.fp32 if family == "llama" else tiny_gpt2).eval()
+    with torch.inference_mode():
+        stack = Stack.find(model, frozenset(linears(model)), WINDOWS)
+        found = Layer(stack, 1, WINDOWS).added_to(stack.first_inputs(model, WINDOWS)[0])
+    expected = {
+        "llama": {
+            "model.layers.1.self_attn.o_proj": OWN_INPUT,
+            "model.layers.1.mlp.down_proj": "model.layers.1.post_attention_layernorm",
+        },
+        "gpt2": {
+            "transformer.h.1.attn.c_proj": OWN_INPUT,
+            "transformer.h.1.mlp.c_proj": "transformer.h.1.ln_2",
+        },
+    }
+    assert found == expected[family]
+
+
+def test_few_tokens_are_damped_more() -> None:
+    gram = np.eye(64, dtype=np.float32)
+    assert Inputs(("m",), gram, 1280).damp == pytest.approx(0.1)
+    assert Inputs(("m",), gram, 10**6).damp == 0.01

@@ -18,6 +18,7 @@ from vera_edge import target
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.device.session import Session
 from vera_edge.drift.windows import open_tokenizer
+from vera_edge.errors import PlanError
 from vera_edge.reference import load_dense
 from vera_edge.weight_rounding import Rounding, merge_to_folder
 
@@ -74,3 +75,23 @@ def test_an_encoder_is_calibrated_too(tiny_llama: tiny.TinyLlama, tmp_path: Path
             merged = load_dense(Checkpoint.open(out), "AutoModel").eval()
             errors[method] = float((merged(input_ids=ids).last_hidden_state - truth).square().mean())
     assert errors[None] < 0.8 * errors["rtn"]
+
+
+def test_a_branch_ships_the_vectors_that_were_refitted(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(letters(0))
+    text, adapters = str(tmp_path / "text.txt"), [(tiny_adapter, 1.0)]
+    for name, parts in (("plain", ()), ("refitted", ("lambda_b",))):
+        rounding = Rounding(None, text, recover=parts)
+        done = target.export(
+            tiny_llama.nf4, adapters, tmp_path / name, mode="branch", weights="int4", rounding=rounding
+        )
+    assert any("lambda_b of" in note for note in done.notes)
+    plain, refitted = (Session.open(tmp_path / name).vectors for name in ("plain", "refitted"))
+    changed = {name.rsplit(".", 1)[1] for name in plain if not np.array_equal(plain[name], refitted[name])}
+    assert changed == {"lambda_b"}
+    with pytest.raises(PlanError, match="needs --mode branch"):
+        out = tmp_path / "merged"
+        target.export(tiny_llama.nf4, adapters, out, mode="merged", weights="int4", rounding=rounding)
+    assert not (tmp_path / "merged").exists()
