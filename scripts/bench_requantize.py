@@ -13,7 +13,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from vera_edge import merge as merging
+from vera_edge.adapter import Vectors
 from vera_edge.calibration import Sees
 from vera_edge.drift import windows
 from vera_edge.reference import load_dense
@@ -40,8 +41,9 @@ class Way:
     bits: float
     method: str = "gptq"
     merged: bool = True
-    sees: Sees = "original"
-    follow: float = 0.0
+    sees: Sees = "inputs"
+    follow: float = 1.0
+    recover: tuple[str, ...] = ()
     effort: Effort = field(default_factory=Effort)
 
 
@@ -52,14 +54,22 @@ WAYS = (
     Way("nf4, gptq, act-order", NF4, NF4_BITS, effort=Effort(act_order=True)),
     Way("nf4, gptq, damping 0.001", NF4, NF4_BITS, effort=Effort(damp=0.001)),
     Way("nf4, gptq, damping 0.1", NF4, NF4_BITS, effort=Effort(damp=0.1)),
-    Way("nf4, gptq, later layers see it", NF4, NF4_BITS, sees="inputs"),
-    Way("nf4, gptq, later layers follow by half", NF4, NF4_BITS, sees="inputs", follow=0.5),
-    Way("nf4, gptq, later layers follow", NF4, NF4_BITS, sees="inputs", follow=1.0),
+    Way("nf4, gptq, layers alone", NF4, NF4_BITS, sees="original", follow=0.0),
+    Way("nf4, gptq, later layers see it", NF4, NF4_BITS, follow=0.0),
+    Way("nf4, gptq, later layers follow by half", NF4, NF4_BITS, follow=0.5),
     Way("nf4 with float32 absmax, gptq", bnb_grid("nf4", double_quant=False), 4.5),
     Way("int4 blocks, rtn", INT4, INT4_BITS, "rtn"),
     Way("int4 blocks, gptq", INT4, INT4_BITS),
+    Way("int4 blocks, gptq, layers alone", INT4, INT4_BITS, sees="original", follow=0.0),
     Way("int4 blocks, rtn, branch", INT4, INT4_BITS, "rtn", merged=False),
     Way("int4 blocks, gptq, branch", INT4, INT4_BITS, merged=False),
+    Way(
+        "int4 blocks, gptq, branch, refitted",
+        INT4,
+        INT4_BITS,
+        merged=False,
+        recover=("lambda_b", "lambda_d"),
+    ),
     Way("int8 blocks, rtn", int_blocks(8, 32), 9, "rtn"),
     Way("int8 rows, rtn", int8_rows(), 8, "rtn"),
     Way("int2 blocks, gptq", int_blocks(2, 32, symmetric=False), 2 + 1 + 2 / 32),
@@ -89,6 +99,13 @@ class Bench:
         ready = self.ready
         weight = merging.merged_weight(ready.checkpoint, module, ready.adapters, ready.projections)
         return self._stored(module, weight)
+
+    def _delta(self, module: str, refitted: Mapping[str, Vectors]) -> torch.Tensor:
+        if module not in refitted:
+            return self.deltas[module]
+        found, inside = refitted[module], self.ready.checkpoint.linears[module].in_features
+        delta = self.ready.projections.delta(found.lambda_b, found.lambda_d, inside)
+        return self._stored(module, np.float32(self.ready.adapters[0][1]) * delta)
 
     def _stored(self, module: str, weight: Any) -> torch.Tensor:
         found = torch.from_numpy(np.ascontiguousarray(weight))
@@ -120,14 +137,14 @@ class Bench:
         ready = self.ready
         with tempfile.TemporaryDirectory() as folder:
             store = CodesFolder(Path(folder))
-            how = Calibration(calibration, way.method, way.sees, way.follow, way.effort)
+            how = Calibration(calibration, way.method, way.sees, way.follow, way.effort, way.recover)
             grids = dict.fromkeys(self.modules, way.grid)
             facts = (ready.checkpoint, ready.adapters, ready.projections, grids, how, store.put)
-            write_back(*facts, merged=way.merged)
+            vectors = write_back(*facts, merged=way.merged)
             seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
             weights = {name: self._stored(name, store[name].dequantize()) for name in self.modules}
         if not way.merged:
-            weights = {name: weight + self.deltas[name] for name, weight in weights.items()}
+            weights = {name: weight + self._delta(name, vectors) for name, weight in weights.items()}
         self._set(weights)
         drift = {
             text: {"kl": kl, "of_effect": kl / self.effect[text][0], "top1": top1}
