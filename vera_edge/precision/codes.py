@@ -1,13 +1,14 @@
-"""Every module rounded to every format that it may have, as an export rounds it.
+"""Every module rounded to every format that it may have, by itself.
 
 4 bits are rounded with care, on the statistics of the model as trained, so that what a module's codes are
-doesn't depend on the formats of others. At 8 bits rounding to nearest loses next to nothing, and exporters do
-it by themselves.
+doesn't depend on the formats of others. An export does better, since later layers make up for earlier ones:
+these codes tell units and formats apart, and what a plan loses is measured on its export. At 8 bits rounding
+to nearest loses next to nothing, and exporters do it by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,20 +123,3 @@ def _careful(step: Step) -> Grid | None:
     """The grid of a step that is rounded with care; None for one that isn't, or isn't rounded at all."""
     grid = None if step.copies else grid_of(step, exported=True)
     return None if grid is None or grid.bits == 8 else grid
-
-
-@dataclass(frozen=True)
-class Picked(Mapping[str, Codes]):
-    """The codes of a plan: of each module those of its format."""
-
-    stores: Mapping[str, CodesFolder]
-    formats: Mapping[str, str]
-
-    def __getitem__(self, module: str) -> Codes:
-        return self.stores[self.formats[module]][module]
-
-    def __iter__(self) -> Iterator[str]:
-        return (module for module, name in self.formats.items() if module in self.stores[name])
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)

@@ -14,6 +14,7 @@ from vera_edge.precision.replay import Replay
 from vera_edge.progress import Progress
 from vera_edge.requantize import Codes
 from vera_edge.target import ExportRequest, stored_options
+from vera_edge.weight_rounding import Rounding
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,23 @@ class Trials:
 
     def weigh(self, plan: Plan, progress: Progress) -> int:
         """Bytes of all files of an export, which don't depend on how weights are rounded."""
-        return _size(self._export(plan, {}, "weighed", progress))
+        return _size(self._export(plan, {}, self.work / "weighed", progress))
 
     def measure(
-        self, plan: Plan, codes: Mapping[str, Codes], number: int, replay: Replay, progress: Progress
+        self, plan: Plan, rounding: Rounding, number: int, replay: Replay, progress: Progress
     ) -> Measured:
-        """Export as trial `number` and measure on the text of `replay`. Raises as the exporter does."""
-        out = self._export(plan, codes, f"trial-{number}", progress)
+        """Round and export as trial `number`, as `vera-edge export` does; measure on the text of `replay`.
+
+        Raises as the rounding and the exporter do.
+        """
+        ready, out = self.ready, self.work / f"trial-{number}"
+        facts = (ready.checkpoint, ready.adapters, ready.projections, plan, out, progress)
+        with rounding.codes(*facts) as rounded:
+            self._export(plan, rounded.codes, out, progress)
         return Measured(out, _size(out), replay.kl_of(Session.open(out), progress))
 
-    def _export(self, plan: Plan, codes: Mapping[str, Codes], name: str, progress: Progress) -> Path:
-        ready, out = self.ready, self.work / name
+    def _export(self, plan: Plan, codes: Mapping[str, Codes], out: Path, progress: Progress) -> Path:
+        ready = self.ready
         facts = (ready.checkpoint, ready.adapters, ready.projections, plan, out)
         request = ExportRequest(
             *facts,
