@@ -8,6 +8,7 @@ included. A branch's vectors can be refitted to the base that came out (recover.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.reference import load_dense
 from vera_edge.requantize import Codes, Effort, Gram, Grid, requantize
+from vera_edge.requantize.gram import one_blas_thread
 from vera_edge.tensors import Float32
 
 
@@ -101,19 +103,28 @@ class _WriteBack:
     def answer(self, inputs: Inputs) -> Mapping[str, torch.Tensor]:
         effort = self.calibration.effort
         gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order)
-        changed = {}
-        for module in inputs.modules:
-            base, delta = self.checkpoint.dequantize(module), self._delta(module)
-            trained = base + delta
-            target = follow_target(trained, inputs, self.calibration.follow)
-            if self.merged:
-                found = self._requantize(module, target, gram)
-            else:
-                beside = base if target is trained else target - delta
-                found = self._requantize(module, beside, gram)
-                found += self._refitted(module, target - found, delta, gram)
-            changed[module] = self._stored(module, torch.from_numpy(found))
-        return changed
+        if self.calibration.method == "gptq":
+            _ = gram.feedback  # computed once, before it is asked for by several threads
+        # Each thread's BLAS has one of its own, so that a sum is the same whatever their number.
+        with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            found = pool.map(lambda module: self._rounded(module, inputs, gram), inputs.modules)
+            changed = {}
+            for module, (codes, weight) in zip(inputs.modules, found, strict=True):
+                self._keep(module, codes)
+                changed[module] = self._stored(module, torch.from_numpy(weight))
+            return changed
+
+    def _rounded(self, module: str, inputs: Inputs, gram: Gram) -> tuple[Codes, Float32]:
+        """The codes, and the effective weight that the model has from now on."""
+        base, delta = self.checkpoint.dequantize(module), self._delta(module)
+        trained = base + delta
+        target = follow_target(trained, inputs, self.calibration.follow)
+        if self.merged:
+            codes = self._codes(module, target, gram)
+            return codes, codes.dequantize()
+        codes = self._codes(module, base if target is trained else target - delta, gram)
+        found = codes.dequantize()
+        return codes, found + self._refitted(module, target - found, delta, gram)
 
     def _refitted(self, module: str, left: Float32, delta: Float32, gram: Gram) -> Float32:
         """What the branch adds from now on; `left`: what it should, `delta`: what it does as trained."""
@@ -132,16 +143,18 @@ class _WriteBack:
         for number, module in enumerate(left):
             progress("rounding", number, len(left))
             weight = self.checkpoint.dequantize(module)
-            self._requantize(module, weight + self._delta(module) if self.merged else weight, None)
+            target = weight + self._delta(module) if self.merged else weight
+            self._keep(module, self._codes(module, target, None))
 
-    def _requantize(self, module: str, target: Float32, gram: Gram | None) -> Float32:
+    def _codes(self, module: str, target: Float32, gram: Gram | None) -> Codes:
         method = self.calibration.method
         if gram is None and method == "gptq":
             method = "search"
-        codes = requantize(target, self.grids[module], method, gram, self.calibration.effort)
+        return requantize(target, self.grids[module], method, gram, self.calibration.effort)
+
+    def _keep(self, module: str, codes: Codes) -> None:
         self.put(module, codes)
         self.done.add(module)
-        return codes.dequantize()
 
     def _delta(self, module: str) -> Float32:
         linear = self.checkpoint.linears[module]
