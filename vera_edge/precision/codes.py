@@ -1,7 +1,7 @@
 """Every module rounded to every format that it may have, by itself.
 
 4 bits are rounded with care, on the statistics of the model as trained, so that what a module's codes are
-doesn't depend on the formats of others. An export does better, since later layers make up for earlier ones:
+doesn't depend on the formats of others. An export's are other ones, since later layers make up for earlier:
 these codes tell units and formats apart, and what a plan loses is measured on its export. At 8 bits rounding
 to nearest loses next to nothing, and exporters do it by themselves.
 """

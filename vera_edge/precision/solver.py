@@ -24,9 +24,6 @@ from vera_edge.weight_rounding import Rounding
 
 # Units together lose more than the sum of each alone; a measured factor takes this one's place.
 FIRST_FACTOR = 1.25
-# The KL of an export, whose layers make up for each other, over that of layers rounded alone, until one is
-# measured: about 0.6 where all of SmolLM2 is in 4 bits, 1 where nothing is.
-FIRST_GAIN = 0.8
 # Exports at most, each corrects what the next plan is solved with; and runs in torch before each of them.
 EXPORTS, RUNS = 4, 6
 # A trial that leaves less than this of the limit unused is good enough.
@@ -63,7 +60,7 @@ class Solver:
     progress: Progress
     fixed: float
     factor: float = FIRST_FACTOR
-    gain: float = FIRST_GAIN
+    gain: float = 1.0
     joint: dict[int, float] = field(default_factory=dict)
     tried: dict[int, Trial] = field(default_factory=dict)
     folders: dict[int, Path] = field(default_factory=dict)
