@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from scripts.bench_turns import PROMPT, processor, say, write_section
+from scripts.bench_turns import PROMPT, say, write_section
 from scripts.prepare_demo import cache_folder, prepare
 from vera_edge import bundle, packing, target
+from vera_edge.device.facts import processor
 from vera_edge.device.graph import available_cores
 
 Swaps = Callable[[Path, list[Path], int], tuple[list[float], float]]
@@ -57,7 +58,7 @@ def main() -> None:
     lines += [
         "",
         f"{size / 1e6:.2f} MB of vectors each; {given.swaps} swaps on {available_cores()} cores of "
-        f"{processor()}.",
+        f"{processor()[0]}.",
     ]
     if given.write:
         write_section("adapters", lines)

@@ -6,7 +6,6 @@ their rows (llama.cpp would run q and k in another one, which rounding row by ro
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from gguf import GGUFReader, GGUFWriter, quants
 
+from scripts import bench_llama_cpp
 from scripts.bench_drift_rows import Made
 from scripts.prepare_demo import Demo
 from vera_edge import merge
@@ -42,10 +42,7 @@ def quantized(demo: Demo, out: Path, kind: str) -> Made:
     names = {_theirs(name, model.config.num_hidden_layers): name for name, _ in model.named_parameters()}
     before, after = out / "merged-f32.gguf", out / f"{kind}.gguf"
     _write(before, model, names)
-    how = llama_cpp.llama_model_quantize_default_params()
-    how.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    if llama_cpp.llama_model_quantize(str(before).encode(), str(after).encode(), ctypes.byref(how)):
-        raise SystemExit(f"llama.cpp couldn't quantize {before} to {kind}")
+    bench_llama_cpp.quantize(llama_cpp, str(before), str(after), kind)
     stored = weights = 0
     for tensor in GGUFReader(after).tensors:
         values = np.array(quants.dequantize(tensor.data, tensor.tensor_type), np.float32)

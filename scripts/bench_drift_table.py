@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 from scripts.bench_drift_rows import BARE, Row
 from scripts.prepare_demo import ROOT
+from vera_edge.device.facts import processor
 
 PAGE = ROOT / "docs" / "drift-table.md"
 MARKS = ("<!-- drift-table: written by scripts/bench_drift -->", "<!-- end of drift-table -->")
@@ -84,7 +83,7 @@ def _footnote(scored: int, perplexity: float) -> str:
         "*of the effect* divides it by the KL to the base without the adapter. 4-bit weights of ours are "
         "rounded as the commands do by default, calibrated on text of the same kind that is in neither the "
         "training nor the measured text. Speed: greedy decoding on "
-        f"{os.cpu_count()} cores of {_processor()}; PEFT's row runs in torch. {packages}."
+        f"{os.cpu_count()} cores of {processor()[0]}; PEFT's row runs in torch. {packages}."
     )
 
 
@@ -109,14 +108,6 @@ def write(short: str | None, below: str | None) -> None:
     before, after = readme.read_text(encoding="utf-8").split(MARKS[0])
     after = after.split(MARKS[1])[1]
     readme.write_text(f"{before}{MARKS[0]}\n{short}{MARKS[1]}{after}", encoding="utf-8")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def _filled(text: str) -> str:

@@ -47,17 +47,18 @@ def main() -> None:
     llama_cpp.llama_backend_init()
     llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
     if given.quantize:
-        _quantize(llama_cpp, given.model, given.quantize)
+        quantize(llama_cpp, given.model, given.quantize, "Q4_0")
         return
     serve(llama_cpp, given.model, given.threads)
 
 
-def _quantize(llama_cpp: Any, source: str, out: str) -> None:
+def quantize(llama_cpp: Any, source: str, out: str, kind: str) -> None:
+    """Write `source` as `kind` ("Q4_0") to `out`, as llama.cpp's own quantizer does."""
     options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     options.allow_requantize = True
     if llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(options)):
-        raise SystemExit(f"llama.cpp can't quantize {source}")
+        raise SystemExit(f"llama.cpp can't quantize {source} to {kind}")
 
 
 def serve(llama_cpp: Any, path: str, threads: int) -> None:

@@ -25,7 +25,7 @@ from vera_edge import merge as merging
 from vera_edge.adapter import Vectors
 from vera_edge.calibration import Sees
 from vera_edge.drift import windows
-from vera_edge.reference import load_dense
+from vera_edge.reference import load_dense, oriented
 from vera_edge.requantize import CodesFolder, Effort, Grid, bnb_grid, int8_rows, int_blocks
 from vera_edge.writeback import Calibration, write_back
 
@@ -98,18 +98,14 @@ class Bench:
     def _merged(self, module: str) -> torch.Tensor:
         ready = self.ready
         weight = merging.merged_weight(ready.checkpoint, module, ready.adapters, ready.projections)
-        return self._stored(module, weight)
+        return oriented(ready.checkpoint, module, weight)
 
     def _delta(self, module: str, refitted: Mapping[str, Vectors]) -> torch.Tensor:
         if module not in refitted:
             return self.deltas[module]
         found, inside = refitted[module], self.ready.checkpoint.linears[module].in_features
         delta = self.ready.projections.delta(found.lambda_b, found.lambda_d, inside)
-        return self._stored(module, np.float32(self.ready.adapters[0][1]) * delta)
-
-    def _stored(self, module: str, weight: Any) -> torch.Tensor:
-        found = torch.from_numpy(np.ascontiguousarray(weight))
-        return found.T.contiguous() if self.ready.checkpoint.is_conv1d(module) else found
+        return oriented(self.ready.checkpoint, module, np.float32(self.ready.adapters[0][1]) * delta)
 
     def _set(self, weights: dict[str, torch.Tensor]) -> None:
         for name, weight in weights.items():
@@ -142,7 +138,9 @@ class Bench:
             facts = (ready.checkpoint, ready.adapters, ready.projections, grids, how, store.put)
             vectors = write_back(*facts, merged=way.merged)
             seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-            weights = {name: self._stored(name, store[name].dequantize()) for name in self.modules}
+            weights = {
+                name: oriented(ready.checkpoint, name, store[name].dequantize()) for name in self.modules
+            }
         if not way.merged:
             weights = {name: weight + self._delta(name, vectors) for name, weight in weights.items()}
         self._set(weights)

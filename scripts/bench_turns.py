@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import time
@@ -22,6 +21,7 @@ import numpy as np
 
 from scripts.prepare_demo import ROOT
 from vera_edge.device.bench import ratio_of_medians
+from vera_edge.device.facts import processor
 
 PAGE = ROOT / "docs" / "speed.md"
 PROMPT = 32  # tokens before the clock starts
@@ -145,7 +145,7 @@ def footnote(rounds: int, threads: int, *more: str) -> str:
     packages = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "onnxruntime-genai"))
     load = os.getloadavg()[0]
     return (
-        f"{rounds} rounds in turns, {threads} threads on {os.cpu_count()} cores of {processor()}, load "
+        f"{rounds} rounds in turns, {threads} threads on {os.cpu_count()} cores of {processor()[0]}, load "
         f"{load:.1f} at the end. {', '.join((packages, *more))}."
     )
 
@@ -157,15 +157,6 @@ def write_section(name: str, lines: Sequence[str]) -> None:
     before, rest = page.split(first)
     after = rest.split(last)[1]
     PAGE.write_text("\n".join([before + first, *lines, last]) + after, encoding="utf-8")
-
-
-def processor() -> str:
-    """What the machine's cores are."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 def say(text: Any) -> None:

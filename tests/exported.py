@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.device.session import Session
+
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
@@ -42,6 +44,16 @@ def logits(folder: Path, ids: Int64, adapter: Path | None = None) -> Float32:
         options.add_active_adapter(vectors)
     found: Float32 = running.run(["logits"], decoder_feeds(running, ids), options)[0][0]
     return found
+
+
+def assert_same_logits(whole: Path, shipped: Path, installed: Path) -> None:
+    """Hold a bundle that leaves files to be generated, and what was installed of it, to one that has them."""
+    ids, vectors = tokens(), Path("adapters") / "default.onnx_adapter"
+    truth = logits(whole, ids, whole / vectors)
+    np.testing.assert_array_equal(logits(installed, ids, installed / vectors), truth)
+    expected = Session.open(whole, threads=1).logits(ids)
+    for folder in (shipped, installed):  # in memory, and from the file
+        np.testing.assert_array_equal(Session.open(folder, threads=1).logits(ids), expected)
 
 
 def decoder_feeds(running: Any, ids: Int64) -> dict[str, npt.NDArray[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +24,17 @@ class _Stop(Exception):
     """Raised by a hook: everything that was wanted of this forward pass is there."""
 
 
+def stack_of(model: nn.Module, modules: Collection[str]) -> tuple[str, list[nn.Module]]:
+    """The list of layers that holds most of `modules`, by its name in the model; "" and none without any."""
+    lists = {name: item for name, item in model.named_modules() if isinstance(item, nn.ModuleList)}
+    inside = {
+        name: sum(module.startswith(f"{name}.") for module in modules) * (len(item) > 0)
+        for name, item in lists.items()
+    }
+    name = max(inside, key=lambda name: (inside[name], -len(name)), default="")
+    return (name, list(lists[name])) if name and inside[name] else ("", [])
+
+
 @dataclass
 class Stack:
     """The stack of layers, and the keyword arguments each is called with, by the length of the window."""
@@ -35,17 +46,12 @@ class Stack:
 
     @classmethod
     def find(cls, model: nn.Module, modules: frozenset[str], windows: Sequence[Int64]) -> Stack:
-        lists = {name: item for name, item in model.named_modules() if isinstance(item, nn.ModuleList)}
-        inside = {
-            name: sum(module.startswith(f"{name}.") for module in modules) * (len(item) > 0)
-            for name, item in lists.items()
-        }
-        name = max(inside, key=lambda name: (inside[name], -len(name)), default="")
-        if not name or not inside[name]:
+        name, layers = stack_of(model, modules)
+        if not layers:
             raise DataError(
                 "this model has no stack of layers to calibrate; choose a method without calibration"
             )
-        stack = cls(name, list(lists[name]), {}, modules)
+        stack = cls(name, layers, {}, modules)
         for length in sorted({len(window) for window in windows}):
             window = next(window for window in windows if len(window) == length)
             stack.arguments[length] = stack._record(model, window)

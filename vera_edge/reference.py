@@ -172,6 +172,12 @@ def load_dense(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM")
     return model
 
 
+def oriented(checkpoint: Checkpoint, module: str, weight: Float32) -> torch.Tensor:
+    """A weight (out, in) as transformers' model holds it: Conv1D holds (in, out)."""
+    found = torch.from_numpy(weight)
+    return found.T.contiguous() if checkpoint.is_conv1d(module) else found
+
+
 def _config(checkpoint: Checkpoint) -> Any:
     facts = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     model_type = facts.get("model_type")

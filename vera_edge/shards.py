@@ -88,11 +88,15 @@ class Shards:
 
     def put(self, name: str, tensor: RawTensor) -> None:
         """Write one tensor to its place. Raises ValueError when it isn't what the layout announced."""
+        self.check(name, tensor)
+        self.put_bytes(name, 0, tensor.data)
+
+    def check(self, name: str, tensor: RawTensor) -> None:
+        """Raise ValueError when a tensor isn't what the layout announced."""
         if (tensor.dtype, tensor.shape) != self.layout[name]:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tensor.shape}, announced once as {self.layout[name]}"
             )
-        self.put_bytes(name, 0, tensor.data)
 
     def put_bytes(self, name: str, offset: int, data: Bytes) -> None:
         """Write some of one tensor's bytes, `offset` being where in it they begin."""

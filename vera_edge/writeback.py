@@ -8,7 +8,6 @@ included. A branch's vectors can be refitted to the base that came out (recover.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,9 +22,9 @@ from vera_edge.errors import MismatchError
 from vera_edge.layers import Int64
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
-from vera_edge.reference import load_dense
+from vera_edge.reference import load_dense, oriented
 from vera_edge.requantize import Codes, Effort, Gram, Grid, requantize
-from vera_edge.requantize.gram import one_blas_thread
+from vera_edge.requantize.gram import in_threads
 from vera_edge.tensors import Float32
 
 
@@ -95,7 +94,7 @@ class _WriteBack:
         """Make the model the one that was trained: every adapter's delta and biases in its weights."""
         for module in {name for adapter, _ in self.adapters for name in adapter.vectors}:
             weight = model.get_submodule(module).weight
-            weight.data = weight.data + self._stored(module, torch.from_numpy(self._delta(module)))
+            weight.data = weight.data + oriented(self.checkpoint, module, self._delta(module))
         for adapter, _ in self.adapters:
             for module, bias in adapter.biases.items():
                 model.get_submodule(module).bias.data = torch.from_numpy(np.array(bias, np.float32))
@@ -105,14 +104,15 @@ class _WriteBack:
         gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order)
         if self.calibration.method == "gptq":
             _ = gram.feedback  # computed once, before it is asked for by several threads
-        # Each thread's BLAS has one of its own, so that a sum is the same whatever their number.
-        with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            found = pool.map(lambda module: self._rounded(module, inputs, gram), inputs.modules)
-            changed = {}
-            for module, (codes, weight) in zip(inputs.modules, found, strict=True):
-                self._keep(module, codes)
-                changed[module] = self._stored(module, torch.from_numpy(weight))
-            return changed
+
+        def work(module: str) -> tuple[Codes, Float32]:
+            return self._rounded(module, inputs, gram)
+
+        found, changed = in_threads(work, inputs.modules, torch.get_num_threads()), {}
+        for module, (codes, weight) in zip(inputs.modules, found, strict=True):
+            self._keep(module, codes)
+            changed[module] = oriented(self.checkpoint, module, weight)
+        return changed
 
     def _rounded(self, module: str, inputs: Inputs, gram: Gram) -> tuple[Codes, Float32]:
         """The codes, and the effective weight that the model has from now on."""
@@ -165,7 +165,3 @@ class _WriteBack:
                 delta = self.projections.delta(vectors.lambda_b, vectors.lambda_d, linear.in_features)
                 total += np.float32(weight) * delta
         return total
-
-    def _stored(self, module: str, weight: torch.Tensor) -> torch.Tensor:
-        """In the model's own orientation: Conv1D holds (in, out)."""
-        return weight.T.contiguous() if self.checkpoint.is_conv1d(module) else weight

@@ -17,7 +17,6 @@ from tests import exported, tiny
 from tests.unit.test_device_projections import rewrite
 from vera_edge import bundle, target
 from vera_edge.device.install import install
-from vera_edge.device.session import Session
 from vera_edge.errors import BundleError, PlanError, VeraEdgeError
 
 SOURCE, FILE = "model.4bit.safetensors", "onnx/model.onnx_data_1"
@@ -66,12 +65,7 @@ def test_an_installed_bundle_is_the_int8_export(
     assert first.keys() == second.keys()
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name])
-    ids, vectors = exported.tokens(), Path("adapters") / "default.onnx_adapter"
-    truth = exported.logits(plain, ids, plain / vectors)
-    np.testing.assert_array_equal(exported.logits(installed, ids, installed / vectors), truth)
-    expected = Session.open(plain, threads=1).logits(ids)
-    for folder in (shipped, installed):  # in memory, and from the file
-        np.testing.assert_array_equal(Session.open(folder, threads=1).logits(ids), expected)
+    exported.assert_same_logits(plain, shipped, installed)
 
 
 def test_a_merged_model_beside_projections_by_seed_and_other_formats(

@@ -21,7 +21,7 @@ _TOOLS = ("vera-edge", "onnxruntime", "numpy", "tokenizers", "jinja2")
 
 def device_facts() -> dict[str, Any]:
     """Processor, instruction sets, cores, memory (bytes), system and the versions that take part."""
-    model, features = _processor()
+    model, features = processor()
     return {
         "machine": platform.machine(),
         "processor": model,
@@ -107,7 +107,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _processor() -> tuple[str, list[str]]:
+def processor() -> tuple[str, list[str]]:
     """The processor's name and the instruction sets that matter here."""
     found: dict[str, str] = {}
     for line in _read("/proc/cpuinfo").splitlines():

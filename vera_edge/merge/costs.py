@@ -79,7 +79,7 @@ def _time(unit: Unit, checkpoint: Checkpoint) -> float:
 
 
 def _copying_time(checkpoint: Checkpoint) -> float:
-    """Seconds for each byte that is copied, by the first MiB of the longest tensor."""
+    """Seconds for each byte that is copied, by the first piece of the longest tensor."""
     largest = max(checkpoint.tensors.values(), key=lambda info: info.nbytes)
     begun = time.perf_counter()
     piece = next(iter(checkpoint.tensors.pieces(largest.name)))

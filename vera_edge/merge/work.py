@@ -121,8 +121,7 @@ class _Written:
 
     def put(self, name: str, tensor: RawTensor) -> None:
         """A whole tensor."""
-        if (tensor.dtype, tensor.shape) != self._job.shards.layout[name]:
-            raise ValueError(f"{name} isn't the tensor that was announced")
+        self._job.shards.check(name, tensor)
         self.stream(name, [tensor.data])
 
     def stream(self, name: str, pieces: Iterable[Bytes]) -> None:

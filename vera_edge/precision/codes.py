@@ -9,7 +9,6 @@ to nearest loses next to nothing, and exporters do it by themselves.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +21,10 @@ from vera_edge.formats.blocks import quantize
 from vera_edge.merge import Prepared
 from vera_edge.plan import Step
 from vera_edge.precision.replay import Change
-from vera_edge.precision.trained import oriented
 from vera_edge.progress import Progress
+from vera_edge.reference import oriented
 from vera_edge.requantize import Codes, CodesFolder, Gram, Grid, requantize
-from vera_edge.requantize.gram import one_blas_thread
+from vera_edge.requantize.gram import in_threads
 from vera_edge.tensors import Float32
 from vera_edge.weight_rounding import grid_of
 
@@ -76,10 +75,9 @@ class Rounded:
         def work(job: tuple[str, str, Grid]) -> Codes:
             return requantize(targets[job[1]], job[2], self.method, gram)
 
-        # Each thread's BLAS has one of its own, so that a sum is the same whatever their number.
-        with one_blas_thread(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            for (name, module, _grid), codes in zip(wanted, pool.map(work, wanted), strict=True):
-                self.stores[name].put(module, codes)
+        found = in_threads(work, wanted, torch.get_num_threads())
+        for (name, module, _grid), codes in zip(wanted, found, strict=True):
+            self.stores[name].put(module, codes)
         return {}
 
     def _target(self, module: str) -> Float32:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from vera_edge.errors import DataError
+from vera_edge.layers import stack_of
 from vera_edge.progress import Progress, silent
 from vera_edge.target import Runner
 
@@ -66,10 +67,7 @@ class Replay:
     def __post_init__(self) -> None:
         if not self.windows:
             raise DataError("there is no text to measure on; give a longer file")
-        lists = {name: item for name, item in self.model.named_modules() if isinstance(item, nn.ModuleList)}
-        inside = {name: sum(module.startswith(f"{name}.") for module in self.modules) for name in lists}
-        name = max(inside, key=lambda name: (inside[name], -len(name)), default="")
-        self.layers = list(lists[name]) if name and inside[name] else []
+        name, self.layers = stack_of(self.model, self.modules)
         self._prefix = f"{name}."
         # Windows of one length run together.
         self.windows = sorted(self.windows, key=len)

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 
 from vera_edge import merge
-from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
 from vera_edge.merge import Prepared
-from vera_edge.reference import load_dense
-from vera_edge.tensors import Float32
+from vera_edge.reference import load_dense, oriented
 
 
 def check_adapters(ready: Prepared) -> None:
@@ -48,9 +46,3 @@ def _check_names(model: Any, ready: Prepared) -> None:
             f"{missing[0]} of {ready.checkpoint.path} goes by another name in transformers' model, so it "
             "can't be measured; choose formats yourself (--weights)"
         )
-
-
-def oriented(checkpoint: Checkpoint, module: str, weight: Float32) -> torch.Tensor:
-    """A weight (out, in) as the model holds it: Conv1D holds (in, out)."""
-    found = torch.from_numpy(weight)
-    return found.T.contiguous() if checkpoint.is_conv1d(module) else found
