@@ -10,6 +10,7 @@ Orders: {"do": "start", "words": [...], "log": FILE, ...} answers {"pid": N}; {"
     disk       FOLDER: a small disk of its own there, `size` bytes; what it held is copied to `after`, then it
                grows to `grown` bytes, the same command runs again, and what it holds is copied to `finally`
     read_only  FOLDER: can't be written while the command runs
+    clock      N: each look at the clock finds it N seconds ahead, or N behind, in turns
 
 The small disk is a tmpfs in a mount namespace of the fork's own. Where the system allows no such namespace
 the limit is one on the size of a file, which fails in the same places with another errno, and what is
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
 import json
 import os
 import resource
@@ -27,6 +29,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,13 @@ def _protect(folder: Path) -> None:
             path.chmod(path.stat().st_mode & 0o555)
 
 
+def _unsettle(step: int) -> None:
+    """The clock jumps by twice `step` seconds from each look at it to the next."""
+    steady, looks = time.time_ns, itertools.cycle((step, -step))
+    time.time_ns = lambda: steady() + next(looks) * 10**9
+    time.time = lambda: time.time_ns() / 1e9
+
+
 def _grow(folder: Path, mounted: bool, size: int) -> None:
     if mounted:
         subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
@@ -117,6 +127,8 @@ def _run(order: dict[str, Any]) -> int:
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if "clock" in order:
+        _unsettle(order["clock"])
     if "read_only" in order:
         _protect(Path(order["read_only"]))
     if "disk" not in order:

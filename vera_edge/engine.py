@@ -32,7 +32,7 @@ class Engine:
 
     `address`: of a Ray cluster that exists; None starts one on this machine for the time of the work.
 
-    Raises PlanError when the kind isn't known or `workers` isn't positive.
+    Raises PlanError when the kind isn't known, `workers` isn't positive, or the address isn't for the kind.
     """
 
     kind: str = "local"
@@ -44,6 +44,8 @@ class Engine:
             raise PlanError(f"engine {self.kind!r} isn't known; choose from {', '.join(get_args(Kind))}")
         if self.workers < 1:
             raise PlanError(f"{self.workers} workers can't work; give 1 or more")
+        if self.address is not None and self.kind != "ray":
+            raise PlanError(f"{self.address} is a Ray cluster's address; it needs --engine ray")
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> Generator[tuple[int, R]]:
         """`work(item)` for every item; see `map_with`."""

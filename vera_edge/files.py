@@ -108,8 +108,8 @@ def fsync_folder(path: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Flush a finished file to the disk."""
-    with path.open("rb+") as stream:
+    """Flush a finished file to the disk; it may be read-only, but on Windows."""
+    with path.open("rb" if os.name == "posix" else "rb+") as stream:
         os.fsync(stream.fileno())
 
 

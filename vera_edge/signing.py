@@ -79,6 +79,16 @@ def sign(folder: Path, signer: Signer) -> Path:
     return path
 
 
+def check_signer(signer: Signer, trust: Trust) -> None:
+    """Before the work that is to be signed: raise BundleError when it can't be, or can't be checked."""
+    if signer.key is None:
+        _ambient_token()
+    else:
+        _configured(signer)
+    if trust.keys is not None:
+        _trusted_files(trust.keys)
+
+
 def _configured(signer: Signer) -> Any:
     from model_signing import signing
 

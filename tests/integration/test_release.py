@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -17,6 +18,7 @@ from tests import tiny
 from tests.conftest import Cli
 from tests.unit.test_signing import make_key
 from vera_edge import bundle, signing
+from vera_edge.files import canonical_json
 from vera_edge.signing import Trust
 
 RECIPE = """
@@ -116,6 +118,9 @@ def test_adapters_of_one_base_share_its_graph(released: Path) -> None:
     a, b = (content(released / name / NAME) for name in ("a", "b"))
     for name in ("onnx/model.onnx_data", "onnx/model.onnx", "tokenizer.json"):
         assert a[name] == b[name]
+        # On the disk as well, where nobody can write into the file by mistake.
+        assert (released / "a" / NAME / name).samefile(released / "b" / NAME / name)
+        assert (released / "a" / NAME / name).stat().st_mode & 0o222 == 0
     assert a["adapters/default.onnx_adapter"] != b["adapters/default.onnx_adapter"]
 
 
@@ -165,6 +170,23 @@ def test_other_inputs_are_refused_for_a_rebuild(
     assert result.exit_code == 2 and "the adapter here isn't the one" in result.stderr
 
 
+@pytest.mark.parametrize(
+    "changed", [{"sign": {"key": "mine.key"}}, {"limits": {"data": "/etc/hostname"}}], ids=["key", "path"]
+)
+def test_a_stranger_does_not_say_what_a_rebuild_reads(
+    released: Path, inputs: Path, tmp_path: Path, cli: Cli, changed: dict[str, Any]
+) -> None:
+    folder = tmp_path / "stranger"
+    shutil.copytree(released / "a" / NAME, folder)
+    path = folder / "evidence" / "recipe.json"
+    path.write_bytes(canonical_json(json.loads(path.read_bytes()) | changed))
+    manifest = bundle.read(folder)
+    (folder / bundle.MANIFEST).unlink()
+    bundle.write(folder, bundle.change(manifest))
+    result = cli("release", "rebuild", folder, "--inputs", inputs)
+    assert result.exit_code == 2 and "names a key, or files by where they lie" in result.stderr
+
+
 def test_a_gate_stops_its_variant_only(inputs: Path, store: Path, tmp_path: Path, cli: Cli) -> None:
     recipe = RECIPE.replace("max_kl = 0.05", "max_kl = 1e-9").replace(
         'id = "tiny"\npath', 'id = "tiny"\npath'
@@ -202,6 +224,29 @@ def test_a_signed_release(inputs: Path, store: Path, tmp_path: Path, cli: Cli) -
     before = content(out)
     assert cli("release", path, "-o", out, "--store", store).stderr.count("unchanged") == 2
     assert content(out) == before
+
+
+@pytest.mark.parametrize(
+    ("sign", "sentence", "begun"),
+    [
+        ('key = "none.key"', "none.key can't be used", False),
+        ('key = "one.key"\npublic_key = "none.pem"', "none.pem holds no trusted public key", False),
+        ('key = "one.key"\npublic_key = "two.pem"', "was made by none of the 1 trusted keys", True),
+    ],
+)
+def test_a_key_that_does_not_fit_is_told_and_nothing_published(
+    inputs: Path, store: Path, tmp_path: Path, cli: Cli, sign: str, sentence: str, begun: bool
+) -> None:
+    """Before any work, where that can be known."""
+    for name in ("one", "two"):
+        make_key(inputs, name)
+    path = inputs / "unsigned.toml"
+    path.write_text(f"{RECIPE}[sign]\n{sign}\n")
+    kept = store if begun else tmp_path / "store"
+    result = cli("release", path, "-o", tmp_path / "out", "--store", kept)
+    assert result.exit_code == 2 and sentence in result.stderr
+    assert list((tmp_path / "out").glob("*/*/vera_edge.json")) == []
+    assert begun or not list(kept.glob("*/*.lock")), "work was begun"
 
 
 def test_plans_and_projections_from_the_seed(inputs: Path, store: Path, tmp_path: Path, cli: Cli) -> None:
@@ -263,7 +308,9 @@ def test_a_fresh_run_takes_nothing_from_earlier_ones(
     for path in graphs:
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
+        path.chmod(0o644)
         path.write_bytes(data)
+        path.chmod(0o444)
     assert cli(*words).stderr.count("unchanged") == 2
     shutil.rmtree(tmp_path / "out" / "b")
     result = cli(*words)

@@ -77,9 +77,10 @@ class Forks:
         return self.wait(pid), log.read_text()
 
     def close(self) -> None:
-        assert self.process.stdin is not None
+        assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait()
+        self.process.stdout.close()
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -163,6 +164,43 @@ def test_a_kill_at_any_write_costs_time_and_nothing_else(
         assert strays(tmp_path / "out", tmp_path / "store") == [], number
 
 
+def test_a_kill_at_any_moment_costs_time_and_nothing_else(
+    inputs: Path, whole: Path, forks: Forks, tmp_path: Path
+) -> None:
+    """By the clock and not by the write; each run goes on where the killed one was.
+
+    VERA_EDGE_KILLS is how many; then the base's graph isn't finished to begin with either.
+    """
+    out, store, rng = tmp_path / "out", tmp_path / "store", random.Random(7)
+    kills = int(os.environ.get("VERA_EDGE_KILLS", "0"))
+    warm = (tmp_path / "nothing") if kills else begun(whole, tmp_path / "warm")
+    words = ("release", inputs / "r.toml", "-o", out, "--store", store, "-q")
+    hits, took = 0, 0.0
+    while hits < (kills or 4):
+        if not store.exists() and warm.exists():
+            shutil.copytree(warm, store)
+        at = time.monotonic()
+        pid, log = forks.start(*words)
+        if took:
+            time.sleep(rng.uniform(0, took))
+            os.kill(pid, signal.SIGKILL)
+        status = forks.wait(pid)
+        check_published(out)
+        if status == 0:
+            took = took or time.monotonic() - at
+            assert content(out) == content(whole / "out")
+            assert strays(out, store) == []
+            for folder in (out, store):
+                shutil.rmtree(folder)
+        else:
+            assert status == -signal.SIGKILL, log.read_text()
+            hits += 1
+    status, said = forks.run(*words)
+    assert status == 0, said
+    assert content(out) == content(whole / "out")
+    assert strays(out, store) == []
+
+
 def test_a_published_bundle_is_there_whenever_its_successor_is_killed(
     inputs: Path, whole: Path, forks: Forks, tmp_path: Path
 ) -> None:
@@ -234,6 +272,20 @@ def test_clocks_decide_nothing(inputs: Path, whole: Path, tmp_path: Path, cli: C
     )
     assert result.exit_code == 0 and result.stderr.count("unchanged") == 2
     assert content(tmp_path / "out") == content(whole / "out")
+
+
+def test_a_clock_that_jumps_while_releases_run_decides_nothing(
+    inputs: Path, whole: Path, forks: Forks, tmp_path: Path
+) -> None:
+    """By two hours at every look, in two releases that wait for each other."""
+    shutil.copytree(inputs, tmp_path / "inputs")  # no file of which is old enough to be known
+    words = ("release", tmp_path / "inputs" / "r.toml", "-o", tmp_path / "out", "--store", tmp_path / "store")
+    runs = [forks.start(*words, clock=step) for step in (3600, -3600)]
+    assert [forks.wait(pid) for pid, _ in runs] == [0, 0], [log.read_text() for _, log in runs]
+    said = "".join(log.read_text() for _, log in runs)
+    assert said.count("built ") == 2 and said.count("unchanged ") == 2
+    assert content(tmp_path / "out") == content(whole / "out")
+    assert strays(tmp_path / "out", tmp_path / "store") == []
 
 
 def test_a_read_only_output_is_told_before_the_work(

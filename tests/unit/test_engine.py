@@ -58,3 +58,8 @@ def test_workers_that_always_die_end_in_a_sentence() -> None:
 def test_engines_that_cannot_be(kind: str, workers: int) -> None:
     with pytest.raises(PlanError):
         Engine(kind, workers)
+
+
+def test_a_clusters_address_is_for_a_cluster() -> None:
+    with pytest.raises(PlanError, match="it needs --engine ray"):
+        Engine(address="10.0.0.1:6379")

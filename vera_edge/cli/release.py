@@ -43,8 +43,18 @@ def release() -> None:
     help="Take up what earlier runs finished (the default), or make everything again.",
 )
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True)
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes at once.")
-@click.option("--ray-address", metavar="HOST:PORT", help="A Ray cluster that exists.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Processes at once, on this machine.",
+)
+@click.option(
+    "--ray-address",
+    metavar="HOST:PORT",
+    help="A Ray cluster that exists; without one, --engine ray starts its own.",
+)
 @click.option("--store", type=show.FOLDER, help="Where finished work is kept between runs.")
 @show.json_option
 @show.quiet_option

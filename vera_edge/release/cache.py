@@ -7,9 +7,11 @@ on the clock, and nothing is lost when the store is deleted.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +35,8 @@ from vera_edge.files import (
 _FILES, _FACTS = "files", "facts.json"  # of an entry: what was made, and what determined it
 # Coarser than any file system's time stamps: what was changed longer ago can't change again unnoticed.
 _SETTLED = 2_000_000_000  # nanoseconds
+_WRITABLE = 0o222
+_PIECE = 1 << 18  # bytes; stays in the processor's cache from reading to writing
 
 
 def default_root() -> Path:
@@ -72,6 +76,40 @@ def link(source: Path, place: Path) -> None:
         shutil.copyfile(source, place)
 
 
+def publish(source: Path, place: Path) -> str:
+    """A file of the store under a name outside; returns the hex SHA-256 of what is there now.
+
+    The same file by a hard link, so long as nobody can write into it by mistake; else a copy.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if _linked(source, place):
+        return sha256_file(place)
+    digest = hashlib.sha256()
+    with source.open("rb", buffering=0) as old, place.open("xb") as new:
+        while piece := old.read(_PIECE):
+            digest.update(piece)
+            new.write(piece)
+    return digest.hexdigest()
+
+
+def _linked(source: Path, place: Path) -> bool:
+    if source.stat().st_mode & _WRITABLE:
+        return False
+    try:
+        os.link(source, place)
+    except OSError:  # another file system, or one without links
+        return False
+    return True
+
+
+def _seal(folder: Path) -> None:
+    """Take away the right to write a folder's files; not on Windows, where they couldn't be removed then."""
+    for path in folder.rglob("*") if os.name == "posix" else ():
+        mode = path.lstat().st_mode
+        if stat.S_ISREG(mode) and mode & _WRITABLE:
+            path.chmod(stat.S_IMODE(mode) & ~_WRITABLE)
+
+
 @dataclass(frozen=True)
 class Store:
     """The store under `root`. Entries are read-only once they are there.
@@ -100,6 +138,7 @@ class Store:
             with staged_folder(entry, force=True) as stage:
                 (stage / _FILES).mkdir()
                 make(stage / _FILES)
+                _seal(stage / _FILES)
                 (stage / _FACTS).write_bytes(canonical_json({"facts": facts, "run": self.fresh or ""}))
         return entry / _FILES, True
 
@@ -127,8 +166,8 @@ class Store:
         except OSError as cause:
             raise VeraEdgeError(f"{path} can't be read: {cause.strerror}") from None
 
-    def _file_digest(self, path: Path, stat: os.stat_result) -> str:
-        identity = [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    def _file_digest(self, path: Path, found: os.stat_result) -> str:
+        identity = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
         name = sha256_bytes(os.fsencode(path.absolute()))
         note = self.root / "digests" / name[:2] / f"{name}.json"
         try:
@@ -138,7 +177,7 @@ class Store:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         digest = sha256_file(path)
-        if max(stat.st_mtime_ns, stat.st_ctime_ns) + _SETTLED < time.time_ns():
+        if max(found.st_mtime_ns, found.st_ctime_ns) + _SETTLED < time.time_ns():
             try:
                 note.parent.mkdir(parents=True, exist_ok=True)
                 # Half a note isn't JSON, and is as good as none.
@@ -148,7 +187,12 @@ class Store:
         return digest
 
     def folder_digest(self, folder: Path) -> str:
-        """A digest over the names and contents of a folder's files; hidden files aren't part of it."""
+        """A digest over the names and contents of a folder's files; hidden files aren't part of it.
+
+        That of its content for a file, as a base in GGUF is.
+        """
+        if folder.is_file():
+            return self.file_digest(folder)
         names = sorted(
             path.relative_to(folder).as_posix()
             for path in folder.rglob("*")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from vera_edge.errors import BundleError
 from vera_edge.files import canonical_json
 from vera_edge.release import attestation, card
 from vera_edge.release.attestation import Material
-from vera_edge.release.cache import Store
+from vera_edge.release.cache import Store, publish
 from vera_edge.release.evidence import REPORT, Evidence
 from vera_edge.release.inputs import Inputs, tools
 from vera_edge.release.job import Job
@@ -23,7 +22,6 @@ from vera_edge.release.job import Job
 EVIDENCE = "evidence"
 PROVENANCE = "provenance.json"
 RECIPE = "recipe.json"
-_PIECE = 1 << 18  # bytes; stays in the processor's cache from reading to writing
 
 
 @dataclass(frozen=True)
@@ -44,28 +42,23 @@ def compose(job: Job, stage: Path, parts: Parts, store: Store) -> Manifest:
     """Put a bundle together in `stage`, its manifest last. Raises BundleError when the store is damaged."""
     exported, evidence = parts.exported, parts.evidence
     for name, entry in exported.files.items():
-        _copy(exported.folder / name, stage / name, entry)
+        _take(exported.folder / name, stage / name, entry)
     written = {f"{EVIDENCE}/{name}": data for name, data in evidence.plots.items()}
     written |= {f"{EVIDENCE}/{REPORT}": evidence.report, **_statements(job, parts)}
     if parts.golden is not None:
         written[GOLDEN] = parts.golden.read_bytes()
     for path, data in written.items():
         (stage / path).parent.mkdir(exist_ok=True)
-        (stage / path).write_bytes(data)
+        with (stage / path).open("xb") as stream:  # never into a file that the store has too
+            stream.write(data)
     _index_chunks(stage, exported, list(written), store)
     facts = bundle.change(exported, limits=evidence.limits, golden=None if parts.golden is None else GOLDEN)
     return bundle.write(stage, facts, known=exported.files)
 
 
-def _copy(source: Path, place: Path, entry: FileEntry) -> None:
-    """Copy a file of the store, and see on the way that it is what was exported."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    with source.open("rb", buffering=0) as old, place.open("wb") as new:
-        while piece := old.read(_PIECE):
-            digest.update(piece)
-            new.write(piece)
-    if digest.hexdigest() != entry.sha256:
+def _take(source: Path, place: Path, entry: FileEntry) -> None:
+    """Bring a file of the store into a bundle, and see on the way that it is what was exported."""
+    if publish(source, place) != entry.sha256:
         raise BundleError(f"{source} was damaged after it was made; run again with --fresh")
 
 

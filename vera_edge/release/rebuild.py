@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from vera_edge import bundle
 from vera_edge.errors import BundleError, MismatchError, VeraEdgeError
-from vera_edge.files import read_json, sha256_bytes
+from vera_edge.files import read_json
 from vera_edge.progress import Progress, silent
 from vera_edge.release import inputs as inputs_of
 from vera_edge.release import work
@@ -74,7 +74,14 @@ def _recipe(folder: Path, inputs: Path) -> Recipe:
         raise BundleError(f"{path} isn't a recipe that this vera-edge understands; update it") from None
     if len(file.base) != 1 or len(file.adapter) != 1 or len(file.variant) != 1:
         raise BundleError(f"{path} describes more than one bundle; it was changed")
-    return Recipe(file=file, folder=inputs.absolute(), digest=sha256_bytes(path.read_bytes()))
+    # What was released keeps these to itself, and a stranger's bundle doesn't say what is read here.
+    (base,), (adapter,), (variant,) = file.base, file.adapter, file.variant
+    paths = (base.path, adapter.path, variant.plan, variant.calibration, file.limits.data)
+    if file.sign is not None or any(
+        Path(one).is_absolute() or one.startswith("~") for one in paths if one is not None
+    ):
+        raise BundleError(f"{path} names a key, or files by where they lie; it was changed")
+    return Recipe(file, inputs.absolute())
 
 
 def _materials(statement: dict[str, Any], folder: Path) -> dict[str, str]:

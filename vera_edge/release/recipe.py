@@ -8,41 +8,55 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vera_edge import target
 from vera_edge.errors import PlanError
-from vera_edge.files import sha256_bytes
 from vera_edge.precision import Request, parse_size
 from vera_edge.projection import Rounding
 from vera_edge.signing import Signer, Trust
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# What a release writes beside its adapters' folders, and what Windows keeps for its devices.
+_TAKEN = {"rejected", "release.json", "summary.md", "junit.xml"}
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
 
 
 def _identifier(value: str) -> str:
     # Ids become folder names, on every kind of file system.
     if not _ID.fullmatch(value) or value.endswith("."):
         raise ValueError("must be 1 to 64 letters, digits, '.', '_' or '-', and start with a letter or digit")
+    if value.lower() in _TAKEN or _DEVICE.fullmatch(value):
+        raise ValueError(f"can't be {value!r}, which is the name of something else; choose another")
+    return value
+
+
+def _line(value: str) -> str:
+    # Cards, XML and file names: none of them takes control characters.
+    if not value.isprintable() or not value.strip():
+        raise ValueError("must be one line of text")
     return value
 
 
 Id = Annotated[str, AfterValidator(_identifier)]
+Line = Annotated[str, AfterValidator(_line)]
 Stored = Literal["fp32", "fp16", "int8", "int4"]
 PLAN = "plan"
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Release(_Model):
     """[release]: what the release is called; `golden`: whether bundles carry vectors to validate by."""
 
     name: Id
-    version: str = Field(default="0.1.0", min_length=1, max_length=64)
+    version: Line = Field(default="0.1.0", max_length=64)
     golden: bool = True
 
 
@@ -50,8 +64,8 @@ class Base(_Model):
     """[[base]]: a quantized model's Hugging Face folder; `licence` is an SPDX expression, for the SBOM."""
 
     id: Id
-    path: str = Field(min_length=1)
-    licence: str | None = None
+    path: Line
+    licence: Line | None = None
 
 
 class AdapterEntry(_Model):
@@ -59,9 +73,9 @@ class AdapterEntry(_Model):
 
     id: Id
     base: Id
-    path: str = Field(min_length=1)
+    path: Line
     projection_dtype: Rounding | None = None
-    licence: str | None = None
+    licence: Line | None = None
 
 
 class Variant(_Model):
@@ -73,18 +87,26 @@ class Variant(_Model):
 
     target: Id = "onnx"
     mode: Literal["merged", "branch"] = "merged"
-    weights: str = Field(default="int8", min_length=1)
-    plan: str | None = Field(default=None, min_length=1)
+    weights: Line = "int8"
+    plan: Line | None = None
     max_kl: float | None = Field(default=None, gt=0, strict=False)
-    max_size: str | None = None
-    formats: tuple[str, ...] = Field(default=("int4", "int8"), strict=False, min_length=1)
+    max_size: Line | None = None
+    formats: tuple[Line, ...] = Field(default=("int4", "int8"), strict=False, min_length=1)
     head: Stored | None = None
     projections: Literal["baked", "seed"] = "baked"
     projections_dtype: Stored | None = None
     method: Literal["rtn", "search", "hqq", "gptq"] | None = None
-    calibration: str = "built-in"
+    calibration: Line = "built-in"
     id: Id | None = None
-    adapters: tuple[Id, ...] | None = Field(default=None, strict=False)
+    adapters: tuple[Id, ...] | None = Field(default=None, strict=False, min_length=1)
+
+    @model_validator(mode="after")
+    def _named(self) -> Variant:
+        try:
+            _identifier(self.name)
+        except ValueError:
+            raise ValueError(f"has weights {self.weights!r}, which no folder can be called by") from None
+        return self
 
     @model_validator(mode="after")
     def _planned(self) -> Variant:
@@ -123,7 +145,7 @@ class Variant(_Model):
 class LimitsEntry(_Model):
     """[limits]: the text that drift is measured on, and what may not be exceeded. Units as in `drift`."""
 
-    data: str = "built-in"
+    data: Line = "built-in"
     max_kl: float | None = Field(default=None, ge=0, strict=False)
     min_top1: float | None = Field(default=None, ge=0, le=1, strict=False)
     min_retained: float | None = Field(default=None, le=1, strict=False)
@@ -138,17 +160,20 @@ class Signing(_Model):
     certificate, to tell an old signature from a good one. identity, issuer: as `--trusted-identity`.
     """
 
-    key: str | None = None
-    public_key: str | None = None
-    certificate: str | None = None
-    chain: tuple[str, ...] = Field(default=(), strict=False)
-    identity: str | None = None
-    issuer: str | None = None
+    key: Line | None = None
+    public_key: Line | None = None
+    certificate: Line | None = None
+    chain: tuple[Line, ...] = Field(default=(), strict=False)
+    identity: Line | None = None
+    issuer: Line | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> Signing:
         if (self.identity is None) != (self.issuer is None) or (self.key is None) == (self.identity is None):
             raise ValueError("needs a key, or identity and issuer")
+        beside = ("public_key", "certificate", "chain") if self.key is None else ()
+        if given := [name for name in beside if getattr(self, name)]:
+            raise ValueError(f"has {given[0]}, which belongs to a key, and no key")
         return self
 
 
@@ -163,18 +188,19 @@ class RecipeFile(_Model):
     sign: Signing | None = None
 
 
-class Recipe(BaseModel):
-    """A recipe, the folder its paths start from, and the digest of its text."""
-
-    model_config = ConfigDict(frozen=True)
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe, and the folder its paths start from."""
 
     file: RecipeFile
     folder: Path
-    digest: str
 
     def path(self, relative: str) -> Path:
-        """A path of the recipe, absolute."""
-        return (self.folder / Path(relative).expanduser()).absolute()
+        """A path of the recipe, absolute. Raises PlanError when it starts from the home of nobody."""
+        try:
+            return (self.folder / Path(relative).expanduser()).absolute()
+        except RuntimeError:
+            raise PlanError(f"{relative} starts from a home folder that isn't there; write it out") from None
 
     @property
     def signer(self) -> Signer | None:
@@ -217,29 +243,30 @@ class Recipe(BaseModel):
 def read(path: Path) -> Recipe:
     """Read and check a recipe. Raises PlanError with one sentence that names the key at fault."""
     try:
-        data = path.read_bytes()
-        document = tomllib.loads(data.decode())
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PlanError(f"{path} is missing; give the recipe's TOML file") from None
     except OSError as cause:
         raise PlanError(f"{path} can't be read: {cause.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as cause:
+    except (ValueError, RecursionError) as cause:
         raise PlanError(f"{path} isn't valid TOML: {cause}") from None
     try:
         file = RecipeFile.model_validate(document)
     except ValidationError as cause:
         raise PlanError(f"{path}: {_first_fault(cause)}") from None
     _check_references(path, file)
-    return Recipe(file=file, folder=path.absolute().parent, digest=sha256_bytes(data))
+    return Recipe(file, path.absolute().parent)
 
 
 def _first_fault(error: ValidationError) -> str:
     fault: Any = error.errors()[0]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
+    said = fault["msg"].removeprefix("Value error, ")
     what = {
         "missing": "is missing",
         "extra_forbidden": "isn't a key of a recipe; check its spelling",
-    }.get(fault["type"], fault["msg"].removeprefix("Value error, ").lower())
+        "value_error": said,
+    }.get(fault["type"], said[:1].lower() + said[1:])
     return f"{key} {what}" if key else what
 
 
@@ -247,11 +274,17 @@ def _check_references(path: Path, file: RecipeFile) -> None:
     bases, adapters = [base.id for base in file.base], [adapter.id for adapter in file.adapter]
     names = [variant.name for variant in file.variant]
     for kind, values in (("base", bases), ("adapter", adapters), ("variant", names)):
-        if twice := next((value for value in values if values.count(value) > 1), None):
-            raise PlanError(f"{path}: {kind} {twice!r} stands twice; ids must differ")
+        folders = [value.lower() for value in values]  # as some file systems see them
+        if twice := next((value for value in values if folders.count(value.lower()) > 1), None):
+            raise PlanError(f"{path}: {kind} {twice!r} stands twice; ids must differ, and not by case only")
     for adapter in file.adapter:
         if adapter.base not in bases:
             raise PlanError(f"{path}: adapter {adapter.id!r} names base {adapter.base!r}, which isn't there")
     for variant in file.variant:
+        if variant.target not in target.names():
+            raise PlanError(
+                f"{path}: variant {variant.name!r} is for {variant.target!r}, which isn't a target here; "
+                f"choose from {', '.join(target.names())}"
+            )
         if missing := next((one for one in variant.adapters or () if one not in adapters), None):
             raise PlanError(f"{path}: variant {variant.name!r} names adapter {missing!r}, which isn't there")

@@ -92,7 +92,7 @@ class _Work:
                     with only_one(self._lock):
                         self._tidy()
                 return found
-        self._check_writable()
+        self._check_outcome()
         with self._timed("export"):
             exported = artefact.export(job, store, inputs, progress)
         with self._timed("drift"):
@@ -115,17 +115,21 @@ class _Work:
     def _lock(self) -> Path:
         return self.job.out / LOCKS / f"{self.job.adapter.id}--{self.job.variant.name}"
 
-    def _check_writable(self) -> None:
-        """Before the work, rather than after it."""
+    def _check_outcome(self) -> None:
+        """Whether it can be published and signed: before the work, rather than after it."""
         make_folder(self.job.out)
         if not os.access(self.job.out, os.W_OK):
             raise OutputError(f"{self.job.out} can't be written; make it writable, or choose another -o")
+        if (signer := self.job.recipe.signer) is not None:
+            signing.check_signer(signer, self.job.recipe.trust)
 
     def _publish(self, parts: Parts) -> Manifest:
         with staged_folder(self.target, force=True) as stage:
             made = compose(self.job, stage, parts, self.store)
             if (signer := self.job.recipe.signer) is not None:
                 signing.sign(stage, signer)
+                # Else no later run would take it for what was asked, and each would make it again.
+                signing.check(stage, self.job.recipe.trust)
         return made
 
     def _published(self, key: str, asked: evidence.Question) -> Result | None:
