@@ -5,20 +5,28 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+import numpy as np
+
 from scripts import demo_encoder
+from scripts.demo_encoder import DemoEncoder
 from scripts.prepare_demo import Demo
-from vera_edge import merge
+from vera_edge import merge, target
+from vera_edge.device.encoder import Encoded, Encoder
+from vera_edge.drift import encoders, models, windows
 from vera_edge.drift.assess import Request, assess_any
+from vera_edge.drift.encoder_assess import cut_texts
 from vera_edge.drift.encoder_report import EncoderReport
 from vera_edge.drift.encoders import EmbeddingDrift
 from vera_edge.drift.models import folder_bytes
+from vera_edge.reference import Reference
 from vera_edge.weight_rounding import Rounding, merge_to_folder
 
+EXPORTS = (("fp32", "float"), ("int8", "float"), ("int8", "dynamic"), ("int8", "static"))
 ROWS = tuple((to, method) for to in ("nf4", "int8") for method in ("rtn", "hqq", "search", "gptq"))
 
 
 def encoder_table(demo: Demo, out: Path) -> str:
-    """Merged into NF4 and LLM.int8 by every method; a Markdown table and what it shows."""
+    """Merged into NF4 and LLM.int8 by every method, and exported; Markdown tables and what they show."""
     encoder = demo_encoder.prepare()
     lines = [
         "| Merged into | by | on disk, MB | 1 - cosine | retained | rank correlation | ten nearest kept |",
@@ -47,4 +55,47 @@ def encoder_table(demo: Demo, out: Path) -> str:
         f"{found.text.windows} paragraphs of the held-out text by a mean 1 - cosine of {1 - effect:.2g}, "
         "which is the effect that *retained* refers to. Measured on exact values in float32."
     )
-    return "\n".join([textwrap.fill(note, 110), "", *lines, ""])
+    parts = [textwrap.fill(note, 110), "", *lines, "", *_export_table(encoder, demo, out), ""]
+    return "\n".join(parts)
+
+
+def _export_table(encoder: DemoEncoder, demo: Demo, out: Path) -> list[str]:
+    """The same model exported to ONNX, as `vera_edge.device` runs it; a Markdown table and what it shows."""
+    trained = models.open_trained(encoder.base, adapter_paths=[(encoder.adapter, 1.0)])
+    text = windows.read_text(demo.eval_text)
+    texts = cut_texts(text, windows.open_tokenizer(encoder.base), windows.WINDOW)
+    assert isinstance(trained.runner, Reference) and isinstance(trained.base, Reference)
+    reference, base = (np.stack([one.embed(ids) for ids in texts]) for one in (trained.runner, trained.base))
+    effect = encoders.embedding_distances(reference, base)
+    lines = [
+        "| Exported | reads | on disk, MB | 1 - cosine | retained | rank correlation | ten nearest kept |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for weights, activations in EXPORTS:
+        folder, options = out / "encoder", {"activations": activations}
+        rounding = Rounding("rtn", str(demo.calibration_text))
+        target.export(
+            encoder.base,
+            [(encoder.adapter, 1.0)],
+            folder,
+            weights=weights,
+            options=options,
+            force=True,
+            rounding=rounding,
+        )
+        opened = Encoder.open(folder, threads=1)
+        found = opened.outputs([Encoded(ids, np.zeros_like(ids)) for ids in texts], batch=1)
+        own = encoders.compare_embeddings(reference, found)
+        kept = encoders.retained(encoders.embedding_distances(reference, found), effect)
+        assert kept is not None
+        lines.append(
+            f"| {weights} | {activations} | {folder_bytes(folder) / 1e6:.0f} | {1 - own.cosine.value:.2g} "
+            f"| {kept.value:.4f} | {own.rank_correlation.value:.4f} | {own.overlap.value:.1%} |"
+        )
+    note = (
+        "The same model exported to ONNX, weights rounded to nearest, run text by text (*reads* is what "
+        "`--activations` says). Beside float activations int8 weights have a scale for each 32 inputs "
+        "(`MatMulNBits`); dynamic and static activations are uint8 of one scale for a tensor, and their "
+        "weights have one for each row."
+    )
+    return [textwrap.fill(note, 110), "", *lines]

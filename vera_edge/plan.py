@@ -23,6 +23,9 @@ from vera_edge.projection import Projections, ProjectionSpec
 
 VERSION = 1
 SAME = "same"
+# What an encoder's int8 linears read: float32, or uint8 whose range is found at each run or was calibrated.
+FLOAT = "float"
+ACTIVATIONS = (FLOAT, "dynamic", "static")
 Mode = Literal["merged", "branch"]
 Action = Literal["merge", "branch", "keep"]
 DENSE = ("fp32", "fp16", "bf16")
@@ -55,6 +58,11 @@ class Step:
     def copies(self) -> bool:
         """Whether the layer's bytes stay as they are."""
         return self.action != "merge" and self.source == self.result
+
+    @property
+    def activations(self) -> str:
+        """What the layer reads in an export, one of ACTIVATIONS; other than float, its int8 is by rows."""
+        return str(self.options.get("activations", FLOAT))
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,14 @@ from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import check_output
 from vera_edge.formats.blocks import SIZES, check_kind
-from vera_edge.plan import Plan
+from vera_edge.plan import ACTIVATIONS, FLOAT, Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
 from vera_edge.tensors import Float32
 
 GROUP = "vera_edge.exporters"
+BUILT_IN = "built-in"
 _BLOCKS = {"int8": 8, "int4": 4, "int2": 2}
 
 
@@ -53,6 +54,7 @@ class ExportRequest:
     int8, "0": float32); decoders also `origin` ("baked", "seed"): whether the projections are in the files,
     or drawn on the device. requantized: by module, weights of the plan's
     formats that were rounded with care (merged where the plan merges); the exporter rounds the others itself.
+    text: what ranges of activations are calibrated on, a UTF-8 file or "built-in".
     drawn: a folder for the graph before its weights are rounded, which the next export of the same inputs in
     the same mode takes from there; None where nothing is to be kept.
     """
@@ -67,6 +69,7 @@ class ExportRequest:
     progress: Progress = silent
     requantized: Mapping[str, Codes] = field(default_factory=dict)
     drawn: Path | None = None
+    text: str = BUILT_IN
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,10 @@ class Rounded(NamedTuple):
 
 class Rounding(Protocol):
     """Rounds the weights of a plan before the exporter sees them; see `weight_rounding.Rounding`."""
+
+    @property
+    def text(self) -> str:
+        """What is calibrated on: a UTF-8 file, or "built-in"."""
 
     def codes(
         self,
@@ -181,6 +188,32 @@ def in_blocks(plan: Plan, block: str | None, symmetric: str | None) -> Plan:
     return replace(plan, steps=tuple(steps))
 
 
+def with_activations(plan: Plan, activations: str) -> Plan:
+    """`plan` with int8 linears that read activations of this kind, one of `plan.ACTIVATIONS`.
+
+    Raises PlanError for another kind, and where there is no int8 linear, or one in blocks.
+    """
+    if activations not in ACTIVATIONS:
+        raise PlanError(f"activations can't be {activations!r}; choose from {', '.join(ACTIVATIONS)}")
+    if activations == FLOAT:
+        return plan
+    changed = [step for step in plan.steps if step.result == "int8"]
+    if not changed:
+        raise PlanError(
+            f"{activations} activations go with int8 weights, and this plan has none; add --weights int8"
+        )
+    if any("block" in step.options or "symmetric" in step.options for step in changed):
+        raise PlanError(
+            f"weights beside {activations} activations have one scale for each row and no zero point; leave "
+            "block and symmetric out"
+        )
+    steps = [
+        replace(step, options={**step.options, "activations": activations}) if step.result == "int8" else step
+        for step in plan.steps
+    ]
+    return replace(plan, steps=tuple(steps))
+
+
 def export(
     base: Path,
     adapter_paths: Sequence[tuple[Path, float]],
@@ -199,10 +232,12 @@ def export(
 
     base, adapter_paths, out: folders; each adapter with its weight.
     options: the target's own; `block` (16, 32, 64, 128 or 256) and `symmetric` ("true", "false"), which say
-    how int8, int4 and int2 weights are quantized, go into the plan.
+    how int8, int4 and int2 weights are quantized, and `activations` ("float", "dynamic", "static"), what an
+    encoder's int8 linears read, go into the plan.
     mode: "merged", or "branch": the base keeps its weights, the adapter runs beside it and can be swapped.
     weights: the stored format of the linears. projection_dtype: see `provenance.resolve`.
-    rounding: how weights are rounded to 4 and 8 bits; None: to nearest, by the exporter.
+    rounding: how weights are rounded to 4 and 8 bits, and the text to calibrate on; None: to nearest, by the
+    exporter, and the built-in text.
     made: a plan for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
@@ -220,13 +255,23 @@ def export(
     options = dict(options or {})
     plan = made or plans.make(checkpoint, read, mode, weights, projections=projections)
     plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
+    plan = with_activations(plan, options.pop("activations", FLOAT))
     notes = tuple(dict.fromkeys(note for one in found for note in (one.how, *one.notes)))
     facts = (checkpoint, read, projections, plan, out)
     nothing = Rounded({}, (), read)
     with rounding.codes(*facts, progress) if rounding else nullcontext(nothing) as rounded:
         chosen = {**stored_options(plan), **options}
         request = ExportRequest(
-            checkpoint, rounded.adapters, projections, plan, out, chosen, force, progress, rounded.codes
+            checkpoint,
+            rounded.adapters,
+            projections,
+            plan,
+            out,
+            chosen,
+            force,
+            progress,
+            rounded.codes,
+            text=rounding.text if rounding else BUILT_IN,
         )
         exported = exporter.export(request)
     return replace(exported, notes=(*notes, *rounded.notes, *exported.notes))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from vera_edge import merge as merging
 from vera_edge import recover
@@ -21,7 +22,7 @@ from vera_edge.errors import PlanError
 from vera_edge.files import PARTIAL_MARK, check_output, output_error
 from vera_edge.formats import FORMATS
 from vera_edge.formats.blocks import BITS, block_within
-from vera_edge.plan import Plan, Step
+from vera_edge.plan import FLOAT, Plan, Step
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.requantize import METHODS, CodesFolder, Grid, bnb_grid, int8_rows, int_blocks
@@ -42,14 +43,14 @@ def default_method(steps: Sequence[Step]) -> str:
 def grid_of(step: Step, exported: bool = False) -> Grid | None:
     """The grid that a step's result is stored on; None for one that isn't rounded.
 
-    exported: in an ONNX graph, where "int8" means blocks and not LLM.int8, and absmax are float32; a group
-    is cut into blocks that MatMulNBits has.
+    exported: in an ONNX graph, where "int8" means blocks, beside float activations, and not LLM.int8's rows,
+    and absmax are float32; a group is cut into blocks that MatMulNBits has.
     """
     if step.result in ("nf4", "fp4"):
         options = dict(step.options)
         double = options.pop("double_quant", False) and not exported
         return bnb_grid(step.result, options.pop("blocksize", 64), double_quant=double, **options)
-    if step.result == "int8" and not exported:
+    if step.result == "int8" and (not exported or step.activations != FLOAT):
         return int8_rows()
     if step.result in ("int8", "int4", "int2"):
         # Zero points cost more than they're worth at 8 bits, and halve the error at 4.
@@ -191,6 +192,18 @@ def merge_to_folders(
         return merging.write_each(merges, progress, force, resources=resources)
 
 
+def longest_text(config: Mapping[str, Any]) -> int:
+    """Tokens of the longest text to calibrate on: a window, or as many as the model has positions for."""
+    from vera_edge.device.encoder import SHIFTED  # onnxruntime comes with it
+
+    positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id")
+    if type(positions) is not int:
+        return windows.WINDOW
+    if config.get("model_type") in SHIFTED and type(padding) is int:
+        positions -= padding + 1
+    return min(windows.WINDOW, positions)
+
+
 def _windows(
     checkpoint: Checkpoint, method: str, source: str, tokens: int
 ) -> tuple[tuple[windows.Int64, ...], tuple[str, ...]]:
@@ -198,9 +211,8 @@ def _windows(
         return (), ("weights were rounded by hqq, which needs no calibration",)
     text = windows.read_text(source)
     config = checkpoint.config.get("text_config") or checkpoint.config
-    cut = windows.make(
-        text, windows.open_tokenizer(checkpoint.path), int(config.get("vocab_size", 0)), tokens
-    )
+    tokenizer, known = windows.open_tokenizer(checkpoint.path), int(config.get("vocab_size", 0))
+    cut = windows.make(text, tokenizer, known, tokens, longest_text(config))
     count = sum(len(window) for window in cut.tokens)
     note = f"weights were rounded by {method}, calibrated on {count} tokens of {source} text"
     if source == BUILT_IN:

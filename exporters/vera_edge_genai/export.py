@@ -79,6 +79,11 @@ def check(request: ExportRequest) -> str:
         raise PlanError(f"the target genai takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
     seed.wanted(request)
     weights.runs_as(request)
+    if any(step.activations != plans.FLOAT for step in request.plan.steps):
+        raise TargetError(
+            "a decoder's int8 products round what they read by themselves (MatMulNBits at accuracy level 4); "
+            "leave --activations out"
+        )
     names = checkpoint.config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise TargetError(f"{checkpoint.path / 'config.json'} names no architecture to export")

@@ -44,10 +44,11 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @dataclass(frozen=True)
 class Task:
-    """What a model does: the task's name, and the transformers class that loads a model for it."""
+    """What a model does: the task's name, the transformers class that loads a model for it, what it takes."""
 
     name: str
     auto_class: str
+    main_input: str = "input_ids"
 
 
 def task(architecture: str, model_type: str) -> Task:
@@ -65,7 +66,7 @@ def task(architecture: str, model_type: str) -> Task:
         )
     if found.config_class.model_type != model_type:
         raise TargetError(f"config.json names {architecture}, which isn't of model type {model_type!r}")
-    return Task(name, auto_class.__name__)
+    return Task(name, auto_class.__name__, found.main_input_name)
 
 
 def draw(checkpoint: Checkpoint, task: Task) -> ir.Model:

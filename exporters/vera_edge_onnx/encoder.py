@@ -7,6 +7,7 @@ is to be stored with, the side-branches are woven in, and the folder is describe
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from vera_edge import plan as plans
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import canonical_json, read_json, staged_folder, write_atomic
+from vera_edge.packing import Piece
 from vera_edge.target import Export, ExportRequest
 from vera_edge.weight_rounding import BLOCK
 from vera_edge_onnx import (
@@ -24,7 +26,9 @@ from vera_edge_onnx import (
     drawing,
     embeddings,
     groups,
+    qdq,
     sites,
+    spans,
     storage,
     tokenizer_config,
     weights,
@@ -51,7 +55,8 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as work:
             model, found, copy = _float_graph(request, task, Path(work))
             layout = groups.layout(found, adapters.sizes(request)) if branched else ()
-            shared = _weave(request, model, found)
+            ranges, notes = _calibrated(request, model, found, layout, Path(work))
+            shared = _weave(request, model, found, ranges)
             model.metadata_props.update(describe(request, KIND) | {"vera_edge.task": task.name})
             storage.save(model, stage / MODEL, shared, request.progress)
             _copy_beside(copy, stage, [value.name or "" for value in model.graph.inputs])
@@ -64,7 +69,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
         size=manifest.size,
         plan=request.plan,
         adapters={name: request.out / file for name, file in files.items()},
-        notes=(f"{architecture} for {task.name}",),
+        notes=(f"{architecture} for {task.name}", *notes),
     )
 
 
@@ -74,7 +79,16 @@ def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Ta
         raise PlanError(f"the target {target} takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
     weights.kind(request.plan)
     adapters.check(request)
-    return drawing.task(architecture, str(request.checkpoint.config.get("model_type")))
+    task = drawing.task(architecture, str(request.checkpoint.config.get("model_type")))
+    reads = {step.activations for step in request.plan.steps}
+    if unknown := sorted(reads - set(plans.ACTIVATIONS)):
+        raise PlanError(f"the plan has {unknown[0]} activations; known: {', '.join(plans.ACTIVATIONS)}")
+    if "static" in reads and task.main_input != "input_ids":
+        raise TargetError(
+            f"static activations need samples to find their ranges with, and {architecture} takes "
+            f"{task.main_input}, which text can't be; export with --activations dynamic"
+        )
+    return task
 
 
 def _float_graph(
@@ -95,7 +109,25 @@ def _float_graph(
     return model, found, copy.path
 
 
-def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...]) -> dict[str, Range]:
+def _calibrated(
+    request: ExportRequest,
+    model: ir.Model,
+    found: tuple[sites.Site, ...],
+    layout: Sequence[Piece],
+    work: Path,
+) -> tuple[Mapping[str, qdq.Span], tuple[str, ...]]:
+    """The ranges of static activations, where there are some, and how they were found."""
+    if all(step.activations != "static" for step in request.plan.steps):
+        return {}, ()
+    return spans.of_text(request, model, found, layout, work)
+
+
+def _weave(
+    request: ExportRequest,
+    model: ir.Model,
+    found: tuple[sites.Site, ...],
+    ranges: Mapping[str, qdq.Span],
+) -> dict[str, Range]:
     """Store each weight as the plan says and add the side-branches; returns which bytes are shared."""
     weaver, plan, kind = Weaver(model), request.plan, weights.kind(request.plan)
     results = {step.module: step.result for step in plan.steps}
@@ -105,8 +137,11 @@ def _weave(request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...
                 weaver.narrow_weight(site.node)
     adapted = adapters.sizes(request) if plan.mode == "branch" else {}
     dtype = request.options.get("projections", weights.beside(kind))
-    branch.weave(weaver, found, weights.stored(request, found), adapted, request.projections, dtype)
-    embeddings.store(weaver, request.options.get("head", weights.beside(kind, four_bit="int4")), BLOCK)
+    branch.weave(weaver, found, weights.stored(request, found, ranges), adapted, request.projections, dtype)
+    by_row = any(step.activations != plans.FLOAT for step in plan.steps)
+    embeddings.store(
+        weaver, request.options.get("head", weights.beside(kind, four_bit="int4")), BLOCK, by_row
+    )
     weights.set_accuracy(request, model)
     return weaver.finish()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,24 +91,38 @@ class Weaver:
         **attributes: Any,
     ) -> ir.Value:
         """A node with one output of the given shape, inserted ahead of `before`; returns its output."""
+        made = {f"{name}/output_0": (shape, dtype)}
+        return self.outputs(op, inputs, name, made, before=before, domain=domain, **attributes)[0]
+
+    def outputs(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value],
+        name: str,
+        outputs: Mapping[str, tuple[Sequence[Dimension], ir.DataType]],
+        *,
+        before: ir.Node,
+        domain: str = "",
+        **attributes: Any,
+    ) -> list[ir.Value]:
+        """A node, inserted ahead of `before`; returns its outputs: name -> shape and type, in their order."""
         self.model.graph.opset_imports.setdefault(domain, 1)
-        node = ir.node(op, inputs, attributes, domain=domain, name=name)
-        output = node.outputs[0]
-        output.name, output.shape, output.type = f"{name}/output_0", ir.Shape(shape), ir.TensorType(dtype)
+        node = ir.node(op, inputs, attributes, domain=domain, name=name, num_outputs=len(outputs))
+        for value, (called, (shape, dtype)) in zip(node.outputs, outputs.items(), strict=True):
+            value.name, value.shape, value.type = called, ir.Shape(shape), ir.TensorType(dtype)
         self.model.graph.insert_before(before, node)
-        return output
+        return list(node.outputs)
 
     def split(
         self, value: ir.Value, sizes: Sequence[int], node: str, names: Sequence[str], *, before: ir.Node
     ) -> list[ir.Value]:
         """Pieces of the given sizes along the last axis, called `names`, cut by a node called `node`."""
         ends = self.initializer(f"{node}.sizes", np.array(sizes, np.int64))
-        made = ir.node("Split", [value, ends], {"axis": -1}, num_outputs=len(sizes), name=node)
-        assert value.type is not None
-        for output, size, name in zip(made.outputs, sizes, names, strict=True):
-            output.name, output.shape, output.type = name, ir.Shape([*leading(value), size]), value.type
-        self.model.graph.insert_before(before, made)
-        return list(made.outputs)
+        assert value.dtype is not None
+        pieces = {
+            name: ((*leading(value), size), value.dtype) for name, size in zip(names, sizes, strict=True)
+        }
+        return self.outputs("Split", [value, ends], node, pieces, before=before, axis=-1)
 
     def take_over(self, old: ir.Node, new: ir.Value) -> None:
         """Let `new` stand, under the old name, wherever the single output of `old` stood; remove `old`."""

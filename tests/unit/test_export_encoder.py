@@ -19,7 +19,7 @@ from vera_edge import bundle, target
 from vera_edge.errors import TargetError
 
 Array = npt.NDArray[Any]
-Make = Callable[[str, str, str], "Case"]
+Make = Callable[..., "Case"]
 
 _BERT = ("query", "key", "value", "dense")
 _TEXT = {**FAMILIES["bert"].config, "hidden_size": 64, "num_hidden_layers": 2}
@@ -108,22 +108,23 @@ class Case:
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Exports, each made once: make(family, mode, weights)."""
+    """Exports, each made once: make(family, mode, weights), and what its linears read when it isn't float."""
     made: dict[str, tuple[Path, Path]] = {}
-    done: dict[tuple[str, str, str], Case] = {}
+    done: dict[tuple[str, ...], Case] = {}
 
-    def export(name: str, mode: str, weights: str) -> Case:
+    def export(name: str, mode: str, weights: str, activations: str = "float") -> Case:
         family = MODELS[name]
         if name not in made:
             root = tmp_path_factory.mktemp(name)
             family.make().save_pretrained(root / "base")
             made[name] = root / "base", family.adapted(root / "base", root / "adapter")
-        if (name, mode, weights) not in done:
+        if (name, mode, weights, activations) not in done:
             base, adapter = made[name]
             out = tmp_path_factory.mktemp("export") / "out"
-            target.export(base, [(adapter, 1.0)], out, mode=mode, weights=weights)
-            done[name, mode, weights] = Case(family, base, adapter, out)
-        return done[name, mode, weights]
+            options = {"activations": activations}
+            target.export(base, [(adapter, 1.0)], out, mode=mode, weights=weights, options=options)
+            done[name, mode, weights, activations] = Case(family, base, adapter, out)
+        return done[name, mode, weights, activations]
 
     return export
 
@@ -158,6 +159,21 @@ def test_int8_weights_and_embeddings_are_near_and_small(make: Make) -> None:
     assert sizes[0] < 0.6 * sizes[1]  # tensors this small are half padding to a page
     operators = {node.op_type for node in onnx.load(case.out / "onnx" / "model.onnx").graph.node}
     assert {"MatMulNBits", "GatherBlockQuantized"} <= operators
+
+
+@pytest.mark.parametrize("name", ["roberta", "distilbert", "vit"])
+def test_int8_activations_are_near(name: str, make: Make) -> None:
+    case = make(name, "merged", "int8", "dynamic")
+    assert case.error(case.feeds(3, 12)) < 0.05
+    operators = {node.op_type for node in onnx.load(case.out / "onnx" / "model.onnx").graph.node}
+    assert "MatMulInteger" in operators and "MatMulNBits" not in operators
+
+
+def test_static_activations_of_images_are_refused_in_one_sentence(make: Make, tmp_path: Path) -> None:
+    case, options = make("vit", "merged", "fp32"), {"activations": "static"}
+    with pytest.raises(TargetError, match="takes pixel_values, which text can't be") as caught:
+        target.export(case.base, [(case.adapter, 1.0)], tmp_path / "out", weights="int8", options=options)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,12 @@ STORED = ("fp32", "fp16", "int8", "int4")
     type=click.Choice(["0", "4"]),
     help="What activations are rounded to beside integer weights: 4: int8, the default; 0: nothing, slow.",
 )
+@click.option(
+    "--activations",
+    type=click.Choice(["float", "dynamic", "static"]),
+    help="Encoders: what int8 linears read: float32, the default, or uint8 in ONNX's own operators, its "
+    "range found at each run (dynamic) or on the calibration text (static).",
+)
 @click.option("--head", type=click.Choice(STORED), help="How embeddings and output head are stored.")
 @click.option("--projections-dtype", type=click.Choice(STORED), help="How a branch stores A and B.")
 @click.option(
@@ -99,6 +105,7 @@ def export(
     block: int | None,
     symmetric: bool | None,
     accuracy_level: str | None,
+    activations: str | None,
     head: str | None,
     projections_dtype: str | None,
     origin: str | None,
@@ -122,6 +129,7 @@ def export(
         "block": None if block is None else str(block),
         "symmetric": None if symmetric is None else str(symmetric).lower(),
         "accuracy_level": accuracy_level,
+        "activations": activations,
     }
     with progress_bar(quiet or as_json) as progress:
         result = targets.export(

@@ -46,7 +46,8 @@ calibration_option: Callable[[F], F] = click.option(
     default="built-in",
     show_default=True,
     metavar="FILE",
-    help="Text to calibrate search and gptq on: a UTF-8 file like what the adapter is for, or built-in.",
+    help="Text to calibrate search, gptq and static activations on: a UTF-8 file like what the adapter is "
+    "for, or built-in.",
 )
 recover_option: Callable[[F], F] = click.option(
     "--recover",

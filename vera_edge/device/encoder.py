@@ -25,7 +25,7 @@ EMBEDDINGS, CLASSES = "last_hidden_state", "logits"  # what the graph's output i
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 _TOKENS = 2048  # fed at once, padding included: bounds memory
 # Their positions begin behind the padding's id.
-_SHIFTED = {"roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text", "longformer", "ibert"}
+SHIFTED = {"roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text", "longformer", "ibert"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _labels(config: dict[str, Any], size: Any) -> tuple[str, ...]:
 def _longest(config: dict[str, Any], text: Text, found: Pooling) -> int:
     """Tokens of the longest text: the least of what the tokenizer, the positions and the folder allow."""
     positions = config.get("max_position_embeddings")
-    if type(positions) is int and config.get("model_type") in _SHIFTED:
+    if type(positions) is int and config.get("model_type") in SHIFTED:
         positions -= _padding(config, text) + 1
     bounds = [size for size in (positions, text.longest, found.longest) if type(size) is int and size > 0]
     return min(bounds, default=512)

@@ -1,0 +1,97 @@
+"""The range of what each linear layer reads, found by running the float graph over text.
+
+With side-branches it runs alone and with each adapter, so that a range holds what any of them makes of the
+text. All values count, the rarest too: see docs/export.md for what leaving some out was measured to cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime
+
+from vera_edge import packing
+from vera_edge.drift import windows
+from vera_edge.drift.encoder_assess import cut_texts
+from vera_edge.packing import Piece
+from vera_edge.target import ExportRequest
+from vera_edge.weight_rounding import longest_text
+from vera_edge_onnx import adapters, branch, storage, weights
+from vera_edge_onnx.qdq import Span
+from vera_edge_onnx.sites import Site
+from vera_edge_onnx.weaver import Weaver
+
+Int64 = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
+_TOKENS = 8192  # of all texts
+
+
+def of_text(
+    request: ExportRequest, model: ir.Model, found: Sequence[Site], layout: Sequence[Piece], work: Path
+) -> tuple[dict[str, Span], tuple[str, ...]]:
+    """The span of every x that is read as static activations, by its name; and how they were found, in words.
+
+    model: the float graph, which stays as it is. found: its linear layers. layout: of the graph's vectors.
+    work: a folder to write to. Raises DataError without usable text, CheckpointError without a tokenizer.
+    """
+    steps = {step.module: step for step in request.plan.steps}
+    names = sorted({site.input.name or "" for site in found if weights.activations(site, steps) == "static"})
+    texts = _texts(request)
+    running = _session(request, model, found, names, work / "ranges" / "model.onnx")
+    spans: dict[str, Span] = {}
+    sets = (
+        [packing.vectors(adapter, layout, weight) for adapter, weight in request.adapters] if layout else []
+    )
+    for done, text in enumerate(texts):
+        request.progress("calibrating", done, len(texts))
+        for vectors in ({}, *sets):
+            arrays = running.run(names, {**_feeds(running, text), **vectors})
+            for name, array in zip(names, arrays, strict=True):
+                low, high = spans.get(name, (np.inf, -np.inf))
+                spans[name] = Span(min(low, float(array.min())), max(high, float(array.max())))
+    count = sum(len(text) for text in texts)
+    return spans, (f"activations were calibrated on {count} tokens of {request.text} text",)
+
+
+def _texts(request: ExportRequest) -> list[Int64]:
+    """Token ids of paragraphs spread over the text, with what the tokenizer puts around them."""
+    folder, config = request.checkpoint.path, request.checkpoint.config
+    tokenizer = windows.open_tokenizer(folder)
+    texts = cut_texts(windows.read_text(request.text), tokenizer, longest_text(config))
+    ends = np.cumsum([len(text) for text in texts])
+    share = max(1, int(ends[-1]) // _TOKENS)
+    return texts[::share]
+
+
+def _session(
+    request: ExportRequest, model: ir.Model, found: Sequence[Site], names: Sequence[str], path: Path
+) -> Any:
+    """The float graph, its side-branches woven in, that gives the values called `names`."""
+    copy = model.clone()
+    nodes = {node.name: node for node in copy.graph}
+    weaver = Weaver(copy)
+    branched = adapters.sizes(request) if request.plan.mode == "branch" else {}
+    sites = [replace(site, node=nodes[site.node.name]) for site in found]
+    branch.weave(weaver, sites, {}, branched, request.projections, "fp32")
+    shared = weaver.finish()
+    values = {value.name: value for node in copy.graph for value in node.outputs}
+    given = {value.name for value in copy.graph.outputs}
+    copy.graph.outputs.extend(values[name] for name in names if name not in given)
+    storage.save(copy, path, shared)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1  # so that the same text gives the same ranges
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _feeds(running: Any, text: Int64) -> Mapping[str, Array]:
+    """One text as the graph takes it."""
+    row = text[None]
+    feeds = {"input_ids": row, "attention_mask": np.ones_like(row), "token_type_ids": np.zeros_like(row)}
+    return {value.name: feeds[value.name] for value in running.get_inputs()}
