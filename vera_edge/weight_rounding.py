@@ -192,7 +192,19 @@ def merge_to_folders(
         return merging.write_each(merges, progress, force, resources=resources)
 
 
-def longest_text(config: Mapping[str, Any]) -> int:
+def calibration_texts(checkpoint: Checkpoint, source: str, tokens: int) -> list[windows.Int64]:
+    """Token ids of paragraphs of a text, with what the tokenizer puts around them; about `tokens` in all.
+
+    source: a UTF-8 file, or "built-in". Raises DataError on unusable text, CheckpointError without tokenizer.
+    """
+    from vera_edge.drift.encoder_assess import cut_texts  # more of drift comes with it
+
+    text, tokenizer = windows.read_text(source), windows.open_tokenizer(checkpoint.path)
+    found = cut_texts(text, tokenizer, _longest(checkpoint.config))
+    return found[:: max(1, sum(map(len, found)) // tokens)]
+
+
+def _longest(config: Mapping[str, Any]) -> int:
     """Tokens of the longest text to calibrate on: a window, or as many as the model has positions for."""
     from vera_edge.device.encoder import SHIFTED  # onnxruntime comes with it
 
@@ -212,7 +224,7 @@ def _windows(
     text = windows.read_text(source)
     config = checkpoint.config.get("text_config") or checkpoint.config
     tokenizer, known = windows.open_tokenizer(checkpoint.path), int(config.get("vocab_size", 0))
-    cut = windows.make(text, tokenizer, known, tokens, longest_text(config))
+    cut = windows.make(text, tokenizer, known, tokens, _longest(config))
     count = sum(len(window) for window in cut.tokens)
     note = f"weights were rounded by {method}, calibrated on {count} tokens of {source} text"
     if source == BUILT_IN:

@@ -17,11 +17,9 @@ import onnx_ir as ir
 import onnxruntime
 
 from vera_edge import packing
-from vera_edge.drift import windows
-from vera_edge.drift.encoder_assess import cut_texts
 from vera_edge.packing import Piece
 from vera_edge.target import ExportRequest
-from vera_edge.weight_rounding import longest_text
+from vera_edge.weight_rounding import calibration_texts
 from vera_edge_onnx import adapters, branch, storage, weights
 from vera_edge_onnx.qdq import Span
 from vera_edge_onnx.sites import Site
@@ -42,7 +40,7 @@ def of_text(
     """
     steps = {step.module: step for step in request.plan.steps}
     names = sorted({site.input.name or "" for site in found if weights.activations(site, steps) == "static"})
-    texts = _texts(request)
+    texts = calibration_texts(request.checkpoint, request.text, _TOKENS)
     running = _session(request, model, found, names, work / "ranges" / "model.onnx")
     spans: dict[str, Span] = {}
     sets = (
@@ -57,16 +55,6 @@ def of_text(
                 spans[name] = Span(min(low, float(array.min())), max(high, float(array.max())))
     count = sum(len(text) for text in texts)
     return spans, (f"activations were calibrated on {count} tokens of {request.text} text",)
-
-
-def _texts(request: ExportRequest) -> list[Int64]:
-    """Token ids of paragraphs spread over the text, with what the tokenizer puts around them."""
-    folder, config = request.checkpoint.path, request.checkpoint.config
-    tokenizer = windows.open_tokenizer(folder)
-    texts = cut_texts(windows.read_text(request.text), tokenizer, longest_text(config))
-    ends = np.cumsum([len(text) for text in texts])
-    share = max(1, int(ends[-1]) // _TOKENS)
-    return texts[::share]
 
 
 def _session(
