@@ -15,7 +15,7 @@ from vera_edge.files import canonical_json, write_atomic
 from vera_edge.plan import Plan
 from vera_edge.progress import Progress
 from vera_edge.release.cache import Store, link
-from vera_edge.release.inputs import Inputs, calibration_text
+from vera_edge.release.inputs import Inputs
 from vera_edge.release.job import Job
 from vera_edge.release.recipe import PLAN
 from vera_edge.weight_rounding import Rounding
@@ -53,7 +53,7 @@ def _plan(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Plan | 
 
         adapters = [(job.recipe.path(job.adapter.path), 1.0)]
         base = job.recipe.path(job.recipe.base(job.adapter.base).path)
-        request = variant.request(calibration_text(job))
+        request = variant.request(job.recipe.text(variant.calibration))
         found = choose(base, adapters, request, stage, job.adapter.projection_dtype, progress)
         write_atomic(stage / _PLAN_FILE, canonical_json(found.plan.to_dict()))
 
@@ -76,7 +76,7 @@ def _export(job: Job, stage: Path, progress: Progress, made: Plan | None) -> Non
         options={name: value for name, value in options.items() if value is not None},
         projection_dtype=job.adapter.projection_dtype,
         progress=progress,
-        rounding=Rounding(variant.method, calibration_text(job), any_adapter=True),
+        rounding=Rounding(variant.method, job.recipe.text(variant.calibration), any_adapter=True),
         made=made,
     )
     manifest = bundle.read(stage)

@@ -9,7 +9,6 @@ from typing import Any
 from vera_edge import bundle, chunks
 from vera_edge.bundle import FileEntry, Manifest
 from vera_edge.device.golden import FILE as GOLDEN
-from vera_edge.drift import windows
 from vera_edge.errors import BundleError
 from vera_edge.files import canonical_json
 from vera_edge.release import attestation, card
@@ -109,9 +108,7 @@ def own_recipe(job: Job) -> dict[str, Any]:
         return Path(path).name if Path(path).expanduser().is_absolute() else Path(path).as_posix()
 
     file, base = job.recipe.file, job.recipe.base(job.adapter.base)
-    data = file.limits.data if file.limits.data == windows.BUILT_IN else portable(file.limits.data)
-    text = job.variant.calibration
-    variant = {"adapters": None, "calibration": text if text == windows.BUILT_IN else portable(text)}
+    variant = {"adapters": None, "calibration": portable(job.variant.calibration)}
     if job.variant.plan is not None:
         variant["plan"] = portable(job.variant.plan)
     own = file.model_copy(
@@ -119,7 +116,7 @@ def own_recipe(job: Job) -> dict[str, Any]:
             "base": (base.model_copy(update={"path": portable(base.path)}),),
             "adapter": (job.adapter.model_copy(update={"path": portable(job.adapter.path)}),),
             "variant": (job.variant.model_copy(update=variant),),
-            "limits": file.limits.model_copy(update={"data": data}),
+            "limits": file.limits.model_copy(update={"data": portable(file.limits.data)}),
             "sign": None,
         }
     )

@@ -67,7 +67,7 @@ class Question:
 def question(job: Job, inputs: Inputs) -> Question:
     """What the recipe asks. Raises a VeraEdgeError when its text or limits can't be used."""
     entry = job.recipe.file.limits
-    text = entry.data if entry.data == windows.BUILT_IN else str(job.recipe.path(entry.data))
+    text = job.recipe.text(entry.data)
     bounds = limits.gather(None, _bounds(entry))
     facts = {
         "export": key_of(inputs.facts),

@@ -55,7 +55,7 @@ def read(job: Job, store: Store) -> Inputs:
     found = provenance.resolve(adapter, checkpoint, job.adapter.projection_dtype)
     base_digest = store.folder_digest(base_path)
     facts = {
-        "calibration": windows.read_text(calibration_text(job)).sha256,
+        "calibration": windows.read_text(job.recipe.text(job.variant.calibration)).sha256,
         "base": base_digest,
         "adapter": adapter.digest,
         "projections": found.projections.digest,
@@ -65,12 +65,6 @@ def read(job: Job, store: Store) -> Inputs:
     if job.variant.plan is not None:
         facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
     return Inputs(checkpoint, adapter, found.projections, base_digest, facts)
-
-
-def calibration_text(job: Job) -> str:
-    """The text that weights are calibrated on, as `Rounding` takes it."""
-    text = job.variant.calibration
-    return text if text == windows.BUILT_IN else str(job.recipe.path(text))
 
 
 def check(job: Job, digests: Mapping[str, str]) -> None:

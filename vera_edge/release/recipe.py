@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vera_edge import target
+from vera_edge.drift import windows
 from vera_edge.errors import PlanError
 from vera_edge.precision import Request, parse_size
 from vera_edge.projection import Rounding
@@ -96,7 +97,7 @@ class Variant(_Model):
     projections: Literal["baked", "seed"] = "baked"
     projections_dtype: Stored | None = None
     method: Literal["rtn", "search", "hqq", "gptq"] | None = None
-    calibration: Line = "built-in"
+    calibration: Line = windows.BUILT_IN
     id: Id | None = None
     adapters: tuple[Id, ...] | None = Field(default=None, strict=False, min_length=1)
 
@@ -145,7 +146,7 @@ class Variant(_Model):
 class LimitsEntry(_Model):
     """[limits]: the text that drift is measured on, and what may not be exceeded. Units as in `drift`."""
 
-    data: Line = "built-in"
+    data: Line = windows.BUILT_IN
     max_kl: float | None = Field(default=None, ge=0, strict=False)
     min_top1: float | None = Field(default=None, ge=0, le=1, strict=False)
     min_retained: float | None = Field(default=None, le=1, strict=False)
@@ -201,6 +202,10 @@ class Recipe:
             return (self.folder / Path(relative).expanduser()).absolute()
         except RuntimeError:
             raise PlanError(f"{relative} starts from a home folder that isn't there; write it out") from None
+
+    def text(self, name: str) -> str:
+        """A text of the recipe, as `windows.read_text` takes it."""
+        return name if name == windows.BUILT_IN else str(self.path(name))
 
     @property
     def signer(self) -> Signer | None:
