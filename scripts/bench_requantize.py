@@ -27,9 +27,10 @@ from vera_edge.calibration import Sees
 from vera_edge.drift import windows
 from vera_edge.reference import load_dense, oriented
 from vera_edge.requantize import CodesFolder, Effort, Grid, bnb_grid, int8_rows, int_blocks
-from vera_edge.writeback import Calibration, write_back
+from vera_edge.tensors import Float32
+from vera_edge.writeback import Calibration, Recovered, write_back
 
-NF4, INT4 = bnb_grid("nf4"), int_blocks(4, 32, symmetric=False)
+NF4, INT4, INT2 = bnb_grid("nf4"), *(int_blocks(bits, 32, symmetric=False) for bits in (4, 2))
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Way:
     effort: Effort = field(default_factory=Effort)
 
 
-NF4_BITS, INT4_BITS = 4 + 8 / 64 + 32 / 64 / 256, 4 + 32 / 32 + 4 / 32
+NF4_BITS, INT4_BITS, INT2_BITS = 4 + 8 / 64 + 32 / 64 / 256, 4 + 32 / 32 + 4 / 32, 2 + 1 + 2 / 32
 WAYS = (
     *(Way(f"nf4, {method}", NF4, NF4_BITS, method) for method in ("rtn", "search", "hqq", "gptq")),
     Way("nf4, gptq without refit and descent", NF4, NF4_BITS, effort=Effort(rounds=0)),
@@ -70,9 +71,16 @@ WAYS = (
         merged=False,
         recover=("lambda_b", "lambda_d"),
     ),
+    Way("int4 blocks, gptq, bias", INT4, INT4_BITS, recover=("bias",)),
+    *(
+        Way(f"int4 blocks, gptq, low-rank {rank}", INT4, INT4_BITS, recover=(f"low-rank={rank}",))
+        for rank in (8, 32)
+    ),
+    Way("int2 blocks, gptq, low-rank 32", INT2, INT2_BITS, recover=("low-rank=32",)),
+    Way("int2 blocks, gptq, low-rank 32 and bias", INT2, INT2_BITS, recover=("low-rank=32", "bias")),
     Way("int8 blocks, rtn", int_blocks(8, 32), 9, "rtn"),
     Way("int8 rows, rtn", int8_rows(), 8, "rtn"),
-    Way("int2 blocks, gptq", int_blocks(2, 32, symmetric=False), 2 + 1 + 2 / 32),
+    Way("int2 blocks, gptq", INT2, INT2_BITS),
 )
 
 
@@ -111,6 +119,25 @@ class Bench:
         for name, weight in weights.items():
             self.model.get_submodule(name).weight.data = weight
 
+    def _term(self, module: str, won: Recovered) -> torch.Tensor | float:
+        term = won.corrections[module].weight if module in won.corrections else None
+        return 0.0 if term is None else oriented(self.ready.checkpoint, module, term)
+
+    def _set_biases(self, biases: Mapping[str, Float32 | None]) -> None:
+        """Biases beside linears that have none; None: without again."""
+        for name, bias in biases.items():
+            own = None if bias is None else torch.nn.Parameter(torch.from_numpy(bias), requires_grad=False)
+            self.model.get_submodule(name).bias = own
+
+    def _more_bits(self, won: Recovered) -> float:
+        """Bits a weight that the low-rank terms take in float16."""
+        stored = sum(
+            16 * (one.up.size + one.down.size)
+            for one in won.corrections.values()
+            if one.up is not None and one.down is not None
+        )
+        return stored / sum(weight.numel() for weight in self.base.values())
+
     def _log(self, window: windows.Int64) -> torch.Tensor:
         with torch.inference_mode():
             return torch.log_softmax(self.model(input_ids=torch.from_numpy(window[None])).logits[0], -1)
@@ -136,19 +163,22 @@ class Bench:
             how = Calibration(calibration, way.method, way.sees, way.follow, way.effort, way.recover)
             grids = dict.fromkeys(self.modules, way.grid)
             facts = (ready.checkpoint, ready.adapters, ready.projections, grids, how, store.put)
-            vectors = write_back(*facts, merged=way.merged)
+            won = write_back(*facts, merged=way.merged)
             seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
             weights = {
                 name: oriented(ready.checkpoint, name, store[name].dequantize()) for name in self.modules
             }
         if not way.merged:
-            weights = {name: weight + self._delta(name, vectors) for name, weight in weights.items()}
-        self._set(weights)
+            weights = {name: weight + self._delta(name, won.vectors) for name, weight in weights.items()}
+        self._set({name: weight + self._term(name, won) for name, weight in weights.items()})
+        self._set_biases({name: found.bias for name, found in won.corrections.items()})
         drift = {
             text: {"kl": kl, "of_effect": kl / self.effect[text][0], "top1": top1}
             for text, (kl, top1) in self.drift().items()
         }
-        return {"way": way.name, "bits": way.bits, "seconds": seconds, "cpu": cpu, "drift": drift}
+        self._set_biases(dict.fromkeys(won.corrections))
+        bits = way.bits + self._more_bits(won)
+        return {"way": way.name, "bits": bits, "seconds": seconds, "cpu": cpu, "drift": drift}
 
 
 def cut(ready: merging.Prepared, text: str, tokens: int) -> windows.Windows:
@@ -187,7 +217,7 @@ def main() -> None:
             for part in found["drift"].values()
         )
         times = f"{found['seconds']:.0f} s, {found['cpu']:.0f} s CPU"
-        print(f"{way.name:42} {way.bits:5.2f} | {shares} {times}", flush=True)
+        print(f"{way.name:42} {found['bits']:5.2f} | {shares} {times}", flush=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ ORDER = (
     "adapter",
     "formats",
     "requantize",
+    "correction",
     "checkpoint",
     "alignment",
     "fit",

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from vera_edge.errors import DataError
-from vera_edge.layers import Layer, Stack
+from vera_edge.layers import Changed, Layer, Stack
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize.gram import one_blas_thread
 
@@ -44,6 +44,7 @@ class Inputs:
 
     `count`: n, the tokens. `cross`: X^T X~ / n (in, in), original against requantized inputs, where they
     differ; else None. `stream`: (R - R~)^T X~ / n (out, in), where the output is added to a stream.
+    `means`: of X~ (in,), of X (in,), and of R - R~ (out,) where there is a stream.
     """
 
     modules: tuple[str, ...]
@@ -51,6 +52,7 @@ class Inputs:
     count: int
     cross: Float32 | None = None
     stream: Float32 | None = None
+    means: tuple[Float32, Float32, Float32 | None] | None = None
 
     @property
     def damp(self) -> float:
@@ -62,8 +64,8 @@ class Inputs:
         return max(_LEAST_DAMP, _DAMP * self.gram.shape[0] / self.count)
 
 
-# Called once for every input; gives the new weights, in the model's own orientation, of modules that change.
-Answer = Callable[[Inputs], Mapping[str, torch.Tensor]]
+# Called once for every input; gives what modules have from now on, those that change.
+Answer = Callable[[Inputs], Mapping[str, Changed]]
 
 
 @dataclass
@@ -114,7 +116,8 @@ def _plain(layer: Layer, hidden: list[torch.Tensor], answer: Answer) -> list[tor
             grams[module].add(x, x)
     for group in groups:
         gram = grams.pop(group[0])
-        answer(Inputs(group, gram.value(), gram.count))
+        mean = gram.mean()
+        answer(Inputs(group, gram.value(), gram.count, means=(mean, mean, None)))
     return outputs
 
 
@@ -123,8 +126,8 @@ def _following(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """One layer input by input, each with the changes before it; both streams' outputs."""
     groups, added_to = layer.groups(original[0]), layer.added_to(original[0])
-    kept = {module: layer.linears[module].weight.data for group in groups for module in group}
-    changed: dict[str, torch.Tensor] = {}
+    kept = {module: Changed(layer.linears[module].weight.data) for group in groups for module in group}
+    changed: dict[str, Changed] = {}
     wanted = {group[0]: [group[0], *(added_to[m] for m in group if m in added_to)] for group in groups}
     everything = sorted({part for parts in wanted.values() for part in parts})
     passes = [layer.inputs(everything, x, row, to_the_end=True) for row, x in enumerate(original)]
@@ -138,24 +141,33 @@ def _following(
             cross.add(before[first], now[first])
             if stream:
                 off.add(before[stream[0]] - now[stream[0]], now[first])
-        shift = off.value() if len(group) == 1 and stream else None
-        changed |= answer(Inputs(group, gram.value(), gram.count, cross.value(), shift))
+        alone = len(group) == 1 and bool(stream)
+        means = gram.mean(), cross.mean(), off.mean() if alone else None
+        shift = off.value() if alone else None
+        changed |= answer(Inputs(group, gram.value(), gram.count, cross.value(), shift, means))
     layer.use(kept | changed)
     outputs = [layer(x, row) for row, x in enumerate(hidden)]
     return outputs, [output for _, output in passes if output is not None]
 
 
 class _Mean:
-    """X^T Y / n, summed up piece by piece."""
+    """X^T Y / n and the mean of X, summed up piece by piece."""
 
     def __init__(self) -> None:
         self._sum: torch.Tensor | None = None
+        self._total: torch.Tensor | None = None
         self.count = 0
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        product = x.T @ y
+        product, total = x.T @ y, x.sum(0)
         self._sum = product if self._sum is None else self._sum.add_(product)
+        self._total = total if self._total is None else self._total.add_(total)
         self.count += x.shape[0]
+
+    def mean(self) -> Float32:
+        assert self._total is not None
+        found: Float32 = (self._total / self.count).numpy()
+        return found
 
     def value(self) -> Float32:
         assert self._sum is not None

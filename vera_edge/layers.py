@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,13 @@ from vera_edge.errors import DataError
 Int64 = npt.NDArray[np.int64]
 # The place of a layer's own input, among those of its submodules.
 OWN_INPUT = ""
+
+
+class Changed(NamedTuple):
+    """What a linear has from now on, in the model's own orientation; bias None: the one it has."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
 
 
 class _Stop(Exception):
@@ -115,10 +122,12 @@ class Layer:
         args, kwargs = self._arguments[len(self._windows[row])]
         return _hidden(self._layer(hidden, *args, **kwargs))
 
-    def use(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Give linears these weights from now on."""
-        for module, weight in weights.items():
+    def use(self, changes: Mapping[str, Changed]) -> None:
+        """Give linears these weights and biases from now on."""
+        for module, (weight, bias) in changes.items():
             self.linears[module].weight.data = weight
+            if bias is not None:
+                self.linears[module].bias = nn.Parameter(bias, requires_grad=False)
 
     def groups(self, hidden: torch.Tensor) -> list[tuple[str, ...]]:
         """The linears that read the same input, in the order of computation, without those never called."""

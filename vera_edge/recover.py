@@ -1,14 +1,16 @@
-"""Refits a side-branch's vectors to the requantized base beside it, in closed form.
+"""What can be won back from a requantized base, and a side-branch's vectors refitted to it, in closed form.
 
 A branch gives `diag(lambda_b) B diag(lambda_d) A x`, with A and B fixed. Where the base W became Q, it should
 give what is left to the model as trained, `L = target - Q`; the output error is `tr((L - D) H (L - D)^T)`
 for the branch D and `H = X^T X / n` over the layer's inputs. It is quadratic in lambda_b with lambda_d fixed,
 row by row, and in lambda_d with lambda_b fixed. Only the vectors change: kilobytes beside a base that stays.
+What a layer of the graph can be given besides is in correction.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,39 +21,67 @@ from vera_edge.projection import Projections
 from vera_edge.requantize.gram import Gram, one_blas_thread
 from vera_edge.tensors import Float32
 
-PARTS = ("lambda_b", "lambda_d")
+VECTORS = ("lambda_b", "lambda_d")
+LOW_RANK, BIAS = "low-rank", "bias"
+PARTS = (*VECTORS, f"{LOW_RANK}=RANK", BIAS)
 # Pull towards the trained vectors, relative to the mean diagonal: what the text says little about stays.
 _RIDGE = 0.01
 _TURNS = 2
+_MOST_RANK = 1024
 
 Float64 = npt.NDArray[np.float64]
 
 
-def check(parts: Sequence[str], adapters: Sequence[tuple[Adapter, float]], merged: bool, method: str) -> None:
-    """Raise PlanError where these parts can't be refitted: for one adapter, as a branch, with statistics."""
-    _check_known(parts)
-    if merged:
-        raise PlanError("a merged adapter has no vectors left to refit; recover needs --mode branch")
-    if method not in ("search", "gptq"):
+@dataclass(frozen=True)
+class Recovery:
+    """What is to be won back. vectors: of VECTORS, to be refitted. rank: of the low-rank term, or 0."""
+
+    vectors: tuple[str, ...] = ()
+    rank: int = 0
+    bias: bool = False
+
+    @property
+    def corrects(self) -> bool:
+        """Whether layers get something beside their weight that a graph must have a place for."""
+        return self.bias or self.rank > 0
+
+
+def parse(parts: Sequence[str]) -> Recovery:
+    """`lambda_b`, `lambda_d`, `low-rank=RANK` and `bias`. Raises PlanError for anything else."""
+    vectors, rank = [], 0
+    for part in parts:
+        name, _, value = part.partition("=")
+        if name == LOW_RANK and value.isdecimal() and 0 < int(value) <= _MOST_RANK:
+            rank = int(value)
+        elif part in VECTORS:
+            vectors.append(part)
+        elif part != BIAS:
+            raise PlanError(f"{part!r} can't be recovered; choose from {', '.join(PARTS)}")
+    return Recovery(tuple(vectors), rank, BIAS in parts)
+
+
+def check(
+    parts: Sequence[str], adapters: Sequence[tuple[Adapter, float]], merged: bool, method: str
+) -> Recovery:
+    """`parse`; raises PlanError where that can't be had: vectors are one branch's, all needs statistics."""
+    asked = parse(parts)
+    if asked.vectors and merged:
+        raise PlanError("a merged adapter has no vectors left to refit; recover needs --mode branch for them")
+    if parts and method not in ("search", "gptq"):
         raise PlanError(f"recover needs calibration statistics, which {method} doesn't gather; use gptq")
-    if len(adapters) != 1 or adapters[0][1] == 0:
+    if asked.vectors and (len(adapters) != 1 or adapters[0][1] == 0):
         raise PlanError("vectors are refitted for one adapter at a time, with a weight that isn't 0")
-
-
-def _check_known(parts: Sequence[str]) -> None:
-    if unknown := next((part for part in parts if part not in PARTS), None):
-        raise PlanError(f"{unknown!r} can't be refitted; choose from {', '.join(PARTS)}")
+    return asked
 
 
 def refit(
-    vectors: Vectors, left: Float32, projections: Projections, gram: Gram, parts: Sequence[str] = PARTS
+    vectors: Vectors, left: Float32, projections: Projections, gram: Gram, parts: Sequence[str] = VECTORS
 ) -> Vectors:
     """The vectors of `parts` that bring the branch closest to `left` (out, in), the others as they are.
 
     With both, they take turns. The damping in `gram` and a pull towards the trained values keep what the
     calibration text hardly touches. Raises MismatchError when a size doesn't fit the projections.
     """
-    _check_known(parts)
     projections.check(vectors.lambda_b, vectors.lambda_d, left.shape[1])
     found = vectors
     with one_blas_thread():

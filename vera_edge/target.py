@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +21,7 @@ from vera_edge import alignment, provenance
 from vera_edge import plan as plans
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.correction import Correction
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import check_output
 from vera_edge.formats.blocks import SIZES, check_kind
@@ -56,7 +58,8 @@ class ExportRequest:
     formats that were rounded with care (merged where the plan merges); the exporter rounds the others itself.
     text: what ranges of activations are calibrated on, a UTF-8 file or "built-in".
     drawn: a folder for the graph before its weights are rounded, which the next export of the same inputs in
-    the same mode takes from there; None where nothing is to be kept.
+    the same mode takes from there; None where nothing is to be kept. corrections: by module, what its output
+    gets beside the rounded weight's.
     """
 
     checkpoint: Checkpoint
@@ -70,6 +73,7 @@ class ExportRequest:
     requantized: Mapping[str, Codes] = field(default_factory=dict)
     drawn: Path | None = None
     text: str = BUILT_IN
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,11 +106,13 @@ class Rounded(NamedTuple):
     """What rounding gave. codes: by module. notes: sentences for a person to read.
 
     adapters: those to export, with their weights; vectors may have been refitted to the rounded base.
+    corrections: by module, what its output is to get beside.
     """
 
     codes: Mapping[str, Codes]
     notes: tuple[str, ...]
     adapters: Sequence[tuple[Adapter, float]]
+    corrections: Mapping[str, Correction] = MappingProxyType({})
 
 
 class Rounding(Protocol):
@@ -272,6 +278,7 @@ def export(
             progress,
             rounded.codes,
             text=rounding.text if rounding else BUILT_IN,
+            corrections=rounded.corrections,
         )
         exported = exporter.export(request)
     return replace(exported, notes=(*notes, *rounded.notes, *exported.notes))

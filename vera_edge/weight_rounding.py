@@ -72,7 +72,7 @@ class Rounding:
     `default_method`.
 
     text: what "search" and "gptq" are calibrated on, a UTF-8 file or "built-in"; about `tokens` of it.
-    recover: which vectors of a branch to refit to the rounded base, of recover.PARTS.
+    recover: what to win back from rounding, of recover.PARTS.
     any_adapter: calibrate a side-branch's base without its adapter, so that the weights come out the same
         whichever adapter they are exported with.
     """
@@ -97,13 +97,14 @@ class Rounding:
         """The weights rounded; codes are kept beside `out` while the context lasts.
 
         No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or one
-        that no layer can use, or where no vectors can be refitted, DataError for unusable text.
+        that no layer can use, or where nothing can be recovered, DataError for unusable text.
         """
         method = self.method or str(plan.options.get("method") or default_method(plan.steps))
         if method not in METHODS:
             raise PlanError(f"no quantization method is called {method!r}; known: {', '.join(METHODS)}")
-        if self.recover:
-            recover.check(self.recover, adapters, plan.mode == "merged", method)
+        asked = recover.check(self.recover, adapters, plan.mode == "merged", method)
+        if asked.corrects and not exported:
+            raise PlanError("only an exported graph has a place for a low-rank term or a bias of its own")
         if method == "rtn":
             yield Rounded({}, (), adapters)
             return
@@ -130,10 +131,11 @@ class Rounding:
             merged = plan.mode == "merged"
             seen = () if self.any_adapter and not merged else adapters
             facts = (checkpoint, seen, projections, grids, calibration)
-            vectors = write_back(*facts, store.put, merged, auto_class_of(checkpoint), progress)
-            if vectors:
-                notes = (*notes, f"{' and '.join(self.recover)} of {len(vectors)} layers were refitted")
-            yield Rounded(store, notes, _with_vectors(adapters, vectors))
+            won = write_back(*facts, store.put, merged, auto_class_of(checkpoint), progress)
+            if count := max(len(won.vectors), len(won.corrections)):
+                parts = " and ".join(self.recover)
+                notes = (*notes, f"{parts} of {count} layers were fitted to the rounding")
+            yield Rounded(store, notes, _with_vectors(adapters, won.vectors), won.corrections)
 
 
 def _with_vectors(

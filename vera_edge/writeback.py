@@ -2,13 +2,14 @@
 
 The target of each layer is the model as trained: `W + delta` where it's merged, `W` where the adapter stays a
 branch beside the requantized base. Either way the calibration text runs through the effective weights, delta
-included. A branch's vectors can be refitted to the base that came out (recover.py).
+included. A branch's vectors can be refitted to the base that came out (recover.py), and layers can be given a
+low-rank term and a bias beside their weight (correction.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ from vera_edge import recover
 from vera_edge.adapter import Adapter, Vectors
 from vera_edge.calibration import Inputs, Sees, Walk, follow_target
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.correction import Correction, low_rank
 from vera_edge.errors import MismatchError
-from vera_edge.layers import Int64
+from vera_edge.layers import Changed, Int64
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.reference import load_dense, oriented
@@ -29,10 +31,18 @@ from vera_edge.tensors import Float32
 
 
 @dataclass(frozen=True)
+class Recovered:
+    """By module: an adapter's vectors where they were refitted, and corrections where there are any."""
+
+    vectors: Mapping[str, Vectors]
+    corrections: Mapping[str, Correction]
+
+
+@dataclass(frozen=True)
 class Calibration:
     """How to calibrate. `windows`: token ids. `sees`, `follow`: see calibration.py.
 
-    recover: which of recover.PARTS to refit, for a branch of one adapter.
+    recover: what to win back, of recover.PARTS.
     """
 
     windows: Sequence[Int64]
@@ -53,29 +63,26 @@ def write_back(
     merged: bool = True,
     auto_class: str = "AutoModelForCausalLM",
     progress: Progress = silent,
-) -> dict[str, Vectors]:
+) -> Recovered:
     """Requantize the modules of `grids`; `put(module, codes)` is called for each, in order of computation.
 
-    Returns the adapter's vectors by module where they were refitted.
-
-    Modules that the text never reaches get scales by search, without statistics. Codes are in nn.Linear's
-    orientation (out, in). Memory: the model in float32 and one layer's statistics.
+    Modules that the text never reaches get scales by search, without statistics, and no correction. Codes are
+    in nn.Linear's orientation (out, in). Memory: the model in float32 and one layer's statistics.
     Raises DataError when the model or the text can't be calibrated with, MismatchError for a module that the
-    base doesn't have, PlanError where there's nothing that could be refitted.
+    base doesn't have, PlanError where there's nothing that could be recovered.
     """
-    if calibration.recover:
-        recover.check(calibration.recover, adapters, merged, calibration.method)
+    asked = recover.check(calibration.recover, adapters, merged, calibration.method)
     for module in grids:
         if module not in checkpoint.linears:
             raise MismatchError(f"{checkpoint.path} has no linear layer called {module}")
-    work = _WriteBack(checkpoint, adapters, projections, grids, calibration, put, merged)
+    work = _WriteBack(checkpoint, adapters, projections, grids, calibration, put, merged, asked)
     if calibration.method in ("search", "gptq"):
         model = load_dense(checkpoint, auto_class).eval()
         work.prepare(model)
         walk = Walk(model, frozenset(grids), calibration.windows, calibration.sees, progress)
         walk.run(work.answer)
     work.finish(progress)
-    return work.refitted
+    return Recovered(work.refitted, work.corrections)
 
 
 @dataclass
@@ -87,8 +94,11 @@ class _WriteBack:
     calibration: Calibration
     put: Callable[[str, Codes], None]
     merged: bool
+    asked: recover.Recovery
     done: set[str] = field(default_factory=set)
     refitted: dict[str, Vectors] = field(default_factory=dict)
+    corrections: dict[str, Correction] = field(default_factory=dict)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def prepare(self, model: Any) -> None:
         """Make the model the one that was trained: every adapter's delta and biases in its weights."""
@@ -98,8 +108,10 @@ class _WriteBack:
         for adapter, _ in self.adapters:
             for module, bias in adapter.biases.items():
                 model.get_submodule(module).bias.data = torch.from_numpy(np.array(bias, np.float32))
+        linears = {module: model.get_submodule(module) for module in self.grids}
+        self.biases = {name: found.bias.data for name, found in linears.items() if found.bias is not None}
 
-    def answer(self, inputs: Inputs) -> Mapping[str, torch.Tensor]:
+    def answer(self, inputs: Inputs) -> Mapping[str, Changed]:
         effort = self.calibration.effort
         gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order)
         if self.calibration.method == "gptq":
@@ -111,7 +123,9 @@ class _WriteBack:
         found, changed = in_threads(work, inputs.modules, torch.get_num_threads()), {}
         for module, (codes, weight) in zip(inputs.modules, found, strict=True):
             self._keep(module, codes)
-            changed[module] = oriented(self.checkpoint, module, weight)
+            changed[module] = Changed(oriented(self.checkpoint, module, weight))
+            if self.asked.bias:
+                changed[module] = self._with_bias(module, changed[module], inputs)
         return changed
 
     def _rounded(self, module: str, inputs: Inputs, gram: Gram) -> tuple[Codes, Float32]:
@@ -121,18 +135,46 @@ class _WriteBack:
         target = follow_target(trained, inputs, self.calibration.follow)
         if self.merged:
             codes = self._codes(module, target, gram)
-            return codes, codes.dequantize()
-        codes = self._codes(module, base if target is trained else target - delta, gram)
-        found = codes.dequantize()
-        return codes, found + self._refitted(module, target - found, delta, gram)
+            found = codes.dequantize()
+        else:
+            codes = self._codes(module, base if target is trained else target - delta, gram)
+            found = codes.dequantize()
+            found = found + self._refitted(module, target - found, delta, gram)
+        return codes, found + self._low_rank(module, target - found, gram)
+
+    def _low_rank(self, module: str, left: Float32, gram: Gram) -> Float32 | np.float32:
+        """The low-rank term for what is left, (out, in); 0 where none was asked for."""
+        if not self.asked.rank:
+            return np.float32(0)
+        up, down = low_rank(left, gram, self.asked.rank)
+        self.corrections[module] = Correction(up, down)
+        return up @ down
+
+    def _with_bias(self, module: str, changed: Changed, inputs: Inputs) -> Changed:
+        """`changed` with the bias that brings the mean of the output to that of the model as trained.
+
+        W mean(X) + mean(R - R~) - V mean(X~), W trained and V effective; see calibration.py for the letters.
+        """
+        assert inputs.means is not None
+        now, before, stream = inputs.means
+        trained = self.checkpoint.dequantize(module) + self._delta(module)
+        effective = changed.weight.T if self.checkpoint.is_conv1d(module) else changed.weight
+        bias: Float32 = (trained @ before - effective.numpy() @ now).astype(np.float32)
+        if stream is not None:
+            bias += stream
+        known = self.corrections.get(module, Correction())
+        self.corrections[module] = replace(known, bias=bias)
+        own = self.biases.get(module)
+        total = torch.from_numpy(bias) if own is None else own + torch.from_numpy(bias)
+        return changed._replace(bias=total)
 
     def _refitted(self, module: str, left: Float32, delta: Float32, gram: Gram) -> Float32:
         """What the branch adds from now on; `left`: what it should, `delta`: what it does as trained."""
-        adapter, weight = self.adapters[0] if self.calibration.recover else (None, 0.0)
+        adapter, weight = self.adapters[0] if self.asked.vectors else (None, 0.0)
         if adapter is None or module not in adapter.vectors or self.projections is None:
             return delta
         vectors, scale = adapter.vectors[module], np.float32(weight)
-        found = recover.refit(vectors, left / scale, self.projections, gram, self.calibration.recover)
+        found = recover.refit(vectors, left / scale, self.projections, gram, self.asked.vectors)
         self.refitted[module] = found
         inside = left.shape[1]
         return scale * self.projections.delta(found.lambda_b, found.lambda_d, inside)

@@ -20,6 +20,7 @@ from vera_edge.target import ExportRequest
 from vera_edge.tensors import Float32
 from vera_edge.weight_rounding import BLOCK, grid_of
 from vera_edge_onnx import integers, qdq
+from vera_edge_onnx.corrected import correct
 from vera_edge_onnx.integers import Order
 from vera_edge_onnx.linear import Bnb4, Linear, join_bnb4
 from vera_edge_onnx.sites import Part, Site
@@ -104,7 +105,8 @@ def stored(
     """The weight of every site, by site name; a site that isn't named is stored as float32.
 
     spans: of what sites with static activations read, by its name in the graph.
-    Raises TargetError when a weight's blocks can't be held as they are.
+    Raises TargetError when a weight's blocks can't be held as they are, PlanError when there's no
+    place for a correction.
     """
     steps = {step.module: step for step in request.plan.steps}
     found: dict[str, Linear] = {}
@@ -121,7 +123,7 @@ def stored(
             found[site.name] = join_bnb4(
                 [_bnb4(request, steps[part.module], part, rows) for part, rows in rows_of(site)]
             )
-    return found
+    return correct(found, sites, request.corrections)
 
 
 def set_accuracy(request: ExportRequest, model: ir.Model) -> None:

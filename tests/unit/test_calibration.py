@@ -13,7 +13,7 @@ import torch
 from tests import tiny
 from vera_edge.calibration import Inputs, Sees, Walk, follow_target
 from vera_edge.errors import DataError
-from vera_edge.layers import OWN_INPUT, Layer, Stack
+from vera_edge.layers import OWN_INPUT, Changed, Layer, Stack
 
 WINDOWS = [np.random.default_rng(seed).integers(3, 300, size) for seed, size in enumerate((48, 48, 30))]
 
@@ -46,7 +46,7 @@ def hooked(model: Any) -> dict[str, np.ndarray]:
     return {name: (total / count).numpy() for name, total in sums.items()}
 
 
-def nothing(inputs: Inputs) -> Mapping[str, torch.Tensor]:
+def nothing(inputs: Inputs) -> Mapping[str, Changed]:
     return {}
 
 
@@ -58,7 +58,7 @@ def test_statistics_are_those_of_whole_forward_passes(
     model = tiny.load(tiny_llama.fp32 if family == "llama" else tiny_gpt2).eval()
     expected, found = hooked(model), {}
 
-    def keep(inputs: Inputs) -> Mapping[str, torch.Tensor]:
+    def keep(inputs: Inputs) -> Mapping[str, Changed]:
         for module in inputs.modules:
             found[module] = inputs
         return {}
@@ -97,9 +97,9 @@ def test_what_later_layers_see(tiny_llama: tiny.TinyLlama, sees: Sees) -> None:
     first = hooked(model)
     seen: dict[str, Any] = {}
 
-    def halve(inputs: Inputs) -> Mapping[str, torch.Tensor]:
+    def halve(inputs: Inputs) -> Mapping[str, Changed]:
         seen.update(dict.fromkeys(inputs.modules, inputs.gram))
-        return {module: before[module] * 0.5 for module in inputs.modules}
+        return {module: Changed(before[module] * 0.5) for module in inputs.modules}
 
     Walk(model, frozenset(before), WINDOWS, sees).run(halve)
     own = "model.layers.0.self_attn.o_proj"

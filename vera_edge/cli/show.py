@@ -54,7 +54,7 @@ recover_option: Callable[[F], F] = click.option(
     default="",
     metavar="PARTS",
     callback=lambda ctx, param, value: tuple(part.strip() for part in value.split(",") if part.strip()),
-    help="Branch: refit lambda_b, lambda_d or both (with a comma) to the rounded base.",
+    help="Fit to the rounded base, with commas: a branch's lambda_b, lambda_d; low-rank=RANK, bias.",
 )
 plan_option: Callable[[F], F] = click.option(
     "--plan", "plan_file", type=FOLDER, metavar="FILE", help="Do what a plan says (vera-edge plan)."

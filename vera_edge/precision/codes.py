@@ -18,6 +18,7 @@ from vera_edge import merge
 from vera_edge.calibration import Inputs, Int64, Walk
 from vera_edge.errors import PlanError
 from vera_edge.formats.blocks import quantize
+from vera_edge.layers import Changed
 from vera_edge.merge import Prepared
 from vera_edge.plan import Step
 from vera_edge.precision.replay import Change
@@ -56,7 +57,7 @@ class Rounded:
                 "or choose formats yourself (--weights)"
             )
 
-    def _answer(self, inputs: Inputs) -> Mapping[str, torch.Tensor]:
+    def _answer(self, inputs: Inputs) -> Mapping[str, Changed]:
         self.groups.append(inputs.modules)
         wanted = [
             (name, module, grid)
