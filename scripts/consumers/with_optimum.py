@@ -1,7 +1,7 @@
 """The same with Optimum, which pins an older transformers: runs in an environment of its own.
 
-With `--embed` in place of the count: the mean of an encoder's last hidden states. Optimum has no adapters, but
-its session can read their vectors from memory of ours, where they are exchanged in place.
+With `--embed` in place of the count: the mean of an encoder's last hidden states. Optimum has no adapters,
+but its session can read their vectors from memory of ours, where they are exchanged in place.
 """
 
 from __future__ import annotations
