@@ -20,6 +20,7 @@ SIGNATURE = "model.sig"  # signs the manifest too, so the manifest can't list it
 UNLISTED = frozenset({MANIFEST, SIGNATURE})
 KINDS = ("decoder", "encoder")
 MODES = ("merged", "branch")
+VECTOR_DTYPES = ("float32", "float16")
 _MAX_FILES = 10_000
 _MAX_SIZE = 1 << 53  # the largest integer every JSON reader keeps exact
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -49,7 +50,8 @@ class Facts:
     `limits` are the drift limits that `validate` holds the device to; `golden` is the file of golden
     vectors. `requires` maps a runtime's distribution name to the oldest version that runs the graph.
     `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
-    `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py).
+    `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py),
+    `vector_dtype` ("float32", "float16") is that of the graph's inputs for them.
     `generated` maps a file that isn't shipped, since others determine it, to its `size`, its `sha256` and how
     it is made: from `projection` (see device/projections.py), or from the weights in the file that its
     `source` names (see device/expansion.py). Installing makes it.
@@ -65,6 +67,7 @@ class Facts:
     projection: Mapping[str, Json] | None = None
     model_version: int | None = None
     vectors: Sequence[tuple[str, int, int]] = ()
+    vector_dtype: str = VECTOR_DTYPES[0]
     generated: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     plan: Mapping[str, Json] | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -189,6 +192,7 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
         lambda value: isinstance(value, list | tuple) and all(_is_piece(item) for item in value),
         "isn't a list of [module, start, stop]",
     ),
+    "vector_dtype": (lambda value: value in VECTOR_DTYPES, f"isn't one of {', '.join(VECTOR_DTYPES)}"),
     "generated": (_is_map, "isn't an object of files"),
     "plan": (lambda value: value is None or _is_map(value), "isn't an object"),
     "limits": (lambda value: _is_map(value, _is_number), "isn't an object of numbers"),
@@ -199,7 +203,7 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
 
 
 # Fields that came after format 1 was first written; a manifest without them means their defaults.
-_OPTIONAL = frozenset({"generated", "model_version", "vectors"})
+_OPTIONAL = frozenset({"generated", "model_version", "vectors", "vector_dtype"})
 
 
 def _parse_files(

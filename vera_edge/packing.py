@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vera_edge import adapter as adapters
 from vera_edge import bundle
 from vera_edge.adapter import Adapter
 from vera_edge.bundle import Manifest
-from vera_edge.errors import MismatchError
+from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.files import canonical_json, check_output, sha256_bytes, write_atomic
 from vera_edge.projection import Projections, ProjectionSpec
 from vera_edge.tensors import Float32
@@ -25,6 +26,8 @@ from vera_edge.tensors import Float32
 ADAPTER_VERSION = 1
 # The graph's inputs: every module's lambda_b in a row, and every module's lambda_d.
 LAMBDA_B, LAMBDA_D = "vera.lambda_b", "vera.lambda_d"
+Floats = npt.NDArray[Any]  # float32 or float16
+_LOST = 0.01  # rounding alone takes a two-thousandth
 # Module, start, stop: some rows of its lambda_b.
 Piece = tuple[str, int, int]
 
@@ -47,11 +50,14 @@ def model_version(base: str, projections: str, layout: Sequence[Piece]) -> int:
     return int(sha256_bytes(value.encode())[:8], 16) & 0x7FFFFFFF
 
 
-def vectors(adapter: Adapter, layout: Sequence[Piece], weight: float = 1.0) -> dict[str, Float32]:
+def vectors(
+    adapter: Adapter, layout: Sequence[Piece], weight: float = 1.0, dtype: str = "float32"
+) -> dict[str, Floats]:
     """Both vectors of a graph by input name, (1, 1, size) each; the adapter's delta scaled by `weight`.
 
     layout: the pieces of lambda_b as the graph takes them; lambda_d has (rank,) for each of their modules, in
-    the order of their first pieces. What the adapter leaves alone gets zeros.
+    the order of their first pieces. What the adapter leaves alone gets zeros. dtype: "float32" or "float16".
+    Raises AdapterError when a module's vector is out of that type's range.
     """
     pairs, nothing = adapter.vectors, np.zeros(adapter.rank, np.float32)
     modules = dict.fromkeys(module for module, _, _ in layout)
@@ -62,10 +68,33 @@ def vectors(adapter: Adapter, layout: Sequence[Piece], weight: float = 1.0) -> d
         for module, start, stop in layout
     ]
     scales = [pairs[module].lambda_d if module in pairs else nothing for module in modules]
-    return {LAMBDA_B: np.concatenate(pieces)[None, None], LAMBDA_D: np.concatenate(scales)[None, None]}
+    found = {}
+    for name, parts, owners in (
+        (LAMBDA_B, pieces, [module for module, _, _ in layout]),
+        (LAMBDA_D, scales, list(modules)),
+    ):
+        stored = [
+            _stored(part, dtype, f"{name.removeprefix('vera.')} of {module} in {adapter.path}")
+            for part, module in zip(parts, owners, strict=True)
+        ]
+        found[name] = np.concatenate(stored)[None, None]
+    return found
 
 
-def write(path: Path, arrays: Mapping[str, Float32], model_version: int) -> Packed:
+def _stored(values: Float32, dtype: str, what: str) -> Floats:
+    """`values` in a dtype. Raises AdapterError when they become infinite, or too little of them is left."""
+    with np.errstate(over="ignore"):
+        found: Floats = values.astype(dtype)
+    wide = values.astype(np.float64)
+    if not np.linalg.norm(found - wide) <= _LOST * np.linalg.norm(wide):
+        raise AdapterError(
+            f"{what} doesn't fit {dtype}, which holds 6e-8 to 65504: its largest value is "
+            f"{np.abs(wide).max():.3g}; use a bundle that was exported with --vectors fp32"
+        )
+    return found
+
+
+def write(path: Path, arrays: Mapping[str, Floats], model_version: int) -> Packed:
     """Write vectors as an `.onnx_adapter`, atomically; equal vectors give equal bytes."""
     import tempfile
 
@@ -96,7 +125,8 @@ def pack(
 
     spec: the projections the adapter was trained with, where they are known; else rank and seed are compared,
     and the projections themselves when the adapter saved them.
-    Raises MismatchError when rank, seed, projections, layers or shapes aren't the bundle's.
+    The bundle says whether as float32 or float16. Raises MismatchError when rank, seed, projections, layers
+    or shapes aren't the bundle's, AdapterError when a vector doesn't fit float16.
     """
     check(adapter, manifest, spec)
     if not manifest.vectors or manifest.model_version is None:
@@ -104,7 +134,8 @@ def pack(
             f"the bundle {manifest.folder} doesn't say how its vectors are laid out; export it again"
         )
     layout = [(module, start, stop) for module, start, stop in manifest.vectors]
-    return write(path, vectors(adapter, layout, weight), manifest.model_version)
+    arrays = vectors(adapter, layout, weight, manifest.vector_dtype)
+    return write(path, arrays, manifest.model_version)
 
 
 def pack_folder(adapter: Path, folder: Path, path: Path, weight: float = 1.0, force: bool = False) -> Packed:

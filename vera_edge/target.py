@@ -53,10 +53,11 @@ class ExportRequest:
     adapters: each with its weight, which scales its delta. options: what the target alone understands; the
     targets here take `projections` ("fp32", "fp16", "int8", "int4") and `head` ("fp32", "fp16", "int8",
     "int4"): how projections and embeddings are stored; `accuracy_level` ("4": activations are rounded to
-    int8, "0": float32); decoders also `origin` ("baked", "seed"): whether the projections are in the files,
-    or drawn on the device. requantized: by module, weights of the plan's
-    formats that were rounded with care (merged where the plan merges); the exporter rounds the others itself.
-    text: what ranges of activations are calibrated on, a UTF-8 file or "built-in".
+    int8, "0": float32); `vectors` ("fp32", "fp16"): what a branch takes its adapter's vectors as; decoders
+    also `origin` ("baked", "seed"): whether the projections are in the files, or drawn on the device.
+    requantized: by module, weights of the plan's formats that were rounded with care (merged where the plan
+    merges); the exporter rounds the others itself. text: what ranges of activations are calibrated on, a
+    UTF-8 file or "built-in".
     drawn: a folder for the graph before its weights are rounded, which the next export of the same inputs in
     the same mode takes from there; None where nothing is to be kept. corrections: by module, what its output
     gets beside the rounded weight's.

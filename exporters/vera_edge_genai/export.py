@@ -27,7 +27,7 @@ from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
 SHIPPED = "model.4bit.safetensors"
-_OPTIONS = ("head", "projections", weights.ACCURACY, weights.RUN, seed.OPTION)
+_OPTIONS = ("head", "projections", weights.ACCURACY, weights.RUN, seed.OPTION, adapters.VECTORS)
 
 
 class GenaiExporter:
@@ -150,7 +150,8 @@ def _weave(
             weaver.narrow_weight(site.node)
     quantized = "fp32" if seed.wanted(request) else weights.beside(kind)
     dtype = request.options.get("projections", "fp16" if kind == "fp16" else quantized)
-    branch.weave(weaver, inner, bases, adapted, request.projections, dtype)
+    vectors = adapters.vector_dtype(request)
+    branch.weave(weaver, inner, bases, adapted, request.projections, dtype, vectors)
     if ends is not None:
         head.store(weaver, ends, request.options.get("head", weights.beside(kind)), BLOCK)
     weights.set_accuracy(request, model)

@@ -13,12 +13,31 @@ from vera_edge.packing import Piece
 from vera_edge.target import ExportRequest
 from vera_edge.tensors import FLOATS, RawTensor
 
+VECTORS = "vectors"
+_DTYPES = {"fp32": "float32", "fp16": "float16"}
+
+
+def vector_dtype(request: ExportRequest) -> str:
+    """The dtype of the graph's inputs for the vectors, and of the files that bring them.
+
+    Raises PlanError for another one than these two, or where there are no vectors.
+    """
+    asked = request.options.get(VECTORS, "fp32")
+    if asked not in _DTYPES:
+        raise PlanError(f"vectors can't be stored as {asked!r}; choose from {', '.join(_DTYPES)}")
+    if VECTORS in request.options and request.plan.mode != "branch":
+        raise PlanError(
+            "a merged adapter leaves no vectors to store; leave vectors out, or add --mode branch"
+        )
+    return _DTYPES[asked]
+
 
 def check(request: ExportRequest) -> None:
-    """Raise TargetError when a side-branch can't carry all that an adapter trained.
+    """Raise TargetError when a side-branch can't carry all that an adapter trained, PlanError on its dtype.
 
     PEFT saves the weight of an output head beside its vectors; a copy of the base's changes nothing.
     """
+    vector_dtype(request)
     for adapter, _ in request.adapters if request.plan.mode == "branch" else ():
         trained = {
             name for name, saved in adapter.modules_to_save.items() if not _is_base(request, name, saved)
@@ -50,11 +69,11 @@ def model_version(request: ExportRequest, layout: Sequence[Piece]) -> int:
 def write(request: ExportRequest, stage: Path, layout: Sequence[Piece]) -> dict[str, str]:
     """One file for each adapter, name -> file within `stage`; the first is called default."""
     files: dict[str, str] = {}
-    version = model_version(request, layout)
+    version, dtype = model_version(request, layout), vector_dtype(request)
     for number, (adapter, weight) in enumerate(request.adapters):
         name = adapter.name if number else "default"
         if name in files:
             raise PlanError(f"two adapters are called {name}; rename the folder of one of them")
         files[name] = f"adapters/{name}.onnx_adapter"
-        packing.write(stage / files[name], packing.vectors(adapter, layout, weight), version)
+        packing.write(stage / files[name], packing.vectors(adapter, layout, weight, dtype), version)
     return files

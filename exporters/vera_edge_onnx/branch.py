@@ -102,12 +102,13 @@ def weave(
     sizes: Mapping[str, int],
     projections: Projections | None,
     dtype: str,
+    vector_dtype: str = "float32",
 ) -> None:
     """Give every site its stored weight, and a side-branch where one of its modules is adapted.
 
     bases: the stored form of a site's weight by site name; a site that isn't named keeps its float weight.
     sizes: adapted module -> output features; empty when the adapter is merged.
-    dtype: how the projections are stored, "fp32", "fp16", "int8" or "int4".
+    dtype: how the projections are stored, "fp32", "fp16", "int8" or "int4". vector_dtype: see `Vectors.of`.
     """
     branched = groups(sites, sizes)
     adapted = {site.name for group in branched for site in group.sites}
@@ -118,7 +119,7 @@ def weave(
         return
     widest = max(group.sites[0].in_features for group in branched)
     stored = StoredProjections(projections, dtype, widest)
-    branches = Branches(weaver, stored, Vectors.of(weaver, branched, stored.rank))
+    branches = Branches(weaver, stored, Vectors.of(weaver, branched, stored.rank, vector_dtype))
     for group in branched:
         for site, delta in zip(group.sites, _parts(weaver, group, branches.delta(group)), strict=True):
             base, shape = _base(weaver, site, bases), (*leading(delta), site.out_features)

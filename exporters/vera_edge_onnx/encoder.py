@@ -38,7 +38,7 @@ from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
 KIND = "encoder"
-_OPTIONS = ("head", "projections", weights.ACCURACY)
+_OPTIONS = ("head", "projections", weights.ACCURACY, adapters.VECTORS)
 # Where a folder came from is nobody's business, and would make two exports of one model differ.
 _ORIGINS = ("_name_or_path", "_model_name_or_path")
 
@@ -137,7 +137,8 @@ def _weave(
                 weaver.narrow_weight(site.node)
     adapted = adapters.sizes(request) if plan.mode == "branch" else {}
     dtype = request.options.get("projections", weights.beside(kind))
-    branch.weave(weaver, found, weights.stored(request, found, ranges), adapted, request.projections, dtype)
+    stored, vectors = weights.stored(request, found, ranges), adapters.vector_dtype(request)
+    branch.weave(weaver, found, stored, adapted, request.projections, dtype, vectors)
     by_row = any(step.activations != plans.FLOAT for step in plan.steps)
     embeddings.store(
         weaver, request.options.get("head", weights.beside(kind, four_bit="int4")), BLOCK, by_row

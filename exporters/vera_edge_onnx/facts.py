@@ -77,6 +77,7 @@ def facts(
         projection=spec if branch else None,
         model_version=adapters.model_version(request, layout) if branch else None,
         vectors=layout,
+        vector_dtype=adapters.vector_dtype(request),
         requires=_REQUIRES,
         plan=plan.to_dict(),
         tools=tools(model_kind),

@@ -32,24 +32,31 @@ class Vectors:
     lambda_d: dict[str, ir.Value]
 
     @classmethod
-    def of(cls, weaver: Weaver, found: Sequence[Group], rank: int) -> Vectors:
-        """Give the graph both inputs, with zeros for defaults, and cut them up for the groups."""
+    def of(cls, weaver: Weaver, found: Sequence[Group], rank: int, dtype: str = "float32") -> Vectors:
+        """Give the graph both inputs, with zeros for defaults, and cut them up for the groups.
+
+        dtype: of the inputs, "float32" or "float16"; the graph computes in float32 either way.
+        """
         widths = {group.name: (group.width, group) for group in found}
         ranks: dict[str, tuple[int, Group]] = {}
         for group in found:
             for name in (group.name,) if group.stacked else group.modules:
                 ranks.setdefault(name, (rank * len(group.modules) if group.stacked else rank, group))
-        made = cls(_parts(weaver, LAMBDA_B, widths), _parts(weaver, LAMBDA_D, ranks))
+        made = cls(_parts(weaver, LAMBDA_B, widths, dtype), _parts(weaver, LAMBDA_D, ranks, dtype))
         # The zeros of one are the first of the other's.
         shorter, longer = sorted((LAMBDA_B, LAMBDA_D), key=lambda name: _bytes(weaver, name))
         weaver.shared[shorter] = Range(longer)
         return made
 
 
-def _parts(weaver: Weaver, name: str, wanted: Mapping[str, tuple[int, Group]]) -> dict[str, ir.Value]:
+def _parts(
+    weaver: Weaver, name: str, wanted: Mapping[str, tuple[int, Group]], dtype: str
+) -> dict[str, ir.Value]:
     sizes, first = [size for size, _ in wanted.values()], next(iter(wanted.values()))[1]
-    whole = weaver.overridable(name, np.zeros((1, 1, sum(sizes)), np.float32))
-    whole.shape = ir.Shape([ROWS, 1, sum(sizes)])
+    whole, shape = weaver.overridable(name, np.zeros((1, 1, sum(sizes)), dtype)), (ROWS, 1, sum(sizes))
+    whole.shape = ir.Shape(shape)
+    if dtype != "float32":
+        whole = weaver.node("Cast", [whole], f"{name}/Cast", shape, before=first.node, to=ir.DataType.FLOAT)
     kind = name.rsplit(".", 1)[-1]
     names = [f"{part}/{kind}" for part in wanted]
     pieces = weaver.split(whole, sizes, f"{name}/Split", names, before=first.node)

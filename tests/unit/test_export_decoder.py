@@ -253,10 +253,13 @@ def test_the_graph_is_sound(mode: str, weights: str, make: Make) -> None:
     assert exported.check(out, feeds) > 20
 
 
-def test_genai_generates_and_swaps(make: Make, tiny_llama: tiny.TinyLlama, float_adapter: Path) -> None:
+@pytest.mark.parametrize("vectors", ["fp32", "fp16"])
+def test_genai_generates_and_swaps(
+    vectors: str, make: Make, tiny_llama: tiny.TinyLlama, float_adapter: Path
+) -> None:
     import onnxruntime_genai as og
 
-    out = make("branch", "fp32")
+    out = make("branch", "fp32") if vectors == "fp32" else make("branch", "fp32", vectors=vectors)
     model = og.Model(str(out))
     adapters = og.Adapters(model)
     adapters.load(str(adapter_of(out)), "default")
@@ -307,18 +310,21 @@ def test_several_adapters_are_packed_side_by_side(
         assert (exported.error(found, truth) < 1e-5) == (name == "default")  # the second is at half strength
 
 
+@pytest.mark.parametrize(("vectors", "limit"), [("fp32", 1e-5), ("fp16", 1e-3)])
 def test_each_row_of_a_batch_runs_its_own_adapter(
-    tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path: Path
+    vectors: str, limit: float, tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path: Path
 ) -> None:
     second = tiny.make_adapter(tiny_llama.fp32, tmp_path / "second", vectors_seed=9)
     adapters = [(float_adapter, 1.0), (second, 1.0)]
-    result = target.export(tiny_llama.fp32, adapters, tmp_path / "out", mode="branch")
+    result = target.export(
+        tiny_llama.fp32, adapters, tmp_path / "out", mode="branch", options={"vectors": vectors}
+    )
     ids = np.stack([exported.tokens(seed=seed) for seed in (1, 2, 3)])
     rows = [result.adapters[name] for name in ("default", "second", "default")]
     found = exported.batch_logits(result.folder, ids, rows)
     for row, source in enumerate((float_adapter, second, float_adapter)):
         truth = exported.peft_logits(tiny_llama.fp32, source, ids[row])
-        assert exported.error(found[row], truth) < 1e-5
+        assert exported.error(found[row], truth) < limit
 
 
 def test_an_adapter_on_some_of_qkv(make: Make, tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:

@@ -123,10 +123,10 @@ def folders(
         *((mode, kind) for mode in ("merged", "branch") for kind in KINDS),
     ):
         folder = root / f"{mode}-{kind}"
-        weights = "fp32" if kind == "float" else "int8"
-        target.export(
-            base, [(adapter, 1.0)], folder, mode=mode, weights=weights, options={"activations": kind}
-        )
+        weights, options = "fp32" if kind == "float" else "int8", {"activations": kind}
+        if (mode, kind) == ("branch", "static"):
+            options["vectors"] = "fp16"
+        target.export(base, [(adapter, 1.0)], folder, mode=mode, weights=weights, options=options)
         made[mode, kind] = folder
     return made
 
@@ -197,6 +197,7 @@ def test_branches_agree_with_peft_with_and_without_the_adapter(
     assert sum(optimized(path, tmp_path)[op] for op in FUSED) == LINEARS
     assert exported.check(folder, feeds()) > 20
     assert Encoder.open(folder).embed(tiny_encoder.TEXTS).shape == (5, 32)
+    assert bundle.read(folder).vector_dtype == ("float16" if kind == "static" else "float32")
 
 
 @pytest.mark.parametrize("kind", KINDS)

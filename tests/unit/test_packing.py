@@ -68,6 +68,63 @@ def test_an_adapter_says_which_base_and_projections_it_is_for(
         Session.open(other, packed)
 
 
+@pytest.fixture(scope="module")
+def half(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A branch whose vectors are float16."""
+    out = tmp_path_factory.mktemp("packing") / "half"
+    options = {"vectors": "fp16"}
+    target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], out, mode="branch", options=options)
+    return out
+
+
+def test_a_bundle_may_take_its_vectors_in_float16(
+    half: Path, branch: Path, tiny_llama: tiny.TinyLlama, tmp_path: Path, cli: Cli
+) -> None:
+    other, files = tiny.make_adapter(tiny_llama.nf4, tmp_path / "other", vectors_seed=77), []
+    for bundle_folder in (branch, half):
+        files.append(tmp_path / f"{bundle_folder.name}.onnx_adapter")
+        assert cli("adapter", "pack", other, "--for", bundle_folder, "-o", files[-1]).exit_code == 0
+    wide, narrow = (onnxruntime.AdapterFormat.read_adapter(str(path)).get_parameters() for path in files)
+    for name, value in narrow.items():
+        assert value.numpy().dtype == np.float16
+        np.testing.assert_array_equal(value.numpy(), wide[name].numpy().astype(np.float16))
+    assert files[1].stat().st_size < 0.6 * files[0].stat().st_size
+    tokens = np.arange(3, 30, dtype=np.int64)
+    session = Session.open(half, files[1])
+    expected = Session.open(branch, files[0]).logits(tokens)
+    found = session.logits(tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+    for folder, path in ((half, files[0]), (branch, files[1])):
+        with pytest.raises(MismatchError, match="the graph takes float"):
+            Session.open(folder, path)
+    batch = session.generate_batch([tokens, tokens], [files[1], None], max_tokens=4)
+    list(batch)
+    for row, adapter in enumerate((files[1], None)):
+        session.swap(adapter)
+        alone = session.generate(tokens, max_tokens=4)
+        list(alone)
+        assert alone.tokens == batch.tokens[row]
+    assert batch.tokens[0] != batch.tokens[1]
+
+
+@pytest.mark.parametrize("weight", [1e8, 1e-9])
+def test_vectors_that_float16_cannot_hold_are_refused(
+    weight: float, half: Path, tiny_adapter: Path, tmp_path: Path, cli: Cli
+) -> None:
+    packed = tmp_path / "x.onnx_adapter"
+    result = cli("adapter", "pack", tiny_adapter, "--for", half, "-o", packed, "--weight", str(weight))
+    assert result.exit_code == 2 and "doesn't fit float16, which holds" in result.stderr
+    assert result.stderr.count("\n") == 1 and not packed.exists()
+
+
+def test_merged_adapters_leave_no_vectors_to_store(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli
+) -> None:
+    result = cli("export", tiny_llama.nf4, tiny_adapter, "-o", tmp_path / "x", "--vectors", "fp16")
+    assert result.exit_code == 2 and "leave vectors out, or add --mode branch" in result.stderr
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_same_vectors_give_the_same_bytes(
     branch: Path, tiny_adapter: Path, tmp_path: Path, cli: Cli
 ) -> None:

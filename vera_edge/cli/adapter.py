@@ -24,6 +24,7 @@ def adapter() -> None:
 def pack(adapter: Path, bundle: Path, output: Path, weight: float, force: bool, as_json: bool) -> None:
     """Pack the PEFT folder ADAPTER for a bundle that was exported with --mode branch.
 
+    In float32 or float16, as the bundle was exported (--vectors).
     Refused when rank, seed, projections, layers or shapes aren't the bundle's: ONNX Runtime would run such a
     file without a word.
     """

@@ -84,6 +84,11 @@ STORED = ("fp32", "fp16", "int8", "int4")
     type=click.Choice(["baked", "seed"]),
     help="Branch: A and B in the files (baked, the default), or drawn from the seed on the device.",
 )
+@click.option(
+    "--vectors",
+    type=click.Choice(["fp32", "fp16"]),
+    help="Branch: the dtype of the graph's vectors and of every .onnx_adapter for it.  [default: fp32]",
+)
 @projection_dtype_option
 @plan_option
 @method_option
@@ -109,6 +114,7 @@ def export(
     head: str | None,
     projections_dtype: str | None,
     origin: str | None,
+    vectors: str | None,
     projection_dtype: str | None,
     plan_file: Path | None,
     method: str | None,
@@ -130,6 +136,7 @@ def export(
         "symmetric": None if symmetric is None else str(symmetric).lower(),
         "accuracy_level": accuracy_level,
         "activations": activations,
+        "vectors": vectors,
     }
     with progress_bar(quiet or as_json) as progress:
         result = targets.export(
