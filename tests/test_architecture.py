@@ -49,6 +49,7 @@ ORDER = (
     "signing",
     "chunks",
     "device",
+    "frozen_graph",
     "golden_vectors",
     "drift",
     "recover",

@@ -2,11 +2,13 @@
 import path from "node:path";
 import { AutoModel, AutoModelForCausalLM, AutoTokenizer, env } from "@huggingface/transformers";
 
-const [folder, prompt, count] = process.argv.slice(2);
+const [folder, prompt, count, adapter] = process.argv.slice(2);
 env.allowRemoteModels = false;
 env.localModelPath = `${path.dirname(path.resolve(folder))}/`;
 const name = path.basename(folder);
 const options = { dtype: "fp32", device: "cpu" };
+// An adapter is a graph of its own here, which `vera-edge adapter freeze` wrote.
+if (adapter) options.model_file_name = `model_${path.parse(adapter).name}`;
 
 const found = { consumer: `@huggingface/transformers ${env.version}` };
 const tokenizer = await AutoTokenizer.from_pretrained(name);

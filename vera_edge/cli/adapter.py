@@ -37,6 +37,29 @@ def pack(adapter: Path, bundle: Path, output: Path, weight: float, force: bool, 
         out().print(f"{packed.path}: {packed.size / 1e3:.1f} KB, for {bundle}")
 
 
+@adapter.command()
+@click.argument("adapter")
+@click.option("--for", "bundle", type=FOLDER, required=True, help="The branch bundle to add the graph to.")
+@click.option("--name", help="model_NAME.onnx is written.  [default: the adapter's name]")
+@force_option
+@json_option
+def freeze(adapter: str, bundle: Path, name: str | None, force: bool, as_json: bool) -> None:
+    """Add a graph to a branch bundle that has ADAPTER built in, for runtimes that swap no adapters.
+
+    ADAPTER is a name of the bundle or an .onnx_adapter file. The weights are shared with the bundle's own
+    graph. Transformers.js opens it by its model_file_name, Optimum by its file_name. Freeze before signing.
+    """
+    from vera_edge.frozen_graph import freeze as write
+
+    file = adapter.endswith(".onnx_adapter")
+    chosen = Path(adapter) if file else adapter
+    made = write(bundle, chosen, name or (Path(adapter).stem if file else adapter), force)
+    if as_json:
+        print_json({"path": str(made.path), "size": made.size})
+    else:
+        out().print(f"{made.path}: {made.size / 1e3:.1f} KB, beside the weights of {bundle}")
+
+
 @adapter.command("list")
 @click.argument("bundle", type=FOLDER)
 @json_option
