@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 
@@ -35,7 +34,6 @@ def test_it_gives_what_the_adapter_gives(branch: Path, cli: Cli) -> None:
     np.testing.assert_allclose(found, truth, atol=1e-5 * np.abs(truth).max())
     assert not any("lambda" in port.name for port in session.get_overridable_initializers())
     assert path.stat().st_size < SIZE
-    onnx.checker.check_model(str(path))
     assert "onnx/model_law.onnx" in bundle.verify(branch).files
 
 
