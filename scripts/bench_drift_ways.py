@@ -7,6 +7,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -44,6 +45,9 @@ MORE = (
     ("int4 merged, search", "merged", "int4", "search"),
     ("int8 merged, gptq", "merged", "int8", "gptq"),
 )
+RANK = 8
+LOW_RANK = f"int4 merged, low-rank {RANK}"
+FLOAT_ACTIVATIONS = "int8 merged, activations in float32"
 
 
 def short(demo: Demo, out: Path) -> list[Way]:
@@ -58,6 +62,9 @@ def more(demo: Demo, out: Path, bench: Bench) -> Iterator[Way]:
     """Other methods on the same grids, and mixes that `plan` chooses for a share of the adapter's effect."""
     for row in MORE:
         yield Way(row[0], partial(_exported, demo, out, *row), _code(row[3]))
+    yield Way(LOW_RANK, partial(_low_rank, demo, out), _code())
+    exact = partial(_exported, demo, out, FLOAT_ACTIVATIONS, "merged", "int8", None, accuracy_level="0")
+    yield Way(FLOAT_ACTIVATIONS, exact, _code())
     for method in ("rtn", "hqq", "search"):
         name = "rounded to nearest" if method == "rtn" else method
         yield Way(f"nf4 merged back, {name}", partial(_merged, demo, out, method), _code(method))
@@ -79,13 +86,36 @@ def _code(method: str = "") -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
-def _exported(demo: Demo, out: Path, name: str, mode: str, weights: str, method: str | None) -> Made:
+def _exported(
+    demo: Demo,
+    out: Path,
+    name: str,
+    mode: str,
+    weights: str,
+    method: str | None,
+    recover: tuple[str, ...] = (),
+    **options: str,
+) -> Made:
     folder = out / name.replace(" ", "-").replace(",", "")
-    rounding = Rounding(method, str(demo.calibration_text))
-    adapters = [(demo.adapter, 1.0)]
-    options: dict[str, Any] = {"mode": mode, "weights": weights, "force": True, "rounding": rounding}
-    made = target.export(demo.base, adapters, folder, **options)
+    made = target.export(
+        demo.base,
+        [(demo.adapter, 1.0)],
+        folder,
+        mode=mode,
+        weights=weights,
+        options=options,
+        force=True,
+        rounding=Rounding(method, str(demo.calibration_text), recover=recover),
+    )
     return _open(folder, made.plan)
+
+
+def _low_rank(demo: Demo, out: Path) -> Made:
+    """int4 with a term of rank RANK beside each layer, in float16."""
+    made = _exported(demo, out, LOW_RANK, "merged", "int4", None, (f"low-rank={RANK}",))
+    shapes = [linear.shape for linear in Checkpoint.open(demo.base).linears.values()]
+    term = sum(16 * RANK * sum(shape) for shape in shapes)
+    return replace(made, bits=made.bits + term / sum(rows * columns for rows, columns in shapes))
 
 
 def _planned(demo: Demo, out: Path, bench: Bench, share: float, mode: str) -> Made:
