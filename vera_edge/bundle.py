@@ -8,7 +8,9 @@ Standard library only: a device reads it before anything else is imported.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -48,6 +50,8 @@ __all__ = [
 ]
 
 FORMAT = 1
+# Two spaces: a key of the manifest itself. One always comes after it: "files" and "format" do.
+_DIGEST_LINE = re.compile(rb'^  "digest": "[0-9a-f]*",\n', re.MULTILINE)
 _MAX_MANIFEST = 16 << 20  # bytes
 _QUICK = 64 << 20  # bytes
 
@@ -58,7 +62,7 @@ def write(
     progress: Progress = silent,
     known: Mapping[str, FileEntry] = MappingProxyType({}),
 ) -> Manifest:
-    """Hash every file of `folder`, write its manifest atomically and return it as read back.
+    """Hash every file of `folder`, write its manifest atomically and return it as `read` does.
 
     A manifest that is there already is replaced. known: files that were hashed on their way into the folder.
     Raises BundleError when `facts` contradict the files or the folder holds a link, OutputError when the
@@ -72,11 +76,12 @@ def write(
         path = safe_join(folder, name)
         sha256 = known[name].sha256 if name in known else sha256_file(path)
         entries[name] = {"size": path.stat().st_size, "sha256": sha256}
-    value = {"format": FORMAT, "files": entries} | {key: getattr(facts, key) for key in FIELDS}
-    value["digest"] = _digest(value)
-    parse(value, folder, folder / MANIFEST)
-    write_atomic(folder / MANIFEST, canonical_json(value))
-    return read(folder)
+    value = {"format": FORMAT, "files": entries, "digest": ""} | {key: getattr(facts, key) for key in FIELDS}
+    text = canonical_json(value)
+    text = text.replace(b'\n  "digest": ""', f'\n  "digest": "{_digest(text)}"'.encode(), 1)
+    manifest = parse(json.loads(text), folder, folder / MANIFEST)
+    write_atomic(folder / MANIFEST, text)
+    return manifest
 
 
 def read(folder: Path) -> Manifest:
@@ -100,7 +105,8 @@ def read(folder: Path) -> Manifest:
     if type(version) is not int or version != FORMAT:
         raise BundleError(f"{path} has no bundle format that vera-edge knows ({version!r}); export again")
     try:
-        sound = canonical_json(value) == path.read_bytes() and value.get("digest") == _digest(value)
+        text = path.read_bytes()
+        sound = canonical_json(value) == text and value.get("digest") == _digest(text)
     except (ValueError, RecursionError):  # NaN, lone surrogates, nesting: nothing that `write` writes
         sound = False
     if not sound:
@@ -157,8 +163,9 @@ def _walk(folder: Path) -> Iterator[str]:
             yield Path(top, name).relative_to(folder).as_posix()
 
 
-def _digest(value: Mapping[str, Json]) -> str:
-    return sha256_bytes(canonical_json({key: item for key, item in value.items() if key != "digest"}))
+def _digest(text: bytes) -> str:
+    """The digest of a manifest in canonical JSON: of all of it but the line that holds the digest."""
+    return sha256_bytes(_DIGEST_LINE.sub(b"", text, count=1))
 
 
 def as_json(manifest: Manifest) -> dict[str, Json]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import vera_edge
@@ -32,9 +34,10 @@ _TOOLS = (
 _NOT_BYTES = {"id", "adapters", "calibration", "plan"}
 
 
-def tools() -> dict[str, str]:
+@cache
+def tools() -> Mapping[str, str]:
     """Versions of everything whose change may change a bundle's bytes."""
-    return {"vera-edge": vera_edge.__version__} | versions.installed(_TOOLS)
+    return MappingProxyType({"vera-edge": vera_edge.__version__} | versions.installed(_TOOLS))
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def read(job: Job, store: Store) -> Inputs:
         "adapter": adapter.digest,
         "projections": found.projections.digest,
         "variant": job.variant.model_dump(exclude=_NOT_BYTES, exclude_none=True),
-        "tools": tools(),
+        "tools": dict(tools()),
     }
     if job.variant.plan is not None:
         facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
