@@ -201,14 +201,15 @@ def test_a_gate_stops_its_variant_only(inputs: Path, store: Path, tmp_path: Path
     assert 'failures="2"' in junit and "mean KL is" in junit
 
 
+@pytest.mark.parametrize("missing", ["nothing-here", "no-file-system-takes-this" * 20])
 def test_an_unreadable_adapter_does_not_stop_the_others(
-    inputs: Path, store: Path, released: Path, tmp_path: Path, cli: Cli
+    inputs: Path, store: Path, released: Path, tmp_path: Path, cli: Cli, missing: str
 ) -> None:
     path = inputs / "broken.toml"
-    path.write_text(RECIPE.replace('path = "a"', 'path = "nothing-here"'))
+    path.write_text(RECIPE.replace('path = "a"', f'path = "{missing}"'))
     result = cli("release", path, "-o", tmp_path / "out", "--store", store)
     assert result.exit_code == 2 and "1 of 2 bundles failed: a/onnx-branch-int8" in result.stderr
-    assert "nothing-here" in result.stderr
+    assert missing in result.stderr
     assert content(tmp_path / "out" / "b" / NAME) == content(released / "b" / NAME)
     assert not (tmp_path / "out" / "a").exists()
 

@@ -92,6 +92,7 @@ def test_a_recipe_comes_back_as_it_was_written(tmp_path: Path) -> None:
         ("limits", {"max_kl": float("inf")}, "limits.max_kl input should be a finite number"),
         ("limits", {"min_retained": float("-inf")}, "limits.min_retained input should be a finite number"),
         ("limits", {"tokens": 2.5}, "limits.tokens"),
+        ("limits", {"window": 512, "tokens": 64}, "limits has a window of 512 tokens and measures 64"),
         ("sign", {"public_key": "p.pem"}, "sign needs a key, or identity and issuer"),
         ("sign", {"identity": "who", "issuer": "https://i", "public_key": "p"}, "sign has public_key, which"),
     ],

@@ -6,45 +6,21 @@ is reported in the first second, with the key it stands in.
 
 from __future__ import annotations
 
-import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vera_edge import target
 from vera_edge.drift import windows
 from vera_edge.errors import PlanError
 from vera_edge.precision import Request, parse_size
 from vera_edge.projection import Rounding
+from vera_edge.release.names import Id, Line, identifier
 from vera_edge.signing import Signer, Trust
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-# What a release writes beside its adapters' folders, and what Windows keeps for its devices.
-_TAKEN = {"rejected", "release.json", "summary.md", "junit.xml"}
-_DEVICE = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNORECASE)
-
-
-def _identifier(value: str) -> str:
-    # Ids become folder names, on every kind of file system.
-    if not _ID.fullmatch(value) or value.endswith("."):
-        raise ValueError("must be 1 to 64 letters, digits, '.', '_' or '-', and start with a letter or digit")
-    if value.lower() in _TAKEN or _DEVICE.fullmatch(value):
-        raise ValueError(f"can't be {value!r}, which is the name of something else; choose another")
-    return value
-
-
-def _line(value: str) -> str:
-    # Cards, XML and file names: none of them takes control characters.
-    if not value.isprintable() or not value.strip():
-        raise ValueError("must be one line of text")
-    return value
-
-
-Id = Annotated[str, AfterValidator(_identifier)]
-Line = Annotated[str, AfterValidator(_line)]
 Stored = Literal["fp32", "fp16", "int8", "int4"]
 PLAN = "plan"
 
@@ -104,7 +80,7 @@ class Variant(_Model):
     @model_validator(mode="after")
     def _named(self) -> Variant:
         try:
-            _identifier(self.name)
+            identifier(self.name)
         except ValueError:
             raise ValueError(f"has weights {self.weights!r}, which no folder can be called by") from None
         return self
@@ -152,6 +128,12 @@ class LimitsEntry(_Model):
     min_retained: float | None = Field(default=None, le=1, strict=False)
     tokens: int = Field(default=4096, ge=64)
     window: int = Field(default=256, ge=16)
+
+    @model_validator(mode="after")
+    def _holds_a_window(self) -> LimitsEntry:
+        if self.window > self.tokens:
+            raise ValueError(f"has a window of {self.window} tokens and measures {self.tokens}; take more")
+        return self
 
 
 class Signing(_Model):

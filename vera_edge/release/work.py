@@ -71,6 +71,11 @@ def run(job: Job, progress: Progress = silent) -> Result:
         result = work.run()
     except VeraEdgeError as error:
         result = Result(job.name, "failed", str(error))
+    except OSError as cause:  # an input that went away, or that its disk doesn't give
+        name = cause.filename or "a file"
+        result = Result(
+            job.name, "failed", f"{name} can't be used: {cause.strerror or cause}; mend that first"
+        )
     return replace(result, seconds=work.seconds)
 
 
