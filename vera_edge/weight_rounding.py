@@ -223,6 +223,7 @@ def _windows(
 ) -> tuple[tuple[windows.Int64, ...], tuple[str, ...]]:
     if method == "hqq":
         return (), ("weights were rounded by hqq, which needs no calibration",)
+    _check_takes_text(checkpoint, method)
     text = windows.read_text(source)
     config = checkpoint.config.get("text_config") or checkpoint.config
     tokenizer, known = windows.open_tokenizer(checkpoint.path), int(config.get("vocab_size", 0))
@@ -232,3 +233,16 @@ def _windows(
     if source == BUILT_IN:
         note += "; text like the adapter's own (--calibration FILE) loses less"
     return cut.tokens, (note,)
+
+
+def _check_takes_text(checkpoint: Checkpoint, method: str) -> None:
+    """Raise PlanError for a model of images or sound, which no text calibrates."""
+    import transformers
+
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    takes = getattr(getattr(transformers, str(name), None), "main_input_name", "input_ids")
+    if takes != "input_ids" and "text_config" not in checkpoint.config:
+        raise PlanError(
+            f"method {method} is calibrated on text, and {name} takes {takes}; choose --method hqq or rtn"
+        )

@@ -7,6 +7,8 @@ from vera_edge.target import Export, ExportRequest, find
 
 # How transformers calls the model classes that generate text.
 DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Encoder and decoder in one, whose encoder is exported: the transformers class that loads the whole.
+ENCODER_OF = {"WhisperModel": "AutoModel", "WhisperForConditionalGeneration": "AutoModelForSpeechSeq2Seq"}
 
 
 class OnnxExporter:
@@ -21,7 +23,7 @@ class OnnxExporter:
         names = request.checkpoint.config.get("architectures")
         if not isinstance(names, list) or not names or not isinstance(names[0], str):
             raise TargetError(f"{request.checkpoint.path / 'config.json'} names no architecture to export")
-        if names[0].endswith(DECODERS):
+        if names[0].endswith(DECODERS) and names[0] not in ENCODER_OF:
             return find("genai").export(request)
         from vera_edge_onnx import encoder
 

@@ -24,6 +24,7 @@ from optimum.exporters.tasks import TasksManager
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import TargetError
 from vera_edge.reference import load_dense
+from vera_edge_onnx import ENCODER_OF
 from vera_edge_onnx.weaver import Weaver
 
 BATCH, SEQUENCE = "batch_size", "sequence_length"
@@ -44,16 +45,22 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 @dataclass(frozen=True)
 class Task:
-    """What a model does: the task's name, the transformers class that loads a model for it, what it takes."""
+    """What a model does: the task's name, the transformers class that loads a model for it, what it takes.
+
+    half: only the encoder of the model does it.
+    """
 
     name: str
     auto_class: str
     main_input: str = "input_ids"
+    half: bool = False
 
 
 def task(architecture: str, model_type: str) -> Task:
     """The task of a model class by its name; raises TargetError when none of TASKS, or of another type."""
     found: Any = getattr(transformers, architecture, None)
+    if architecture in ENCODER_OF and found.config_class.model_type == model_type:
+        return Task("feature-extraction", ENCODER_OF[architecture], found.main_input_name, half=True)
     try:
         name = TasksManager.infer_task_from_model(found, library_name="transformers")
         auto_class = TasksManager.get_model_class_for_task(name, model_type=found.config_class.model_type)
@@ -75,6 +82,7 @@ def draw(checkpoint: Checkpoint, task: Task) -> ir.Model:
     Raises CheckpointError when transformers can't load it, TargetError when it can't draw it.
     """
     model = load_dense(checkpoint, task.auto_class)
+    model = model.get_encoder() if task.half else model
     inputs = _inputs(model)
     axes = {
         name: {0: torch.export.Dim.AUTO} | ({1: torch.export.Dim.AUTO} if value.ndim == 2 else {})

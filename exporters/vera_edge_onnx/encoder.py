@@ -69,7 +69,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
         size=manifest.size,
         plan=request.plan,
         adapters={name: request.out / file for name, file in files.items()},
-        notes=(f"{architecture} for {task.name}", *notes),
+        notes=(f"{'the encoder of ' * task.half}{architecture} for {task.name}", *notes),
     )
 
 
@@ -80,6 +80,8 @@ def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Ta
     weights.kind(request.plan)
     adapters.check(request)
     task = drawing.task(architecture, str(request.checkpoint.config.get("model_type")))
+    if task.half:
+        _check_half(request, architecture)
     reads = {step.activations for step in request.plan.steps}
     if unknown := sorted(reads - set(plans.ACTIVATIONS)):
         raise PlanError(f"the plan has {unknown[0]} activations; known: {', '.join(plans.ACTIVATIONS)}")
@@ -89,6 +91,17 @@ def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Ta
             f"{task.main_input}, which text can't be; export with --activations dynamic"
         )
     return task
+
+
+def _check_half(request: ExportRequest, architecture: str) -> None:
+    """Raise TargetError when an adapter changes more than the encoder, which is all that is exported."""
+    for adapter, _ in request.adapters:
+        changed = [*adapter.vectors, *adapter.biases, *adapter.modules_to_save]
+        if outside := next((name for name in changed if "encoder" not in name.split(".")), None):
+            raise TargetError(
+                f"{adapter.path} changes {outside}, and {architecture} is exported by its encoder alone; "
+                "merge it (vera-edge merge) and export the result with a tool that takes both halves"
+            )
 
 
 def _float_graph(

@@ -16,7 +16,8 @@ import pytest
 from tests import exported
 from tests.families import FAMILIES, VOCABULARY, Family
 from vera_edge import bundle, target
-from vera_edge.errors import TargetError
+from vera_edge.errors import PlanError, TargetError
+from vera_edge.weight_rounding import Rounding
 
 Array = npt.NDArray[Any]
 Make = Callable[..., "Case"]
@@ -32,6 +33,12 @@ _DISTILBERT = {
     "max_position_embeddings": 64,
     "initializer_range": 0.15,
 }
+_WHISPER = {**FAMILIES["whisper"].config, "encoder_layers": 1, "decoder_layers": 1}
+# All linears of the encoder's only layer, by names that the decoder's don't end with.
+_IN_ENCODER = tuple(
+    f"encoder.layers.0.{name}"
+    for name in (*(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")), "fc1", "fc2")
+)
 MODELS = {
     "bert": Family("BertModel", _BERT, _TEXT),
     "roberta": Family(
@@ -47,6 +54,8 @@ MODELS = {
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
         {**FAMILIES["whisper"].config, "encoder_layers": 1, "classifier_proj_size": 16},
     ),
+    "whisper encoder": Family("WhisperModel", _IN_ENCODER, _WHISPER),
+    "whole whisper": Family("WhisperForConditionalGeneration", _IN_ENCODER, _WHISPER),
     "vit": replace(FAMILIES["vit"], config={**FAMILIES["vit"].config, "num_hidden_layers": 1}),
 }
 
@@ -80,12 +89,14 @@ class Case:
 
         model = PeftModel.from_pretrained(self.family.load(self.base), self.adapter).eval()
         inputs = {name: torch.from_numpy(value) for name, value in feeds.items()}
+        half = self.family.targets == _IN_ENCODER
+        forward = model.get_base_model().get_encoder() if half else model
         with torch.no_grad():
             if active:
-                found = model(**inputs)
+                found = forward(**inputs)
             else:
                 with model.disable_adapter():
-                    found = model(**inputs)
+                    found = forward(**inputs)
         result: Array = found[0].numpy()
         return result
 
@@ -140,7 +151,7 @@ def test_merged_fp32_agrees_with_peft(name: str, make: Make) -> None:
     assert exported.error(base, case.truth(feeds)) > 0.1  # so that a lost adapter would have failed
 
 
-@pytest.mark.parametrize("name", ["bert", "vit"])
+@pytest.mark.parametrize("name", ["bert", "vit", "whisper encoder"])
 def test_a_branch_agrees_with_peft_with_and_without_its_adapter(name: str, make: Make) -> None:
     case = make(name, "branch", "fp32")
     feeds = case.feeds(3, 5)
@@ -169,11 +180,14 @@ def test_int8_activations_are_near(name: str, make: Make) -> None:
     assert "MatMulInteger" in operators and "MatMulNBits" not in operators
 
 
-def test_static_activations_of_images_are_refused_in_one_sentence(make: Make, tmp_path: Path) -> None:
+def test_calibrating_a_model_of_images_on_text_is_refused_in_one_sentence(make: Make, tmp_path: Path) -> None:
     case, options = make("vit", "merged", "fp32"), {"activations": "static"}
+    asked: Any = {"out": tmp_path / "out", "weights": "int8"}
     with pytest.raises(TargetError, match="takes pixel_values, which text can't be") as caught:
-        target.export(case.base, [(case.adapter, 1.0)], tmp_path / "out", weights="int8", options=options)
+        target.export(case.base, [(case.adapter, 1.0)], **asked, options=options)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    with pytest.raises(PlanError, match=r"on text, and ViT\w+ takes pixel_values; choose --method"):
+        target.export(case.base, [(case.adapter, 1.0)], **asked, rounding=Rounding("gptq"))
 
 
 @pytest.mark.parametrize(
@@ -184,6 +198,7 @@ def test_static_activations_of_images_are_refused_in_one_sentence(make: Make, tm
         ("distilbert", ["input_ids", "attention_mask"], ["logits"]),
         ("vit", ["pixel_values"], ["logits"]),
         ("whisper", ["input_features"], ["logits"]),
+        ("whole whisper", ["input_features"], ["last_hidden_state"]),
     ],
 )
 def test_names_and_axes_are_what_consumers_expect(
@@ -192,7 +207,8 @@ def test_names_and_axes_are_what_consumers_expect(
     case = make(name, "merged", "fp32")
     assert [value.name for value in case.session.get_inputs()] == inputs
     assert [value.name for value in case.session.get_outputs()] == outputs
-    axes = {"vit": ["batch_size", 3, 16, 16], "whisper": ["batch_size", 16, 64]}.get(
+    sound = ["batch_size", 16, 64]
+    axes = {"vit": ["batch_size", 3, 16, 16], "whisper": sound, "whole whisper": sound}.get(
         name, ["batch_size", "sequence_length"]
     )
     assert all(value.shape == axes for value in case.session.get_inputs())
@@ -202,7 +218,12 @@ def test_names_and_axes_are_what_consumers_expect(
 
 @pytest.mark.parametrize(
     ("name", "mode", "weights"),
-    [("bert", "merged", "fp32"), ("bert", "branch", "fp32"), ("bert", "merged", "int8")],
+    [
+        ("bert", "merged", "fp32"),
+        ("bert", "branch", "fp32"),
+        ("bert", "merged", "int8"),
+        ("whisper encoder", "branch", "fp32"),
+    ],
 )
 def test_the_graph_is_sound_and_the_manifest_true(name: str, mode: str, weights: str, make: Make) -> None:
     case = make(name, mode, weights)
@@ -212,13 +233,27 @@ def test_the_graph_is_sound_and_the_manifest_true(name: str, mode: str, weights:
     names = {
         node.name for node in onnx.load(case.out / "onnx" / "model.onnx", load_external_data=False).graph.node
     }
-    assert any(one.startswith("encoder.layer.1.output.dense/") for one in names)
+    last = "encoder.layer.1.output.dense" if name == "bert" else "layers.0.fc2"
+    assert any(one.startswith(f"{last}/") for one in names)
 
 
 def test_the_same_export_gives_the_same_bytes(make: Make, tmp_path: Path) -> None:
     case = make("distilbert", "merged", "fp32")
     target.export(case.base, [(case.adapter, 1.0)], tmp_path / "again", weights="fp32")
     assert bundle.read(tmp_path / "again").files == bundle.read(case.out).files
+
+
+@pytest.mark.parametrize("mode", ["merged", "branch"])
+def test_an_adapter_on_the_other_half_is_refused_in_one_sentence(
+    mode: str, make: Make, tmp_path: Path
+) -> None:
+    case = make("whole whisper", "merged", "fp32")
+    both = replace(case.family, targets=("q_proj",)).adapted(case.base, tmp_path / "adapter")
+    with pytest.raises(
+        TargetError, match=r"changes \S*decoder\S+, and Whisper\w+ is exported by its"
+    ) as caught:
+        target.export(case.base, [(both, 1.0)], tmp_path / "out", mode=mode)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_what_is_neither_decoder_nor_encoder_is_refused_in_one_sentence(make: Make, tmp_path: Path) -> None:
