@@ -53,8 +53,9 @@ class ExportRequest:
     adapters: each with its weight, which scales its delta. options: what the target alone understands; the
     targets here take `projections` ("fp32", "fp16", "int8", "int4") and `head` ("fp32", "fp16", "int8",
     "int4"): how projections and embeddings are stored; `accuracy_level` ("4": activations are rounded to
-    int8, "0": float32); `vectors` ("fp32", "fp16"): what a branch takes its adapter's vectors as; decoders
-    also `origin` ("baked", "seed"): whether the projections are in the files, or drawn on the device.
+    int8, "0": float32); `vectors` ("fp32", "fp16"): what a branch takes its adapter's vectors as; `origin`
+    ("baked", "seed"): whether the projections are in the files, or drawn on the device; `run` ("int8"): what
+    4-bit weights are expanded to there.
     requantized: by module, weights of the plan's formats that were rounded with care (merged where the plan
     merges); the exporter rounds the others itself. text: what ranges of activations are calibrated on, a
     UTF-8 file or "built-in".

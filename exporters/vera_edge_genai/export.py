@@ -20,13 +20,12 @@ from vera_edge.files import staged_folder
 from vera_edge.target import Export, ExportRequest
 from vera_edge.weight_rounding import BLOCK
 from vera_edge_genai import build, configs
-from vera_edge_onnx import adapters, branch, generated, groups, head, seed, sites, storage, weights
+from vera_edge_onnx import adapters, branch, generated, groups, head, seed, sites, weights
 from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
-SHIPPED = "model.4bit.safetensors"
 _OPTIONS = ("head", "projections", weights.ACCURACY, weights.RUN, seed.OPTION, adapters.VECTORS)
 
 
@@ -53,11 +52,7 @@ class GenaiExporter:
                 shared, shipped = _weave(request, model, found)
                 configs.fix_shapes(model, graph)
                 model.metadata_props.update(describe(request))
-                apart = generated.apart(request, model, shipped, SHIPPED)
-                initializers = [group.initializers for group in apart]
-                storage.save(model, stage / MODEL, shared, request.progress, initializers)
-                if shipped.sites:
-                    shipped.write(stage / SHIPPED)
+                apart = generated.save(request, stage, model, MODEL, shared, shipped)
                 configs.copy(work / "float", graph, stage, MODEL, quiet=branched)
             files = adapters.write(request, stage, layout) if branched else {}
             described = facts(request, MODEL, files, layout)
@@ -144,7 +139,7 @@ def _weave(
         ends = None  # a head with a side-branch is a linear like any other
     inner = tuple(site for site in found if ends is None or site.node is not ends.head)
     bases = weights.stored(request, inner)
-    shipped = ship(request, inner, bases) if kind != weights.kind(plan) else Shipped()
+    shipped = ship(request, inner, bases)
     if kind == "fp16":
         for site in inner:
             weaver.narrow_weight(site.node)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from vera_edge.errors import TargetError
 from vera_edge.target import Export, ExportRequest, find
-
-# How transformers calls the model classes that generate text.
-DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-# Encoder and decoder in one, whose encoder is exported: the transformers class that loads the whole.
-ENCODER_OF = {"WhisperModel": "AutoModel", "WhisperForConditionalGeneration": "AutoModelForSpeechSeq2Seq"}
+from vera_edge_onnx.classes import DECODERS, ENCODER_OF
 
 
 class OnnxExporter:

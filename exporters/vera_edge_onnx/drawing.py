@@ -24,7 +24,7 @@ from optimum.exporters.tasks import TasksManager
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import TargetError
 from vera_edge.reference import load_dense
-from vera_edge_onnx import ENCODER_OF
+from vera_edge_onnx.classes import ENCODER_OF
 from vera_edge_onnx.weaver import Weaver
 
 BATCH, SEQUENCE = "batch_size", "sequence_length"

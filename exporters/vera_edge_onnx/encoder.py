@@ -12,7 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from vera_edge import bundle, merge, side_files
+from vera_edge import merge, side_files
 from vera_edge import plan as plans
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
@@ -25,20 +25,22 @@ from vera_edge_onnx import (
     branch,
     drawing,
     embeddings,
+    generated,
     groups,
     qdq,
+    seed,
     sites,
     spans,
-    storage,
     tokenizer_config,
     weights,
 )
+from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
 KIND = "encoder"
-_OPTIONS = ("head", "projections", weights.ACCURACY, adapters.VECTORS)
+_OPTIONS = ("head", "projections", weights.ACCURACY, weights.RUN, seed.OPTION, adapters.VECTORS)
 # Where a folder came from is nobody's business, and would make two exports of one model differ.
 _ORIGINS = ("_name_or_path", "_model_name_or_path")
 
@@ -56,12 +58,13 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
             model, found, copy = _float_graph(request, task, Path(work))
             layout = groups.layout(found, adapters.sizes(request)) if branched else ()
             ranges, notes = _calibrated(request, model, found, layout, Path(work))
-            shared = _weave(request, model, found, ranges)
+            shared, shipped = _weave(request, model, found, ranges)
             model.metadata_props.update(describe(request, KIND) | {"vera_edge.task": task.name})
-            storage.save(model, stage / MODEL, shared, request.progress)
+            apart = generated.save(request, stage, model, MODEL, shared, shipped)
             _copy_beside(copy, stage, [value.name or "" for value in model.graph.inputs])
         files = adapters.write(request, stage, layout) if branched else {}
-        manifest = bundle.write(stage, facts(request, MODEL, files, layout, KIND), request.progress)
+        described = facts(request, MODEL, files, layout, KIND)
+        manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
     return Export(
         target=target,
         folder=request.out,
@@ -77,7 +80,8 @@ def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Ta
     """The model's task; raises before any work is done when the request can't be met."""
     if unknown := sorted(set(request.options) - set(_OPTIONS)):
         raise PlanError(f"the target {target} takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
-    weights.kind(request.plan)
+    weights.runs_as(request)
+    seed.wanted(request)
     adapters.check(request)
     task = drawing.task(architecture, str(request.checkpoint.config.get("model_type")))
     if task.half:
@@ -140,24 +144,28 @@ def _weave(
     model: ir.Model,
     found: tuple[sites.Site, ...],
     ranges: Mapping[str, qdq.Span],
-) -> dict[str, Range]:
-    """Store each weight as the plan says and add the side-branches; returns which bytes are shared."""
-    weaver, plan, kind = Weaver(model), request.plan, weights.kind(request.plan)
+) -> tuple[dict[str, Range], Shipped]:
+    """Store each weight as the plan says and add the side-branches.
+
+    Returns which bytes are shared, and what is shipped in 4 bits to be expanded.
+    """
+    weaver, plan, kind = Weaver(model), request.plan, weights.runs_as(request)
     results = {step.module: step.result for step in plan.steps}
     if kind == "fp16":
         for site in found:
             if all(results[part.module] == "fp16" for part in site.parts):
                 weaver.narrow_weight(site.node)
     adapted = adapters.sizes(request) if plan.mode == "branch" else {}
-    dtype = request.options.get("projections", weights.beside(kind))
+    dtype = request.options.get("projections", "fp32" if seed.wanted(request) else weights.beside(kind))
     stored, vectors = weights.stored(request, found, ranges), adapters.vector_dtype(request)
+    shipped = ship(request, found, stored)
     branch.weave(weaver, found, stored, adapted, request.projections, dtype, vectors)
     by_row = any(step.activations != plans.FLOAT for step in plan.steps)
     embeddings.store(
         weaver, request.options.get("head", weights.beside(kind, four_bit="int4")), BLOCK, by_row
     )
     weights.set_accuracy(request, model)
-    return weaver.finish()
+    return weaver.finish(), shipped
 
 
 def _copy_beside(source: Path, stage: Path, inputs: list[str]) -> None:

@@ -24,6 +24,8 @@ from vera_edge_onnx import weights
 from vera_edge_onnx.linear import Blocks, Linear, join_blocks
 from vera_edge_onnx.sites import Site
 
+SHIPPED = "model.4bit.safetensors"
+
 
 @dataclass
 class Shipped:
@@ -63,7 +65,12 @@ class Shipped:
 
 
 def ship(request: ExportRequest, sites: Sequence[Site], stored: dict[str, Linear]) -> Shipped:
-    """Add int8 blocks to `stored` (by site name) where a weight is shipped in 4 bits; what they are of."""
+    """Add int8 blocks to `stored` (by site name) where a weight is shipped in 4 bits; what they are of.
+
+    Nothing where the weights run as what is shipped.
+    """
+    if weights.runs_as(request) == weights.kind(request.plan):
+        return Shipped()
     steps = {step.module: step for step in request.plan.steps}
     chosen = [site for site in sites if weights.is_four_bit(site, steps)]
     rows: dict[str, list[tuple[int, Float32]]] = {}

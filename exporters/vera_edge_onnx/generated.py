@@ -22,7 +22,8 @@ from vera_edge.files import sha256_file
 from vera_edge.progress import Progress
 from vera_edge.target import ExportRequest
 from vera_edge_onnx import seed, storage
-from vera_edge_onnx.expanded import Shipped
+from vera_edge_onnx.expanded import SHIPPED, Shipped
+from vera_edge_onnx.weaver import Range
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,28 @@ class Apart:
     layout: Callable[[ir.Model, str], Mapping[str, Any]]
 
 
-def apart(request: ExportRequest, model: ir.Model, shipped: Shipped, source: str) -> tuple[Apart, ...]:
-    """What `model` needn't bring, in the order of its files. source: the file of what is shipped instead."""
+def save(
+    request: ExportRequest,
+    stage: Path,
+    model: ir.Model,
+    file: str,
+    shared: Mapping[str, Range],
+    shipped: Shipped,
+) -> tuple[Apart, ...]:
+    """Write `model` to `file` in `stage`, what the device makes apart from the rest, and what it is made of.
+
+    shared: see `storage.save`. Returns what lies apart, in the order of its files. Raises OutputError when
+    the disk refuses.
+    """
     found = []
     if seed.wanted(request):
         found.append(Apart(seed.tensors(model), seed.layout))
     if shipped.sites:
-        found.append(Apart(shipped.initializers, lambda saved, _: shipped.entry(saved, source)))
+        found.append(Apart(shipped.initializers, lambda saved, _: shipped.entry(saved, SHIPPED)))
+    initializers = [group.initializers for group in found]
+    storage.save(model, stage / file, shared, request.progress, initializers)
+    if shipped.sites:
+        shipped.write(stage / SHIPPED)
     return tuple(found)
 
 

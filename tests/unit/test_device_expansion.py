@@ -13,11 +13,13 @@ import onnx
 import pytest
 from safetensors.numpy import load_file
 
-from tests import exported, tiny
+from tests import exported, tiny, tiny_encoder
 from tests.unit.test_device_projections import rewrite
-from vera_edge import bundle, target
+from vera_edge import bundle, merge, target
+from vera_edge.device.encoder import Encoder
 from vera_edge.device.install import install
 from vera_edge.errors import BundleError, PlanError, VeraEdgeError
+from vera_edge.weight_rounding import Rounding, merge_to_folder
 
 SOURCE, FILE = "model.4bit.safetensors", "onnx/model.onnx_data_1"
 
@@ -66,6 +68,24 @@ def test_an_installed_bundle_is_the_int8_export(
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name])
     exported.assert_same_logits(plain, shipped, installed)
+
+
+def test_an_encoder_runs_what_its_int8_export_runs(tmp_path: Path) -> None:
+    base, adapter = tiny_encoder.make(tiny_encoder.EMBEDDINGS, tmp_path)
+    merge_to_folder(merge.prepare(base, [(adapter, 1.0)], "nf4"), tmp_path / "nf4", Rounding("rtn"))
+    tiny_encoder.save_tokenizer(tmp_path / "nf4")
+    shared: Any = {"base": tmp_path / "nf4", "adapter_paths": [(adapter, 1.0)], "mode": "branch"}
+    options = {"head": "fp32", "projections": "fp32"}
+    target.export(**shared, out=tmp_path / "int8", weights="int8", options=options)
+    apart = {**options, "run": "int8", "origin": "seed"}
+    target.export(**shared, out=tmp_path / "shipped", weights="nf4", options=apart)
+    manifest = bundle.verify(tmp_path / "shipped")
+    assert sorted(manifest.generated) == [FILE, "onnx/model.onnx_data_2"] and manifest.weights == "int8"
+    here = install(tmp_path / "shipped", tmp_path / "device").folder
+    found = [Encoder.open(folder).embed(tiny_encoder.TEXTS) for folder in (tmp_path / "shipped", here)]
+    truth = Encoder.open(tmp_path / "int8").embed(tiny_encoder.TEXTS)
+    for embeddings in found:  # in memory, and from the files
+        np.testing.assert_array_equal(embeddings, truth)
 
 
 def test_a_merged_model_beside_projections_by_seed_and_other_formats(
