@@ -1,10 +1,11 @@
 """A release of many adapters over one base, against what its parts take alone; and `verify` against the hash.
 
-    scripts/bench_release [--adapters 20] [--weights nf4] [--tokens 128] [--golden] [--out FOLDER]
+    scripts/bench_release [--adapters 1 8 20] [--weights nf4] [--tokens 128] [--golden] [--out FOLDER]
 
 The base is the demo's, the adapters its adapter with vectors moved by seeded noise. Every figure is the wall
-time of a command in a process of its own, but for the stages of the release, which it counts itself. Drift
-and golden vectors are measurements of each adapter, by the model as trained in torch: they are counted apart.
+time of a process of its own, from its start to its end, but for the stages of a release, which it counts
+itself. Drift and golden vectors are measurements of each adapter, by the model as trained in torch: neither
+the base's export nor a pack, they are told apart, and the rest is held to the bound.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,7 @@ window = {window}
 """
 ADAPTER = '[[adapter]]\nid = "{name}"\nbase = "base"\npath = "{name}"\n'
 WEIGHTS_NAME = "adapter_model.safetensors"
+NAME = "a{:02}"
 MEASURING = ("drift", "golden")
 
 
@@ -51,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--adapters", type=int, default=20)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 20])
     parser.add_argument("--weights", default="nf4")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--golden", action="store_true", help="Make golden vectors too; about a minute each.")
@@ -59,10 +63,12 @@ def main() -> None:
     words = parser.parse_args()
     demo = prepare()
     with _folder(words.out) as folder:
-        recipe = write_recipe(folder, demo, words.adapters, words.weights, words.tokens, words.golden)
+        make_adapters(folder, demo, max(words.adapters))
         export, pack = _parts(folder, demo, words.weights)
-        _releases(folder, recipe, words.adapters, export, pack)
-        _verify(folder / "out" / "a00" / f"onnx-branch-{words.weights}")
+        for count in words.adapters:
+            recipe = write_recipe(folder, demo, count, words.weights, words.tokens, words.golden)
+            _releases(folder / str(count), recipe, count, export, pack)
+        _verify(folder / str(count) / "out" / "a00" / f"onnx-branch-{words.weights}")
 
 
 @contextmanager
@@ -76,20 +82,24 @@ def _folder(kept: Path | None) -> Iterator[Path]:
         yield kept
 
 
-def write_recipe(folder: Path, demo: Demo, count: int, weights: str, tokens: int, golden: bool) -> Path:
-    """A recipe of `count` adapters in `folder`: the demo's, each with vectors of its own."""
-    names = [f"a{number:02}" for number in range(count)]
-    for number, name in enumerate(names):
-        shutil.copytree(demo.adapter, folder / name)
-        vectors = load_file(folder / name / WEIGHTS_NAME)
+def make_adapters(folder: Path, demo: Demo, count: int) -> None:
+    """The demo's adapter `count` times in `folder`, each with vectors of its own."""
+    for number in range(count):
+        place = folder / NAME.format(number)
+        shutil.copytree(demo.adapter, place)
+        vectors = load_file(place / WEIGHTS_NAME)
         rng = np.random.default_rng(number)
         for key, value in vectors.items():
             if "vera_lambda" in key:
                 noise = rng.standard_normal(value.shape).astype(value.dtype)
                 vectors[key] = value + np.float32(0.05) * np.abs(value).mean() * noise
-        save_file(vectors, folder / name / WEIGHTS_NAME, {"format": "pt"})
-    adapters = "".join(ADAPTER.format(name=name) for name in names)
-    recipe = folder / "release.toml"
+        save_file(vectors, place / WEIGHTS_NAME, {"format": "pt"})
+
+
+def write_recipe(folder: Path, demo: Demo, count: int, weights: str, tokens: int, golden: bool) -> Path:
+    """A recipe of the first `count` adapters in `folder`."""
+    adapters = "".join(ADAPTER.format(name=NAME.format(number)) for number in range(count))
+    recipe = folder / f"release-{count}.toml"
     facts = {
         "base": demo.base,
         "weights": weights,
@@ -110,40 +120,49 @@ def _command(*words: object) -> float:
 
 
 def _parts(folder: Path, demo: Demo, weights: str) -> tuple[float, float]:
-    """Seconds of the base's own export with an adapter, and of packing one adapter (median of five)."""
-    alone = folder / "alone"
-    words = ("--mode", "branch", "--weights", weights, "-q")
-    export = _command("export", demo.base, folder / "a00", "-o", alone, *words)
+    """Seconds of the base's own export with an adapter, and of one adapter's pack (medians of three and five)."""
+    words = ("--mode", "branch", "--weights", weights, "-q", "--force")
+    alone, first = folder / "alone", folder / NAME.format(0)
+    exports = [_command("export", demo.base, first, "-o", alone, *words) for _ in range(3)]
     packs = [
-        _command("adapter", "pack", folder / "a00", "--for", alone, "-o", folder / f"{number}.onnx_adapter")
+        _command("adapter", "pack", first, "--for", alone, "-o", folder / f"{number}.onnx_adapter")
         for number in range(5)
     ]
-    pack = float(np.median(packs))
+    export, pack = float(np.median(exports)), float(np.median(packs))
     print(f"export of the base with one adapter   {export:7.1f} s")
     print(f"pack of one adapter                   {pack:7.2f} s")
     return export, pack
 
 
-def _releases(folder: Path, recipe: Path, count: int, export: float, pack: float) -> None:
-    out, store = folder / "out", folder / "store"
+def _release(recipe: Path, out: Path, store: Path) -> dict[str, float]:
+    """Seconds that the bundles of a release took, by stage."""
     spent: dict[str, float] = defaultdict(float)
-    begun = time.perf_counter()
-    made = release(recipe, out, store=store)
-    total = time.perf_counter() - begun
-    assert all(result.state == "built" for result in made.results), [r.message for r in made.results]
-    for result in made.results:
+    for result in release(recipe, out, store=store).results:
+        assert result.state == "built", result.message
         for stage, seconds in result.seconds.items():
             spent[stage] += seconds
-    measuring = sum(spent[stage] for stage in MEASURING)
-    own = total - measuring
+    return spent
+
+
+def _releases(folder: Path, recipe: Path, count: int, export: float, pack: float) -> None:
+    out, store = folder / "out", folder / "store"
+    begun = time.perf_counter()
+    with ProcessPoolExecutor(1, get_context("spawn")) as other:
+        spent = other.submit(_release, recipe, out, store).result()
+    total = time.perf_counter() - begun
+    own = total - sum(spent[stage] for stage in MEASURING if stage in spent)
+    print(f"release of {count}")
     for stage, seconds in spent.items():
         print(f"  {stage:<36}{seconds:7.1f} s, {seconds / count:.2f} s each")
-    print(f"release of {count} adapters, all of it     {total:7.1f} s")
+    print(f"  all of it                           {total:7.1f} s")
     print(f"  without measuring                   {own:7.1f} s")
-    print(f"  of an export and {count} packs           {own / (export + count * pack):7.2f}")
-    print(f"  of 1.5 exports and {count} packs         {own / (1.5 * export + count * pack):7.2f}")
+    print(f"  of an export and the packs          {own / (export + count * pack):7.2f}")
+    print(f"  of 1.5 exports and the packs        {own / (1.5 * export + count * pack):7.2f}")
     again = _command("release", recipe, "-o", out, "--store", store, "-q")
-    print(f"the same again, nothing changed       {again:7.2f} s")
+    print(f"  the same again, nothing changed     {again:7.2f} s")
+    files = [path for place in (out, store) for path in place.rglob("*") if path.is_file()]
+    once = {path.stat().st_ino: path.stat().st_size for path in files}
+    print(f"  out and store on the disk           {sum(once.values()) / 1e6:7.0f} MB")
 
 
 def _verify(bundle: Path) -> None:

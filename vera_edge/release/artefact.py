@@ -92,7 +92,7 @@ def _swap_in(graph: Path, stage: Path, inputs: Inputs) -> None:
     same = {name: entry for name, entry in manifest.files.items() if not name.startswith("adapters/")}
     for name in same:
         link(graph / name, stage / name)
-    packing.pack(inputs.adapter, manifest, stage / _ADAPTER_FILE, spec=inputs.projections.spec)
+    packing.pack(inputs.adapter, manifest, stage / _ADAPTER_FILE, spec=inputs.spec)
     entry = {"file": _ADAPTER_FILE, "digest": inputs.adapter.digest, "weight": 1.0}
     plan = dict(manifest.plan or {})
     if "adapters" in plan:

@@ -32,8 +32,7 @@ class Evidence:
     """The measured drift (`report`, canonical JSON), and whether every gate was passed.
 
     `plots`: SVG files of it by name. `breaches`: a sentence for each gate that wasn't. `kl` in nats;
-    `retained` is a share, None when the adapter has no effect on the text that could be retained. `key` names
-    all that determined it.
+    `retained` is a share, None when the adapter has no effect on the text that could be retained.
     """
 
     report: bytes
@@ -43,7 +42,6 @@ class Evidence:
     kl: float
     retained: float | None
     limits: Mapping[str, float]
-    key: str
 
     @property
     def passed(self) -> bool:
@@ -174,5 +172,4 @@ def read(folder: Path, asked: Question) -> Evidence:
         kl=value["fidelity"]["kl"]["mean"]["value"],
         retained=None if retained is None else retained["value"],
         limits=asked.bounds,
-        key=asked.key,
     )

@@ -14,7 +14,7 @@ from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.drift import windows
 from vera_edge.errors import MismatchError
-from vera_edge.projection import Projections
+from vera_edge.projection import ProjectionSpec
 from vera_edge.release.cache import Store
 from vera_edge.release.job import Job
 
@@ -42,16 +42,16 @@ def tools() -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Base and adapter as read, and the facts that determine the export, as JSON."""
+    """The adapter as read, its projections' spec, and the facts that determine the export, as JSON."""
 
-    checkpoint: Checkpoint
     adapter: Adapter
-    projections: Projections
+    spec: ProjectionSpec
     base_digest: str
     facts: dict[str, Any]
 
 
 def read(job: Job, store: Store) -> Inputs:
+    """What a job is made from. Raises a VeraEdgeError when something of it can't be read or doesn't fit."""
     base_path = job.recipe.path(job.recipe.base(job.adapter.base).path)
     checkpoint = Checkpoint.open(base_path)
     adapter = alignment.read(job.recipe.path(job.adapter.path), checkpoint)
@@ -67,7 +67,7 @@ def read(job: Job, store: Store) -> Inputs:
     }
     if job.variant.plan is not None:
         facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
-    return Inputs(checkpoint, adapter, found.projections, base_digest, facts)
+    return Inputs(adapter, found.spec, base_digest, facts)
 
 
 def check(job: Job, digests: Mapping[str, str]) -> None:
