@@ -120,7 +120,7 @@ def _command(*words: object) -> float:
 
 
 def _parts(folder: Path, demo: Demo, weights: str) -> tuple[float, float]:
-    """Seconds of the base's own export with an adapter, and of one adapter's pack (medians of three and five)."""
+    """Seconds of the base's own export with an adapter, and of one's pack (medians of three and five)."""
     words = ("--mode", "branch", "--weights", weights, "-q", "--force")
     alone, first = folder / "alone", folder / NAME.format(0)
     exports = [_command("export", demo.base, first, "-o", alone, *words) for _ in range(3)]
