@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,7 +21,7 @@ from vera_edge.files import staged_folder
 from vera_edge.target import Export, ExportRequest
 from vera_edge.weight_rounding import BLOCK
 from vera_edge_genai import build, configs
-from vera_edge_onnx import adapters, branch, generated, groups, head, seed, sites, weights
+from vera_edge_onnx import adapters, branch, generated, groups, head, joining, seed, sites, weights
 from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
@@ -114,7 +115,18 @@ def _float_graph(
         if merged or not any(_is_partial(site, adapted) for site in found):
             break
     sites.check_covered(found, {module: shapes[module] for module in adapted}, "adapted")
-    return model, found, graph
+    return model, joining.join(model, found, partial(_fit_together, request, adapted)), graph
+
+
+def _fit_together(request: ExportRequest, adapted: Mapping[str, int], found: tuple[sites.Site, ...]) -> bool:
+    """Whether sites can be one product, all adapted or none."""
+    modules = {part.module for site in found for part in site.parts}
+    steps = [step for step in request.plan.steps if step.module in modules]
+    return (
+        len(steps) == len(modules)
+        and weights.can_join(request, steps)
+        and (request.plan.mode == "merged" or len({module in adapted for module in modules}) == 1)
+    )
 
 
 def _is_partial(site: sites.Site, adapted: Mapping[str, int]) -> bool:

@@ -32,7 +32,7 @@ class Group:
     @property
     def name(self) -> str:
         """The site's name, or "/model/layers.0/mlp/gate_proj+up_proj"."""
-        return "+".join([self.sites[0].name, *(site.name.rsplit("/", 1)[-1] for site in self.sites[1:])])
+        return joined_name(self.sites)
 
     @property
     def node(self) -> ir.Node:
@@ -42,6 +42,11 @@ class Group:
     @property
     def width(self) -> int:
         return sum(site.out_features for site in self.sites)
+
+
+def joined_name(sites: Sequence[Site]) -> str:
+    """The name of sites side by side."""
+    return "+".join([sites[0].name, *(site.name.rsplit("/", 1)[-1] for site in sites[1:])])
 
 
 def groups(sites: Sequence[Site], sizes: Mapping[str, int]) -> tuple[Group, ...]:

@@ -72,6 +72,15 @@ def runs_as(request: ExportRequest) -> str:
     return run
 
 
+def can_join(request: ExportRequest, steps: Sequence[Step]) -> bool:
+    """Whether weights run as the same integers in blocks, so that they can be one."""
+    kinds = {stored_as(step) for step in steps}
+    if runs_as(request) != kind(request.plan):
+        return len(kinds) == 1 and kinds <= set(_BNB4)
+    grids = {None if step.copies else grid_of(step, exported=True) for step in steps}
+    return kinds <= set(_INTEGERS) and len(grids) == 1 and None not in grids
+
+
 def is_four_bit(site: Site, steps: Mapping[str, Step]) -> bool:
     """Whether all of a site is NF4, or all of it FP4."""
     results = {stored_as(steps[part.module]) for part in site.parts}
