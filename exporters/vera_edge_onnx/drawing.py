@@ -55,6 +55,10 @@ class Task:
     main_input: str = "input_ids"
     half: bool = False
 
+    @property
+    def takes_text(self) -> bool:
+        return self.main_input == "input_ids"
+
 
 def task(architecture: str, model_type: str) -> Task:
     """The task of a model class by its name; raises TargetError when none of TASKS, or of another type."""

@@ -27,13 +27,13 @@ from vera_edge_onnx import (
     embeddings,
     generated,
     groups,
-    qdq,
+    ranges,
     seed,
     sites,
-    spans,
     tokenizer_config,
     weights,
 )
+from vera_edge_onnx.activations import Seen
 from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
@@ -57,8 +57,8 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as work:
             model, found, copy = _float_graph(request, task, Path(work))
             layout = groups.layout(found, adapters.sizes(request)) if branched else ()
-            ranges, notes = _calibrated(request, model, found, layout, Path(work))
-            shared, shipped = _weave(request, model, found, ranges)
+            seen, notes = _calibrated(request, task, model, found, layout, Path(work))
+            shared, shipped = _weave(request, model, found, seen)
             model.metadata_props.update(describe(request, KIND) | {"vera_edge.task": task.name})
             apart = generated.save(request, stage, model, MODEL, shared, shipped)
             _copy_beside(copy, stage, [value.name or "" for value in model.graph.inputs])
@@ -89,7 +89,7 @@ def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Ta
     reads = {step.activations for step in request.plan.steps}
     if unknown := sorted(reads - set(plans.ACTIVATIONS)):
         raise PlanError(f"the plan has {unknown[0]} activations; known: {', '.join(plans.ACTIVATIONS)}")
-    if "static" in reads and task.main_input != "input_ids":
+    if "static" in reads and not task.takes_text:
         raise TargetError(
             f"static activations need samples to find their ranges with, and {architecture} takes "
             f"{task.main_input}, which text can't be; export with --activations dynamic"
@@ -128,22 +128,27 @@ def _float_graph(
 
 def _calibrated(
     request: ExportRequest,
+    task: drawing.Task,
     model: ir.Model,
     found: tuple[sites.Site, ...],
     layout: Sequence[Piece],
     work: Path,
-) -> tuple[Mapping[str, qdq.Span], tuple[str, ...]]:
-    """The ranges of static activations, where there are some, and how they were found."""
-    if all(step.activations != "static" for step in request.plan.steps):
+) -> tuple[Mapping[str, Seen], tuple[str, ...]]:
+    """What text shows of int8 activations, where there are some, and how it was found, in words."""
+    reads = {step.activations for step in request.plan.steps}
+    if reads == {plans.FLOAT}:
         return {}, ()
-    return spans.of_text(request, model, found, layout, work)
+    readable = task.takes_text and (request.checkpoint.path / "tokenizer.json").is_file()
+    if "static" not in reads and not readable:
+        return {}, ("activations weren't calibrated: there is no tokenizer, or the model doesn't take text",)
+    return ranges.of_text(request, model, found, layout, work)
 
 
 def _weave(
     request: ExportRequest,
     model: ir.Model,
     found: tuple[sites.Site, ...],
-    ranges: Mapping[str, qdq.Span],
+    seen: Mapping[str, Seen],
 ) -> tuple[dict[str, Range], Shipped]:
     """Store each weight as the plan says and add the side-branches.
 
@@ -157,7 +162,7 @@ def _weave(
                 weaver.narrow_weight(site.node)
     adapted = adapters.sizes(request) if plan.mode == "branch" else {}
     dtype = request.options.get("projections", "fp32" if seed.wanted(request) else weights.beside(kind))
-    stored, vectors = weights.stored(request, found, ranges), adapters.vector_dtype(request)
+    stored, vectors = weights.stored(request, found, seen), adapters.vector_dtype(request)
     shipped = ship(request, found, stored)
     branch.weave(weaver, found, stored, adapted, request.projections, dtype, vectors)
     by_row = any(step.activations != plans.FLOAT for step in plan.steps)

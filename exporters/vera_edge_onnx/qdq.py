@@ -63,13 +63,18 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Dynamic:
-    """int8 rows times an x that is rounded to the range of its values, those of the whole batch."""
+    """int8 rows times an x that is rounded to the range of its values, those of the whole batch.
+
+    levels: what x is divided by first (in,); the rows are of a weight that was multiplied by it.
+    """
 
     rows: Rows
+    levels: Float32 | None = None
 
     def product(self, weaver: Weaver, x: ir.Value, weight: str, node: str, before: ir.Node) -> ir.Value:
         codes, scales = self.rows.values(weaver, weight)
         out, inside = self.rows.codes.shape
+        x = _levelled(weaver, x, self.levels, weight, node, before)
         rounded, scale, zero = _rounded(weaver, x, inside, node, before)
         shape = (*leading(x), out)
         summed = weaver.node(
@@ -101,14 +106,19 @@ def _rounded(weaver: Weaver, x: ir.Value, width: int, node: str, before: ir.Node
 
 @dataclass(frozen=True, eq=False)
 class Static:
-    """int8 rows times an x that is rounded to a range known beforehand."""
+    """int8 rows times an x that is rounded to a range known beforehand; `levels` as for Dynamic.
+
+    span: of x divided by the levels.
+    """
 
     rows: Rows
+    levels: Float32 | None
     span: Span
 
     def product(self, weaver: Weaver, x: ir.Value, weight: str, node: str, before: ir.Node) -> ir.Value:
         codes, scales = self.rows.values(weaver, weight)
         out, inside = self.rows.codes.shape
+        x = _levelled(weaver, x, self.levels, weight, node, before)
         wide = weaver.node(
             "DequantizeLinear",
             [codes, scales],
@@ -138,10 +148,18 @@ class Static:
         )
 
 
-def linear(parts: Sequence[Int8Weight], span: Span | None) -> Dynamic | Static:
-    """Weights stacked by rows, times an x of this span; without one, of the span that it has in each run."""
-    rows = Rows.of(parts)
-    return Dynamic(rows) if span is None else Static(rows, span)
+def _levelled(
+    weaver: Weaver, x: ir.Value, levels: Float32 | None, weight: str, node: str, before: ir.Node
+) -> ir.Value:
+    """x with its channels divided by `levels`."""
+    if levels is None:
+        return x
+    name = "levels/Mul"
+    made = next((user for user in x.consumers() if (user.name or "").endswith(f"/{name}")), None)
+    if made is not None:
+        return made.outputs[0]
+    factors = weaver.initializer(f"{weight}.x.levels", np.float32(1) / levels)
+    return weaver.node("Mul", [x, factors], f"{node}/{name}", (*leading(x), levels.size), before=before)
 
 
 def _reader(x: ir.Value, op: str) -> ir.Node | None:

@@ -14,12 +14,12 @@ from vera_edge.errors import PlanError, TargetError
 from vera_edge.formats import Bnb4Weight, Int8Weight, Weight
 from vera_edge.formats.affine import HoldsIntegers
 from vera_edge.formats.blocks import IntBlocks, quantize
-from vera_edge.formats.bnb8 import Int8
 from vera_edge.plan import FLOAT, SAME, Plan, Step
 from vera_edge.target import ExportRequest
 from vera_edge.tensors import Float32
 from vera_edge.weight_rounding import BLOCK, grid_of
-from vera_edge_onnx import integers, qdq
+from vera_edge_onnx import activations, integers
+from vera_edge_onnx.activations import Seen
 from vera_edge_onnx.corrected import correct
 from vera_edge_onnx.integers import Order
 from vera_edge_onnx.linear import Bnb4, Linear, join_bnb4
@@ -101,30 +101,25 @@ def _unknown(weights: str) -> TargetError:
     return TargetError(f"{weights} weights can't be stored in an ONNX graph; choose from {', '.join(KINDS)}")
 
 
-def activations(site: Site, steps: Mapping[str, Step]) -> str:
-    """What a site's int8 rows read, "dynamic" or "static"; "float" when its weight isn't in rows."""
-    here = [steps[part.module] for part in site.parts]
-    kinds = {step.activations if stored_as(step) == "int8" else FLOAT for step in here}
-    return kinds.pop() if len(kinds) == 1 else FLOAT
-
-
 def stored(
-    request: ExportRequest, sites: Sequence[Site], spans: Mapping[str, qdq.Span] = MappingProxyType({})
+    request: ExportRequest, sites: Sequence[Site], seen: Mapping[str, Seen] = MappingProxyType({})
 ) -> dict[str, Linear]:
     """The weight of every site, by site name; a site that isn't named is stored as float32.
 
-    spans: of what sites with static activations read, by its name in the graph.
+    seen: of what sites read whose activations were calibrated, by its name in the graph.
     Raises TargetError when a weight's blocks can't be held as they are, PlanError when there's no
     place for a correction.
     """
     steps = {step.module: step for step in request.plan.steps}
+    fixed = activations.fixed(request, sites, steps)
     found: dict[str, Linear] = {}
     for done, site in enumerate(sites):
         request.progress("quantizing", done, len(sites))
         results = {stored_as(steps[part.module]) for part in site.parts}
-        if (reads := activations(site, steps)) != FLOAT:
-            by_row = [_by_row(request, steps[part.module], part, rows) for part, rows in rows_of(site)]
-            found[site.name] = qdq.linear(by_row, spans[site.input.name or ""] if reads == "static" else None)
+        if (reads := activations.kind_of(site, steps)) != FLOAT:
+            name = site.input.name or ""
+            facts = (steps, reads, seen.get(name), name not in fixed)
+            found[site.name] = activations.linear(request, rows_of(site), *facts)
         elif results <= set(_INTEGERS):
             parts = [_blocks(request, steps[part.module], part, rows) for part, rows in rows_of(site)]
             found[site.name] = integers.join(parts)
@@ -183,16 +178,6 @@ def _rowwise(own: Int8Weight, part: Part) -> IntBlocks:
     count = codes.shape[1] // BLOCK
     scales = np.repeat(own.scales[part.start : part.stop, None] / np.float32(127), count, axis=1)
     return IntBlocks(8, codes.shape[1], codes.reshape(-1, count, BLOCK), scales)
-
-
-def _by_row(request: ExportRequest, step: Step, part: Part, rows: Float32) -> Int8Weight:
-    """A part's int8 codes with a scale for each row: LLM.int8's grid, and its own codes where it has some."""
-    codes = request.requantized.get(step.module)
-    made = _own(request, step) if codes is None else codes.bnb8()
-    if made is None:
-        return Int8().quantize(rows, {})
-    assert isinstance(made, Int8Weight)
-    return Int8Weight(made.codes[part.start : part.stop], made.scales[part.start : part.stop])
 
 
 def _bnb4(request: ExportRequest, step: Step, part: Part, rows: Float32) -> Bnb4:

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from onnx.reference import ReferenceEvaluator
 
 from tests import exported, tiny, tiny_encoder
@@ -26,6 +27,7 @@ from vera_edge.errors import PlanError, TargetError
 from vera_edge.formats.bnb8 import Int8
 from vera_edge.weight_rounding import Rounding, merge_to_folder
 from vera_edge_onnx import storage
+from vera_edge_onnx.activations import Seen
 from vera_edge_onnx.qdq import Dynamic, Rows, Span, Static
 
 KINDS = ("dynamic", "static")
@@ -40,7 +42,9 @@ def rows(out: int, width: int, seed: int = 0) -> tuple[Rows, Float32]:
 
 
 def linear(kind: str, weight: Rows, x: Float32) -> Dynamic | Static:
-    return Dynamic(weight) if kind == "dynamic" else Static(weight, Span(float(x.min()), float(x.max())))
+    return (
+        Dynamic(weight) if kind == "dynamic" else Static(weight, None, Span(float(x.min()), float(x.max())))
+    )
 
 
 def saved(linears: Sequence[Dynamic | Static], x: Float32, folder: Path) -> Path:
@@ -92,6 +96,37 @@ def test_onnx_runtime_fuses_a_product_and_x_is_rounded_once(kind: str, tmp_path:
     rounds = "DynamicQuantizeLinear" if kind == "dynamic" else "QuantizeLinear"
     assert operators(path)[rounds] == 1
     assert optimized(path, tmp_path) == Counter({rounds: 1, "MatMulIntegerToFloat": 2})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_levelled_channels_change_the_product_by_less(kind: str, tmp_path: Path) -> None:
+    """Three channels of x are fifty times the others, and the product stays that of all of them."""
+    x, weight = drawn(40, 96, seed=1), drawn(24, 96, seed=2)
+    x[:, :3] *= 50
+    seen = Seen(np.full(96, np.inf, np.float32), np.full(96, -np.inf, np.float32)).with_values(x)
+    errors = []
+    for name, levels in (("plain", None), ("levelled", seen.levels())):
+        weights = Rows.nearest(weight if levels is None else weight * levels)
+        one = Dynamic(weights, levels) if kind == "dynamic" else Static(weights, levels, seen.span(levels))
+        path = saved([one, one], x, tmp_path / name)
+        assert operators(path)["Mul"] == (levels is not None) + 4 * (kind == "dynamic")
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        found: Any = session.run(None, {"x": x})[0]
+        standard: Any = ReferenceEvaluator(str(path)).run(None, {"x": x})
+        np.testing.assert_allclose(found, standard[0], atol=1e-3 * np.abs(found).max())
+        errors.append(np.square(found - x @ weight.T).mean())
+    assert errors[1] < 0.2 * errors[0]
+
+
+@given(hnp.arrays(np.float32, (5, 7), elements=st.floats(-(2.0**20), 2.0**20, width=32)))
+def test_levels_only_shrink_and_keep_values_within_the_span(x: Float32) -> None:
+    infinite = np.full(7, np.inf, np.float32)
+    seen = Seen(infinite, -infinite).with_values(x)
+    levels = seen.levels()
+    assert (levels >= 1).all() and np.isfinite(levels).all()
+    span = seen.span(levels)
+    assert span.low <= (x / levels).min() and (x / levels).max() <= span.high
+    assert max(abs(span.low), abs(span.high)) <= np.abs(x).max()
 
 
 @given(st.floats(-1e6, 1e6, width=32), st.floats(-1e6, 1e6, width=32), st.integers(0, 99))

@@ -1,4 +1,4 @@
-"""The range of what each linear layer reads, found by running the float graph over text.
+"""The range of each channel of what int8 layers read, found by running the float graph over text.
 
 With side-branches it runs alone and with each adapter, so that a range holds what any of them makes of the
 text. All values count, the rarest too: see docs/export.md for what leaving some out was measured to cost.
@@ -18,10 +18,11 @@ import onnxruntime
 
 from vera_edge import packing
 from vera_edge.packing import Piece
+from vera_edge.plan import FLOAT
 from vera_edge.target import ExportRequest
 from vera_edge.weight_rounding import calibration_texts
-from vera_edge_onnx import adapters, branch, storage, weights
-from vera_edge_onnx.qdq import Span
+from vera_edge_onnx import adapters, branch, storage
+from vera_edge_onnx.activations import Seen, kind_of
 from vera_edge_onnx.sites import Site
 from vera_edge_onnx.weaver import Weaver
 
@@ -32,29 +33,29 @@ _TOKENS = 8192  # of all texts
 
 def of_text(
     request: ExportRequest, model: ir.Model, found: Sequence[Site], layout: Sequence[Piece], work: Path
-) -> tuple[dict[str, Span], tuple[str, ...]]:
-    """The span of every x that is read as static activations, by its name; and how they were found, in words.
+) -> tuple[dict[str, Seen], tuple[str, ...]]:
+    """What was seen of every x that int8 rows read, by its name; and how, in words.
 
     model: the float graph, which stays as it is. found: its linear layers. layout: of the graph's vectors.
     work: a folder to write to. Raises DataError without usable text, CheckpointError without a tokenizer.
     """
     steps = {step.module: step for step in request.plan.steps}
-    names = sorted({site.input.name or "" for site in found if weights.activations(site, steps) == "static"})
+    widths = {site.input.name or "": site.in_features for site in found if kind_of(site, steps) != FLOAT}
+    names = sorted(widths)
     texts = calibration_texts(request.checkpoint, request.text, _TOKENS)
     running = _session(request, model, found, names, work / "ranges" / "model.onnx")
-    spans: dict[str, Span] = {}
-    sets = (
-        [packing.vectors(adapter, layout, weight) for adapter, weight in request.adapters] if layout else []
-    )
+    nothing = {name: np.full(width, np.inf, np.float32) for name, width in widths.items()}
+    seen = {name: Seen(infinite, -infinite) for name, infinite in nothing.items()}
+    branched = request.adapters if layout else ()
+    sets = [packing.vectors(adapter, layout, weight) for adapter, weight in branched]
     for done, text in enumerate(texts):
         request.progress("calibrating", done, len(texts))
         for vectors in ({}, *sets):
             arrays = running.run(names, {**_feeds(running, text), **vectors})
             for name, array in zip(names, arrays, strict=True):
-                low, high = spans.get(name, (np.inf, -np.inf))
-                spans[name] = Span(min(low, float(array.min())), max(high, float(array.max())))
+                seen[name] = seen[name].with_values(array)
     count = sum(len(text) for text in texts)
-    return spans, (f"activations were calibrated on {count} tokens of {request.text} text",)
+    return seen, (f"activations were calibrated on {count} tokens of {request.text} text",)
 
 
 def _session(
