@@ -36,6 +36,10 @@ class Seen:
         rows = values.reshape(-1, values.shape[-1])
         return Seen(np.minimum(self.low, rows.min(axis=0)), np.maximum(self.high, rows.max(axis=0)))
 
+    @property
+    def finite(self) -> bool:
+        return bool(np.isfinite(self.low).all() and np.isfinite(self.high).all())
+
     def levels(self) -> Float32:
         """What to divide each channel by: 1 up to the median of their magnitudes, beyond it a power of the
         ratio. None is multiplied, so a channel that the text left alone can't grow past the others."""

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import onnxruntime
 
 from vera_edge import packing
+from vera_edge.errors import DataError
 from vera_edge.packing import Piece
 from vera_edge.plan import FLOAT
 from vera_edge.target import ExportRequest
@@ -54,6 +55,11 @@ def of_text(
             arrays = running.run(names, {**_feeds(running, text), **vectors})
             for name, array in zip(names, arrays, strict=True):
                 seen[name] = seen[name].with_values(array)
+    if broken := [name for name, one in seen.items() if not one.finite]:
+        raise DataError(
+            f"{request.checkpoint.path} computes NaN or infinity from {request.text} text ({broken[0]}), so "
+            "its activations have no range; check the model"
+        )
     count = sum(len(text) for text in texts)
     return seen, (f"activations were calibrated on {count} tokens of {request.text} text",)
 

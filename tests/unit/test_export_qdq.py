@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx.reference import ReferenceEvaluator
+from safetensors.numpy import load_file, save_file
 
 from tests import exported, tiny, tiny_encoder
 from tests.conftest import Cli
@@ -23,7 +25,7 @@ from tests.unit.test_export_linear import Float32, drawn, graph
 from vera_edge import bundle, merge, target
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.device.encoder import Encoder
-from vera_edge.errors import PlanError, TargetError
+from vera_edge.errors import DataError, PlanError, TargetError
 from vera_edge.formats.bnb8 import Int8
 from vera_edge.weight_rounding import Rounding, merge_to_folder
 from vera_edge_onnx import storage
@@ -300,6 +302,18 @@ def test_weights_are_rounded_with_care_when_asked_and_the_plan_says_what_is_read
     assert bundle.read(tmp_path / "rtn").files == bundle.read(folders["merged", "static"]).files
     name = "encoder.layer.0.output.dense.weight.int8"
     assert (exported.data(tmp_path / "rtn", name) != exported.data(tmp_path / "gptq", name)).any()
+
+
+def test_a_model_that_computes_no_numbers_has_no_ranges(encoder: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = encoder
+    shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["encoder.layer.0.output.LayerNorm.weight"] *= np.float32(1e38)
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    given: Any = {"weights": "int8", "options": {"activations": "static"}}
+    with pytest.raises(DataError, match="computes NaN or infinity from built-in text") as caught:
+        target.export(tmp_path / "base", [(adapter, 1.0)], tmp_path / "out", **given)
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_done_is_refused_in_one_sentence(
