@@ -1,8 +1,9 @@
 """One artefact, its consumers: the same greedy text, the same embedding, in all of them.
 
-Exports the demo's decoder (merged and as a side-branch, int8) and an encoder (float32 and int8), opens each
-folder in vera_edge, plain ONNX Runtime, ONNX Runtime GenAI, Optimum and Transformers.js, and exits 1 when one
-says something else. Run by scripts/test_consumers, which makes the environments.
+Exports the demo's decoder (merged and as a side-branch, int8) and an encoder (float32, int8, and int8 with
+int8 activations, dynamic and static), opens each folder in vera_edge, plain ONNX Runtime, ONNX Runtime GenAI,
+Optimum and Transformers.js, and exits 1 when one says something else. Run by scripts/test_consumers, which
+makes the environments.
 """
 
 from __future__ import annotations
@@ -23,8 +24,14 @@ from vera_edge import frozen_graph, target
 HERE = Path(__file__).resolve().parent / "consumers"
 PROMPT, COUNT = "The for statement is used to", 24
 SENTENCE = "An adapter of kilobytes, swapped in milliseconds."
-# Largest difference of an embedding from PEFT's, relative to its scale; int8 drifts by the format.
-LIMITS = {"fp32": 1e-4, "int8": 0.1}
+# Weights, activations, and the largest difference of an embedding from PEFT's, relative to its scale; int8
+# drifts by the format.
+ENCODERS = (
+    ("fp32", "float", 1e-4),
+    ("int8", "float", 0.1),
+    ("int8", "dynamic", 0.2),
+    ("int8", "static", 0.2),
+)
 
 
 def main(environments: Path) -> int:
@@ -66,9 +73,9 @@ def _compare(what: str, commands: list[list[str]], words: list[str]) -> bool:
 def _encoders(commands: list[list[str]], work: Path) -> bool:
     demo, failed = demo_encoder.prepare(), False
     truth = _embedding(demo)
-    for weights, limit in LIMITS.items():
-        folder = work / f"encoder-{weights}"
-        target.export(demo.base, [(demo.adapter, 1.0)], folder, weights=weights)
+    for weights, activations, limit in ENCODERS:
+        folder, options = work / f"encoder-{weights}-{activations}", {"activations": activations}
+        target.export(demo.base, [(demo.adapter, 1.0)], folder, weights=weights, options=options)
         for command in commands:
             one = _run([*command, str(folder), SENTENCE, "--embed"])
             error = float(np.abs(np.array(one["embedding"]) - truth).max() / np.abs(truth).max())
