@@ -29,6 +29,7 @@ from vera_edge.manifest import (
     FileEntry,
     Json,
     Manifest,
+    check_limits,
     parse,
 )
 from vera_edge.progress import Progress, silent
@@ -44,6 +45,7 @@ __all__ = [
     "Manifest",
     "as_json",
     "change",
+    "check_limits",
     "read",
     "verify",
     "write",

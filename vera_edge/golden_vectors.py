@@ -5,7 +5,7 @@ The device part only reads and compares them; this is where they are made, with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from vera_edge import alignment, bundle, provenance
@@ -15,7 +15,7 @@ from vera_edge.device import golden, golden_encoder
 from vera_edge.device.chat import Text
 from vera_edge.device.encoder import CLASSES, Encoder
 from vera_edge.device.golden import PROMPTS, Reference
-from vera_edge.errors import BundleError, DataError, MismatchError, PlanError
+from vera_edge.errors import BundleError, DataError, MismatchError, OutputError, PlanError
 from vera_edge.files import read_json
 from vera_edge.progress import Progress, silent
 
@@ -48,7 +48,7 @@ def attach(
         new_tokens,
         progress=progress,
     )
-    return _list(manifest, golden.write(folder, made), limits, progress)
+    return _put(manifest, lambda: golden.write(folder, made), limits, progress)
 
 
 def attach_to_encoder(
@@ -63,7 +63,7 @@ def attach_to_encoder(
     encoder = Encoder.open(folder, None if bundle.read(folder).mode == "branch" else "default")
     _check_names(encoder.manifest, references)
     cases = golden_encoder.make(references, encoder, texts, progress)
-    return _list(encoder.manifest, golden_encoder.write(folder, cases, reference), limits, progress)
+    return _put(encoder.manifest, lambda: golden_encoder.write(folder, cases, reference), limits, progress)
 
 
 def _check_names(manifest: Manifest, references: Iterable[str | None]) -> None:
@@ -72,17 +72,29 @@ def _check_names(manifest: Manifest, references: Iterable[str | None]) -> None:
         raise MismatchError(f"{manifest.folder} has no adapter {strange[0]!r} to make golden vectors for")
 
 
-def _list(manifest: Manifest, name: str, limits: Mapping[str, float] | None, progress: Progress) -> Manifest:
+def _put(
+    manifest: Manifest, write: Callable[[], str], limits: Mapping[str, float] | None, progress: Progress
+) -> Manifest:
+    """Write the file and list it; when that fails the bundle is as it was."""
+    path = manifest.folder / golden.FILE
+    before = path.read_bytes() if path.is_file() else None
     bound = manifest.limits if limits is None else limits
-    return bundle.write(manifest.folder, bundle.change(manifest, golden=name, limits=bound), progress)
+    try:
+        facts = bundle.change(manifest, golden=write(), limits=bound)
+        return bundle.write(manifest.folder, facts, progress)
+    except BaseException:
+        path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+        raise
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
     """One prompt a line; empty lines are skipped. Raises DataError when there is none."""
     try:
         lines = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as cause:
-        raise DataError(f"{path} can't be read as UTF-8 text: {cause}") from None
+    except OSError as cause:
+        raise DataError(f"{path} can't be read: {cause.strerror}") from None
+    except UnicodeDecodeError as cause:
+        raise DataError(f"{path} can't be read as UTF-8 text (byte {cause.start})") from None
     if not lines:
         raise DataError(f"{path} holds no prompt; write one a line")
     return lines
@@ -101,11 +113,14 @@ def ask(
 
     prompts: or the texts of an encoder; None takes the built-in ones. One adapter of a branch bundle at a
     time, or all that were merged, each with its weight. Raises MismatchError when the bundle was made of
-    another base or another adapter.
+    another base or another adapter, OutputError when it is signed, PlanError on a limit that nothing keeps.
     """
     from vera_edge.reference import open_reference
 
+    bundle.check_limits(limits or {}, "options")
     manifest = bundle.read(folder)
+    if (folder / bundle.SIGNATURE).exists():
+        raise OutputError(f"{folder} is signed, so nothing can be added to it; make golden vectors first")
     checkpoint = Checkpoint.open(base)
     if checkpoint.digest != manifest.base["digest"]:
         raise MismatchError(

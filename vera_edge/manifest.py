@@ -6,13 +6,14 @@ only: a device reads it before anything else is imported.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from vera_edge.errors import BundleError
+from vera_edge.errors import BundleError, PlanError
 from vera_edge.files import safe_join
 
 MANIFEST = "vera_edge.json"
@@ -141,6 +142,20 @@ def parse(value: Mapping[str, Json], folder: Path, path: Path) -> Manifest:
     _check_adapters(value, files, need)
     facts = {key: value[key] for key in FIELDS if key in value}
     return Manifest(folder=folder, files=files, digest=value["digest"], **facts)
+
+
+def check_limits(limits: Mapping[str, float], where: str) -> None:
+    """Raise PlanError, naming `where`, for a limit that no figure can keep.
+
+    That is one that isn't finite, a "max_" below 0, a "min_" above 1: what has a least is a share or cosine.
+    """
+    for name, bound in limits.items():
+        if not math.isfinite(bound):
+            raise PlanError(f"{where}: {name} is {bound!r} where a finite number belongs")
+        if name.startswith("max_") and bound < 0:
+            raise PlanError(f"{where}: {name} is {bound:g}, which nothing can keep; give 0 or more")
+        if name.startswith("min_") and bound > 1:
+            raise PlanError(f"{where}: {name} is {bound:g}, which nothing can keep; give 1 or less")
 
 
 def _is_int32(value: Json) -> bool:

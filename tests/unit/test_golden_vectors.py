@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from tests import tiny
 from vera_edge import bundle, golden_vectors, target
 from vera_edge.device.session import Session
 from vera_edge.device.validate import validate
-from vera_edge.errors import DataError, MismatchError, PlanError
+from vera_edge.errors import DataError, MismatchError, OutputError, PlanError
 
 PROMPTS = ("The adapter", "Merge the two in float32, then quantize again")
 
@@ -55,6 +56,41 @@ def test_another_base_or_adapter_is_refused(
         golden_vectors.ask(exported, tiny_llama.nf4, [])
     with pytest.raises(MismatchError, match="no adapter 'other'"):
         golden_vectors.attach(exported, {"other": Session.open(exported)}, "x")
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_kl": float("nan")}, {"max_kl": float("inf")}, {"max_kl": -1}, {"min_top1": 99}]
+)
+def test_a_limit_that_nothing_can_keep_is_refused(
+    exported: Path, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, limits: dict[str, float]
+) -> None:
+    with pytest.raises(PlanError, match=r"options: m\w+_"):
+        golden_vectors.ask(exported, tiny_llama.nf4, [(tiny_adapter, 1.0)], limits)
+    with pytest.raises(PlanError, match=r"options: m\w+_"):
+        validate(exported, limits=limits)
+
+
+def test_a_bundle_stays_as_it_was_when_its_golden_vectors_cannot_be_listed(
+    exported: Path,
+    tiny_llama: tiny.TinyLlama,
+    tiny_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    before = bundle.verify(folder)
+
+    def full(*_: object) -> None:
+        raise OutputError("no space left")
+
+    asked = (folder, tiny_llama.nf4, [(tiny_adapter, 1.0)], None, PROMPTS)
+    with monkeypatch.context() as changed, pytest.raises(OutputError, match="no space"):
+        changed.setattr(bundle, "write", full)
+        golden_vectors.ask(*asked)
+    assert bundle.verify(folder) == before
+    (folder / bundle.SIGNATURE).write_text("signed")
+    with pytest.raises(OutputError, match="is signed"):
+        golden_vectors.ask(*asked)
 
 
 def test_prompts_come_one_a_line(tmp_path: Path) -> None:

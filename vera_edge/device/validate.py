@@ -95,16 +95,18 @@ def validate(
     """Validate the bundle in `folder` on this device.
 
     max_memory: bytes that this process may have held at its peak. limits: replace those of the manifest,
-    where not None. Raises BundleError when the bundle is damaged or carries no golden vectors to judge by.
+    where not None. Raises BundleError when the bundle is damaged or carries no golden vectors to judge by,
+    PlanError when nothing can keep one of `limits`.
     """
-    began = time.monotonic()
+    began, given = time.monotonic(), {name: bound for name, bound in limits.items() if bound is not None}
+    bundle.check_limits(given, "options")
     progress("verifying", 0, 1)
     encoder = bundle.read(folder).kind == "encoder"
     model = Encoder.open(folder, threads=threads) if encoder else Session.open(folder, threads=threads)
     manifest = model.manifest
     if manifest.golden is None:
-        raise BundleError(f"{folder} carries no golden vectors; export it again with a reference to ask")
-    held = dict(manifest.limits) | {name: bound for name, bound in limits.items() if bound is not None}
+        raise BundleError(f"{folder} carries no golden vectors; `vera-edge golden` puts them there")
+    held = dict(manifest.limits) | given
     drift: list[Drift] = []
     encoder_drift: list[EncoderDrift] = []
     if isinstance(model, Encoder):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vera_edge import bundle
 from vera_edge.drift.bootstrap import MIN_WINDOWS
 from vera_edge.drift.comparison import Comparison, Estimate
 from vera_edge.drift.encoder_report import EncoderReport
@@ -80,12 +81,13 @@ def read_limits(path: Path) -> dict[str, float]:
 
 
 def check_limits(limits: Mapping[str, Any], where: str) -> dict[str, float]:
-    """`limits` with every name known and every bound a number; raises PlanError naming `where`."""
+    """`limits`, every name known and every bound one that can be kept; raises PlanError naming `where`."""
     for name, bound in limits.items():
         if name not in METRICS:
             raise PlanError(f"{where}: there is no limit {name!r}; known are {', '.join(METRICS)}")
-        if isinstance(bound, bool) or not isinstance(bound, int | float) or bound != bound:
+        if isinstance(bound, bool) or not isinstance(bound, int | float):
             raise PlanError(f"{where}: {name} is {bound!r} where a number belongs")
+    bundle.check_limits(limits, where)
     return {name: float(bound) for name, bound in limits.items()}
 
 
