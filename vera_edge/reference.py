@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from vera_edge.adapter import Adapter
@@ -160,15 +161,48 @@ def load_dense(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM")
     if type(config) not in mapping:
         raise CheckpointError(f"transformers has no {auto_class} for model type {config.model_type!r}")
     tensors = {name: torch.from_numpy(values) for name, values in _dense_tensors(checkpoint)}
+    return _loaded(mapping[type(config)], config, checkpoint, tensors)
+
+
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when a decoder lacks a tensor, or has one of another shape: transformers would
+    make up its values. Reads no tensor; says nothing of models that transformers doesn't know.
+    """
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if not isinstance(name, str) or not name.endswith(("ForCausalLM", "LMHeadModel")):
+        return
+    cls = getattr(transformers, name, None)
+    if cls is None or checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
+        return
+    config = _config(checkpoint)
+    if type(config) is not cls.config_class:
+        return
+    shapes = {name: checkpoint.tensors[name].shape for name in checkpoint.other_names}
+    for module, linear in checkpoint.linears.items():
+        shapes[f"{module}.weight"] = linear.shape[::-1] if checkpoint.is_conv1d(module) else linear.shape
+    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    _loaded(cls, config, checkpoint, tensors, device_map="meta")
+
+
+def _loaded(
+    cls: Any, config: Any, checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], **options: Any
+) -> Any:
+    """A model of class `cls` with these tensors and no others."""
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _quiet():
         try:
-            model, loading = mapping[type(config)].from_pretrained(
-                None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
-            )
+            model, loading = cls.from_pretrained(None, config=config, state_dict=tensors, **options)
         except (RuntimeError, ValueError) as cause:
             raise CheckpointError(f"{checkpoint.path} doesn't fit its config.json: {_first(cause)}") from None
     if missing := sorted(loading["missing_keys"]):
         raise CheckpointError(f"{checkpoint.path} lacks tensor {missing[0]}, which its config.json asks for")
+    if wrong := sorted(loading["mismatched_keys"]):
+        name, found, asked = wrong[0]
+        raise CheckpointError(
+            f"tensor {name} of {checkpoint.path} has shape {list(found)}, and its config.json asks for "
+            f"{list(asked)}"
+        )
     return model
 
 
@@ -186,7 +220,13 @@ def _config(checkpoint: Checkpoint) -> Any:
             f"{checkpoint.path / 'config.json'}: transformers {transformers.__version__} has no model type "
             f"{model_type!r}; models that bring their own code aren't run"
         )
-    return transformers.CONFIG_MAPPING[model_type].from_dict(facts)
+    try:
+        return transformers.CONFIG_MAPPING[model_type].from_dict(facts)
+    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as cause:
+        what = " ".join(str(cause).split())
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'} describes no {model_type} model: {what}"
+        ) from None
 
 
 def _dense_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -222,8 +262,9 @@ def _with_adapters(
         _set_vectors(layers, name, adapter, weight)
         for layer in layers.values():
             layer.vera_A[name], layer.vera_B[name] = a, b
-        _set_saved_modules(wrapped.base_model.model, name, adapter)
-        swaps += [_bias_swap(layers, module, values, adapter) for module, values in adapter.biases.items()]
+        swaps += _set_saved_modules(wrapped.base_model.model, name, adapter)
+        for module, values in adapter.biases.items():
+            swaps.append(_swap(wrapped.base_model.model, f"{module}.bias", values, adapter))
     wrapped.base_model.set_adapter(names)
     return wrapped, swaps
 
@@ -255,8 +296,12 @@ def _set_vectors(layers: Mapping[str, Any], name: str, adapter: Adapter, weight:
             parameter.data = torch.from_numpy(np.array(values, np.float32))
 
 
-def _set_saved_modules(model: Any, name: str, adapter: Adapter) -> None:
-    """Put the adapter's whole copies of modules where PEFT keeps them, so that it switches them itself."""
+def _set_saved_modules(model: Any, name: str, adapter: Adapter) -> list[_Swap]:
+    """Put the adapter's whole copies of modules where PEFT keeps them, so that it switches them itself.
+
+    Returns what it won't: embeddings and heads that are saved since they are adapted, not trained whole.
+    """
+    swaps = []
     wrappers = {
         path: wrapper
         for path, wrapper in model.named_modules()
@@ -265,20 +310,25 @@ def _set_saved_modules(model: Any, name: str, adapter: Adapter) -> None:
     for key, raw in adapter.modules_to_save.items():
         path = next((path for path in wrappers if key.startswith(f"{path}.")), None)
         if path is None:
-            raise AdapterError(f"{adapter.path} saves {key} whole, but its modules_to_save doesn't name it")
+            swaps.append(_swap(model, key, raw.float32(), adapter))
+            continue
         parameter = wrappers[path].modules_to_save[name].get_parameter(key.removeprefix(f"{path}."))
         if tuple(parameter.shape) != raw.shape:
             raise MismatchError(
                 f"{key} of {adapter.path} has shape {list(raw.shape)}, and the base's {list(parameter.shape)}"
             )
         parameter.data = torch.from_numpy(np.array(raw.float32()))
+    return swaps
 
 
-def _bias_swap(layers: Mapping[str, Any], module: str, values: Float32, adapter: Adapter) -> _Swap:
-    parameter = layers[module].get_base_layer().bias if module in layers else None
+def _swap(model: nn.Module, name: str, values: Float32, adapter: Adapter) -> _Swap:
+    """Put a tensor that the adapter holds whole in the place of the base's."""
+    module, _, last = name.rpartition(".")  # an adapted layer holds the base's as a part
+    known = dict(model.named_parameters(remove_duplicate=False))
+    parameter = known.get(f"{module}.base_layer.{last}", known.get(name))
     if parameter is None or tuple(parameter.shape) != values.shape:
         raise MismatchError(
-            f"{adapter.path} holds a trained bias for {module}, where the base has none like it"
+            f"{adapter.path} holds {name} of shape {list(values.shape)}, where the base has none like it"
         )
     base, trained = parameter.data, torch.from_numpy(np.array(values, np.float32))
     parameter.data = trained

@@ -17,7 +17,7 @@ from bitsandbytes.functional import dequantize_4bit
 
 from tests import tiny
 from vera_edge import adapter as adapters
-from vera_edge import provenance
+from vera_edge import provenance, target
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, MismatchError
 from vera_edge.reference import Reference, open_reference
@@ -155,6 +155,35 @@ def test_trained_biases_go_with_the_adapter(tiny_gpt2: Path, tmp_path: Path) -> 
     np.testing.assert_allclose(reference.adapter_off().logits(TOKENS), base, atol=2e-5)
 
 
+def test_every_bias_goes_with_the_adapter(tiny_gpt2: Path, tmp_path: Path) -> None:
+    """Those of norms and of layers without vectors too, which bias="all" trains."""
+    settings = peft.VeraConfig(r=8, target_modules=["c_attn"], bias="all", fan_in_fan_out=True)
+    trained = peft.get_peft_model(tiny.load(tiny_gpt2), settings)
+    tiny.randomize(trained, 0.25, 1)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if name.endswith("bias"):
+                parameter.add_(0.3)
+    trained.save_pretrained(tmp_path / "adapter")
+    reference = _open(tiny_gpt2, tmp_path / "adapter")
+    np.testing.assert_allclose(reference.logits(TOKENS), _logits(trained.eval()), atol=5e-5)
+    base = _logits(tiny.load(tiny_gpt2))
+    np.testing.assert_allclose(reference.adapter_off().logits(TOKENS), base, atol=2e-5)
+
+
+def test_a_head_that_is_saved_since_it_is_adapted(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
+    model = tiny.load(tiny_llama.fp32, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 0.5)
+    base = tiny.save(model, tmp_path / "untied")
+    folder = tiny.make_adapter(base, tmp_path / "adapter", targets=("q_proj", "lm_head"))
+    assert "lm_head.weight" in adapters.read(folder).modules_to_save
+    trained = peft.PeftModel.from_pretrained(tiny.load(base), folder)
+    reference = _open(base, folder)
+    np.testing.assert_allclose(reference.logits(TOKENS), _logits(trained.eval()), atol=2e-5)
+    np.testing.assert_allclose(reference.adapter_off().logits(TOKENS), _logits(tiny.load(base)), atol=2e-5)
+
+
 def test_bfloat16_compute_differs_a_little(tiny_llama: tiny.TinyLlama, tiny_adapter: Path) -> None:
     reference = _open(tiny_llama.nf4, tiny_adapter)
     full, rounded = reference.logits(TOKENS), reference.bfloat16().logits(TOKENS)
@@ -182,6 +211,26 @@ def test_a_base_that_lacks_a_tensor_is_refused(tiny_llama: tiny.TinyLlama, tmp_p
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"lacks tensor model\.layers\.2"):
         open_reference(Checkpoint.open(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3, "layer_types": None}, r"lacks tensor model\.layers\.2"),
+        ({"tie_word_embeddings": False}, r"lacks tensor lm_head\.weight"),
+        ({"vocab_size": 385}, r"embed_tokens\.weight of .* has shape \[384, 64\], .* asks for \[385, 64\]"),
+        ({"num_attention_heads": "four"}, "describes no llama model"),
+    ],
+)
+def test_nothing_is_exported_whose_values_transformers_would_make_up(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama.nf4, tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        target.export(folder, [(tiny_adapter, 1.0)], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_size_is_refused(
