@@ -109,6 +109,8 @@ def _configured(signer: Signer) -> Any:
     except (OSError, ValueError, TypeError) as cause:
         raise BundleError(f"the signing key {signer.key} can't be used: {_one_line(cause)}") from None
     except Exception as cause:  # sigstore's own errors, which share no base with anything
+        if signer.key is not None:  # of another kind: an RSA key has no curve to look at
+            raise BundleError(f"the signing key {signer.key} isn't an elliptic-curve key; make one") from None
         raise BundleError(f"keyless signing needs the network: {_one_line(cause)}") from None
 
 
@@ -135,6 +137,8 @@ def check(folder: Path, trust: Trust) -> Signature | None:
     was signed.
     """
     path = folder / SIGNATURE
+    if trust.keys is not None:
+        _trusted_files(trust.keys)  # a mistyped path is told, signature or not
     if not path.is_file():
         if trust.required:
             raise BundleError(f"{folder} isn't signed, and a signature is required; sign it or take another")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from tests.conftest import Cli
 from vera_edge import bundle, signing
@@ -218,6 +219,12 @@ def test_the_command_signs(signed: Path, keys: tuple[Path, Path], cli: Cli) -> N
 def test_a_key_that_is_none_leaves_the_old_signature(signed: Path, keys: tuple[Path, Path]) -> None:
     with pytest.raises(BundleError, match="can't be used"):
         signing.sign(signed, Signer(keys[1]))
+    other = rsa.generate_private_key(65537, 2048).private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+    )
+    (signed.parent / "rsa.pem").write_bytes(other)
+    with pytest.raises(BundleError, match="isn't an elliptic-curve key"):
+        signing.sign(signed, Signer(signed.parent / "rsa.pem"))
     assert signing.check(signed, Trust(keys[1], required=True)) is not None
 
 
@@ -227,6 +234,9 @@ def test_no_trusted_keys_at_hand(signed: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(BundleError, match="holds no trusted public key"):
         signing.check(signed, Trust(tmp_path / "empty"))
+    (signed / bundle.SIGNATURE).unlink()
+    with pytest.raises(BundleError, match="holds no trusted public key"):
+        signing.check(signed, Trust(tmp_path / "mistyped.pem"))
 
 
 def test_commands_hold_a_bundle_to_its_signature(signed: Path, keys: tuple[Path, Path], cli: Cli) -> None:
@@ -238,3 +248,5 @@ def test_commands_hold_a_bundle_to_its_signature(signed: Path, keys: tuple[Path,
         result = cli(*command, *policy)
         assert result.exit_code == 2 and "isn't signed" in result.stderr
     assert not (signed.parent / "device").exists()
+    told = cli("verify", signed, "--trusted-keys", keys[1])
+    assert told.exit_code == 0 and "isn't signed" in told.stderr

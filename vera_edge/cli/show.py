@@ -96,7 +96,7 @@ def out() -> Console:
 
 def err() -> Console:
     """The console for talk (stderr)."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def print_json(value: Mapping[str, Any]) -> None:

@@ -29,6 +29,8 @@ def checks_signature(folder: str) -> Callable[[Callable[..., None]], Callable[..
             signature = signing.check(words[folder], trust)
             if signature is not None:
                 err().print(f"signed by {signature.by}", markup=False)
+            elif trusted_keys is not None or trusted_identity is not None:
+                err().print(f"{words[folder]} isn't signed; --require-signature refuses it", markup=False)
             command(**words)
 
         keys = click.option(
