@@ -41,6 +41,11 @@ def _check_layer(adapter: Adapter, checkpoint: Checkpoint, module: str) -> None:
     linear = checkpoint.linears.get(module)
     if linear is None:
         known = "isn't a linear layer there" if f"{module}.weight" in checkpoint.tensors else "isn't there"
+        if module == "lm_head" and checkpoint.config.get("tie_word_embeddings"):
+            raise MismatchError(
+                f"{adapter.path} adapts lm_head, which {checkpoint.path} stores as its embeddings; save that "
+                "base with a head of its own (tie_word_embeddings false) and give it"
+            )
         raise MismatchError(
             f"{adapter.path} adapts {module}, which {known} in {checkpoint.path}; {_advice(adapter)}"
         )

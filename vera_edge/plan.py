@@ -197,6 +197,8 @@ def _step(
 ) -> Step:
     result = weights if weights != SAME and _may_become(checkpoint, linear, weights) else linear.format
     chosen: Mapping[str, Any]
+    if options and result == weights and result in formats.FORMATS:
+        _check_options(linear, result, options)
     if result == linear.format:
         chosen = formats.get(result).options_of(linear)
     elif result in DENSE:
@@ -206,6 +208,18 @@ def _step(
     else:  # a format that only an exporter knows
         chosen = dict(options)
     return Step(linear.module, action, linear.format, result, linear.shape, dict(chosen))
+
+
+def _check_options(linear: StoredLinear, result: str, options: Mapping[str, Any]) -> None:
+    """Raise PlanError on options that the format lacks, or that a layer of that format has otherwise."""
+    known = formats.get(result).options(options)
+    own = formats.get(result).options_of(linear) if result == linear.format else known
+    for key in options:
+        if own.get(key) != known[key]:
+            raise PlanError(
+                f"{linear.module} is stored as {result} with {key} {own.get(key)} and keeps that; leave "
+                f"{key} out or choose another format"
+            )
 
 
 def _may_become(checkpoint: Checkpoint, linear: StoredLinear, weights: str) -> bool:

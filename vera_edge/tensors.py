@@ -86,11 +86,15 @@ class RawTensor:
         return self.data.view(DTYPES[self.dtype][1]).reshape(self.shape)
 
     def float32(self) -> Float32:
-        """The values as float32, exact for every float dtype up to 32 bits. Raises CheckpointError else."""
+        """The values as float32, exact for every float dtype up to 32 bits. Raises CheckpointError else.
+
+        What of a float64 is too large for float32 becomes infinite.
+        """
         if self.dtype == "BF16":
             return bf16_to_float32(self.array())
         if self.dtype in ("F16", "F32", "F64"):
-            return self.array().astype(np.float32)
+            with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite
+                return self.array().astype(np.float32)
         raise CheckpointError(f"a {self.dtype} tensor of shape {list(self.shape)} stands where floats belong")
 
 

@@ -230,6 +230,13 @@ def test_refuses(
         read(folder)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_double_beyond_float32_is_not_finite(written: Write) -> None:
+    folder = written({LAMBDA_B: torch.full((6,), 1e300, dtype=torch.float64)})
+    with pytest.raises(AdapterError, match="holds NaN or infinite values"):
+        read(folder)
+
+
 def test_refuses_another_method_as_peft_wrote_it(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

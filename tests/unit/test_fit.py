@@ -47,6 +47,12 @@ def test_names_a_module_that_is_no_linear(checkpoint: Checkpoint) -> None:
         check_fit(golden(vectors=vectors), checkpoint)
 
 
+def test_says_when_an_adapted_head_is_the_embeddings(checkpoint: Checkpoint) -> None:
+    vectors = {"lm_head": golden().vectors[DOWN]}
+    with pytest.raises(MismatchError, match=r"lm_head, which .* stores as its embeddings"):
+        check_fit(golden(vectors=vectors), checkpoint)
+
+
 @pytest.mark.parametrize("outputs", [63, 65])
 def test_names_both_shapes(checkpoint: Checkpoint, outputs: int) -> None:
     vectors = {DOWN: Vectors(np.ones(outputs, np.float32), np.ones(4, np.float32))}

@@ -66,7 +66,7 @@ def read_text(source: str | Path) -> Text:
     except UnicodeDecodeError as cause:
         raise DataError(f"{source} isn't UTF-8 text (byte {cause.start}); give a plain text file") from None
     if not content.strip():
-        raise DataError(f"{source} holds no text; give a file with some, or --data {BUILT_IN}")
+        raise DataError(f"{source} holds no text; give a file with some, or {BUILT_IN}")
     return Text(str(source), content, sha256_bytes(raw))
 
 
@@ -78,7 +78,7 @@ def _read_file(path: Path) -> bytes:
             )
         return path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path} is missing; give a text file, or --data {BUILT_IN}") from None
+        raise DataError(f"{path} is missing; give a text file, or {BUILT_IN}") from None
     except OSError as cause:
         raise DataError(f"{path} can't be read: {cause.strerror}") from None
 

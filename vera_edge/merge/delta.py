@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from vera_edge.adapter import Adapter
-from vera_edge.errors import CheckpointError
+from vera_edge.errors import AdapterError, CheckpointError
 from vera_edge.formats import Weight, row_chunks
 from vera_edge.merge.measure import ROWS
 from vera_edge.projection import Projections
@@ -55,12 +55,18 @@ class Delta:
         (`get_delta_weight`).
         """
         stop = start + len(out)
-        for number, ((lambda_b, _), scaled_a) in enumerate(zip(self._terms, self._scaled_a, strict=True)):
-            scaled_b = lambda_b[start:stop, None] * self._b[start:stop]
-            if number == 0:
-                np.matmul(scaled_b, scaled_a, out=out)
-            else:
-                out += scaled_b @ scaled_a
+        with _quiet():
+            for number, ((lambda_b, _), scaled_a) in enumerate(zip(self._terms, self._scaled_a, strict=True)):
+                scaled_b = lambda_b[start:stop, None] * self._b[start:stop]
+                if number == 0:
+                    np.matmul(scaled_b, scaled_a, out=out)
+                else:
+                    out += scaled_b @ scaled_a
+
+
+def _quiet() -> np.errstate:
+    """Let values grow infinite without a warning: they're found in the end, and told in a sentence."""
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 def merged_rows(
@@ -69,7 +75,7 @@ def merged_rows(
     """The base's weight plus the delta, piece by piece: the first row, and float32 (rows, in).
 
     A piece has a multiple of `multiple` rows and of `measure.ROWS`, but for the last. It is written over by
-    the next one. Raises CheckpointError when it isn't finite.
+    the next one. Raises CheckpointError when the base isn't finite, AdapterError when the sum isn't.
     """
     (out, columns), multiple = base.shape, math.lcm(ROWS, multiple)
     count = min(out, max(1, PRODUCT_VALUES // columns // multiple) * multiple)
@@ -80,8 +86,14 @@ def merged_rows(
             delta.into(piece, start)
         for first, stop in row_chunks(piece.shape):
             rows, own = piece[first:stop], base.rows(start + first, start + stop)
-            np.copyto(rows, own) if delta is None else np.add(rows, own, out=rows)
+            with _quiet():
+                np.copyto(rows, own) if delta is None else np.add(rows, own, out=rows)
             if not np.isfinite(rows).all():
+                if np.isfinite(own).all():
+                    raise AdapterError(
+                        f"what the adapter adds to {module} is beyond float32; its vectors or its weight are "
+                        "too large for anything sound"
+                    )
                 raise CheckpointError(
                     f"the weight of {module} holds NaN or infinite values, so nothing sound can be made of "
                     "it; the checkpoint is damaged: copy it again"

@@ -111,5 +111,7 @@ def measure(
 
 
 def _dot(left: Float32, right: Float32) -> float:
-    """The inner product: float32 within a row, float64 over rows."""
-    return float(np.einsum("ij,ij->i", left, right).sum(dtype=np.float64))
+    """The inner product: float32 within a row, float64 over rows; float64 throughout where that overflows."""
+    with np.errstate(over="ignore"):
+        found = float(np.einsum("ij,ij->i", left, right).sum(dtype=np.float64))
+    return found if math.isfinite(found) else float(np.einsum("ij,ij->", left, right, dtype=np.float64))
