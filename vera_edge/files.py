@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -88,7 +88,8 @@ def safe_join(root: Path, relative: str, error: type[VeraEdgeError] = BundleErro
     within = [root.resolve()]
     if within[0].parent.name == "snapshots":
         within.append(within[0].parent.parent / "blobs")
-    if not any(path.resolve().is_relative_to(folder) for folder in within):
+    # Not Path.resolve, which raises on links in a circle: those are found when they're read.
+    if not any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in within):
         raise error(f"{path} leads out of {root} through a link; replace the link by the file itself")
     return path
 
@@ -134,6 +135,8 @@ def make_folder(path: Path) -> None:
 @contextmanager
 def open_atomic(path: Path) -> Iterator[BinaryIO]:
     """A stream into a temporary file that takes the place of `path` when the block ends without an error."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file to write")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL_MARK}", dir=path.parent)
@@ -167,12 +170,22 @@ def _umask() -> int:
     return current
 
 
-def check_output(path: Path, force: bool) -> None:
-    """Raise OutputError when `path` is taken and `force` isn't given, before any work is done."""
+def check_output(path: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """Raise OutputError before any work is done when `path` is taken and `force` isn't given.
+
+    With `force` too when replacing it would delete one of `inputs`, or the folder this process is in.
+    """
+    if path.is_symlink() and not path.exists():
+        raise OutputError(f"{path} is a link that leads nowhere; remove it or choose another name")
     if path.is_file() and not force:
         raise OutputError(f"{path} exists; choose another name or pass --force to replace it")
-    if path.is_dir() and any(path.iterdir()) and not force:
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not force:
         raise OutputError(f"{path} exists and isn't empty; choose another name or pass --force to replace it")
+    for kept in (*inputs, Path.cwd()):
+        if Path(os.path.realpath(kept)).is_relative_to(path.resolve()):
+            raise OutputError(f"replacing {path} would delete {kept}; choose another name")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from vera_edge import provenance
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError
-from vera_edge.files import canonical_json, staged_folder, write_atomic
+from vera_edge.files import canonical_json, check_output, staged_folder, write_atomic
 from vera_edge.projection import Projections
 from vera_edge.tensors import RawTensor, write_header
 
@@ -46,6 +46,7 @@ def to_lora(
     """
     adapter = adapters.read(adapter_path)
     checkpoint = Checkpoint.open(base or _named_base(adapter))
+    check_output(out, force, (adapter_path, checkpoint.path))
     found = provenance.resolve(adapter, checkpoint, projection_dtype)
     if adapter.biases:
         raise AdapterError(

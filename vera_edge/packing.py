@@ -6,6 +6,7 @@ bundle's base, projections or layers is refused here, with the field that differ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from vera_edge import adapter as adapters
 from vera_edge import bundle
 from vera_edge.adapter import Adapter
 from vera_edge.bundle import Manifest
-from vera_edge.errors import AdapterError, MismatchError
+from vera_edge.errors import AdapterError, MismatchError, OutputError, PlanError
 from vera_edge.files import canonical_json, check_output, sha256_bytes, write_atomic
 from vera_edge.projection import Projections, ProjectionSpec
 from vera_edge.tensors import Float32
@@ -139,8 +140,15 @@ def pack(
 
 
 def pack_folder(adapter: Path, folder: Path, path: Path, weight: float = 1.0, force: bool = False) -> Packed:
-    """`pack` for a PEFT folder and a bundle's folder. Raises OutputError when `path` is taken."""
+    """`pack` for a PEFT folder and a bundle's folder. Raises OutputError when `path` is taken or in there."""
     check_output(path, force)
+    if not math.isfinite(weight):
+        raise PlanError(f"the weight of {adapter} is {weight}; give a finite number")
+    if path.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(
+            f"{path} is in the bundle {folder}, which holds what its manifest lists and no more; choose "
+            "a place outside of it"
+        )
     return pack(adapters.read(adapter), bundle.read(folder), path, weight)
 
 

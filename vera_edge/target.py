@@ -249,7 +249,7 @@ def export(
     made: a plan for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
-    check_output(out, force)
+    check_output(out, force, (base, *(path for path, _ in adapter_paths)))
     exporter = find(target)
     if not adapter_paths:
         raise PlanError("give at least one adapter to export")
@@ -260,6 +260,9 @@ def export(
     projections = plans.check_projections(read, [one.projections for one in found])
     if made is not None:
         plans.check_made_for(made, checkpoint, read, projections)
+    from vera_edge.reference import check_complete  # imports torch
+
+    check_complete(checkpoint)
     options = dict(options or {})
     plan = made or plans.make(checkpoint, read, mode, weights, projections=projections)
     plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))

@@ -183,8 +183,9 @@ def merge_to_folders(
 
     Calibration, where the method needs it, is done for one after the other, before all else.
     """
+    inputs = [path for out, one in ready.items() for path in one.merge(out).inputs]
     for out in ready:
-        check_output(out, force)
+        check_output(out, force, inputs)
     with ExitStack() as held:
         merges = []
         for out, one in ready.items():

@@ -162,3 +162,5 @@ def test_refusals(tmp_path: Path, weights: bytes) -> None:
     fetch(str(source), tmp_path / "target")
     with pytest.raises(OutputError, match="--force"):
         fetch(str(source), tmp_path / "target")
+    with pytest.raises(OutputError, match="would delete"):
+        fetch(str(source), tmp_path / "target", tmp_path / "target", force=True)

@@ -68,6 +68,21 @@ def test_install_switch_and_roll_back(tmp_path: Path, old: Path, new: Path) -> N
     assert content(dst) == b"old adapter"
 
 
+def test_a_place_that_cannot_be_one_is_left_alone(tmp_path: Path, old: Path, new: Path) -> None:
+    before = sorted(old.rglob("*"))
+    for inside in (old, old / "device"):
+        with pytest.raises(OutputError, match="choose another place"):
+            install(old, inside)
+    with pytest.raises(OutputError, match="would delete"):
+        make_patch(old, new, old, force=True)
+    make_patch(old, new, tmp_path / "patch")
+    with pytest.raises(BundleError, match="nothing is installed"):
+        rollback(tmp_path / "none")
+    with pytest.raises(BundleError, match="install the whole bundle"):
+        install(tmp_path / "patch", tmp_path / "none", partial=True)
+    assert sorted(old.rglob("*")) == before and not (tmp_path / "none").exists()
+
+
 def test_only_the_last_good_version_is_kept(tmp_path: Path, old: Path, new: Path) -> None:
     dst, third = tmp_path / "device", make(tmp_path / "third", b"third")
     for source in (old, new, third):

@@ -71,3 +71,6 @@ def test_refusals(tmp_path: Path, tiny_llama: tiny.TinyLlama, tiny_adapter: Path
     (tmp_path / "lora" / "x").touch()
     with pytest.raises(OutputError, match="--force"):
         to_lora(tiny_adapter, tmp_path / "lora", tiny_llama.nf4)
+    with pytest.raises(OutputError, match="would delete"):
+        to_lora(foreign, foreign, tiny_llama.nf4, force=True)
+    assert json.loads((foreign / "adapter_config.json").read_text())["peft_type"] == "VERA"

@@ -28,10 +28,11 @@ from vera_edge import formats, merge, tensors
 from vera_edge import plan as plans
 from vera_edge.adapter import Adapter, Vectors
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.errors import CheckpointError, MismatchError, OutputError, PlanError
+from vera_edge.errors import AdapterError, CheckpointError, MismatchError, OutputError, PlanError
 from vera_edge.projection import Projections, ProjectionSpec, regenerate
 from vera_edge.reference import load_dense
 from vera_edge.tensors import Float32
+from vera_edge.weight_rounding import merge_to_folder
 
 TOKENS = torch.arange(3, 63)[None] * 5 % 384
 FORMATS = ["fp32", "sharded", "fp16", "bf16", "nf4", "fp4", "int8"]
@@ -469,6 +470,44 @@ class TestRefused:
         assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
         merge.to_folder(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out", force=True)
         assert not (tmp_path / "out" / "mine.txt").exists()
+
+    @pytest.mark.parametrize("to_input", [True, False])
+    def test_an_output_that_would_replace_an_input(
+        self, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, to_input: bool
+    ) -> None:
+        base = Path(shutil.copytree(tiny_llama.nf4, tmp_path / "both" / "base"))
+        adapter = Path(shutil.copytree(tiny_adapter, tmp_path / "both" / "adapter"))
+        ready, out = merge.prepare(base, [(adapter, 1.0)], "fp32"), adapter if to_input else adapter.parent
+        with pytest.raises(OutputError, match="would delete"):
+            merge.perform(ready, out, force=True)
+        with pytest.raises(OutputError, match="would delete"):
+            merge_to_folder(ready, out, force=True)
+        assert (adapter / "adapter_config.json").is_file() and (base / "config.json").is_file()
+
+    def test_options_that_would_be_passed_over(
+        self, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+    ) -> None:
+        for to, options, message in (
+            ("nf4", {"blocksize": 128}, "stored as nf4 with blocksize 64 and keeps that"),
+            ("nf4", {"double_quant": False}, "with double_quant True and keeps that"),
+            ("nf4", {"blocksize": 48}, "reads no 4-bit block size 48"),
+            ("nf4", {"blocksize": -1}, "reads no 4-bit block size -1"),
+            ("fp32", {"blocksize": 64}, "fp32 takes no option 'blocksize'"),
+        ):
+            with pytest.raises(PlanError, match=message):
+                merge.to_folder(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out", to, options)
+        own = {"blocksize": 64, "double_quant": True}
+        merge.to_folder(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out", "nf4", own)
+
+    @pytest.mark.filterwarnings("error::RuntimeWarning")
+    def test_a_delta_beyond_float32(
+        self, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(AdapterError, match="beyond float32"):
+            merge.to_folder(tiny_llama.nf4, [(tiny_adapter, 3e38)], tmp_path / "out", "fp32")
+        assert self.nothing_in(tmp_path)
+        report = merge.to_folder(tiny_llama.nf4, [(tiny_adapter, 1e37)], tmp_path / "out", "fp32")
+        assert report.survival.retained == pytest.approx(1)  # its squares are beyond float32, it isn't
 
     def test_an_unknown_format(self, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path) -> None:
         with pytest.raises(PlanError, match="no weight format is called 'int3'"):

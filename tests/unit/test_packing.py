@@ -13,7 +13,7 @@ from tests.conftest import Cli
 from vera_edge import adapter as adapters
 from vera_edge import bundle, packing, target
 from vera_edge.device.session import Session
-from vera_edge.errors import MismatchError
+from vera_edge.errors import MismatchError, OutputError, PlanError
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,14 @@ def test_an_adapter_of_another_kind_is_refused(
     result = cli("adapter", "pack", other, "--for", branch, "-o", tmp_path / "x.onnx_adapter")
     assert result.exit_code == 2 and words in result.stderr
     assert not (tmp_path / "x.onnx_adapter").exists()
+
+
+def test_a_bundle_holds_only_what_it_lists(branch: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is in the bundle"):
+        packing.pack_folder(tiny_adapter, branch, branch / "adapters" / "more.onnx_adapter")
+    with pytest.raises(PlanError, match="give a finite number"):
+        packing.pack_folder(tiny_adapter, branch, tmp_path / "x.onnx_adapter", float("nan"))
+    bundle.verify(branch)
 
 
 def test_a_merged_bundle_takes_no_adapter(

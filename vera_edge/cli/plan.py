@@ -98,7 +98,7 @@ def plan(
     request.check()
     check_output(file, force)
     if keep is not None:
-        check_output(keep, force)
+        check_output(keep, force, (base, adapter, *(path for path, _ in more)))
     from vera_edge.precision.choose import choose  # imports torch
 
     with show.progress_bar(quiet or as_json) as progress:

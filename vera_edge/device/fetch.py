@@ -51,7 +51,7 @@ def fetch(
     it. Raises BundleError when the source isn't a sound bundle or doesn't answer, OutputError when the
     target can't be written.
     """
-    check_output(target, force)
+    check_output(target, force, [path for path in (Path(source), have) if path is not None])
     link = _Link(_reader(source), source)
     stage = target.absolute().with_name(f".{target.name}{PARTIAL_MARK}fetch")
     try:

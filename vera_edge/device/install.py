@@ -22,7 +22,14 @@ from typing import BinaryIO
 from vera_edge import bundle
 from vera_edge.bundle import Manifest
 from vera_edge.errors import BundleError, OutputError
-from vera_edge.files import PARTIAL_MARK, fsync_folder, output_error, staged_folder, write_atomic
+from vera_edge.files import (
+    PARTIAL_MARK,
+    check_output,
+    fsync_folder,
+    output_error,
+    staged_folder,
+    write_atomic,
+)
 from vera_edge.progress import Progress, silent
 
 CURRENT = "current"
@@ -68,6 +75,12 @@ def install(
     BundleError when `src` is damaged, OutputError when the disk is too small or can't be written.
     """
     manifest = bundle.read(src) if partial else bundle.verify(src, deep=False)
+    if dst.resolve().is_relative_to(src.resolve()):
+        raise OutputError(
+            f"{dst} is in {src} itself, which holds nothing but the bundle; choose another place"
+        )
+    if partial and not (dst / _VERSIONS).is_dir():
+        _sources(manifest, None)  # all must come with it, or nothing is made of the place
     with _locked(dst):
         running = _running(dst)
         _tidy(dst, running)
@@ -88,6 +101,8 @@ def rollback(dst: Path, progress: Progress = silent) -> Installed:
 
     Raises BundleError when there is none or it is damaged: then nothing changes.
     """
+    if not (dst / _VERSIONS).is_dir():
+        raise BundleError(f"nothing is installed in {dst}; give the folder that `vera-edge install` wrote to")
     with _locked(dst):
         running = _running(dst)
         before = _before(dst, running) if running else None
@@ -105,6 +120,7 @@ def make_patch(old: Path, new: Path, out: Path, force: bool = False, progress: P
 
     That is the new manifest and the files whose content isn't in `old`. Install it with `partial`.
     """
+    check_output(out, force, (old, new))
     had = {entry.sha256 for entry in bundle.verify(old, progress=progress).files.values()}
     manifest = bundle.verify(new, progress=progress)
     size = 0

@@ -154,6 +154,6 @@ def to_folder(
     resources: Resources = ONE_PROCESS,
 ) -> MergeReport:
     """`prepare` and `perform`: merge adapters into a base and write the model to `out`."""
-    check_output(out, force)
+    check_output(out, force, (base, *(path for path, _ in adapters)))
     ready = prepare(base, adapters, to, options, projection_dtype)
     return perform(ready, out, progress, force, resources=resources)

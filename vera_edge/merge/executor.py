@@ -62,6 +62,11 @@ class Merge:
     notes: Sequence[str] = ()
     requantized: Mapping[str, Codes] = field(default_factory=dict)
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The folders it reads."""
+        return (self.checkpoint.path, *(adapter.path for adapter, _ in self.adapters))
+
 
 def write(
     plan: Plan,
@@ -117,7 +122,7 @@ def _job(merge: Merge, force: bool, max_shard_bytes: int, resources: Resources) 
     facts = (merge.plan, merge.checkpoint, merge.adapters, merge.projections)
     check_plan(*facts)
     tidy(merge.out)
-    check_output(merge.out, force)
+    check_output(merge.out, force, merge.inputs)
     key = key_of(merge.plan, merge.requantized, max_shard_bytes)
     folder = files_of(merge.out, key)
     return Job(key, *facts, merge.requantized, folder, max_shard_bytes, resources.in_flight or 1)
