@@ -499,12 +499,13 @@ class TestRefused:
         own = {"blocksize": 64, "double_quant": True}
         merge.to_folder(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out", "nf4", own)
 
-    @pytest.mark.filterwarnings("error::RuntimeWarning")
+    @pytest.mark.filterwarnings("error:overflow:RuntimeWarning")
     def test_a_delta_beyond_float32(
         self, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
     ) -> None:
+        large = tiny.make_adapter(tiny_llama.nf4, tmp_path / "large", strength=100)
         with pytest.raises(AdapterError, match="beyond float32"):
-            merge.to_folder(tiny_llama.nf4, [(tiny_adapter, 3e38)], tmp_path / "out", "fp32")
+            merge.to_folder(tiny_llama.nf4, [(large, 1e38)], tmp_path / "out", "fp32")
         assert self.nothing_in(tmp_path)
         report = merge.to_folder(tiny_llama.nf4, [(tiny_adapter, 1e37)], tmp_path / "out", "fp32")
         assert report.survival.retained == pytest.approx(1)  # its squares are beyond float32, it isn't

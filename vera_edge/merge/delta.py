@@ -38,7 +38,8 @@ class Delta:
             if module in adapter.vectors:
                 vectors = adapter.vectors[module]
                 projections.check(vectors.lambda_b, vectors.lambda_d, in_features)
-                self._terms.append((np.float32(weight) * vectors.lambda_b, vectors.lambda_d))
+                with _quiet():
+                    self._terms.append((np.float32(weight) * vectors.lambda_b, vectors.lambda_d))
         self._a = projections.a[:, :in_features]
 
     @property
