@@ -231,6 +231,30 @@ def test_an_encoder_is_measured_by_what_it_retrieves(
     assert refused.exit_code == 2 and "gives no text" in refused.stderr
 
 
+def test_an_exported_encoder_is_measured_as_a_merged_one(
+    cli: Cli,
+    encoder: tuple[Path, Path, Path],
+    tiny_llama: tiny.TinyLlama,
+    tiny_adapter: Path,
+    tmp_path: Path,
+) -> None:
+    base, adapter, _ = encoder
+    exact, coarse = tmp_path / "exact", tmp_path / "coarse"
+    words = ("export", base, adapter, "--mode", "branch", "--weights")
+    assert cli(*words, "fp32", "-o", exact).exit_code == 0
+    assert cli(*words, "int4", "--method", "rtn", "-o", coarse).exit_code == 0
+    found = [
+        json.loads(cli("drift", adapter, out, "--base", base, "--json").stdout) for out in (exact, coarse)
+    ]
+    cosines = [report["embeddings"]["cosine"]["value"] for report in found]
+    assert cosines[0] > 0.999999 and 0.9 < cosines[1] < 0.9999
+    assert found[0]["retained"]["value"] > 0.999
+    refused = cli("drift", tiny_adapter, exact, "--base", tiny_llama.nf4)
+    assert refused.exit_code == 2 and "gives no text" in refused.stderr
+    refused = cli("drift", exact, coarse)
+    assert refused.exit_code == 2 and "can't be the reference" in refused.stderr
+
+
 def test_a_classifier_is_measured_by_its_answers(cli: Cli, tmp_path: Path) -> None:
     from transformers import BertConfig, BertForSequenceClassification
 

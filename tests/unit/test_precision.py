@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 
-from tests import tiny
+from tests import tiny, tiny_encoder
 from tests.conftest import Cli
 from tests.unit.test_writeback import letters
 from vera_edge import merge, target
@@ -414,6 +414,13 @@ def test_what_cant_be_asked_is_refused(
     done = cli("plan", tiny_llama.nf4, tiny_adapter, *words, "-o", tmp_path / "plan.json")
     assert done.exit_code == 2 and said in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_without_text_is_refused_before_any_work(cli: Cli, tmp_path: Path) -> None:
+    base, adapter = tiny_encoder.make(tiny_encoder.EMBEDDINGS, tmp_path)
+    done = cli("plan", base, adapter, "--max-kl", "1", "-o", tmp_path / "plan.json")
+    assert done.exit_code == 2 and "gives no text" in done.stderr
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_a_limit_that_nothing_keeps_is_refused_with_what_can_be_had(make: Plan) -> None:

@@ -17,7 +17,7 @@ from vera_edge.drift.models import Candidate, Trained
 from vera_edge.drift.result import DriftReport, TextFacts, WorstText
 from vera_edge.drift.verdict import judge
 from vera_edge.drift.windows import Text, Windows
-from vera_edge.errors import DataError
+from vera_edge.errors import DataError, MismatchError
 from vera_edge.progress import Progress, silent
 
 _CONTEXT_SHOWN = 24
@@ -70,8 +70,7 @@ def assess(request: Request, progress: Progress = silent) -> DriftReport:
 def assess_any(request: Request, progress: Progress = silent) -> DriftReport | EncoderReport:
     """`assess`, and for models that give embeddings or classes what is measured of those."""
     opened = _open(request, progress)
-    checkpoint = opened.trained.checkpoint
-    if checkpoint is None or models.auto_class_of(checkpoint) == "AutoModelForCausalLM":
+    if _gives_text(opened.trained):
         return _assess_text(request, opened, progress)
     if request.by_layer or request.text_only:
         raise DataError(
@@ -83,6 +82,10 @@ def assess_any(request: Request, progress: Progress = silent) -> DriftReport | E
     )
 
 
+def _gives_text(trained: Trained) -> bool:
+    return trained.checkpoint is None or models.auto_class_of(trained.checkpoint) == models.TEXT
+
+
 def _open(request: Request, progress: Progress) -> _Opened:
     text = windows.read_text(request.data)
     progress("opening the models", 0, 2)
@@ -90,6 +93,8 @@ def _open(request: Request, progress: Progress) -> _Opened:
     progress("opening the models", 1, 2)
     candidate = models.open_candidate(request.candidate, request.exact)
     progress("opening the models", 2, 2)
+    if _gives_text(trained) and candidate.auto_class != models.TEXT:
+        raise MismatchError(f"{request.candidate} gives no text, and {request.reference} does")
     check_vocabularies(trained.runner, candidate.runner)
     windows.check_tokenizers(text, [trained.folder, candidate.folder])
     return _Opened(trained, candidate, text, _tokenizer(trained, candidate))

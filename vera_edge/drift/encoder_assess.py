@@ -23,11 +23,12 @@ from vera_edge.errors import DataError, MismatchError
 from vera_edge.progress import Progress
 
 if TYPE_CHECKING:
+    from vera_edge.drift.exported_encoder import ExportedEncoder
     from vera_edge.reference import Reference
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
-Encode = Callable[["Reference", Int64], Float32]
+Encode = Callable[["Reference | ExportedEncoder", Int64], Float32]
 
 _TEXTS = 500
 _LONGEST = 256
@@ -47,12 +48,13 @@ def assess_encoder(
     """
     assert trained.checkpoint is not None
     task = models.auto_class_of(trained.checkpoint)
-    if candidate.checkpoint is None or models.auto_class_of(candidate.checkpoint) != task:
+    if candidate.auto_class != task:
         raise MismatchError(
             f"{candidate.artefact.path} isn't a model of the kind of {trained.artefact.path}; "
-            "give a merged folder"
+            "give a merged or exported folder of it"
         )
-    texts = cut_texts(text, tokenizer, min(_LONGEST, trained.context or _LONGEST))
+    bounds = [_LONGEST, trained.context, candidate.context]
+    texts = cut_texts(text, tokenizer, min(bound for bound in bounds if bound))
     encode = _embed if task == "AutoModel" else _classify
     reference = _outputs(trained.runner, texts, encode, "the reference", progress)
     found = _outputs(candidate.runner, texts, encode, "the artefact", progress)
@@ -95,18 +97,19 @@ def cut_texts(text: Text, tokenizer: Tokenizer, longest: int) -> list[Int64]:
     return [np.asarray(found.ids, np.int64) for found in tokenizer.encode_batch(chosen)]
 
 
-def _embed(runner: Reference, tokens: Int64) -> Float32:
+def _embed(runner: Reference | ExportedEncoder, tokens: Int64) -> Float32:
     return runner.embed(tokens)
 
 
-def _classify(runner: Reference, tokens: Int64) -> Float32:
+def _classify(runner: Reference | ExportedEncoder, tokens: Int64) -> Float32:
     return runner.classify(tokens)
 
 
 def _outputs(runner: object, texts: list[Int64], encode: Encode, who: str, progress: Progress) -> Float32:
+    from vera_edge.drift.exported_encoder import ExportedEncoder
     from vera_edge.reference import Reference
 
-    assert isinstance(runner, Reference)
+    assert isinstance(runner, Reference | ExportedEncoder)
     found = []
     for index, tokens in enumerate(texts):
         progress(f"running {who}", index, len(texts))

@@ -24,6 +24,7 @@ from vera_edge.projection import Projections
 if TYPE_CHECKING:
     from vera_edge.target import Runner
 
+TEXT = "AutoModelForCausalLM"  # the transformers class of what gives text
 # Branch exports whose base weights are exactly the trained base's, and so can stand for it.
 _EXACT_WEIGHTS = ("fp32", "nf4", "fp4")
 
@@ -51,7 +52,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Candidate:
-    """The artefact; `checkpoint` is set when its weights can be read layer by layer."""
+    """The artefact; `checkpoint` is set when its weights can be read layer by layer.
+
+    `auto_class`: see `auto_class_of`.
+    """
 
     runner: Runner
     artefact: Artefact
@@ -59,6 +63,7 @@ class Candidate:
     context: int | None
     notes: tuple[str, ...] = ()
     checkpoint: Checkpoint | None = None
+    auto_class: str = TEXT
 
 
 def open_trained(
@@ -131,6 +136,8 @@ def _trained_export(path: Path) -> Trained:
     from vera_edge.device.session import Session
 
     manifest = bundle.read(path)
+    if manifest.kind == "encoder":
+        raise MismatchError(f"{path} gives no text, and can't be the reference; give the adapter folder")
     if manifest.mode != "branch" or manifest.weights not in _EXACT_WEIGHTS:
         raise MismatchError(
             f"{path} is a {manifest.mode} export with {manifest.weights} weights, which isn't the model as "
@@ -183,7 +190,7 @@ def open_candidate(path: Path, exact: bool = False) -> Candidate:
     checkpoint = Checkpoint.open(path)
     from vera_edge import reference
 
-    weights, notes = _weights_of(checkpoint), []
+    weights, notes, auto_class = _weights_of(checkpoint), [], auto_class_of(checkpoint)
     quantized = "quantization_config" in checkpoint.config
     if quantized and not exact and (odd := _split_blocks(checkpoint)):
         exact = True
@@ -192,19 +199,26 @@ def open_candidate(path: Path, exact: bool = False) -> Candidate:
             "aren't whole blocks"
         )
     if quantized and not exact:
-        runner = reference.load_as_stored(checkpoint, auto_class_of(checkpoint))
+        runner = reference.load_as_stored(checkpoint, auto_class)
         kind = f"checkpoint, {weights}, bitsandbytes kernels"
     else:
-        runner = reference.open_reference(checkpoint, auto_class=auto_class_of(checkpoint))
+        runner = reference.open_reference(checkpoint, auto_class=auto_class)
         kind = f"checkpoint, {weights}, computed in float32"
-    return Candidate(runner, _artefact(path, kind), path, _context(checkpoint), tuple(notes), checkpoint)
+    facts = (_artefact(path, kind), path, _context(checkpoint), tuple(notes), checkpoint, auto_class)
+    return Candidate(runner, *facts)
 
 
 def _candidate_export(path: Path) -> Candidate:
+    manifest = bundle.read(path)
+    kind = f"{manifest.mode} export, {manifest.weights} weights, ONNX Runtime"
+    if manifest.kind == "encoder":
+        from vera_edge.drift.exported_encoder import ExportedEncoder
+
+        encoder = ExportedEncoder(path)
+        return Candidate(encoder, _artefact(path, kind), path, encoder.context, auto_class=encoder.auto_class)
     from vera_edge.device.session import Session
 
     session = Session.open(path)
-    kind = f"{session.manifest.mode} export, {session.manifest.weights} weights, ONNX Runtime"
     return Candidate(session, _artefact(path, kind), path, session.decoder.context)
 
 
@@ -216,7 +230,7 @@ def auto_class_of(checkpoint: Checkpoint) -> str:
         return "AutoModelForSequenceClassification"
     if name.endswith("Model") and not name.endswith("LMHeadModel"):
         return "AutoModel"
-    return "AutoModelForCausalLM"
+    return TEXT
 
 
 def _split_blocks(checkpoint: Checkpoint) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from vera_edge import merge
 from vera_edge import plan as plans
 from vera_edge import target as targets
-from vera_edge.drift import windows
+from vera_edge.drift import models, windows
 from vera_edge.errors import PlanError
 from vera_edge.files import PARTIAL_MARK, output_error, staged_folder
 from vera_edge.merge import Prepared
@@ -49,6 +49,11 @@ def choose(
     request.check()
     targets.find(request.target)
     merged = merge.prepare(base, adapters, SAME, None, projection_dtype)
+    if models.auto_class_of(merged.checkpoint) != models.TEXT:
+        raise PlanError(
+            f"{base} gives no text, and a plan is made by what a model says; choose --weights and measure "
+            "the export with vera-edge drift"
+        )
     facts = (merged.checkpoint, merged.adapters, request.mode, SAME, None, merged.projections)
     ready = replace(merged, plan=plans.make(*facts))
     check_adapters(ready)
