@@ -181,13 +181,19 @@ def _is_saved_module(module: str, config: Mapping[str, Any]) -> bool:
 
     PEFT takes a name as an ending: "norm" also names `layers.0.input_layernorm`.
     """
+    return not _EMBEDDINGS.isdisjoint(module.split(".")) or lies_in(module, named_whole(config))
+
+
+def named_whole(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names in `modules_to_save`."""
     named = config.get("modules_to_save")
-    endings = (
-        tuple(name for name in named if name and isinstance(name, str)) if isinstance(named, list) else ()
-    )
+    return tuple(name for name in named if name and isinstance(name, str)) if isinstance(named, list) else ()
+
+
+def lies_in(module: str, endings: tuple[str, ...]) -> bool:
+    """Whether a module or one that it lies in has one of these endings."""
     parts = module.split(".")
-    paths = (".".join(parts[: count + 1]) for count in range(len(parts)))
-    return not _EMBEDDINGS.isdisjoint(parts) or any(path.endswith(endings) for path in paths)
+    return any(".".join(parts[: count + 1]).endswith(endings) for count in range(len(parts)))
 
 
 def _floats(key: str, raw: RawTensor, dimensions: int, path: Path) -> Float32:

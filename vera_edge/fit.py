@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vera_edge.adapter import Adapter
+from vera_edge.adapter import Adapter, lies_in, named_whole
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError
 
@@ -25,6 +25,7 @@ def check_fit(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
         _check_layer(adapter, checkpoint, module)
     for module, bias in adapter.biases.items():
         _check_tensor(adapter, checkpoint, f"{module}.bias", bias.shape)
+    _check_none_missing(adapter, checkpoint)
     new = [name for name in adapter.modules_to_save if name not in checkpoint.tensors]
     for name, tensor in adapter.modules_to_save.items():
         if name not in new:
@@ -70,6 +71,20 @@ def _check_tensor(adapter: Adapter, checkpoint: Checkpoint, name: str, shape: tu
             f"{adapter.path} replaces {name} by a tensor of shape {list(shape)}, and {checkpoint.path} "
             f"{found}; {_advice(adapter)}"
         )
+
+
+def _check_none_missing(adapter: Adapter, checkpoint: Checkpoint) -> None:
+    """Refuse an adapter without the modules that its config says it trained whole and that the base has."""
+    for name in named_whole(adapter.config):
+        kept, there = (
+            any(lies_in(tensor.rpartition(".")[0], (name,)) for tensor in tensors)
+            for tensors in (adapter.modules_to_save, checkpoint.tensors)
+        )
+        if there and not kept:
+            raise MismatchError(
+                f"{adapter.path} says it trained {name} whole (modules_to_save) and doesn't hold it; save "
+                "it again, or empty modules_to_save in its config if that was never trained"
+            )
 
 
 def _check_class(adapter: Adapter, config: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vera_edge.adapter import Adapter, Vectors, read
+from vera_edge.adapter import Adapter, Vectors, named_whole, read
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError
 from vera_edge.fit import check_fit
@@ -60,6 +60,19 @@ def test_names_both_shapes(checkpoint: Checkpoint, outputs: int) -> None:
         MismatchError, match=rf"down_proj with {outputs} outputs, and .* one of shape 64 x 160"
     ):
         check_fit(golden(vectors=vectors), checkpoint)
+
+
+def test_refuses_an_adapter_without_what_it_says_it_trained_whole(checkpoint: Checkpoint) -> None:
+    for named, fits in ((["norm"], False), (["score"], True), (["lm_head"], True), (None, True)):
+        config = {**golden().config, "modules_to_save": named}
+        if fits:
+            check_fit(golden(config=config), checkpoint)
+            continue
+        with pytest.raises(MismatchError, match=r"trained norm whole \(modules_to_save\) and doesn't hold"):
+            check_fit(golden(config=config), checkpoint)
+    whole = golden("modules-to-save")
+    assert named_whole(whole.config) == ("norm",)
+    check_fit(whole, checkpoint)
 
 
 def test_refuses_projections_too_narrow_for_a_layer(checkpoint: Checkpoint) -> None:
