@@ -17,7 +17,7 @@ def adapter() -> None:
 @adapter.command()
 @click.argument("adapter", type=FOLDER)
 @click.option("--for", "bundle", type=FOLDER, required=True, help="The branch bundle that will run it.")
-@click.option("-o", "--output", type=FOLDER, required=True, help="The .onnx_adapter to write.")
+@click.option("-o", "--output", "--out", type=FOLDER, required=True, help="The .onnx_adapter to write.")
 @click.option("--weight", type=float, default=1.0, show_default=True, help="Scales the adapter's delta.")
 @force_option
 @json_option
@@ -95,7 +95,7 @@ def diff(old: Path, new: Path, as_json: bool) -> None:
 
 @adapter.command("to-lora")
 @click.argument("adapter", type=FOLDER)
-@click.option("-o", "--output", type=FOLDER, required=True, help="The LoRA folder to write.")
+@click.option("-o", "--output", "--out", type=FOLDER, required=True, help="The LoRA folder to write.")
 @click.option(
     "--base", type=FOLDER, help="The base model's folder, where the adapter's config doesn't lead to it."
 )

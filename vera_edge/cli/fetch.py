@@ -11,7 +11,7 @@ from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_jso
 
 @click.command()
 @click.argument("source")
-@click.option("-o", "--output", type=FOLDER, required=True, help="The folder to write.")
+@click.option("-o", "--output", "--out", type=FOLDER, required=True, help="The folder to write.")
 @click.option("--have", type=FOLDER, help="An older version; what it holds isn't transferred again.")
 @force_option
 @json_option

@@ -59,7 +59,7 @@ def rollback(dst: Path, as_json: bool, quiet: bool) -> None:
 @click.command()
 @click.argument("old", type=FOLDER)
 @click.argument("new", type=FOLDER)
-@click.option("-o", "--output", type=FOLDER, required=True, help="The folder to write.")
+@click.option("-o", "--output", "--out", type=FOLDER, required=True, help="The folder to write.")
 @force_option
 @quiet_option
 def patch(old: Path, new: Path, output: Path, force: bool, quiet: bool) -> None:
