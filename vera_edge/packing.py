@@ -21,7 +21,7 @@ from vera_edge.adapter import Adapter
 from vera_edge.bundle import Manifest
 from vera_edge.errors import AdapterError, MismatchError, OutputError, PlanError
 from vera_edge.files import canonical_json, check_output, sha256_bytes, write_atomic
-from vera_edge.projection import Projections, ProjectionSpec
+from vera_edge.projection import Projections, ProjectionSpec, regenerate
 from vera_edge.tensors import Float32
 
 ADAPTER_VERSION = 1
@@ -177,6 +177,10 @@ def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = No
         )
     if adapter.saved is not None and _saved_digest(adapter.saved, ours) != ours["digest"]:
         raise MismatchError(f"the projections saved in {adapter.path} aren't those of {where}")
+    if adapter.saved is None and spec is None and not _from_seed(ours):
+        raise MismatchError(
+            f"{adapter.path} doesn't hold its projections, and those of {where} aren't what its seed gives"
+        )
     sizes = module_sizes(manifest)
     for module, pair in adapter.vectors.items():
         if module not in sizes:
@@ -192,8 +196,17 @@ def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = No
         )
 
 
+def _from_seed(facts: Mapping[str, Any]) -> bool:
+    """Whether a bundle's projections are those of its spec, and not some that an adapter brought."""
+    return regenerate(_spec(facts)).digest == facts["digest"]
+
+
+def _spec(facts: Mapping[str, Any]) -> ProjectionSpec:
+    return ProjectionSpec.from_dict({key: value for key, value in facts.items() if key != "digest"})
+
+
 def _saved_digest(saved: tuple[Float32, Float32], facts: Mapping[str, Any]) -> str:
-    spec = ProjectionSpec.from_dict({key: value for key, value in facts.items() if key != "digest"})
+    spec = _spec(facts)
     if saved[0].shape != (spec.rank, spec.in_max) or saved[1].shape != (spec.out_max, spec.rank):
         return ""
     return Projections(spec, *saved).digest

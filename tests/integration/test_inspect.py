@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,11 @@ def test_bad_input_is_one_sentence(cli: Cli, tmp_path: Path) -> None:
         assert result.stdout == ""
         assert result.stderr.startswith("vera-edge: ")
         assert result.stderr.count("\n") == 1
+
+
+def test_square_brackets_in_a_name_are_shown(cli: Cli, tiny_adapter: Path, tmp_path: Path) -> None:
+    """rich would take them for its markup, and fail on a closing tag without an opening one."""
+    for name in ("[red] one", "a[/b]"):
+        shutil.copytree(tiny_adapter, tmp_path / name)
+        done = cli("inspect", tmp_path / name)
+        assert done.exit_code == 0 and str(tmp_path / name) in done.stdout

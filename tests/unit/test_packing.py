@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests import tiny
 from tests.conftest import Cli
@@ -153,6 +154,21 @@ def test_an_adapter_of_another_kind_is_refused(
     result = cli("adapter", "pack", other, "--for", branch, "-o", tmp_path / "x.onnx_adapter")
     assert result.exit_code == 2 and words in result.stderr
     assert not (tmp_path / "x.onnx_adapter").exists()
+
+
+def test_projections_that_no_seed_gives_are_only_for_adapters_that_hold_them(
+    tiny_llama: tiny.TinyLlama, tmp_path: Path
+) -> None:
+    kept = tiny.make_adapter(tiny_llama.nf4, tmp_path / "kept", save_projection=True)
+    state = load_file(kept / "adapter_model.safetensors")
+    state["base_model.vera_A"] = state["base_model.vera_A"] * 1.5
+    save_file(state, kept / "adapter_model.safetensors", {"format": "pt"})
+    out, packed = tmp_path / "branch", tmp_path / "x.onnx_adapter"
+    target.export(tiny_llama.nf4, [(kept, 1.0)], out, mode="branch", weights="nf4")
+    packing.pack_folder(kept, out, packed)
+    unkept = tiny.make_adapter(tiny_llama.nf4, tmp_path / "unkept")
+    with pytest.raises(MismatchError, match="doesn't hold its projections"):
+        packing.pack_folder(unkept, out, packed, force=True)
 
 
 def test_a_bundle_holds_only_what_it_lists(branch: Path, tiny_adapter: Path, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
     for name, entry in manifest.adapters.items():
         mark = "*" if name == manifest.default_adapter else " "
         where = entry["file"] or "merged into the weights"
-        out().print(f"{mark} {name}  {where}  {entry['digest'][:12]}", markup=False)
+        out().print(f"{mark} {name}  {where}  {entry['digest'][:12]}")
 
 
 @adapter.command()
@@ -90,7 +90,7 @@ def diff(old: Path, new: Path, as_json: bool) -> None:
         print_json(found.to_dict())
         return
     for line in found.lines():
-        out().print(line, markup=False)
+        out().print(line)
 
 
 @adapter.command("to-lora")

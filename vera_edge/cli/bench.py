@@ -70,7 +70,7 @@ def bench(
 def _show(result: Bench) -> None:
     console = out()
     for row in result.measured:
-        console.print(f"{row.bundle}, threads: {row.threads}", markup=False)
+        console.print(f"{row.bundle}, threads: {row.threads}")
         table = Table("", "median", "p10", "p90")
         for figure, spread in row.figures.items():
             table.add_row(_WORDS[figure], *_numbers(figure, spread))

@@ -141,18 +141,19 @@ def _show(found: DriftReport | EncoderReport) -> None:
     console = show.out()
 
     def say(words: str) -> None:
-        console.print(words, markup=False)
+        console.print(words)
 
     text, level = found.text, found.verdict.level
     say(f"{found.candidate.name} ({found.candidate.kind})")
     say(f"against {found.reference.name} ({found.reference.kind})")
     say(f"on {text.source}: {text.tokens} tokens in {text.windows} windows of {text.window}\n")
     console.print(_figures(found) if isinstance(found, DriftReport) else _encoder_figures(found))
-    console.print(f"\n[bold {_LEVELS[level]}]{level}[/]  {escape(found.verdict.sentence)}")
+    console.print(f"\n[bold {_LEVELS[level]}]{level}[/]  {escape(found.verdict.sentence)}", markup=True)
     for note in found.notes:
         say(f"note: {note}")
     for outcome in found.outcomes:
-        console.print(f"[{_STATES[outcome.state]}]{outcome.state}[/]  {escape(outcome.sentence)}")
+        state = f"[{_STATES[outcome.state]}]{outcome.state}[/]"
+        console.print(f"{state}  {escape(outcome.sentence)}", markup=True)
 
 
 def _encoder_figures(found: EncoderReport) -> Table:

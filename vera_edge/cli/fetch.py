@@ -54,4 +54,4 @@ def diff(old: Path, new: Path, as_json: bool) -> None:
         print_json(found.to_dict())
         return
     for line in found.lines():
-        out().print(line, markup=False)
+        out().print(line)

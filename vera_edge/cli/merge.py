@@ -124,7 +124,7 @@ def merge(
             _show(report)
         if report.warning:
             which = f"{report.folder.name}: " if each else ""
-            err().print(f"warning: {which}{report.warning}", markup=False, soft_wrap=True)
+            err().print(f"warning: {which}{report.warning}", soft_wrap=True)
 
 
 def _check_words(
@@ -145,7 +145,7 @@ def _show_plans(ready: dict[Path, merging.Prepared], each: bool, as_json: bool) 
         return
     for folder, one in ready.items():
         if each:
-            out().print(str(folder), markup=False)
+            out().print(str(folder))
         out().print(_plan_table(one.plan))
         _show_estimate(merging.estimate(one))
 
@@ -189,7 +189,7 @@ def _show(report: merging.MergeReport) -> None:
     if report.warning and report.drowned:
         console.print(_layers(report))
     for note in report.notes:
-        console.print(note, markup=False)
+        console.print(note)
 
 
 def _layers(report: merging.MergeReport) -> Table:

@@ -132,7 +132,7 @@ def _show(file: Path, found: Choice) -> None:
     console.print(table)
     console.print(_front(found))
     for note in found.notes:
-        console.print(note, markup=False)
+        console.print(note)
 
 
 def _front(found: Choice) -> Table:

@@ -95,7 +95,7 @@ def _encode(
         print_json({"classes": found})
         return
     for label, share in found.items():
-        out().print(f"{share:.4f}  {label}", markup=False)
+        out().print(f"{share:.4f}  {label}")
 
 
 def _adapter(word: str) -> str | Path | None:

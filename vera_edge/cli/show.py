@@ -28,6 +28,7 @@ from vera_edge import progress as progress_protocol
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_WIDE = 1000  # columns
 FOLDER = click.Path(path_type=Path)  # existence is the library's to judge, in its own sentence
 json_option: Callable[[F], F] = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON for scripts."
@@ -90,13 +91,17 @@ weight_option: Callable[[F], F] = click.option(
 
 
 def out() -> Console:
-    """The console for results (stdout)."""
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    """The console for results (stdout); square brackets are text, as a folder's name may hold some.
+
+    Into a file or a pipe every line goes whole, those of tables too.
+    """
+    terminal = sys.stdout.isatty()
+    return Console(highlight=False, markup=False, soft_wrap=not terminal, width=None if terminal else _WIDE)
 
 
 def err() -> Console:
     """The console for talk (stderr)."""
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
 
 
 def print_json(value: Mapping[str, Any]) -> None:

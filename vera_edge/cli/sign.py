@@ -32,4 +32,4 @@ def sign(
     with progress_bar(quiet) as progress:
         bundles.verify(bundle, progress=progress)
     path = signing.sign(bundle, signing.Signer(key, certificate, chain))
-    out().print(f"{path}: signed", markup=False)
+    out().print(f"{path}: signed")

@@ -28,9 +28,9 @@ def checks_signature(folder: str) -> Callable[[Callable[..., None]], Callable[..
             trust = signing.Trust(trusted_keys, require_signature, trusted_identity)
             signature = signing.check(words[folder], trust)
             if signature is not None:
-                err().print(f"signed by {signature.by}", markup=False)
+                err().print(f"signed by {signature.by}")
             elif trusted_keys is not None or trusted_identity is not None:
-                err().print(f"{words[folder]} isn't signed; --require-signature refuses it", markup=False)
+                err().print(f"{words[folder]} isn't signed; --require-signature refuses it")
             command(**words)
 
         keys = click.option(
