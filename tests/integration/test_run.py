@@ -98,3 +98,18 @@ def test_a_damaged_bundle_is_refused_before_it_opens(
     result = cli_process("run", folder, "x")
     assert result.returncode == 2 and "tokenizer.json is damaged" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_the_system_refuses_is_one_sentence(tiny_bundles: TinyBundles, cli: Cli) -> None:
+    result = cli("run", "x" * 5000, "x")
+    assert result.exit_code == 2 and result.stderr.startswith("vera-edge: the system refuses xxx")
+    assert result.stderr.count("\n") == 1
+    command = [sys.executable, "-m", "vera_edge", "run", str(tiny_bundles.fp32), "x", "--max-tokens", "1"]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "refuses the standard output: No space left" in done.stderr
+    closed = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", *command[:5], "-"], capture_output=True, text=True, check=False
+    )
+    assert closed.returncode == 2 and "no standard input" in closed.stderr

@@ -6,6 +6,7 @@ loaded when they are called, so that `vera-edge --help` stays quick.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 from typing import Any, NoReturn
@@ -60,6 +61,22 @@ EXTRAS = {
     "transformers": "build",
 }
 
+# What a system says no with, wherever a path is looked at. Others, such as a missing file that a command
+# counts on, would be a bug.
+_REFUSALS = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EIO,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+    }
+)
+
 
 class LazyGroup(click.Group):
     """A click group that imports a command's module only when that command is asked for."""
@@ -85,6 +102,14 @@ class LazyGroup(click.Group):
         except VeraEdgeError as error:
             click.echo(f"vera-edge: {error}", err=True)
             sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in _REFUSALS:
+                raise
+            # A file that the command writes is named by a VeraEdgeError; without a name it's where this
+            # process's own output goes.
+            what = error.filename or "the standard output"
+            click.echo(f"vera-edge: the system refuses {what}: {error.strerror}", err=True)
+            sys.exit(VeraEdgeError.exit_code)
         except MemoryError:
             _end_without_memory()
         except ModuleNotFoundError as error:

@@ -51,6 +51,8 @@ def run(
     The text goes to the standard output as it is generated. An encoder gives PROMPT's embedding as JSON, or
     its classes with their probabilities.
     """
+    if prompt == "-" and sys.stdin is None:
+        raise click.UsageError("there is no standard input to read the prompt from")
     text = sys.stdin.read() if prompt == "-" else prompt
     if read(bundle).kind == "encoder":
         _refuse_sampling(click.get_current_context())
