@@ -39,6 +39,7 @@ ORDER = (
     "plan",
     "merge",
     "inspection",
+    "loading",
     "reference",
     "layers",
     "calibration",

@@ -11,8 +11,6 @@ checkpoint is run.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -22,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, CheckpointError, MismatchError
+from vera_edge.loading import config_of, first_line, loaded, quiet
 from vera_edge.projection import Projections
 
 Float32 = npt.NDArray[np.float32]
@@ -146,7 +144,7 @@ def open_reference(
     if projections is None:
         raise AdapterError("a reference with an adapter needs the projections it was trained with")
     trained = [(adapter.as_trained or adapter, weight) for adapter, weight in adapters]
-    with _quiet():
+    with quiet():
         wrapped, swaps = _with_adapters(model, trained, projections)
     return Reference(wrapped.eval(), vocabulary, True, tuple(swaps))
 
@@ -156,77 +154,18 @@ def load_dense(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM")
 
     Raises CheckpointError when transformers doesn't know the architecture or tensors are missing.
     """
-    config = _config(checkpoint)
+    config = config_of(checkpoint)
     mapping = getattr(transformers, auto_class)._model_mapping
     if type(config) not in mapping:
         raise CheckpointError(f"transformers has no {auto_class} for model type {config.model_type!r}")
     tensors = {name: torch.from_numpy(values) for name, values in _dense_tensors(checkpoint)}
-    return _loaded(mapping[type(config)], config, checkpoint, tensors)
-
-
-def check_complete(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError when a decoder lacks a tensor, or has one of another shape: transformers would
-    make up its values. Reads no tensor; says nothing of models that transformers doesn't know.
-    """
-    names = checkpoint.config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str) or not name.endswith(("ForCausalLM", "LMHeadModel")):
-        return
-    cls = getattr(transformers, name, None)
-    if cls is None or checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
-        return
-    config = _config(checkpoint)
-    if type(config) is not cls.config_class:
-        return
-    shapes = {name: checkpoint.tensors[name].shape for name in checkpoint.other_names}
-    for module, linear in checkpoint.linears.items():
-        shapes[f"{module}.weight"] = linear.shape[::-1] if checkpoint.is_conv1d(module) else linear.shape
-    tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    _loaded(cls, config, checkpoint, tensors, device_map="meta")
-
-
-def _loaded(
-    cls: Any, config: Any, checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], **options: Any
-) -> Any:
-    """A model of class `cls` with these tensors and no others."""
-    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with _quiet():
-        try:
-            model, loading = cls.from_pretrained(None, config=config, state_dict=tensors, **options)
-        except (RuntimeError, ValueError) as cause:
-            raise CheckpointError(f"{checkpoint.path} doesn't fit its config.json: {_first(cause)}") from None
-    if missing := sorted(loading["missing_keys"]):
-        raise CheckpointError(f"{checkpoint.path} lacks tensor {missing[0]}, which its config.json asks for")
-    if wrong := sorted(loading["mismatched_keys"]):
-        name, found, asked = wrong[0]
-        raise CheckpointError(
-            f"tensor {name} of {checkpoint.path} has shape {list(found)}, and its config.json asks for "
-            f"{list(asked)}"
-        )
-    return model
+    return loaded(mapping[type(config)], config, checkpoint, tensors)
 
 
 def oriented(checkpoint: Checkpoint, module: str, weight: Float32) -> torch.Tensor:
     """A weight (out, in) as transformers' model holds it: Conv1D holds (in, out)."""
     found = torch.from_numpy(weight)
     return found.T.contiguous() if checkpoint.is_conv1d(module) else found
-
-
-def _config(checkpoint: Checkpoint) -> Any:
-    facts = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    model_type = facts.get("model_type")
-    if model_type not in transformers.CONFIG_MAPPING:
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: transformers {transformers.__version__} has no model type "
-            f"{model_type!r}; models that bring their own code aren't run"
-        )
-    try:
-        return transformers.CONFIG_MAPPING[model_type].from_dict(facts)
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as cause:
-        what = " ".join(str(cause).split())
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'} describes no {model_type} model: {what}"
-        ) from None
 
 
 def _dense_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, npt.NDArray[Any]]]:
@@ -250,7 +189,9 @@ def _with_adapters(
         for name, (adapter, _) in zip(names[1:], adapters[1:], strict=True):
             wrapped.add_adapter(name, _peft_config(adapter))
     except (ValueError, TypeError, RuntimeError) as cause:
-        raise MismatchError(f"PEFT can't put {adapters[0][0].path} on this base: {_first(cause)}") from None
+        raise MismatchError(
+            f"PEFT can't put {adapters[0][0].path} on this base: {first_line(cause)}"
+        ) from None
     layers = {
         module.removeprefix("base_model.model."): layer
         for module, layer in wrapped.named_modules()
@@ -335,34 +276,6 @@ def _swap(model: nn.Module, name: str, values: Float32, adapter: Adapter) -> _Sw
     return _Swap(parameter, trained, base)
 
 
-def _first(cause: Exception) -> str:
-    """The first line of another library's message, which may run over many."""
-    return str(cause).strip().split("\n")[0].rstrip(".")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers', PEFT's and bitsandbytes' bars and advice off the terminal while they load."""
-    theirs = transformers.utils.logging
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "peft")]
-    levels = [logger.level for logger in loggers]
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        theirs.set_verbosity(level)
-        if bars:
-            theirs.enable_progress_bar()
-        for logger, before in zip(loggers, levels, strict=True):
-            logger.setLevel(before)
-
-
 def load_as_stored(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM") -> Reference:
     """The checkpoint as its users load it: transformers' own loading, bitsandbytes' own kernels, no adapter.
 
@@ -370,10 +283,10 @@ def load_as_stored(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausal
     transformers can't load it.
     """
     options = {"dtype": torch.float32, "device_map": "cpu", "local_files_only": True, "use_safetensors": True}
-    with _quiet():
+    with quiet():
         try:
             model = getattr(transformers, auto_class).from_pretrained(checkpoint.path, **options)
         except (OSError, RuntimeError, ValueError, ImportError) as cause:
-            raise CheckpointError(f"transformers can't load {checkpoint.path}: {_first(cause)}") from None
+            raise CheckpointError(f"transformers can't load {checkpoint.path}: {first_line(cause)}") from None
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))
     return Reference(model.eval(), vocabulary, has_adapter=False)

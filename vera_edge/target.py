@@ -260,7 +260,7 @@ def export(
     projections = plans.check_projections(read, [one.projections for one in found])
     if made is not None:
         plans.check_made_for(made, checkpoint, read, projections)
-    from vera_edge.reference import check_complete  # imports torch
+    from vera_edge.loading import check_complete  # imports torch
 
     check_complete(checkpoint)
     options = dict(options or {})

@@ -17,7 +17,7 @@ from bitsandbytes.functional import dequantize_4bit
 
 from tests import tiny
 from vera_edge import adapter as adapters
-from vera_edge import provenance, target
+from vera_edge import provenance
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, MismatchError
 from vera_edge.reference import Reference, open_reference
@@ -211,26 +211,6 @@ def test_a_base_that_lacks_a_tensor_is_refused(tiny_llama: tiny.TinyLlama, tmp_p
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"lacks tensor model\.layers\.2"):
         open_reference(Checkpoint.open(folder))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_hidden_layers": 3, "layer_types": None}, r"lacks tensor model\.layers\.2"),
-        ({"tie_word_embeddings": False}, r"lacks tensor lm_head\.weight"),
-        ({"vocab_size": 385}, r"embed_tokens\.weight of .* has shape \[384, 64\], .* asks for \[385, 64\]"),
-        ({"num_attention_heads": "four"}, "describes no llama model"),
-    ],
-)
-def test_nothing_is_exported_whose_values_transformers_would_make_up(
-    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, change: dict[str, Any], message: str
-) -> None:
-    folder = Path(shutil.copytree(tiny_llama.nf4, tmp_path / "base"))
-    config = json.loads((folder / "config.json").read_text()) | change
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=message):
-        target.export(folder, [(tiny_adapter, 1.0)], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_another_size_is_refused(
