@@ -94,6 +94,8 @@ def read(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise BundleError(f"{folder} isn't a folder; give the folder that `vera-edge export` wrote")
+    if not path.exists() and (folder / "current").is_dir():
+        raise BundleError(f"{folder} is where bundles are installed; give {folder}/current, which runs")
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise BundleError(f"{path} isn't a plain file; copy the bundle again")
     if path.is_file() and path.stat().st_size > _MAX_MANIFEST:

@@ -21,6 +21,8 @@ from vera_edge.formats import StoredLinear, Weight, checks, gguf
 from vera_edge.formats.dense import DTYPES, is_conv1d_module
 from vera_edge.tensors import Float32, TensorFolder, WitnessedFolder
 
+MERGE_RECORD = "vera_edge_merge.json"  # what a merge says of itself, beside the weights
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -84,6 +86,18 @@ class Checkpoint:
         """The tensors that aren't part of a linear's weight, in file order."""
         taken = {name for linear in self.linears.values() for name in linear.tensors.values()}
         return tuple(name for name in self.tensors if name not in taken)
+
+    @cached_property
+    def merged(self) -> frozenset[str]:
+        """Digests of the adapters that `vera-edge merge` says it merged into this base; none when unread."""
+        path = self.path / MERGE_RECORD
+        if not path.is_file():
+            return frozenset()
+        try:
+            told = read_json(path, CheckpointError)["report"]["adapters"]
+            return frozenset(str(entry["digest"]) for entry in told)
+        except (CheckpointError, KeyError, TypeError):
+            return frozenset()
 
     @cached_property
     def layout_digest(self) -> str:

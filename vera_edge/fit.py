@@ -31,6 +31,10 @@ def check_fit(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
         if name not in new:
             _check_tensor(adapter, checkpoint, name, tensor.shape)
     notes = list(_name_notes(adapter, checkpoint))
+    if adapter.digest in checkpoint.merged:
+        notes.append(
+            f"{checkpoint.path.resolve().name} was made by merging this very adapter, which comes on top"
+        )
     if new:
         notes.append(
             f"the adapter brings {len(new)} tensors of its own that the base doesn't have: {_some(new)}"

@@ -112,6 +112,8 @@ def test_a_patch_updates_and_rollback_returns(released: Path, broken: Path, tmp_
     assert cli("install", released, dst).exit_code == 0
     result = cli("patch", released, broken, "-o", patch)
     assert result.exit_code == 0 and "KB" in result.stdout
+    told = json.loads(cli("patch", released, broken, "-o", patch, "--force", "--json").stdout)
+    assert told["folder"] == str(patch) and 0 < told["size"] < 20_000
     assert sum(path.stat().st_size for path in patch.rglob("*") if path.is_file()) < 20_000
     found = json.loads(cli("update", patch, dst, "--json").stdout)
     assert found["changed"] and found["copied"] < 5000 and found["digest"] == bundle.read(broken).digest

@@ -145,6 +145,9 @@ def test_a_missing_folder_or_manifest_says_so(tmp_path: Path) -> None:
         bundle.read(tmp_path / "nowhere")
     with pytest.raises(BundleError, match=r"vera_edge\.json is missing"):
         bundle.read(tmp_path)
+    (tmp_path / "current").mkdir()
+    with pytest.raises(BundleError, match=r"where bundles are installed; give .*/current"):
+        bundle.read(tmp_path)
     (tmp_path / bundle.MANIFEST).mkdir()
     with pytest.raises(BundleError, match="isn't a plain file"):
         bundle.read(tmp_path)

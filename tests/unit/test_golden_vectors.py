@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
+from tests.conftest import Cli
 from vera_edge import bundle, golden_vectors, target
 from vera_edge.device.session import Session
 from vera_edge.device.validate import validate
@@ -56,6 +58,20 @@ def test_another_base_or_adapter_is_refused(
         golden_vectors.ask(exported, tiny_llama.nf4, [])
     with pytest.raises(MismatchError, match="no adapter 'other'"):
         golden_vectors.attach(exported, {"other": Session.open(exported)}, "x")
+
+
+def test_the_command_says_what_it_wrote(
+    exported: Path, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli
+) -> None:
+    folder = Path(shutil.copytree(exported, tmp_path / "bundle"))
+    told = json.loads(cli("golden", folder, tiny_llama.nf4, tiny_adapter, "--max-kl", 0.1, "--json").stdout)
+    manifest = bundle.verify(folder)
+    assert told == {
+        "digest": manifest.digest,
+        "file": "golden.json",
+        "size": manifest.files["golden.json"].size,
+    }
+    assert manifest.limits == {"max_kl": 0.1}
 
 
 @pytest.mark.parametrize(

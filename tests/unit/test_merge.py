@@ -343,6 +343,11 @@ def test_the_folder_is_an_ordinary_one(
     assert record["plan"]["weights"] == "same"
     assert record["report"]["merged_layers"] == 14
     assert str(tmp_path) not in json.dumps(record) + card
+    again = merge.prepare(tmp_path / "out", [(tiny_adapter, 1.0)])
+    assert any("by merging this very adapter" in note for note in again.notes)
+    (tmp_path / "out" / "vera_edge_merge.json").write_text("[")
+    again = merge.prepare(tmp_path / "out", [(tiny_adapter, 1.0)])
+    assert not any("by merging this very adapter" in note for note in again.notes)
 
 
 @pytest.mark.parametrize("limit", [1 << 40, 50_000])

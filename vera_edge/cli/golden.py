@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vera_edge.cli.show import FOLDER, out, progress_bar, quiet_option
+from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option
 
 
 @click.command()
@@ -23,6 +23,7 @@ from vera_edge.cli.show import FOLDER, out, progress_bar, quiet_option
 @click.option("--min-top1", type=float, help="Limit to put into the bundle: top-1 agreement, 0 to 1.")
 @click.option("--min-cosine", type=float, help="Limit for embeddings: mean cosine with the reference's.")
 @click.option("--projection-dtype", help="What the projections were rounded to, when it can't be told.")
+@json_option
 @quiet_option
 def golden(
     bundle: Path,
@@ -33,6 +34,7 @@ def golden(
     min_top1: float | None,
     min_cosine: float | None,
     projection_dtype: str | None,
+    as_json: bool,
     quiet: bool,
 ) -> None:
     """Ask the model as trained (BASE with ADAPTERS) and add its answers to BUNDLE, to validate it by."""
@@ -41,7 +43,7 @@ def golden(
     asked = {"max_kl": max_kl, "min_top1": min_top1, "min_cosine": min_cosine}
     limits = {name: value for name, value in asked.items() if value is not None}
     lines = golden_vectors.read_prompts(prompts) if prompts else None
-    with progress_bar(quiet) as progress:
+    with progress_bar(quiet or as_json) as progress:
         manifest = golden_vectors.ask(
             bundle,
             base,
@@ -52,4 +54,7 @@ def golden(
             progress,
         )
     size = manifest.files[manifest.golden or ""].size
+    if as_json:
+        print_json({"digest": manifest.digest, "file": manifest.golden, "size": size})
+        return
     out().print(f"{bundle}: {manifest.golden}, {size / 1e3:.0f} KB; digest {manifest.digest}")

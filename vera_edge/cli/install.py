@@ -61,11 +61,15 @@ def rollback(dst: Path, as_json: bool, quiet: bool) -> None:
 @click.argument("new", type=FOLDER)
 @click.option("-o", "--output", "--out", type=FOLDER, required=True, help="The folder to write.")
 @force_option
+@json_option
 @quiet_option
-def patch(old: Path, new: Path, output: Path, force: bool, quiet: bool) -> None:
+def patch(old: Path, new: Path, output: Path, force: bool, as_json: bool, quiet: bool) -> None:
     """Write what a device that runs the bundle OLD needs to run NEW: often a few kilobytes."""
-    with progress_bar(quiet) as progress:
+    with progress_bar(quiet or as_json) as progress:
         size = make_patch(old, new, output, force, progress)
+    if as_json:
+        print_json({"folder": str(output), "size": size})
+        return
     out().print(f"{output}: {size / 1e3:.1f} KB of files; apply it with `vera-edge update {output} DST`")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vera_edge import formats, side_files
 from vera_edge.adapter import Adapter
-from vera_edge.checkpoint import Checkpoint
+from vera_edge.checkpoint import MERGE_RECORD, Checkpoint
 from vera_edge.engine import Engine
 from vera_edge.errors import OutputError, PlanError
 from vera_edge.files import canonical_json, check_output, write_atomic
@@ -30,7 +30,6 @@ from vera_edge.requantize import Codes
 from vera_edge.shards import MAX_SHARD_BYTES, ShardWriter
 from vera_edge.tensors import Float32
 
-RECORD = "vera_edge_merge.json"
 WHAT = "merging"  # in progress, whose unit is a byte
 
 
@@ -251,4 +250,4 @@ def _write_beside(stage: Path, report: MergeReport, config: dict[str, object], m
     base_name = str(checkpoint.config.get("_name_or_path") or checkpoint.path.resolve().name)
     write_atomic(stage / "README.md", card.text(report, base_name, config).encode())
     record = {"plan": merge.plan.to_dict(), "report": report.facts()}
-    write_atomic(stage / RECORD, canonical_json(record))
+    write_atomic(stage / MERGE_RECORD, canonical_json(record))
