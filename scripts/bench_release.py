@@ -18,9 +18,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -64,10 +65,16 @@ def main() -> None:
     demo = prepare()
     with _folder(words.out) as folder:
         make_adapters(folder, demo, max(words.adapters))
-        export, pack = _parts(folder, demo, words.weights)
+        parts = Parts(folder, demo, words.weights)
+        found = []
         for count in words.adapters:
             recipe = write_recipe(folder, demo, count, words.weights, words.tokens, words.golden)
-            _releases(folder / str(count), recipe, count, export, pack)
+            parts.measure()
+            found.append(_releases(folder / str(count), recipe, count))
+        parts.measure()
+        export, pack = parts.medians()
+        for one in found:
+            one.show(export, pack)
         _verify(folder / str(count) / "out" / "a00" / f"onnx-branch-{words.weights}")
 
 
@@ -119,19 +126,55 @@ def _command(*words: object) -> float:
     return time.perf_counter() - begun
 
 
-def _parts(folder: Path, demo: Demo, weights: str) -> tuple[float, float]:
-    """Seconds of the base's own export with an adapter, and of one's pack (medians of three and five)."""
-    words = ("--mode", "branch", "--weights", weights, "-q", "--force")
-    alone, first = folder / "alone", folder / NAME.format(0)
-    exports = [_command("export", demo.base, first, "-o", alone, *words) for _ in range(3)]
-    packs = [
-        _command("adapter", "pack", first, "--for", alone, "-o", folder / f"{number}.onnx_adapter")
-        for number in range(5)
-    ]
-    export, pack = float(np.median(exports)), float(np.median(packs))
-    print(f"export of the base with one adapter   {export:7.1f} s")
-    print(f"pack of one adapter                   {pack:7.2f} s")
-    return export, pack
+@dataclass
+class Parts:
+    """Seconds of the base's own export with an adapter, and of one adapter's pack.
+
+    Measured before, between and after the releases: a machine isn't equally quick all the time.
+    """
+
+    folder: Path
+    demo: Demo
+    weights: str
+    exports: list[float] = field(default_factory=list)
+    packs: list[float] = field(default_factory=list)
+
+    def measure(self) -> None:
+        words = ("--mode", "branch", "--weights", self.weights, "-q", "--force")
+        alone, first = self.folder / "alone", self.folder / NAME.format(0)
+        self.exports.append(_command("export", self.demo.base, first, "-o", alone, *words))
+        packed = self.folder / "packed.onnx_adapter"
+        for _ in range(3):
+            self.packs.append(_command("adapter", "pack", first, "--for", alone, "-o", packed, "--force"))
+
+    def medians(self) -> tuple[float, float]:
+        for what, seconds in (("export of the base with one adapter", self.exports), ("pack", self.packs)):
+            listed = " ".join(f"{one:.2f}" for one in seconds)
+            print(f"{what:<38}{np.median(seconds):7.2f} s, the median of {listed}")
+        return float(np.median(self.exports)), float(np.median(self.packs))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Seconds of a release of `count` adapters, by stage and in all; of the same again; bytes on the disk."""
+
+    count: int
+    spent: Mapping[str, float]
+    total: float
+    again: float
+    size: int
+
+    def show(self, export: float, pack: float) -> None:
+        count, own = self.count, self.total - sum(self.spent.get(stage, 0.0) for stage in MEASURING)
+        print(f"release of {count}")
+        for stage, seconds in self.spent.items():
+            print(f"  {stage:<36}{seconds:7.1f} s, {seconds / count:.2f} s each")
+        print(f"  all of it                           {self.total:7.1f} s")
+        print(f"  without measuring                   {own:7.1f} s")
+        print(f"  of an export and the packs          {own / (export + count * pack):7.2f}")
+        print(f"  of 1.5 exports and the packs        {own / (1.5 * export + count * pack):7.2f}")
+        print(f"  the same again, nothing changed     {self.again:7.2f} s")
+        print(f"  out and store on the disk           {self.size / 1e6:7.0f} MB")
 
 
 def _release(recipe: Path, out: Path, store: Path) -> dict[str, float]:
@@ -144,25 +187,16 @@ def _release(recipe: Path, out: Path, store: Path) -> dict[str, float]:
     return spent
 
 
-def _releases(folder: Path, recipe: Path, count: int, export: float, pack: float) -> None:
+def _releases(folder: Path, recipe: Path, count: int) -> Found:
     out, store = folder / "out", folder / "store"
     begun = time.perf_counter()
     with ProcessPoolExecutor(1, get_context("spawn")) as other:
         spent = other.submit(_release, recipe, out, store).result()
     total = time.perf_counter() - begun
-    own = total - sum(spent[stage] for stage in MEASURING if stage in spent)
-    print(f"release of {count}")
-    for stage, seconds in spent.items():
-        print(f"  {stage:<36}{seconds:7.1f} s, {seconds / count:.2f} s each")
-    print(f"  all of it                           {total:7.1f} s")
-    print(f"  without measuring                   {own:7.1f} s")
-    print(f"  of an export and the packs          {own / (export + count * pack):7.2f}")
-    print(f"  of 1.5 exports and the packs        {own / (1.5 * export + count * pack):7.2f}")
     again = _command("release", recipe, "-o", out, "--store", store, "-q")
-    print(f"  the same again, nothing changed     {again:7.2f} s")
     files = [path for place in (out, store) for path in place.rglob("*") if path.is_file()]
     once = {path.stat().st_ino: path.stat().st_size for path in files}
-    print(f"  out and store on the disk           {sum(once.values()) / 1e6:7.0f} MB")
+    return Found(count, spent, total, again, sum(once.values()))
 
 
 def _verify(bundle: Path) -> None:
