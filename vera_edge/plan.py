@@ -32,6 +32,8 @@ DENSE = ("fp32", "fp16", "bf16")
 
 # Layers of a stack are numbered; heads, poolers and the like aren't, and are never quantized on our account.
 _IN_STACK = re.compile(r"\.\d+\.")
+# Formats whose readers replace nn.Linear alone, and would leave a Conv1D with weights that were made up.
+_LINEAR_ONLY = frozenset({"awq", "compressed-tensors", "w4a16", "w8a16", "w8a8", "fp8", "fp8-dynamic"})
 # Routers are few values that choose experts: quantizing them saves nothing and changes the choice.
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "classifier"})
 # transformers keeps these in float32 whatever the quantization (`_keep_in_fp32_modules`).
@@ -199,6 +201,11 @@ def _step(
     chosen: Mapping[str, Any]
     if options and result == weights and result in formats.FORMATS:
         _check_options(linear, result, options)
+    if result in _LINEAR_ONLY and result != linear.format and checkpoint.is_conv1d(linear.module):
+        raise PlanError(
+            f"{linear.module} is a Conv1D, which transformers reads in no {result} checkpoint; choose nf4, "
+            "fp4, int8, gptq or a float format"
+        )
     if result == linear.format:
         chosen = formats.get(result).options_of(linear)
     elif result in DENSE:

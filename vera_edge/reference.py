@@ -286,7 +286,7 @@ def load_as_stored(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausal
     with quiet():
         try:
             model = getattr(transformers, auto_class).from_pretrained(checkpoint.path, **options)
-        except (OSError, RuntimeError, ValueError, ImportError) as cause:
+        except Exception as cause:  # of transformers, and of whatever package reads the format
             raise CheckpointError(f"transformers can't load {checkpoint.path}: {first_line(cause)}") from None
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))
     return Reference(model.eval(), vocabulary, has_adapter=False)

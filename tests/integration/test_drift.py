@@ -231,6 +231,20 @@ def test_an_encoder_is_measured_by_what_it_retrieves(
     assert refused.exit_code == 2 and "gives no text" in refused.stderr
 
 
+def test_an_artefact_that_nothing_here_can_run_is_measured_on_exact_values(
+    cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """GPTQ's own kernels come with gptqmodel, which isn't among what the tests install."""
+    merged = tmp_path / "gptq"
+    words = (tiny_llama.nf4, tiny_adapter, "--to", "gptq", "--block-size", 32, "--method", "rtn")
+    assert cli("merge", *words, "-o", merged).exit_code == 0
+    measured = ("drift", tiny_adapter, merged, "--base", tiny_llama.nf4, "--tokens", 1024, "--window", 64)
+    refused = cli(*measured)
+    assert refused.exit_code == 2 and "--exact runs it on exact values" in refused.stderr
+    found = json.loads(cli(*measured, "--exact", "--json").stdout)
+    assert found["candidate"]["kind"] == "checkpoint, gptq, computed in float32"
+
+
 def test_an_exported_encoder_is_measured_as_a_merged_one(
     cli: Cli,
     encoder: tuple[Path, Path, Path],

@@ -147,6 +147,14 @@ class TestRefused:
         with pytest.raises(MismatchError, match=f"differ in their {word} .* 77"):
             plans.make(nf4, [(adapter, 1.0), (other, 1.0)])
 
+    @pytest.mark.parametrize("weights", ["awq", "w4a16", "w8a8", "fp8", "fp8-dynamic"])
+    def test_a_conv1d_in_a_format_of_linears_alone(self, tiny_gpt2: Path, weights: str) -> None:
+        checkpoint = Checkpoint.open(tiny_gpt2)
+        with pytest.raises(PlanError, match="is a Conv1D, which transformers reads in no"):
+            plans.make(checkpoint, [], weights=weights)
+        for allowed in ("nf4", "int8", "gptq", "bf16"):
+            plans.make(checkpoint, [], weights=allowed)
+
     def test_two_that_replace_the_same_tensor(self, nf4: Checkpoint, adapter: Adapter) -> None:
         head = {"lm_head.weight": RawTensor.of(np.zeros((384, 64), np.float32))}
         one, two = (dataclasses.replace(adapter, modules_to_save=head) for _ in range(2))

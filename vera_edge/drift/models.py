@@ -18,7 +18,8 @@ from vera_edge import adapter as adapters
 from vera_edge import alignment, bundle, provenance
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.drift.result import Artefact
-from vera_edge.errors import DataError, MismatchError
+from vera_edge.errors import CheckpointError, DataError, MismatchError
+from vera_edge.formats import checks
 from vera_edge.projection import Projections
 
 if TYPE_CHECKING:
@@ -199,8 +200,12 @@ def open_candidate(path: Path, exact: bool = False) -> Candidate:
             "aren't whole blocks"
         )
     if quantized and not exact:
-        runner = reference.load_as_stored(checkpoint, auto_class)
-        kind = f"checkpoint, {weights}, bitsandbytes kernels"
+        try:
+            runner = reference.load_as_stored(checkpoint, auto_class)
+        except CheckpointError as cause:
+            raise CheckpointError(f"{cause}; --exact runs it on exact values in float32") from None
+        kernels = "bitsandbytes" if checks.method(checkpoint.config) == "bitsandbytes" else "transformers'"
+        kind = f"checkpoint, {weights}, {kernels} kernels"
     else:
         runner = reference.open_reference(checkpoint, auto_class=auto_class)
         kind = f"checkpoint, {weights}, computed in float32"
