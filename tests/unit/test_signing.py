@@ -250,3 +250,28 @@ def test_commands_hold_a_bundle_to_its_signature(signed: Path, keys: tuple[Path,
     assert not (signed.parent / "device").exists()
     told = cli("verify", signed, "--trusted-keys", keys[1])
     assert told.exit_code == 0 and "isn't signed" in told.stderr
+
+
+def test_an_update_is_held_to_the_signature_of_what_it_makes(
+    signed: Path, keys: tuple[Path, Path], tmp_path: Path, cli: Cli
+) -> None:
+    new, dst, patch = Path(shutil.copytree(signed, tmp_path / "new")), tmp_path / "device", tmp_path / "patch"
+    (new / bundle.SIGNATURE).unlink()
+    (new / "adapters").mkdir()
+    (new / "adapters" / "a.onnx_adapter").write_bytes(b"vectors")
+    bundle.write(new, bundle.change(bundle.read(new)))
+    assert cli("install", signed, dst).exit_code == 0
+    stranger = make_key(tmp_path, "stranger")
+    policy = ("--trusted-keys", keys[1], "--require-signature")
+    for key, words in ((None, "isn't signed"), (stranger[0], "by none of the 1 trusted keys")):
+        if key is not None:
+            signing.sign(new, Signer(key))
+        assert cli("patch", signed, new, "-o", patch, "--force").exit_code == 0
+        refused = cli("update", patch, dst, *policy)
+        assert refused.exit_code == 2 and words in refused.stderr
+        assert bundle.read(dst / "current").digest == bundle.read(signed).digest
+    signing.sign(new, Signer(keys[0]))
+    assert cli("patch", signed, new, "-o", patch, "--force").exit_code == 0
+    taken = cli("update", patch, dst, *policy)
+    assert taken.exit_code == 0 and "signed by publisher.pem" in taken.stderr
+    assert bundle.read(dst / "current").digest == bundle.read(new).digest

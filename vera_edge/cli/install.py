@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, progress_bar, quiet_option
-from vera_edge.cli.trust import checks_signature
+from vera_edge.cli.trust import check_signature, checks_signature, takes_trust
 from vera_edge.device.install import Accept, Installed, make_patch
 from vera_edge.device.install import install as install_bundle
 from vera_edge.device.install import rollback as roll_back
 from vera_edge.errors import DriftExceeded
+from vera_edge.signing import Trust
 
 _validate_option = click.option(
     "--validate",
@@ -40,10 +41,17 @@ def install(src: Path, dst: Path, validated: bool, as_json: bool, quiet: bool) -
 @_validate_option
 @json_option
 @quiet_option
-def update(patch: Path, dst: Path, validated: bool, as_json: bool, quiet: bool) -> None:
+@takes_trust
+def update(patch: Path, dst: Path, validated: bool, as_json: bool, quiet: bool, trust: Trust) -> None:
     """Update what is installed in DST by PATCH, which brings only the files that changed."""
+
+    def accept(folder: Path) -> None:  # the patch alone is no whole bundle, which is what was signed
+        check_signature(folder, trust)
+        if validate := _accept(validated):
+            validate(folder)
+
     with progress_bar(quiet or as_json) as progress:
-        _show(install_bundle(patch, dst, _accept(validated), partial=True, progress=progress), as_json)
+        _show(install_bundle(patch, dst, accept, partial=True, progress=progress), as_json)
 
 
 @click.command()
