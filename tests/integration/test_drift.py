@@ -231,6 +231,21 @@ def test_an_encoder_is_measured_by_what_it_retrieves(
     assert refused.exit_code == 2 and "gives no text" in refused.stderr
 
 
+def test_of_a_bundle_with_several_adapters_the_references_runs(
+    cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    other = tiny.make_adapter(tiny_llama.nf4, tmp_path / "other", vectors_seed=77)
+    out = tmp_path / "branch"
+    words = ("export", tiny_llama.nf4, tiny_adapter, "--adapter", other, "--mode", "branch")
+    assert cli(*words, "--weights", "nf4", "-o", out).exit_code == 0
+    stranger = tiny.make_adapter(tiny_llama.nf4, tmp_path / "stranger", vectors_seed=78)
+    for adapter, own in ((tiny_adapter, True), (other, True), (stranger, False)):
+        done = cli("drift", adapter, out, "--base", tiny_llama.nf4, "--tokens", 512, "--window", 64, "--json")
+        report = json.loads(done.stdout)
+        assert (report["fidelity"]["kl"]["mean"]["value"] < 1e-6) is own
+        assert any("wasn't made with the reference's adapter" in note for note in report["notes"]) is not own
+
+
 def test_an_artefact_that_nothing_here_can_run_is_measured_on_exact_values(
     cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
 ) -> None:

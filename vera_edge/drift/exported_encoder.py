@@ -17,11 +17,11 @@ Int64 = npt.NDArray[np.int64]
 
 
 class ExportedEncoder:
-    """An exported folder that gives embeddings or classes, with its default adapter where it has one."""
+    """An exported folder that gives embeddings or classes, with one of its adapters where it has some."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: str = "default") -> None:
         """Raises BundleError when the folder isn't a sound bundle of a text encoder."""
-        self._encoder = Encoder.open(folder)
+        self._encoder = Encoder.open(folder, adapter)
         # As the reference's: however the folder says to pool, the mean over the tokens is what is compared.
         self._encoder.pooling = Pooling()
         size = read_json(folder / "config.json", BundleError).get("vocab_size")

@@ -178,14 +178,16 @@ class _Swapped:
             self.session.swap(self.default)
 
 
-def open_candidate(path: Path, exact: bool = False) -> Candidate:
+def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ()) -> Candidate:
     """The artefact in `path`: an exported folder, or a Hugging Face folder of any weight format.
+
+    trained: digests of the reference's adapters; of a branch export's own, the one among them runs.
 
     A bitsandbytes checkpoint runs as its users run it, in bitsandbytes' kernels; with `exact`, on the exact
     values of its weights in float32.
     """
     if (path / bundle.MANIFEST).is_file():
-        return _candidate_export(path)
+        return _candidate_export(path, trained)
     if (path / adapters.CONFIG_NAME).is_file():
         raise DataError(f"{path} is an adapter, not an artefact; give a merged or exported folder to measure")
     checkpoint = Checkpoint.open(path)
@@ -213,18 +215,25 @@ def open_candidate(path: Path, exact: bool = False) -> Candidate:
     return Candidate(runner, *facts)
 
 
-def _candidate_export(path: Path) -> Candidate:
+def _candidate_export(path: Path, trained: Sequence[str]) -> Candidate:
     manifest = bundle.read(path)
+    own = {entry["digest"]: name for name, entry in manifest.adapters.items()}
+    found = [own[digest] for digest in trained if digest in own]
+    notes: tuple[str, ...] = ()
+    if own and trained and len(found) < len(trained):
+        notes = (f"{path} wasn't made with the reference's adapter, but with {', '.join(own.values())}",)
+    adapter = found[0] if found and manifest.mode == "branch" else "default"
     kind = f"{manifest.mode} export, {manifest.weights} weights, ONNX Runtime"
     if manifest.kind == "encoder":
         from vera_edge.drift.exported_encoder import ExportedEncoder
 
-        encoder = ExportedEncoder(path)
-        return Candidate(encoder, _artefact(path, kind), path, encoder.context, auto_class=encoder.auto_class)
+        encoder = ExportedEncoder(path, adapter)
+        facts = (_artefact(path, kind), path, encoder.context, notes)
+        return Candidate(encoder, *facts, auto_class=encoder.auto_class)
     from vera_edge.device.session import Session
 
-    session = Session.open(path)
-    return Candidate(session, _artefact(path, kind), path, session.decoder.context)
+    session = Session.open(path, adapter)
+    return Candidate(session, _artefact(path, kind), path, session.decoder.context, notes)
 
 
 def auto_class_of(checkpoint: Checkpoint) -> str:
