@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import Cli, CliProcess
 from tests.tiny_bundle import TinyBundles
+from vera_edge import bundle
 from vera_edge.device.session import Session
 
 PROMPT = "The adapter scales each row"
@@ -113,3 +114,18 @@ def test_what_the_system_refuses_is_one_sentence(tiny_bundles: TinyBundles, cli:
         ["sh", "-c", '"$@" <&-', "sh", *command[:5], "-"], capture_output=True, text=True, check=False
     )
     assert closed.returncode == 2 and "no standard input" in closed.stderr
+
+
+def test_a_token_that_the_model_lacks_is_one_sentence(
+    tiny_bundles: TinyBundles, tmp_path: Path, cli_process: CliProcess
+) -> None:
+    """ONNX Runtime would write its own lines beside it, in colour."""
+    folder = shutil.copytree(tiny_bundles.fp32, tmp_path / "b")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": 384, "content": "<|new|>", "special": True, **added})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    bundle.write(folder, bundle.change(bundle.read(folder)))
+    done = cli_process("run", folder, "<|new|>", "--raw", "--max-tokens", 1)
+    assert done.returncode == 2 and "ONNX Runtime fails on" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -96,8 +96,8 @@ def _options(threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # x86 without VNNI adds products of uint8 and int8 in 16 bits, which overflow; this is exact and slower.
     options.add_session_config_entry("session.x64quantprecision", "1")
-    # ONNX Runtime warns once for every overridable initializer; errors are raised anyway.
-    options.log_severity_level = 3
+    # ONNX Runtime warns once for every overridable initializer; errors are raised, and told in a sentence.
+    options.log_severity_level = 4
     # A pattern is kept for every shape seen, and a growing attention mask never has the same shape twice.
     options.enable_mem_pattern = False
     return options
