@@ -2,13 +2,13 @@
 
 Errors of weights cost nothing to find. What they do at a layer's output is measured on a few windows of the
 text, and which layer causes the drift by taking one layer at a time from the artefact, all others as trained.
-That is two forward passes of 128 tokens a layer, and SmolLM2 has 210 layers.
+That is two forward passes of 128 tokens for each linear, from the layer on that it lies in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from vera_edge.drift.models import Candidate, Trained
 from vera_edge.drift.result import LayerDrift
 from vera_edge.drift.windows import Windows
 from vera_edge.errors import DataError, MismatchError
+from vera_edge.layers import stack_of
 from vera_edge.progress import Progress, silent
 
 Float32 = npt.NDArray[np.float32]
@@ -29,6 +30,7 @@ Float32 = npt.NDArray[np.float32]
 # Tokens that the passes run on: layers are ranked by them, not measured to the last digit.
 _TOKENS = 256
 _PIECES = 2
+_WRAPPED = "base_model.model."  # what PEFT puts before a module's name
 
 
 @dataclass(frozen=True)
@@ -60,21 +62,71 @@ def by_layer(
     """
     check(trained, candidate)
     assert trained.checkpoint is not None and candidate.checkpoint is not None
-    pieces = _pieces(windows)
-    reference = [trained.runner.logits(piece)[:-1] for piece in pieces]
     shared = _in_model_order(trained, candidate.checkpoint)
+    passes = _Passes(trained, _pieces(windows), shared)
+    reference = passes.record()
     found = []
     for index, module in enumerate(shared):
         progress("measuring layer by layer", index, len(shared))
         pair = _load(trained, trained.checkpoint, candidate.checkpoint, module)
         with _replaced(trained, module, pair) as powers:
             kl = [
-                compare(logits, trained.runner.logits(piece)[:-1], piece[1:]).kl
-                for logits, piece in zip(reference, pieces, strict=True)
+                compare(before, passes.logits(row, module), passes.pieces[row][1:]).kl
+                for row, before in enumerate(reference)
             ]
         found.append(_describe(candidate.checkpoint, module, pair, powers, float(np.concatenate(kl).mean())))
     progress("measuring layer by layer", len(shared), len(shared))
     return tuple(found)
+
+
+class _Passes:
+    """Forward passes over the same pieces, in which layers before one that changed give what they gave."""
+
+    def __init__(self, trained: Trained, pieces: list[npt.NDArray[np.int64]], modules: Sequence[str]) -> None:
+        self.pieces, self._runner = pieces, trained.runner
+        model = _model(trained)
+        names = {name.removeprefix(_WRAPPED): name for name, _ in model.named_modules()}
+        self._stack, self._layers = stack_of(model, [names[module] for module in modules])
+        self._stack = self._stack.removeprefix(_WRAPPED)
+        self._given: list[list[Any]] = []
+
+    def record(self) -> list[Float32]:
+        """The logits (n - 1, vocab) of every piece, as the model is."""
+        logits = []
+        for piece in self.pieces:
+            given: list[Any] = []
+            with ExitStack() as hooks:
+                for layer in self._layers:
+                    handle = layer.register_forward_hook(lambda _, __, output, to=given: to.append(output))
+                    hooks.callback(handle.remove)
+                logits.append(self._runner.logits(piece)[:-1])
+            self._given.append(given)
+        return logits
+
+    def logits(self, row: int, module: str) -> Float32:
+        """The same of one piece, where nothing that comes before `module` has changed."""
+        given, first = self._given[row], self._place(module)
+        with ExitStack() as kept:
+            for layer, output in zip(self._layers[:first], given, strict=False):
+                kept.enter_context(_giving(layer, output))
+            return self._runner.logits(self.pieces[row])[:-1]
+
+    def _place(self, module: str) -> int:
+        """How many layers come before the one that holds `module`; 0 where that can't be told."""
+        inside = module.removeprefix(f"{self._stack}.")
+        if inside == module or any(len(given) != len(self._layers) for given in self._given):
+            return 0
+        return int(inside.partition(".")[0])
+
+
+@contextmanager
+def _giving(layer: Any, output: Any) -> Iterator[None]:
+    """Let a layer give this without computing it."""
+    layer.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 def _pieces(windows: Windows) -> list[npt.NDArray[np.int64]]:
@@ -85,7 +137,7 @@ def _pieces(windows: Windows) -> list[npt.NDArray[np.int64]]:
 
 def _in_model_order(trained: Trained, stored: Checkpoint) -> list[str]:
     assert trained.checkpoint is not None
-    names = [name.removeprefix("base_model.model.") for name, _ in _model(trained).named_modules()]
+    names = [name.removeprefix(_WRAPPED) for name, _ in _model(trained).named_modules()]
     return [name for name in names if name in stored.linears and name in trained.checkpoint.linears]
 
 
@@ -119,7 +171,7 @@ def _replaced(trained: Trained, module: str, pair: _Pair) -> Iterator[list[tuple
     """Let one layer compute with the artefact's weight; yields (signal, error) powers of its outputs."""
     model = _model(trained)
     try:
-        layer = model.get_submodule(f"base_model.model.{module}")
+        layer = model.get_submodule(f"{_WRAPPED}{module}")
     except AttributeError:
         layer = model.get_submodule(module)
     inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
