@@ -86,7 +86,11 @@ def more_file(path: Path, number: int) -> Path:
 
 
 def _write(path: Path, values: Sequence[ir.Value], places: dict[str, int], progress: Progress) -> None:
-    """Write a data file, and note in `places` where each initializer begins."""
+    """Write a data file, and note in `places` where each initializer begins.
+
+    Those that start on the widest boundaries come first, so that little is left empty between them.
+    """
+    values = sorted(values, key=lambda value: -_alignment(value))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as stream:
@@ -98,12 +102,16 @@ def _write(path: Path, values: Sequence[ir.Value], places: dict[str, int], progr
         raise output_error(path, cause) from cause
 
 
+def _alignment(value: ir.Value) -> int:
+    assert value.const_value is not None
+    size = value.const_value.nbytes
+    return _GRANULE if size >= _LARGE else _PAGE if size >= _PAGE else _SMALL_ALIGNMENT
+
+
 def _append(stream: BinaryIO, value: ir.Value) -> int:
     tensor = value.const_value
     assert tensor is not None
-    size = tensor.nbytes
-    alignment = _GRANULE if size >= _LARGE else _PAGE if size >= _PAGE else _SMALL_ALIGNMENT
-    stream.write(bytes(-stream.tell() % alignment))
+    stream.write(bytes(-stream.tell() % _alignment(value)))
     start = stream.tell()
     if isinstance(tensor, ir.Tensor | ir.ExternalTensor):
         tensor.tofile(stream)  # without a copy in memory
