@@ -47,7 +47,9 @@ class Seen:
         middle = np.median(reach)
         if middle == 0:
             return np.ones_like(reach)
-        found: Float32 = (np.maximum(reach / middle, 1) ** _EXPONENT).astype(np.float32)
+        ratio = reach.astype(np.float64) / middle  # which float32 may not hold
+        levels = np.minimum(np.maximum(ratio, 1) ** _EXPONENT, np.finfo(np.float32).max)
+        found: Float32 = levels.astype(np.float32)
         return found
 
     def span(self, levels: Float32 | None) -> qdq.Span:

@@ -6,8 +6,10 @@ loaded when they are called, so that `vera-edge --help` stays quick.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -98,7 +100,9 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()  # at the process's end it would be too late to say what fails
+            return result
         except VeraEdgeError as error:
             click.echo(f"vera-edge: {error}", err=True)
             sys.exit(error.exit_code)
@@ -108,6 +112,8 @@ class LazyGroup(click.Group):
             # A file that the command writes is named by a VeraEdgeError; without a name it's where this
             # process's own output goes.
             what = error.filename or "the standard output"
+            if error.filename is None:
+                _drop_output()
             click.echo(f"vera-edge: the system refuses {what}: {error.strerror}", err=True)
             sys.exit(VeraEdgeError.exit_code)
         except MemoryError:
@@ -125,6 +131,12 @@ class LazyGroup(click.Group):
             if not any(words in str(error) for words in ("failed to map segment", "bad_alloc")):
                 raise
             _end_without_memory()  # not even a shared library found room
+
+
+def _drop_output() -> None:
+    """Let the interpreter flush what can't be written into nothing, or it would fail once more as it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _end_without_memory() -> NoReturn:
