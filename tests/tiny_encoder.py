@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,15 +38,20 @@ def make(family: Family, root: Path) -> tuple[Path, Path]:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """WordPiece trained on TEXTS, with [CLS] and [SEP] around a text and types for the two of a pair."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    """WordPiece of the words of TEXTS, with [CLS] and [SEP] around a text and types for the two of a pair."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    words = set(re.findall(r"\w+|[^\w\s]", " ".join(TEXTS).lower()))
+    letters = set("".join(words))
+    # Not trained: WordPieceTrainer breaks ties in another way in each process.
+    pieces = [*special, *sorted(words | letters), *(f"##{letter}" for letter in sorted(letters))]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    assert len(vocabulary) <= 160
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer.train_from_iterator(TEXTS, trainers.WordPieceTrainer(vocab_size=160, special_tokens=special))
-    assert tokenizer.get_vocab_size() <= 160
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
