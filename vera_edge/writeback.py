@@ -108,8 +108,9 @@ class _WriteBack:
         for adapter, _ in self.adapters:
             for module, bias in adapter.biases.items():
                 model.get_submodule(module).bias.data = torch.from_numpy(np.array(bias, np.float32))
-        linears = {module: model.get_submodule(module) for module in self.grids}
-        self.biases = {name: found.bias.data for name, found in linears.items() if found.bias is not None}
+        for name, linear in model.named_modules():
+            if name in self.grids and linear.bias is not None:
+                self.biases[name] = linear.bias.data
 
     def answer(self, inputs: Inputs) -> Mapping[str, Changed]:
         effort = self.calibration.effort
@@ -117,19 +118,19 @@ class _WriteBack:
         if self.calibration.method == "gptq":
             _ = gram.feedback  # computed once, before it is asked for by several threads
 
-        def work(module: str) -> tuple[Codes, Float32]:
+        def work(module: str) -> tuple[Codes, Float32, Float32 | None]:
             return self._rounded(module, inputs, gram)
 
         found, changed = in_threads(work, inputs.modules, torch.get_num_threads()), {}
-        for module, (codes, weight) in zip(inputs.modules, found, strict=True):
+        for module, (codes, weight, bias) in zip(inputs.modules, found, strict=True):
             self._keep(module, codes)
-            changed[module] = Changed(oriented(self.checkpoint, module, weight))
-            if self.asked.bias:
-                changed[module] = self._with_bias(module, changed[module], inputs)
+            # Here and not in the threads, which torch's inference mode doesn't reach.
+            total = None if bias is None else torch.from_numpy(bias) + self.biases.get(module, 0)
+            changed[module] = Changed(oriented(self.checkpoint, module, weight), total)
         return changed
 
-    def _rounded(self, module: str, inputs: Inputs, gram: Gram) -> tuple[Codes, Float32]:
-        """The codes, and the effective weight that the model has from now on."""
+    def _rounded(self, module: str, inputs: Inputs, gram: Gram) -> tuple[Codes, Float32, Float32 | None]:
+        """The codes, the effective weight that the model has from now on, and what its bias gets."""
         base, delta = self.checkpoint.dequantize(module), self._delta(module)
         trained = base + delta
         target = follow_target(trained, inputs, self.calibration.follow)
@@ -140,33 +141,30 @@ class _WriteBack:
             codes = self._codes(module, base if target is trained else target - delta, gram)
             found = codes.dequantize()
             found = found + self._refitted(module, target - found, delta, gram)
-        return codes, found + self._low_rank(module, target - found, gram)
+        if self.asked.rank:
+            found = found + self._low_rank(module, target - found, gram)
+        bias = self._bias(module, trained, found, inputs) if self.asked.bias else None
+        return codes, found, bias
 
-    def _low_rank(self, module: str, left: Float32, gram: Gram) -> Float32 | np.float32:
-        """The low-rank term for what is left, (out, in); 0 where none was asked for."""
-        if not self.asked.rank:
-            return np.float32(0)
+    def _low_rank(self, module: str, left: Float32, gram: Gram) -> Float32:
+        """The low-rank term for what is left, (out, in)."""
         up, down = low_rank(left, gram, self.asked.rank)
         self.corrections[module] = Correction(up, down)
         return up @ down
 
-    def _with_bias(self, module: str, changed: Changed, inputs: Inputs) -> Changed:
-        """`changed` with the bias that brings the mean of the output to that of the model as trained.
+    def _bias(self, module: str, trained: Float32, found: Float32, inputs: Inputs) -> Float32:
+        """The bias that brings the mean of the output to that of the model as trained.
 
-        W mean(X) + mean(R - R~) - V mean(X~), W trained and V effective; see calibration.py for the letters.
+        W mean(X) + mean(R - R~) - V mean(X~), W trained and V found; see calibration.py for the letters.
         """
         assert inputs.means is not None
         now, before, stream = inputs.means
-        trained = self.checkpoint.dequantize(module) + self._delta(module)
-        effective = changed.weight.T if self.checkpoint.is_conv1d(module) else changed.weight
-        bias: Float32 = (trained @ before - effective.numpy() @ now).astype(np.float32)
+        bias: Float32 = trained @ before - found @ now
         if stream is not None:
             bias += stream
         known = self.corrections.get(module, Correction())
         self.corrections[module] = replace(known, bias=bias)
-        own = self.biases.get(module)
-        total = torch.from_numpy(bias) if own is None else own + torch.from_numpy(bias)
-        return changed._replace(bias=total)
+        return bias
 
     def _refitted(self, module: str, left: Float32, delta: Float32, gram: Gram) -> Float32:
         """What the branch adds from now on; `left`: what it should, `delta`: what it does as trained."""

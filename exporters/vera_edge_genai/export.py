@@ -22,6 +22,7 @@ from vera_edge.target import Export, ExportRequest
 from vera_edge.weight_rounding import BLOCK
 from vera_edge_genai import build, configs
 from vera_edge_onnx import adapters, branch, generated, groups, head, joining, seed, sites, weights
+from vera_edge_onnx.classes import DECODERS
 from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
@@ -83,7 +84,7 @@ def check(request: ExportRequest) -> str:
     names = checkpoint.config.get("architectures")
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
         raise TargetError(f"{checkpoint.path / 'config.json'} names no architecture to export")
-    if not names[0].endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+    if not names[0].endswith(DECODERS):
         raise TargetError(
             f"{names[0]} isn't a decoder, and only decoders can be exported; merge the adapter "
             "(vera-edge merge) and export the result with a tool that takes it"

@@ -29,9 +29,9 @@ class Corrected:
         found, name, shape = self.correction, f"{node}/correction", (*leading(x), self.out)
         if found.up is not None and found.down is not None:
             inner = (*leading(x), found.down.shape[0])
-            down = _transposed(weaver, f"{weight}.low_rank_down", found.down, before)
+            down = weaver.widened(f"{weight}.low_rank_down", found.down.T, before)
             narrow = weaver.node("MatMul", [x, down], f"{name}/down/MatMul", inner, before=before)
-            up = _transposed(weaver, f"{weight}.low_rank_up", found.up, before)
+            up = weaver.widened(f"{weight}.low_rank_up", found.up.T, before)
             term = weaver.node("MatMul", [narrow, up], f"{name}/up/MatMul", shape, before=before)
             total = weaver.node("Add", [total, term], f"{name}/Add", shape, before=before)
         if found.bias is not None:
@@ -82,9 +82,3 @@ def _joined(site: Site, corrections: Mapping[str, Correction]) -> Correction:
         up[row : row + block.shape[0], column : column + block.shape[1]] = block
         column += block.shape[1]
     return Correction(up, np.concatenate(downs), bias)
-
-
-def _transposed(weaver: Weaver, name: str, matrix: Float32, before: ir.Node) -> ir.Value:
-    """A matrix (rows, columns) stored as float16 (columns, rows), as float32."""
-    stored = weaver.initializer(name, matrix.T.astype(np.float16))
-    return weaver.node("Cast", [stored], f"{name}/Cast", matrix.T.shape, before=before, to=ir.DataType.FLOAT)

@@ -142,10 +142,12 @@ class Weaver:
     def narrow(self, value: ir.Value, before: ir.Node) -> None:
         """Store a float32 initializer as float16; it is widened when a runtime loads the graph."""
         assert value.name is not None and value.const_value is not None
-        stored = self.initializer(f"{value.name}.fp16", value.const_value.numpy().astype(np.float16))
-        shape = tuple(value.const_value.shape.numpy())
-        wide = self.node("Cast", [stored], f"{value.name}/Cast", shape, before=before, to=ir.DataType.FLOAT)
-        value.replace_all_uses_with(wide)
+        value.replace_all_uses_with(self.widened(value.name, value.const_value.numpy(), before))
+
+    def widened(self, name: str, array: npt.NDArray[Any], before: ir.Node) -> ir.Value:
+        """An array that is stored as float16 and given as float32."""
+        stored = self.initializer(f"{name}.fp16", array.astype(np.float16))
+        return self.node("Cast", [stored], f"{name}/Cast", array.shape, before=before, to=ir.DataType.FLOAT)
 
     def finish(self) -> dict[str, Range]:
         """Remove what nothing uses any more, sort, and say which initializers share whose bytes."""

@@ -84,8 +84,7 @@ class _Passes:
 
     def __init__(self, trained: Trained, pieces: list[npt.NDArray[np.int64]], modules: Sequence[str]) -> None:
         self.pieces, self._runner = pieces, trained.runner
-        model = _model(trained)
-        names = {name.removeprefix(_WRAPPED): name for name, _ in model.named_modules()}
+        model, names = _model(trained), _names(trained)
         self._stack, self._layers = stack_of(model, [names[module] for module in modules])
         self._stack = self._stack.removeprefix(_WRAPPED)
         self._given: list[list[Any]] = []
@@ -137,8 +136,13 @@ def _pieces(windows: Windows) -> list[npt.NDArray[np.int64]]:
 
 def _in_model_order(trained: Trained, stored: Checkpoint) -> list[str]:
     assert trained.checkpoint is not None
-    names = [name.removeprefix(_WRAPPED) for name, _ in _model(trained).named_modules()]
-    return [name for name in names if name in stored.linears and name in trained.checkpoint.linears]
+    known = trained.checkpoint.linears
+    return [name for name in _names(trained) if name in stored.linears and name in known]
+
+
+def _names(trained: Trained) -> dict[str, str]:
+    """The model's own names of modules, by those in its checkpoint, in its order."""
+    return {name.removeprefix(_WRAPPED): name for name, _ in _model(trained).named_modules()}
 
 
 def _model(trained: Trained) -> Any:
@@ -169,11 +173,7 @@ def _load(trained: Trained, base: Checkpoint, stored: Checkpoint, module: str) -
 @contextmanager
 def _replaced(trained: Trained, module: str, pair: _Pair) -> Iterator[list[tuple[float, float]]]:
     """Let one layer compute with the artefact's weight; yields (signal, error) powers of its outputs."""
-    model = _model(trained)
-    try:
-        layer = model.get_submodule(f"{_WRAPPED}{module}")
-    except AttributeError:
-        layer = model.get_submodule(module)
+    layer = _model(trained).get_submodule(_names(trained)[module])
     inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     stored, exact = torch.from_numpy(pair.stored), torch.from_numpy(pair.exact)
     powers: list[tuple[float, float]] = []
