@@ -12,11 +12,11 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from vera_edge.errors import BundleError
+from vera_edge.errors import BundleError, OutputError
 from vera_edge.files import canonical_json, read_json, safe_join, sha256_bytes, sha256_file, write_atomic
 from vera_edge.manifest import (
     FIELDS,
@@ -43,6 +43,7 @@ __all__ = [
     "Facts",
     "FileEntry",
     "Manifest",
+    "add",
     "as_json",
     "change",
     "check_limits",
@@ -121,6 +122,34 @@ def read(folder: Path) -> Manifest:
 def change(manifest: Manifest, **changes: Json) -> Facts:
     """The facts of `manifest` with some of them changed, to write it anew."""
     return Facts(**{key: getattr(manifest, key) for key in FIELDS} | changes)
+
+
+def check_unsigned(folder: Path, advice: str) -> None:
+    """Raise OutputError when a bundle is signed: what is added to it would make the signature wrong."""
+    if (folder / SIGNATURE).exists():
+        raise OutputError(f"{folder} is signed, so nothing can be added to it; {advice}")
+
+
+def add(
+    manifest: Manifest,
+    name: str,
+    write_file: Callable[[], object],
+    progress: Progress = silent,
+    known: Mapping[str, FileEntry] = MappingProxyType({}),
+    **changes: Json,
+) -> Manifest:
+    """Let `write_file` make or replace the file `name` and list it; when that fails the bundle is as it was.
+
+    known: see `write`. changes: of the manifest's facts.
+    """
+    path = safe_join(manifest.folder, name)
+    before = path.read_bytes() if path.is_file() else None
+    try:
+        write_file()
+        return write(manifest.folder, change(manifest, **changes), progress, known)
+    except BaseException:
+        path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+        raise
 
 
 def verify(folder: Path, deep: bool = True, progress: Progress = silent, complete: bool = False) -> Manifest:

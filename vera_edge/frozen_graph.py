@@ -6,7 +6,6 @@ the graph's bytes and the vectors'; the weights stay where they are and are shar
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,7 @@ from vera_edge.device.adapters import Vectors
 from vera_edge.device.opened import AdapterChoice, Opened, open_graph
 from vera_edge.errors import MismatchError, OutputError
 from vera_edge.files import write_atomic
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+from vera_edge.manifest import PLAIN_NAME
 
 
 @dataclass(frozen=True)
@@ -37,26 +35,20 @@ def freeze(folder: Path, adapter: AdapterChoice, name: str, force: bool = False)
     its adapter merged or the adapter isn't for it, OutputError when the name is taken or the bundle signed.
     """
     manifest = bundle.read(folder)
-    if _NAME.fullmatch(name) is None:
+    if PLAIN_NAME.fullmatch(name) is None:
         raise OutputError(f"{name!r} isn't a plain name for a graph; use letters, digits, dots and dashes")
     if manifest.mode != "branch":
         raise MismatchError(f"{folder} has its adapter merged; only a branch has vectors to freeze")
-    if (folder / bundle.SIGNATURE).exists():
-        raise OutputError(f"{folder} is signed, so nothing can be added to it; freeze first, then sign")
+    bundle.check_unsigned(folder, "freeze first, then sign")
     model = manifest.path(manifest.model)
     path = model.with_name(f"{model.stem}_{name}{model.suffix}")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already; choose another --name, or use --force")
     opened = Opened(*open_graph(folder, manifest.kind, deep=False))
     opened.swap(adapter)
-    data = _frozen(model, opened.vectors)
-    write_atomic(path, data)
-    kept = {file: entry for file, entry in manifest.files.items() if folder / file != path}
-    try:
-        bundle.write(folder, bundle.change(manifest), known=kept)
-    except BaseException:
-        path.unlink()
-        raise
+    data, file = _frozen(model, opened.vectors), path.relative_to(folder).as_posix()
+    kept = {other: entry for other, entry in manifest.files.items() if other != file}
+    bundle.add(manifest, file, lambda: write_atomic(path, data), known=kept)
     return Frozen(path, len(data))
 
 

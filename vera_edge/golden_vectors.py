@@ -15,7 +15,7 @@ from vera_edge.device import golden, golden_encoder
 from vera_edge.device.chat import Text
 from vera_edge.device.encoder import CLASSES, Encoder
 from vera_edge.device.golden import PROMPTS, Reference
-from vera_edge.errors import BundleError, DataError, MismatchError, OutputError, PlanError
+from vera_edge.errors import BundleError, DataError, MismatchError, PlanError
 from vera_edge.files import read_json
 from vera_edge.progress import Progress, silent
 
@@ -75,16 +75,9 @@ def _check_names(manifest: Manifest, references: Iterable[str | None]) -> None:
 def _put(
     manifest: Manifest, write: Callable[[], str], limits: Mapping[str, float] | None, progress: Progress
 ) -> Manifest:
-    """Write the file and list it; when that fails the bundle is as it was."""
-    path = manifest.folder / golden.FILE
-    before = path.read_bytes() if path.is_file() else None
+    """Write the file and list it."""
     bound = manifest.limits if limits is None else limits
-    try:
-        facts = bundle.change(manifest, golden=write(), limits=bound)
-        return bundle.write(manifest.folder, facts, progress)
-    except BaseException:
-        path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
-        raise
+    return bundle.add(manifest, golden.FILE, write, progress, golden=golden.FILE, limits=bound)
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -119,8 +112,7 @@ def ask(
 
     bundle.check_limits(limits or {}, "options")
     manifest = bundle.read(folder)
-    if (folder / bundle.SIGNATURE).exists():
-        raise OutputError(f"{folder} is signed, so nothing can be added to it; make golden vectors first")
+    bundle.check_unsigned(folder, "make golden vectors first")
     checkpoint = Checkpoint.open(base)
     if checkpoint.digest != manifest.base["digest"]:
         raise MismatchError(

@@ -25,7 +25,7 @@ VECTOR_DTYPES = ("float32", "float16")
 _MAX_FILES = 10_000
 _MAX_SIZE = 1 << 53  # the largest integer every JSON reader keeps exact
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+){0,3}")
 
 # What a JSON reader hands over; the manifest's free-form records keep this type.
@@ -245,7 +245,7 @@ def _check_adapters(
     value: Mapping[str, Json], files: Mapping[str, FileEntry], need: Callable[[bool, str], None]
 ) -> None:
     for name, entry in value["adapters"].items():
-        need(_ADAPTER_NAME.fullmatch(name) is not None, f"the adapter name {name[:80]!r} isn't a plain name")
+        need(PLAIN_NAME.fullmatch(name) is not None, f"the adapter name {name[:80]!r} isn't a plain name")
         file = entry.get("file")
         need(file is None or (_is_text(file) and file in files), f"adapter {name} names no listed file")
         need(file is not None or value["mode"] == "merged", f"adapter {name} of a branch bundle has no file")
