@@ -33,6 +33,7 @@ from vera_edge.tensors import Float32
 
 GROUP = "vera_edge.exporters"
 BUILT_IN = "built-in"
+WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "int2", "nf4", "fp4")  # what linears can be asked to be
 _BLOCKS = {"int8": 8, "int4": 4, "int2": 2}
 
 

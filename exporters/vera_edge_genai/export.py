@@ -16,19 +16,18 @@ import onnx_ir as ir
 from vera_edge import merge
 from vera_edge import plan as plans
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.errors import PlanError, TargetError
+from vera_edge.errors import TargetError
 from vera_edge.files import staged_folder
 from vera_edge.target import Export, ExportRequest
 from vera_edge.weight_rounding import BLOCK
 from vera_edge_genai import build, configs
-from vera_edge_onnx import adapters, branch, generated, groups, head, joining, seed, sites, weights
+from vera_edge_onnx import adapters, branch, generated, groups, head, joining, options, seed, sites, weights
 from vera_edge_onnx.classes import DECODERS
 from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
-_OPTIONS = ("head", "projections", weights.ACCURACY, weights.RUN, seed.OPTION, adapters.VECTORS)
 
 
 class GenaiExporter:
@@ -72,10 +71,6 @@ class GenaiExporter:
 def check(request: ExportRequest) -> str:
     """The architecture's name; raises before any work is done when the request can't be met."""
     checkpoint = request.checkpoint
-    if unknown := sorted(set(request.options) - set(_OPTIONS)):
-        raise PlanError(f"the target genai takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
-    seed.wanted(request)
-    weights.runs_as(request)
     if any(step.activations != plans.FLOAT for step in request.plan.steps):
         raise TargetError(
             "a decoder's int8 products round what they read by themselves (MatMulNBits at accuracy level 4); "
@@ -89,7 +84,7 @@ def check(request: ExportRequest) -> str:
             f"{names[0]} isn't a decoder, and only decoders can be exported; merge the adapter "
             "(vera-edge merge) and export the result with a tool that takes it"
         )
-    adapters.check(request)
+    options.check(request, "genai")
     return names[0]
 
 
@@ -109,8 +104,8 @@ def _float_graph(
         graph = work / f"graph-{fuse}"
         request.progress("drawing the graph", 0, 1)
         # A window in the cache would ask every runtime but GenAI for a cache of that size from the start.
-        options = {"fuse_qkv": fuse, "windowed_kv_cache": "false"}
-        model = build.drawn(graph) or build.build(copy.path, graph, architecture, options)
+        builder = {"fuse_qkv": fuse, "windowed_kv_cache": "false"}
+        model = build.drawn(graph) or build.build(copy.path, graph, architecture, builder)
         found = sites.find(model, shapes, copy.dequantize)
         # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
         if merged or not any(_is_partial(site, adapted) for site in found):
@@ -157,10 +152,10 @@ def _weave(
         for site in inner:
             weaver.narrow_weight(site.node)
     quantized = "fp32" if seed.wanted(request) else weights.beside(kind)
-    dtype = request.options.get("projections", "fp16" if kind == "fp16" else quantized)
+    dtype = request.options.get(options.PROJECTIONS, "fp16" if kind == "fp16" else quantized)
     vectors = adapters.vector_dtype(request)
     branch.weave(weaver, inner, bases, adapted, request.projections, dtype, vectors)
     if ends is not None:
-        head.store(weaver, ends, request.options.get("head", weights.beside(kind)), BLOCK)
+        head.store(weaver, ends, request.options.get(options.HEAD, weights.beside(kind)), BLOCK)
     weights.set_accuracy(request, model)
     return weaver.finish(), shipped

@@ -27,6 +27,7 @@ from vera_edge_onnx import (
     embeddings,
     generated,
     groups,
+    options,
     ranges,
     seed,
     sites,
@@ -40,7 +41,6 @@ from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
 KIND = "encoder"
-_OPTIONS = ("head", "projections", weights.ACCURACY, weights.RUN, seed.OPTION, adapters.VECTORS)
 # Where a folder came from is nobody's business, and would make two exports of one model differ.
 _ORIGINS = ("_name_or_path", "_model_name_or_path")
 
@@ -78,11 +78,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
 
 def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Task:
     """The model's task; raises before any work is done when the request can't be met."""
-    if unknown := sorted(set(request.options) - set(_OPTIONS)):
-        raise PlanError(f"the target {target} takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
-    weights.runs_as(request)
-    seed.wanted(request)
-    adapters.check(request)
+    options.check(request, target)
     task = drawing.task(architecture, str(request.checkpoint.config.get("model_type")))
     if task.half:
         _check_half(request, architecture)
@@ -161,13 +157,13 @@ def _weave(
             if all(results[part.module] == "fp16" for part in site.parts):
                 weaver.narrow_weight(site.node)
     adapted = adapters.sizes(request) if plan.mode == "branch" else {}
-    dtype = request.options.get("projections", "fp32" if seed.wanted(request) else weights.beside(kind))
+    dtype = request.options.get(options.PROJECTIONS, "fp32" if seed.wanted(request) else weights.beside(kind))
     stored, vectors = weights.stored(request, found, seen), adapters.vector_dtype(request)
     shipped = ship(request, found, stored)
     branch.weave(weaver, found, stored, adapted, request.projections, dtype, vectors)
     by_row = any(step.activations != plans.FLOAT for step in plan.steps)
     embeddings.store(
-        weaver, request.options.get("head", weights.beside(kind, four_bit="int4")), BLOCK, by_row
+        weaver, request.options.get(options.HEAD, weights.beside(kind, four_bit="int4")), BLOCK, by_row
     )
     weights.set_accuracy(request, model)
     return weaver.finish(), shipped

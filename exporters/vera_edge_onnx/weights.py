@@ -26,11 +26,11 @@ from vera_edge_onnx.linear import Bnb4, Linear, join_bnb4
 from vera_edge_onnx.sites import Part, Site
 
 ACCURACY, RUN = "accuracy_level", "run"
-_INTEGERS = ("int8", "int4", "int2")
+INTEGERS = ("int8", "int4", "int2")
 _BNB4 = ("nf4", "fp4")
 # What a format of a checkpoint is stored as in a graph; ONNX Runtime computes in float32 on a CPU.
 _STORED = {"fp32": "fp32", "bf16": "fp32", "fp16": "fp16", "nf4": "nf4", "fp4": "fp4"}
-KINDS = ("fp32", "fp16", *_INTEGERS, *_BNB4)
+KINDS = ("fp32", "fp16", *INTEGERS, *_BNB4)
 
 
 def kind(plan: Plan) -> str:
@@ -78,7 +78,7 @@ def can_join(request: ExportRequest, steps: Sequence[Step]) -> bool:
     if runs_as(request) != kind(request.plan):
         return len(kinds) == 1 and kinds <= set(_BNB4)
     grids = {None if step.copies else grid_of(step, exported=True) for step in steps}
-    return kinds <= set(_INTEGERS) and len(grids) == 1 and None not in grids
+    return kinds <= set(INTEGERS) and len(grids) == 1 and None not in grids
 
 
 def is_four_bit(site: Site, steps: Mapping[str, Step]) -> bool:
@@ -120,7 +120,7 @@ def stored(
             name = site.input.name or ""
             facts = (steps, reads, seen.get(name), name not in fixed)
             found[site.name] = activations.linear(request, rows_of(site), *facts)
-        elif results <= set(_INTEGERS):
+        elif results <= set(INTEGERS):
             parts = [_blocks(request, steps[part.module], part, rows) for part, rows in rows_of(site)]
             found[site.name] = integers.join(parts)
         elif is_four_bit(site, steps) and runs_as(request) != "int8":

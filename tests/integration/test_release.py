@@ -124,6 +124,24 @@ def test_adapters_of_one_base_share_its_graph(released: Path) -> None:
     assert a["adapters/default.onnx_adapter"] != b["adapters/default.onnx_adapter"]
 
 
+def test_a_variant_is_what_the_command_exports(inputs: Path, store: Path, tmp_path: Path, cli: Cli) -> None:
+    keys = {"weights": "int4", "block": 16, "symmetric": True, "accuracy_level": 0, "head": "int4"}
+    keys |= {"projections_dtype": "fp16", "vectors": "fp16", "method": "rtn"}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+    text = RECIPE.replace('weights = "int8"', "\n".join(lines)).replace("max_kl = 0.05", "min_retained = -9")
+    recipe = inputs / "options.toml"
+    recipe.write_text(text)
+    made = cli("release", recipe, "-o", tmp_path / "out", "--store", store)
+    assert made.exit_code == 0, made.stderr
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in keys.items() if key != "symmetric"]
+    for name in ("a", "b"):
+        whole = ("export", inputs / "nf4", inputs / name, "-o", tmp_path / name, "--mode", "branch")
+        assert cli(*whole, "--symmetric", *options).exit_code == 0
+        released, exported = content(tmp_path / "out" / name / "onnx-branch-int4"), content(tmp_path / name)
+        for file in ("onnx/model.onnx", "onnx/model.onnx_data", "adapters/default.onnx_adapter"):
+            assert released[file] == exported[file], (name, file)
+
+
 def test_a_second_run_does_nothing(inputs: Path, store: Path, released: Path, cli: Cli) -> None:
     before = content(released)
     result = cli("release", inputs / "r.toml", "-o", released, "--store", store)

@@ -427,6 +427,9 @@ def test_refusals_leave_nothing_behind(
         options={"projections": "int3"},
     )
     refused(PlanError, "takes no option 'blocks'", out, tiny_llama.fp32, one, options={"blocks": "32"})
+    for option, value in (("projections", "int8"), ("accuracy_level", "0")):
+        match = "holds no projections" if option == "projections" else "accuracy level is for"
+        refused(PlanError, match, out, tiny_llama.fp32, one, options={option: value})
     int4 = {"weights": "int4"}
     for block, match in (("48", "block of 48 inputs can't run; choose from 16"), ("x", "number of inputs")):
         refused(PlanError, match, out, tiny_llama.fp32, one, options={"block": block}, **int4)

@@ -555,6 +555,23 @@ class TestRefused:
             merge.to_folder(base, [(tiny_adapter, 1.0)], tmp_path / "out", "nf4")
         assert self.nothing_in(tmp_path)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("to", ["fp32", "same"])
+    def test_nan_in_what_is_copied(
+        self, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, dtype: torch.dtype, to: str
+    ) -> None:
+        base = Path(shutil.copytree(tiny_llama.fp32, tmp_path / "base"))
+        state = load_file(base / "model.safetensors")
+        state["model.norm.weight"] = state["model.norm.weight"].to(dtype)
+        state["model.norm.weight"][3] = float("nan")
+        save_file(state, base / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=r"model\.norm\.weight in .*model\.safetensors holds NaN"):
+            merge.to_folder(base, [(tiny_adapter, 1.0)], tmp_path / "out", to)
+        assert self.nothing_in(tmp_path)
+        state["model.norm.weight"][3] = float("-inf")
+        save_file(state, base / "model.safetensors", {"format": "pt"})
+        merge.to_folder(base, [(tiny_adapter, 1.0)], tmp_path / "out", to)
+
     @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
     def test_values_beyond_fp16(
         self, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, name: str

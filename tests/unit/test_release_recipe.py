@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vera_edge.errors import PlanError
 from vera_edge.release import recipe as recipes
+from vera_edge.release.variant import Variant
 
 BASE: dict[str, Any] = {"id": "tiny", "path": "nf4"}
 RECIPE: dict[str, Any] = {
@@ -25,7 +26,7 @@ KEYS = [
     *[("release", key) for key in recipes.Release.model_fields],
     *[("base", key) for key in recipes.Base.model_fields],
     *[("adapter", key) for key in recipes.AdapterEntry.model_fields],
-    *[("variant", key) for key in recipes.Variant.model_fields],
+    *[("variant", key) for key in Variant.model_fields],
     *[("limits", key) for key in recipes.LimitsEntry.model_fields],
     *[("sign", key) for key in recipes.Signing.model_fields],
 ]
@@ -82,7 +83,11 @@ def test_a_recipe_comes_back_as_it_was_written(tmp_path: Path) -> None:
         ("adapter", {"id": "release.json"}, "which is the name of something else"),
         ("adapter", {"id": "nul.txt"}, "which is the name of something else"),
         ("adapter", {"base": "other"}, "adapter 'a' names base 'other', which isn't there"),
-        ("variant", {"weights": "../../x"}, "variant[0] has weights '../../x', which no folder can be"),
+        ("variant", {"weights": "int3"}, "variant[0] has weights 'int3'; choose from same, fp32, fp16"),
+        ("variant", {"block": 48}, "variant[0].block input should be 16, 32, 64, 128 or 256"),
+        ("variant", {"mode": "merged", "vectors": "fp16"}, 'has vectors, which belongs to mode = "branch"'),
+        ("variant", {"mode": "merged", "projections": "seed"}, "has projections, which belongs to mode"),
+        ("variant", {"weights": "plan", "plan": "p", "block": 64}, "has block, and a plan decides on that"),
         ("variant", {"target": "onxn"}, "is for 'onxn', which isn't a target here; choose from genai, onnx"),
         ("variant", {"adapters": []}, "variant[0].adapters"),
         ("variant", {"adapters": ["b"]}, "names adapter 'b', which isn't there"),

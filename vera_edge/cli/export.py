@@ -27,7 +27,6 @@ from vera_edge.cli.show import (
 )
 from vera_edge.weight_rounding import Rounding
 
-WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "int2", "nf4", "fp4")
 STORED = ("fp32", "fp16", "int8", "int4")
 
 
@@ -47,7 +46,7 @@ STORED = ("fp32", "fp16", "int8", "int4")
 @click.option(
     "--weights",
     "--ship",
-    type=click.Choice(WEIGHTS),
+    type=click.Choice(targets.WEIGHTS),
     default="fp32",
     show_default=True,
     help="How the linear layers are stored; same: as the base stores them.",

@@ -15,7 +15,7 @@ import numpy as np
 from vera_edge import formats
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.errors import PlanError
+from vera_edge.errors import CheckpointError, PlanError
 from vera_edge.formats import Rounder, Weight, affine, dense, row_chunks
 from vera_edge.merge.delta import Delta, merged_rows
 from vera_edge.merge.measure import ROWS, measure, measured_rows
@@ -66,7 +66,7 @@ class Copy:
 
     def run(self, tensors: TensorFolder, out: Output) -> None:
         for name in self.names:
-            out.stream(name, tensors.pieces(name))
+            out.stream(name, _numbers(tensors, name))
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Cast:
 
     def _pieces(self, tensors: TensorFolder) -> Iterator[Bytes]:
         info = tensors[self.source]
-        for piece in tensors.pieces(self.source):
+        for piece in _numbers(tensors, self.source):
             count = piece.size // DTYPES[info.dtype][0]
             yield cast(self.source, RawTensor(info.dtype, (count,), piece), self.dtype).data
 
@@ -196,6 +196,19 @@ class _Chosen:
             zeros = codes.zeros.astype(np.float32)
         weight: Weight = pack(affine.Grid(codes.codes, codes.scales, zeros), self.step.options)
         return weight
+
+
+def _numbers(tensors: TensorFolder, name: str) -> Iterator[Bytes]:
+    """A tensor's bytes, piece by piece. Raises CheckpointError at a NaN; a mask may hold infinities."""
+    info = tensors[name]
+    for piece in tensors.pieces(name):
+        if info.dtype in FLOATS:
+            values = piece.view(DTYPES[info.dtype][1])
+            # A bfloat16 is the upper half of a float32, and NaN where its exponent is full and more.
+            damaged = (values & 0x7FFF) > 0x7F80 if info.dtype == "BF16" else np.isnan(values)
+            if damaged.any():
+                raise CheckpointError(f"{name} in {info.file} holds NaN; copy or download the model again")
+        yield piece
 
 
 def check_range(step: Step, result: Weight) -> None:

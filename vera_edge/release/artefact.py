@@ -17,7 +17,7 @@ from vera_edge.progress import Progress
 from vera_edge.release.cache import Store, link
 from vera_edge.release.inputs import Inputs
 from vera_edge.release.job import Job
-from vera_edge.release.recipe import PLAN
+from vera_edge.release.variant import PLAN
 from vera_edge.weight_rounding import Rounding
 
 _NAME = "default"
@@ -28,7 +28,7 @@ _PLAN_FILE = "plan.json"
 def export(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Manifest:
     """Export a job's base and adapter, or find it exported; `folder` of the manifest says where."""
     facts = inputs.facts | {"stage": "export"}
-    if job.variant.mode == "merged" or job.variant.weights == PLAN:
+    if not job.variant.shares_graph:
         made = _plan(job, store, inputs, progress)
         folder, _ = store.build(facts, lambda stage: _export(job, stage, progress, made))
         return bundle.read(folder)
@@ -63,9 +63,6 @@ def _plan(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Plan | 
 
 def _export(job: Job, stage: Path, progress: Progress, made: Plan | None) -> None:
     variant = job.variant
-    options: dict[str, str | None] = {"head": variant.head, "projections": variant.projections_dtype}
-    if variant.projections == "seed":
-        options["origin"] = "seed"
     target.export(
         base=job.recipe.path(job.recipe.base(job.adapter.base).path),
         adapter_paths=[(job.recipe.path(job.adapter.path), 1.0)],
@@ -73,7 +70,7 @@ def _export(job: Job, stage: Path, progress: Progress, made: Plan | None) -> Non
         target=variant.target,
         mode=variant.mode,
         weights=variant.weights,
-        options={name: value for name, value in options.items() if value is not None},
+        options=variant.options,
         projection_dtype=job.adapter.projection_dtype,
         progress=progress,
         rounding=Rounding(variant.method, job.recipe.text(variant.calibration), any_adapter=True),

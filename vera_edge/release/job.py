@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_edge.release.recipe import AdapterEntry, Recipe, Variant
+from vera_edge.release.recipe import AdapterEntry, Recipe
+from vera_edge.release.variant import Variant
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""What the ids of a recipe, and its lines of text, may be: they become folders, XML and model cards."""
+"""What a recipe's tables have in common, and what ids and lines of text may be: folders, XML, model cards."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # What a release writes beside its adapters' folders, and what Windows keeps for its devices.
@@ -32,3 +32,9 @@ def _line(value: str) -> str:
 
 Id = Annotated[str, AfterValidator(identifier)]
 Line = Annotated[str, AfterValidator(_line)]
+
+
+class Table(BaseModel):
+    """A table of a recipe: no key that isn't known, no value of another kind than the key's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

@@ -9,27 +9,20 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from vera_edge import target
 from vera_edge.drift import windows
 from vera_edge.errors import PlanError
-from vera_edge.precision import Request, parse_size
 from vera_edge.projection import Rounding
-from vera_edge.release.names import Id, Line, identifier
+from vera_edge.release.names import Id, Line, Table
+from vera_edge.release.variant import Variant
 from vera_edge.signing import Signer, Trust
 
-Stored = Literal["fp32", "fp16", "int8", "int4"]
-PLAN = "plan"
 
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Release(_Model):
+class Release(Table):
     """[release]: what the release is called; `golden`: whether bundles carry vectors to validate by."""
 
     name: Id
@@ -37,7 +30,7 @@ class Release(_Model):
     golden: bool = True
 
 
-class Base(_Model):
+class Base(Table):
     """[[base]]: a quantized model's Hugging Face folder; `licence` is an SPDX expression, for the SBOM."""
 
     id: Id
@@ -45,7 +38,7 @@ class Base(_Model):
     licence: Line | None = None
 
 
-class AdapterEntry(_Model):
+class AdapterEntry(Table):
     """[[adapter]]: a VeRA adapter and the base it was trained on."""
 
     id: Id
@@ -55,71 +48,7 @@ class AdapterEntry(_Model):
     licence: Line | None = None
 
 
-class Variant(_Model):
-    """[[variant]]: a form that every adapter is released in; `adapters` restricts it to some of them.
-
-    weights: a format, or "plan": from the file `plan`, or searched for within `max_kl` nats or `max_size`
-    bytes, of `formats`. projections: "seed" leaves them to the device to draw.
-    """
-
-    target: Id = "onnx"
-    mode: Literal["merged", "branch"] = "merged"
-    weights: Line = "int8"
-    plan: Line | None = None
-    max_kl: float | None = Field(default=None, gt=0, strict=False)
-    max_size: Line | None = None
-    formats: tuple[Line, ...] = Field(default=("int4", "int8"), strict=False, min_length=1)
-    head: Stored | None = None
-    projections: Literal["baked", "seed"] = "baked"
-    projections_dtype: Stored | None = None
-    method: Literal["rtn", "search", "hqq", "gptq"] | None = None
-    calibration: Line = windows.BUILT_IN
-    id: Id | None = None
-    adapters: tuple[Id, ...] | None = Field(default=None, strict=False, min_length=1)
-
-    @model_validator(mode="after")
-    def _named(self) -> Variant:
-        try:
-            identifier(self.name)
-        except ValueError:
-            raise ValueError(f"has weights {self.weights!r}, which no folder can be called by") from None
-        return self
-
-    @model_validator(mode="after")
-    def _planned(self) -> Variant:
-        given = [name for name in ("plan", "max_kl", "max_size") if getattr(self, name) is not None]
-        if self.weights != PLAN and given:
-            raise ValueError(f'has {given[0]}, which belongs to weights = "plan"')
-        if self.weights == PLAN and len(given) != 1:
-            raise ValueError('has weights = "plan" and needs one of plan, max_kl and max_size')
-        if self.weights == PLAN and self.plan is None:
-            self.request()
-        return self
-
-    def request(self, calibration: str = Request.calibration) -> Request:
-        """What automatic precision is asked for; `calibration` as `Rounding` takes it. Raises ValueError."""
-        try:
-            asked = Request(
-                max_size=None if self.max_size is None else parse_size(self.max_size),
-                max_kl=self.max_kl,
-                mode=self.mode,
-                formats=self.formats,
-                target=self.target,
-                method=self.method or Request.method,
-                calibration=calibration,
-            )
-            asked.check()
-        except PlanError as cause:
-            raise ValueError(str(cause)) from None
-        return asked
-
-    @property
-    def name(self) -> str:
-        """The variant's folder: its id, or target-mode-weights."""
-        return self.id or f"{self.target}-{self.mode}-{self.weights}"
-
-
-class LimitsEntry(_Model):
+class LimitsEntry(Table):
     """[limits]: the text that drift is measured on, and what may not be exceeded. Units as in `drift`."""
 
     data: Line = windows.BUILT_IN
@@ -136,7 +65,7 @@ class LimitsEntry(_Model):
         return self
 
 
-class Signing(_Model):
+class Signing(Table):
     """[sign]: the key (PEM) that bundles are signed with, or the identity that a CI job signs by.
 
     certificate: the key's (PEM). chain: those between it and its issuer's. public_key: that, or the issuer's
@@ -160,7 +89,7 @@ class Signing(_Model):
         return self
 
 
-class RecipeFile(_Model):
+class RecipeFile(Table):
     """A recipe as written: paths are still relative to the file's folder."""
 
     release: Release

@@ -1,0 +1,41 @@
+"""The options that an export to ONNX takes, and those that would change nothing: refused, not ignored."""
+
+from __future__ import annotations
+
+from vera_edge.errors import PlanError
+from vera_edge.plan import FLOAT
+from vera_edge.target import ExportRequest
+from vera_edge_onnx import adapters, seed, weights
+
+HEAD, PROJECTIONS = "head", "projections"
+_KNOWN = (HEAD, PROJECTIONS, weights.ACCURACY, weights.RUN, seed.OPTION, adapters.VECTORS)
+
+
+def check(request: ExportRequest, target: str) -> None:
+    """Raise before any work is done when an option can't be met, or would have no effect.
+
+    Raises PlanError on an option, TargetError when the weights or the adapter can't be exported.
+    """
+    if unknown := sorted(set(request.options) - set(_KNOWN)):
+        raise PlanError(f"the target {target} takes no option {unknown[0]!r}; it takes {', '.join(_KNOWN)}")
+    weights.runs_as(request)
+    seed.wanted(request)
+    adapters.check(request)
+    if PROJECTIONS in request.options and request.plan.mode != "branch":
+        raise PlanError(
+            "a merged export holds no projections to store; leave projections-dtype out, or add --mode branch"
+        )
+    if weights.ACCURACY in request.options and not _has_integer_products(request):
+        raise PlanError(
+            "an accuracy level is for products with integers in blocks (MatMulNBits), which this export has "
+            "none of; leave it out, or add --weights int8"
+        )
+
+
+def _has_integer_products(request: ExportRequest) -> bool:
+    kind = weights.runs_as(request)
+    kinds = {kind, *(weights.stored_as(step) for step in request.plan.steps if step.activations == FLOAT)}
+    kinds.add(request.options.get(HEAD, weights.beside(kind)))
+    if request.plan.mode == "branch":
+        kinds.add(request.options.get(PROJECTIONS, weights.beside(kind)))
+    return not kinds.isdisjoint(weights.INTEGERS)
