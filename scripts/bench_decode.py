@@ -1,6 +1,6 @@
 """Measure decoding speed of the demo's model: our exports beside what else runs it on a CPU.
 
-    scripts/bench_decode [--tokens 48] [--rounds 9] [--threads N] [--llama-cpp] [--only WAY ...] [--write]
+    scripts/bench_decode [--tokens 48] [--rounds 9] [--threads N ...] [--llama-cpp] [--only WAY ...] [--write]
 
 Beside them run the int4 of ONNX Runtime GenAI's own builder, torch with PEFT, and, when asked for, Q4_0 of
 llama.cpp, which is compiled from the registry's source first. `--write` puts the table into docs/speed.md.
@@ -40,9 +40,12 @@ class Way:
 WAYS = (
     Way("merged int4, int4 head", "merged", "int4", BUILDER, {"head": "int4"}),
     Way("merged int4", "merged", "int4", LLAMA_CPP),
+    Way("merged int4, blocks of 64", "merged", "int4", LLAMA_CPP, {"block": "64"}),
+    Way("merged int4, blocks of 64, int4 head", "merged", "int4", LLAMA_CPP, {"block": "64", "head": "int4"}),
     Way("branch int4", "branch", "int4", "merged int4"),
     Way("branch int4, int4 projections", "branch", "int4", "merged int4", {"projections": "int4"}),
     Way("merged int8", "merged", "int8", "merged int4"),
+    Way("merged int8, blocks of 64", "merged", "int8", "merged int8", {"block": "64"}),
     Way("branch int8", "branch", "int8", "merged int8"),
     Way("branch int8, fp32 projections", "branch", "int8", "merged int8", {"projections": "fp32"}),
     Way("branch nf4", "branch", "nf4", "merged int8"),
@@ -53,7 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=48, help="tokens generated in a round")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[available_cores()], help="a table for each"
+    )
     parser.add_argument("--llama-cpp", action="store_true", help="compile and run llama.cpp too")
     parser.add_argument("--only", nargs="*", help="these ways alone")
     parser.add_argument("--keep", action="store_true", help="take exports that are there from an earlier run")
@@ -65,25 +70,34 @@ def main() -> None:
     gguf = _gguf(out) if given.llama_cpp else None
     if given.prepare:
         return
-    runners: dict[str, Runner] = {name: Genai(folder, given.threads) for name, folder in folders.items()}
     sizes = {name: folder_bytes(folder) for name, folder in folders.items()}
     if gguf is not None:
-        command = [str(_python()), bench_llama_cpp.__file__, str(gguf), "--threads", str(given.threads)]
-        runners[LLAMA_CPP], sizes[LLAMA_CPP] = Worker(command), gguf.stat().st_size
+        sizes[LLAMA_CPP] = gguf.stat().st_size
     if not given.only or PEFT in given.only:
-        command = [sys.executable, "-m", "scripts.bench_peft", str(demo.base), str(demo.adapter)]
-        runners[PEFT] = Worker(
-            [*command, "--threads", str(given.threads)], OMP_NUM_THREADS=str(given.threads)
-        )
         sizes[PEFT] = folder_bytes(demo.base) + folder_bytes(demo.adapter)
-    speeds = measure(runners, given.tokens, given.rounds)
     against = {way.name: way.against for way in WAYS} | {PEFT: "merged int4", LLAMA_CPP: "merged int4"}
-    rows = [Row(name, sizes[name], against.get(name)) for name in speeds]
+    rows = [Row(name, size, against.get(name)) for name, size in sizes.items()]
     more = (bench_llama_cpp.PACKAGE.replace("==", " "),) if gguf is not None else ()
-    lines = [*table(rows, speeds), "", footnote(given.rounds, given.threads, *more)]
+    lines: list[str] = []
+    for threads in given.threads:
+        speeds = measure(_runners(demo, folders, gguf, PEFT in sizes, threads), given.tokens, given.rounds)
+        lines += [*table(rows, speeds), "", footnote(given.rounds, threads, *more), ""]
     say("\n".join(lines))
     if given.write:
-        write_section("decode", lines)
+        write_section("decode", lines[:-1])
+
+
+def _runners(
+    demo: Demo, folders: Mapping[str, Path], gguf: Path | None, with_peft: bool, threads: int
+) -> dict[str, Runner]:
+    runners: dict[str, Runner] = {name: Genai(folder, threads) for name, folder in folders.items()}
+    if gguf is not None:
+        command = [str(_python()), bench_llama_cpp.__file__, str(gguf), "--threads", str(threads)]
+        runners[LLAMA_CPP] = Worker(command)
+    if with_peft:
+        command = [sys.executable, "-m", "scripts.bench_peft", str(demo.base), str(demo.adapter)]
+        runners[PEFT] = Worker([*command, "--threads", str(threads)], OMP_NUM_THREADS=str(threads))
+    return runners
 
 
 def _folders(demo: Demo, out: Path, only: list[str] | None, keep: bool) -> dict[str, Path]:

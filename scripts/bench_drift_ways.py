@@ -6,11 +6,12 @@ import copy
 import hashlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from scripts.bench_drift_rows import Bench, Made, Way
@@ -47,7 +48,13 @@ MORE = (
 )
 RANK = 8
 LOW_RANK = f"int4 merged, low-rank {RANK}"
-FLOAT_ACTIVATIONS = "int8 merged, activations in float32"
+# Name, weights, and the exporter's options.
+VARIED = (
+    ("int8 merged, activations in float32", "int8", {"accuracy_level": "0"}),
+    ("int8 merged, blocks of 64", "int8", {"block": "64"}),
+    ("int4 merged, blocks of 64", "int4", {"block": "64"}),
+    ("int4 merged, blocks of 64, int4 head", "int4", {"block": "64", "head": "int4"}),
+)
 
 
 def short(demo: Demo, out: Path) -> list[Way]:
@@ -63,8 +70,8 @@ def more(demo: Demo, out: Path, bench: Bench) -> Iterator[Way]:
     for row in MORE:
         yield Way(row[0], partial(_exported, demo, out, *row), _code(row[3]))
     yield Way(LOW_RANK, partial(_low_rank, demo, out), _code())
-    exact = partial(_exported, demo, out, FLOAT_ACTIVATIONS, "merged", "int8", None, accuracy_level="0")
-    yield Way(FLOAT_ACTIVATIONS, exact, _code())
+    for name, weights, options in VARIED:
+        yield Way(name, partial(_exported, demo, out, name, "merged", weights, None, options), _code())
     for method in ("rtn", "hqq", "search"):
         name = "rounded to nearest" if method == "rtn" else method
         yield Way(f"nf4 merged back, {name}", partial(_merged, demo, out, method), _code(method))
@@ -93,8 +100,8 @@ def _exported(
     mode: str,
     weights: str,
     method: str | None,
+    options: Mapping[str, str] = MappingProxyType({}),
     recover: tuple[str, ...] = (),
-    **options: str,
 ) -> Made:
     folder = out / name.replace(" ", "-").replace(",", "")
     made = target.export(
@@ -112,7 +119,7 @@ def _exported(
 
 def _low_rank(demo: Demo, out: Path) -> Made:
     """int4 with a term of rank RANK beside each layer, in float16."""
-    made = _exported(demo, out, LOW_RANK, "merged", "int4", None, (f"low-rank={RANK}",))
+    made = _exported(demo, out, LOW_RANK, "merged", "int4", None, recover=(f"low-rank={RANK}",))
     shapes = [linear.shape for linear in Checkpoint.open(demo.base).linears.values()]
     term = sum(16 * RANK * sum(shape) for shape in shapes)
     return replace(made, bits=made.bits + term / sum(rows * columns for rows, columns in shapes))

@@ -19,7 +19,6 @@ from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import TargetError
 from vera_edge.files import staged_folder
 from vera_edge.target import Export, ExportRequest
-from vera_edge.weight_rounding import BLOCK
 from vera_edge_genai import build, configs
 from vera_edge_onnx import adapters, branch, generated, groups, head, joining, options, seed, sites, weights
 from vera_edge_onnx.classes import DECODERS
@@ -156,6 +155,7 @@ def _weave(
     vectors = adapters.vector_dtype(request)
     branch.weave(weaver, inner, bases, adapted, request.projections, dtype, vectors)
     if ends is not None:
-        head.store(weaver, ends, request.options.get(options.HEAD, weights.beside(kind)), BLOCK)
+        dtype = request.options.get(options.HEAD, weights.beside(kind))
+        head.store(weaver, ends, dtype, weights.head_block(plan))
     weights.set_accuracy(request, model)
     return weaver.finish(), shipped

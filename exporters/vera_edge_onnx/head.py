@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from vera_edge.errors import PlanError
-from vera_edge.formats.blocks import quantize
+from vera_edge.formats.blocks import SIZES, quantize
 from vera_edge.tensors import Float32
 from vera_edge_onnx.linear import Blocks
 from vera_edge_onnx.weaver import MICROSOFT, Range, Weaver, leading
@@ -57,7 +57,8 @@ def find(model: ir.Model) -> Ends | None:
 def store(weaver: Weaver, ends: Ends, dtype: str, block: int) -> None:
     """Store head and embeddings as `dtype`: "fp32" (as they are), "fp16", "int8" or "int4".
 
-    A hidden size that the block doesn't divide is left as it is: the lookup has no short blocks.
+    The lookup has no short blocks: where `block` doesn't divide the hidden size, the largest that is smaller
+    and does is taken; without one they are left as they are.
     """
     if dtype not in DTYPES:
         raise PlanError(f"the head can't be stored as {dtype!r}; choose from {', '.join(DTYPES)}")
@@ -70,8 +71,10 @@ def store(weaver: Weaver, ends: Ends, dtype: str, block: int) -> None:
     if dtype in ("fp32", "fp16"):
         return
     weight: Float32 = head.const_value.numpy().T
-    if weight.shape[1] % block:
+    fitting = [size for size in SIZES if size <= block and not weight.shape[1] % size]
+    if not fitting:
         return
+    block = fitting[-1]
     blocks = quantized(weight, dtype, block)
     x = ends.head.inputs[0]
     assert x is not None

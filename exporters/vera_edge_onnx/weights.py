@@ -97,6 +97,15 @@ def beside(kind: str, four_bit: str = "int8") -> str:
     return {"fp16": "fp16", "int8": "int8", "int4": four_bit, "int2": four_bit}.get(kind, "fp32")
 
 
+def head_block(plan: Plan) -> int:
+    """How many inputs share a scale in a quantized head: as in the linears, when one was asked for all.
+
+    A plan that decides on the head was measured with the usual block.
+    """
+    asked = {step.options.get("block", BLOCK) for step in plan.steps}
+    return int(asked.pop()) if len(asked) == 1 and "head" not in plan.options else BLOCK
+
+
 def _unknown(weights: str) -> TargetError:
     return TargetError(f"{weights} weights can't be stored in an ONNX graph; choose from {', '.join(KINDS)}")
 

@@ -198,6 +198,21 @@ def test_tied_embeddings_are_stored_once_when_quantized(make: Make) -> None:
     assert not any(name.startswith("model.embed_tokens") for name in at)
 
 
+@pytest.mark.parametrize(("asked", "taken"), [(None, 32), ("16", 16), ("64", 64), ("256", 64)])
+def test_the_head_has_the_blocks_of_the_linears_where_they_divide_it(
+    tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path: Path, asked: str | None, taken: int
+) -> None:
+    import onnx
+
+    options = {} if asked is None else {"block": asked}
+    one = [(float_adapter, 1.0)]
+    made = target.export(tiny_llama.fp32, one, tmp_path / "out", weights="int4", options=options)
+    nodes = onnx.load(made.model, load_external_data=False).graph.node
+    ends = [node for node in nodes if "lm_head" in node.name or node.op_type == "GatherBlockQuantized"]
+    sizes = [attribute.i for node in ends for attribute in node.attribute if attribute.name == "block_size"]
+    assert sizes == [taken, taken]
+
+
 def test_layers_that_read_the_same_input_share_one_product(make: Make) -> None:
     import onnx
 
