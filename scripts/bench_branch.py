@@ -1,6 +1,6 @@
 """Measure what a side-branch costs, and where: the demo's model and a larger Llama with random weights.
 
-    scripts/bench_branch [--tokens 24] [--rounds 9] [--threads N] [--layers 16] [--keep] [--write]
+    scripts/bench_branch [--tokens 24] [--rounds 3] [--loads 4] [--threads N] [--layers 16] [--keep] [--write]
 
 The Llama has a hidden size of 2048, and adapters of rank 256 on its seven linears; its base is int8. The
 profile tells what part of a step each kind of node takes; ONNX Runtime's profiler slows small nodes down, so
@@ -14,12 +14,13 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scripts.bench_turns import Genai, Row, footnote, measure, say, table, write_section
+from scripts.bench_turns import Row, Worker, footnote, genai, measure, say, table, write_section
 from scripts.prepare_demo import cache_folder, prepare
 from vera_edge import target
 from vera_edge.device.graph import available_cores
@@ -48,7 +49,8 @@ _KINDS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=24, help="tokens generated in a round")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--loads", type=int, default=4, help="how often models are loaded anew")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--layers", type=int, default=16, help="of the random Llama")
     parser.add_argument("--keep", action="store_true", help="take exports that are there from an earlier run")
@@ -60,15 +62,18 @@ def main() -> None:
         return
     lines = []
     for model, ways in folders.items():
-        runners = {name: Genai(folder, given.threads) for name, folder in ways.items()}
-        speeds = measure(runners, given.tokens, given.rounds)
+        load = partial(_workers, ways, given.threads)
+        speeds = measure(load, given.tokens, given.rounds, given.loads)
         rows = [Row(name, folder_bytes(folder), against.get(name)) for name, folder in ways.items()]
         lines += [f"{model}:", "", *table(rows, speeds), ""]
-        del runners
-    lines += [footnote(given.rounds, given.threads), "", *_profiles(folders, given.threads)]
+    lines += [footnote(given.rounds, given.loads, given.threads), "", *_profiles(folders, given.threads)]
     say("\n".join(lines))
     if given.write:
         write_section("branch", lines)
+
+
+def _workers(ways: Mapping[str, Path], threads: int) -> dict[str, Worker]:
+    return {name: genai(folder, threads) for name, folder in ways.items()}
 
 
 def _folders(layers: int, keep: bool) -> tuple[dict[str, dict[str, Path]], dict[str, str]]:

@@ -1,6 +1,7 @@
 """Measure decoding speed of the demo's model: our exports beside what else runs it on a CPU.
 
-    scripts/bench_decode [--tokens 48] [--rounds 9] [--threads N ...] [--llama-cpp] [--only WAY ...] [--write]
+    scripts/bench_decode [--tokens 48] [--rounds 3] [--loads 4] [--threads N ...] [--llama-cpp]
+                         [--only WAY ...] [--write]
 
 Beside them run the int4 of ONNX Runtime GenAI's own builder, torch with PEFT, and, when asked for, Q4_0 of
 llama.cpp, which is compiled from the registry's source first. `--write` puts the table into docs/speed.md.
@@ -14,10 +15,11 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from scripts import bench_llama_cpp, demo_model
-from scripts.bench_turns import Genai, Row, Runner, Worker, footnote, measure, say, table, write_section
+from scripts.bench_turns import Row, Worker, footnote, genai, measure, say, table, write_section
 from scripts.prepare_demo import ROOT, Demo, cache_folder, prepare
 from vera_edge import target
 from vera_edge.device.graph import available_cores
@@ -55,7 +57,8 @@ WAYS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=48, help="tokens generated in a round")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--loads", type=int, default=4, help="how often models are loaded anew")
     parser.add_argument(
         "--threads", type=int, nargs="+", default=[available_cores()], help="a table for each"
     )
@@ -80,24 +83,25 @@ def main() -> None:
     more = (bench_llama_cpp.PACKAGE.replace("==", " "),) if gguf is not None else ()
     lines: list[str] = []
     for threads in given.threads:
-        speeds = measure(_runners(demo, folders, gguf, PEFT in sizes, threads), given.tokens, given.rounds)
-        lines += [*table(rows, speeds), "", footnote(given.rounds, threads, *more), ""]
+        load = partial(_workers, demo, folders, gguf, PEFT in sizes, threads)
+        speeds = measure(load, given.tokens, given.rounds, given.loads)
+        lines += [*table(rows, speeds), "", footnote(given.rounds, given.loads, threads, *more), ""]
     say("\n".join(lines))
     if given.write:
         write_section("decode", lines[:-1])
 
 
-def _runners(
+def _workers(
     demo: Demo, folders: Mapping[str, Path], gguf: Path | None, with_peft: bool, threads: int
-) -> dict[str, Runner]:
-    runners: dict[str, Runner] = {name: Genai(folder, threads) for name, folder in folders.items()}
+) -> dict[str, Worker]:
+    workers = {name: genai(folder, threads) for name, folder in folders.items()}
     if gguf is not None:
         command = [str(_python()), bench_llama_cpp.__file__, str(gguf), "--threads", str(threads)]
-        runners[LLAMA_CPP] = Worker(command)
+        workers[LLAMA_CPP] = Worker(command)
     if with_peft:
         command = [sys.executable, "-m", "scripts.bench_peft", str(demo.base), str(demo.adapter)]
-        runners[PEFT] = Worker([*command, "--threads", str(threads)], OMP_NUM_THREADS=str(threads))
-    return runners
+        workers[PEFT] = Worker([*command, "--threads", str(threads)], OMP_NUM_THREADS=str(threads))
+    return workers
 
 
 def _folders(demo: Demo, out: Path, only: list[str] | None, keep: bool) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python, as a runner of the speed benches: see bench_turns.Worker.
+"""llama.cpp through llama-cpp-python, as a worker of the speed benches: see bench_turns.Worker.
 
     python bench_llama_cpp.py MODEL.gguf --threads N     tokens on a line in, tokens per second on a line out
     python bench_llama_cpp.py SOURCE.gguf --quantize OUT.gguf    Q4_0, as llama.cpp's own quantizer does

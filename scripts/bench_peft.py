@@ -1,4 +1,4 @@
-"""The model as it was trained, in torch with PEFT and bitsandbytes, as a runner of the speed benches.
+"""The model as it was trained, in torch with PEFT and bitsandbytes, as a worker of the speed benches.
 
 python -m scripts.bench_peft BASE ADAPTER --threads N   one line in: tokens; one line out: tokens per second
 """

@@ -1,23 +1,22 @@
-"""What the speed benches share: runners that take turns, ratios of paired rounds, and the page they write.
+"""What the speed benches share: workers that take turns, ratios of paired rounds, and the page they write.
 
-All ways to run a model are loaded at once and take turns, a round each, so that what else the machine does
-falls on all of them alike.
+All ways to run a model are loaded at once, each in a process of its own, and take turns, a round each, so
+that what else the machine does falls on all of them alike. Where in memory a model's weights come to lie
+changes its speed by a fifth and more; so all are loaded anew several times.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
-import time
-from collections.abc import Mapping, Sequence
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from scripts.prepare_demo import ROOT
 from vera_edge.device.bench import ratio_of_medians
@@ -27,48 +26,11 @@ PAGE = ROOT / "docs" / "speed.md"
 PROMPT = 32  # tokens before the clock starts
 
 
-class Runner(Protocol):
-    """One way to run a model."""
-
-    def round(self, tokens: int) -> float:
-        """Tokens per second of greedy decoding after a prompt of PROMPT tokens."""
-
-
-class Genai:
-    """A folder in ONNX Runtime GenAI, with its default adapter if it has one."""
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        import onnxruntime_genai as og
-
-        config = og.Config(str(folder))
-        settings = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
-        config.overlay(json.dumps(settings))
-        self._model = og.Model(config)
-        self._adapters = og.Adapters(self._model)
-        file = folder / "adapters" / "default.onnx_adapter"
-        self._adapted = file.is_file()
-        if self._adapted:
-            self._adapters.load(str(file), "default")
-
-    def round(self, tokens: int) -> float:
-        """See Runner."""
-        import onnxruntime_genai as og
-
-        params, length = og.GeneratorParams(self._model), PROMPT + tokens + 1
-        params.set_search_options(do_sample=False, max_length=length, min_length=length)
-        generator = og.Generator(self._model, params)
-        if self._adapted:
-            generator.set_active_adapter(self._adapters, "default")
-        generator.append_tokens(np.arange(100, 100 + PROMPT, dtype=np.int32)[None])
-        generator.generate_next_token()
-        started = time.perf_counter()
-        for _ in range(tokens):
-            generator.generate_next_token()
-        return tokens / (time.perf_counter() - started)
-
-
 class Worker:
-    """A model in a process of its own: it gets a number of tokens on a line, and answers with its speed."""
+    """A model in a process of its own: it gets a number of tokens on a line, and answers with its speed.
+
+    That is tokens per second of greedy decoding after a prompt of PROMPT tokens.
+    """
 
     def __init__(self, command: Sequence[str], **environment: str) -> None:
         self._command = " ".join(command)
@@ -84,10 +46,16 @@ class Worker:
         self._answer()  # when the model is loaded
 
     def round(self, tokens: int) -> float:
-        """See Runner."""
+        """Tokens per second."""
         assert self._process.stdin is not None
         print(tokens, file=self._process.stdin, flush=True)
         return float(self._answer())
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
 
     def _answer(self) -> str:
         assert self._process.stdout is not None
@@ -106,14 +74,25 @@ class Row:
     against: str | None
 
 
-def measure(runners: Mapping[str, Runner], tokens: int, rounds: int) -> dict[str, list[float]]:
-    """Tokens per second by runner, one value for each round; a round more at the start warms up."""
-    speeds: dict[str, list[float]] = {name: [] for name in runners}
-    for number in range(rounds + 1):
-        for name, runner in runners.items():
-            speed = runner.round(tokens)
-            if number:
-                speeds[name].append(speed)
+def genai(folder: Path, threads: int) -> Worker:
+    """A folder in ONNX Runtime GenAI, with its default adapter if it has one."""
+    return Worker([sys.executable, "-m", "scripts.bench_genai", str(folder), "--threads", str(threads)])
+
+
+def measure(
+    load: Callable[[], Mapping[str, Worker]], tokens: int, rounds: int, loads: int
+) -> dict[str, list[float]]:
+    """Tokens per second by worker, by load and round; a round more at each start warms up."""
+    speeds: defaultdict[str, list[float]] = defaultdict(list)
+    for _ in range(loads):
+        workers = load()
+        for number in range(rounds + 1):
+            for name, worker in workers.items():
+                speed = worker.round(tokens)
+                if number:
+                    speeds[name].append(speed)
+        for worker in workers.values():
+            worker.close()
     return speeds
 
 
@@ -140,13 +119,13 @@ def table(rows: Sequence[Row], speeds: Mapping[str, list[float]]) -> list[str]:
     return lines
 
 
-def footnote(rounds: int, threads: int, *more: str) -> str:
+def footnote(rounds: int, loads: int, threads: int, *more: str) -> str:
     """How it was measured, where, and with what."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "onnxruntime-genai"))
     load = os.getloadavg()[0]
     return (
-        f"{rounds} rounds in turns, {threads} threads on {os.cpu_count()} cores of {processor()[0]}, load "
-        f"{load:.1f} at the end. {', '.join((packages, *more))}."
+        f"{rounds} rounds in turns after each of {loads} loads, {threads} thread{'s' * (threads > 1)} on "
+        f"{os.cpu_count()} cores of {processor()[0]}, load {load:.1f} at the end. {', '.join((packages, *more))}."
     )
 
 

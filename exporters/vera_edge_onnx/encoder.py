@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -52,6 +53,9 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
     isn't known.
     """
     task = _check(request, target, architecture)
+    if task.half:
+        steps = tuple(step for step in request.plan.steps if _in_encoder(step.module))
+        request = replace(request, plan=replace(request.plan, steps=steps))
     branched = request.plan.mode == "branch"
     with staged_folder(request.out, request.force) as stage:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as work:
@@ -97,11 +101,15 @@ def _check_half(request: ExportRequest, architecture: str) -> None:
     """Raise TargetError when an adapter changes more than the encoder, which is all that is exported."""
     for adapter, _ in request.adapters:
         changed = [*adapter.vectors, *adapter.biases, *adapter.modules_to_save]
-        if outside := next((name for name in changed if "encoder" not in name.split(".")), None):
+        if outside := next((name for name in changed if not _in_encoder(name)), None):
             raise TargetError(
                 f"{adapter.path} changes {outside}, and {architecture} is exported by its encoder alone; "
                 "merge it (vera-edge merge) and export the result with a tool that takes both halves"
             )
+
+
+def _in_encoder(module: str) -> bool:
+    return "encoder" in module.split(".")
 
 
 def _float_graph(

@@ -124,6 +124,22 @@ def test_adapters_of_one_base_share_its_graph(released: Path) -> None:
     assert a["adapters/default.onnx_adapter"] != b["adapters/default.onnx_adapter"]
 
 
+@pytest.mark.parametrize("out", ["nf4", "nf4/inside", "a", "around"])
+def test_nothing_is_published_into_an_input_or_its_place(
+    inputs: Path, tmp_path: Path, cli: Cli, out: str
+) -> None:
+    folder = Path(shutil.copytree(inputs, tmp_path / "inputs"))
+    text = RECIPE
+    if out == "around":
+        shutil.move(folder / "b", folder / "around" / "a" / NAME)
+        text = RECIPE.replace('path = "b"', f'path = "around/a/{NAME}"')
+    (folder / "r.toml").write_text(text)
+    before = content(folder)
+    result = cli("release", folder / "r.toml", "-o", folder / out, "--store", tmp_path / "store")
+    assert result.exit_code == 2 and "would change" in result.stderr and "an input" in result.stderr
+    assert content(folder) == before
+
+
 def test_a_variant_is_what_the_command_exports(inputs: Path, store: Path, tmp_path: Path, cli: Cli) -> None:
     keys = {"weights": "int4", "block": 16, "symmetric": True, "accuracy_level": 0, "head": "int4"}
     keys |= {"projections_dtype": "fp16", "vectors": "fp16", "method": "rtn"}

@@ -105,11 +105,13 @@ def test_what_the_system_refuses_is_one_sentence(tiny_bundles: TinyBundles, cli:
     result = cli("run", "x" * 5000, "x")
     assert result.exit_code == 2 and result.stderr.startswith("vera-edge: the system refuses xxx")
     assert result.stderr.count("\n") == 1
-    command = [sys.executable, "-m", "vera_edge", "run", str(tiny_bundles.fp32), "x", "--max-tokens", "1"]
-    with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "refuses the standard output: No space left" in done.stderr
+    program = [sys.executable, "-m", "vera_edge"]
+    command = [*program, "run", str(tiny_bundles.fp32), "x", "--max-tokens", "1"]
+    for words in (command, [*program, "--version"], [*program, "--help"]):
+        with Path("/dev/full").open("wb") as full:
+            done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "refuses the standard output: No space left" in done.stderr
     closed = subprocess.run(
         ["sh", "-c", '"$@" <&-', "sh", *command[:5], "-"], capture_output=True, text=True, check=False
     )

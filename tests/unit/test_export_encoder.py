@@ -256,6 +256,12 @@ def test_an_adapter_on_the_other_half_is_refused_in_one_sentence(
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+def test_the_plan_of_half_a_model_names_that_half_alone(make: Make) -> None:
+    plan = bundle.read(make("whole whisper", "merged", "fp32").out).plan
+    assert plan is not None and isinstance(plan["steps"], list)
+    assert plan["steps"] and all(".encoder." in str(step) for step in plan["steps"])
+
+
 def test_what_is_neither_decoder_nor_encoder_is_refused_in_one_sentence(make: Make, tmp_path: Path) -> None:
     case = make("bert", "merged", "fp32")
     base = tmp_path / "base"

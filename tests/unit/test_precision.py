@@ -322,8 +322,9 @@ def test_the_command_writes_what_merge_and_export_take(
     assert manifest["plan"]["steps"] == json.loads(file.read_text())["steps"]
     done = cli("merge", base, tiny_adapter, "--plan", file, "-o", tmp_path / "merged")
     assert done.exit_code == 2 and "only a graph holds" in done.stderr
-    done = cli("export", base, tiny_adapter, "--plan", file, "--weights", "int8", "-o", tmp_path / "more")
-    assert done.exit_code == 2 and "the plan decides --weights" in done.stderr
+    for option, value in (("--weights", "int8"), ("--block", "64")):
+        done = cli("export", base, tiny_adapter, "--plan", file, option, value, "-o", tmp_path / "more")
+        assert done.exit_code == 2 and f"the plan decides {option}" in done.stderr
     done = cli("plan", base, tiny_adapter, "--max-kl", "1", "-o", file)
     assert done.exit_code == 2 and "--force" in done.stderr
 

@@ -11,6 +11,7 @@ import errno
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import click
@@ -98,24 +99,21 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _refusals_told():  # --help and --version are written here
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()  # at the process's end it would be too late to say what fails
-            return result
+            with _refusals_told():
+                result = super().invoke(ctx)
+                sys.stdout.flush()  # at the process's end it would be too late to say what fails
+                return result
         except VeraEdgeError as error:
             click.echo(f"vera-edge: {error}", err=True)
             sys.exit(error.exit_code)
-        except OSError as error:
-            if error.errno not in _REFUSALS:
-                raise
-            # A file that the command writes is named by a VeraEdgeError; without a name it's where this
-            # process's own output goes.
-            what = error.filename or "the standard output"
-            if error.filename is None:
-                _drop_output()
-            click.echo(f"vera-edge: the system refuses {what}: {error.strerror}", err=True)
-            sys.exit(VeraEdgeError.exit_code)
         except MemoryError:
             _end_without_memory()
         except ModuleNotFoundError as error:
@@ -131,6 +129,23 @@ class LazyGroup(click.Group):
             if not any(words in str(error) for words in ("failed to map segment", "bad_alloc")):
                 raise
             _end_without_memory()  # not even a shared library found room
+
+
+@contextlib.contextmanager
+def _refusals_told() -> Iterator[None]:
+    """End the process with one sentence where the system says no."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        # A file that the command writes is named by a VeraEdgeError; without a name it's where this process's
+        # own output goes.
+        what = error.filename or "the standard output"
+        if error.filename is None:
+            _drop_output()
+        click.echo(f"vera-edge: the system refuses {what}: {error.strerror}", err=True)
+        sys.exit(VeraEdgeError.exit_code)
 
 
 def _drop_output() -> None:

@@ -124,7 +124,7 @@ def export(
     as_json: bool,
 ) -> None:
     """Export BASE with ADAPTER to a folder that ONNX Runtime and ONNX Runtime GenAI open as it is."""
-    refuse_beside_plan("mode", "weights")
+    refuse_beside_plan("mode", "weights", "block", "symmetric", "activations")
     made = None if plan_file is None else plans.read(plan_file)
     options = {
         "head": head,

@@ -196,8 +196,8 @@ def _check_space(jobs: list[Job], stages: list[Stage]) -> None:
     if free + held < total:  # what an earlier run wrote is held already
         raise OutputError(
             f"{'the merged model takes' if len(jobs) == 1 else 'the merged models take'} {total:,} bytes and "
-            f"the disk of {stages[0].target.parent} has {free:,} left; free some or choose a smaller format "
-            "with --to"
+            f"the disk of {stages[0].target.parent} has {free:,} left; free some, or merge into a smaller "
+            "format"
         )
 
 

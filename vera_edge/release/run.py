@@ -10,7 +10,7 @@ from uuid import uuid4
 from xml.etree import ElementTree
 
 from vera_edge.engine import Engine
-from vera_edge.errors import DriftExceeded, VeraEdgeError
+from vera_edge.errors import DriftExceeded, OutputError, VeraEdgeError
 from vera_edge.files import canonical_json, make_folder, sweep, write_atomic
 from vera_edge.progress import Progress, silent
 from vera_edge.release import recipe as recipes
@@ -57,7 +57,10 @@ class Release:
 def plan(
     recipe_path: Path, out: Path, store: Path | None = None, fresh: bool = False
 ) -> tuple[Recipe, tuple[Job, ...]]:
-    """The jobs of a recipe, in its order; touches nothing. Raises PlanError when the recipe is at fault."""
+    """The jobs of a recipe, in its order; touches nothing.
+
+    Raises PlanError when the recipe is at fault, OutputError when it would be published into its own inputs.
+    """
     recipe = recipes.read(recipe_path)
     root = (store or default_root()).absolute()
     run = uuid4().hex if fresh else None
@@ -65,7 +68,17 @@ def plan(
         Job(recipe, adapter, variant, out.absolute(), root, rank, run)
         for rank, (adapter, variant) in enumerate(recipe.jobs)
     )
+    _check_apart(recipe, jobs, out)
     return recipe, jobs
+
+
+def _check_apart(recipe: Recipe, jobs: tuple[Job, ...], out: Path) -> None:
+    """Raise OutputError when what is published would come to lie in an input, or in its place."""
+    inputs = [recipe.path(entry.path).resolve() for entry in (*recipe.file.base, *recipe.file.adapter)]
+    places = [(out / job.name).resolve() for job in jobs]
+    for source in inputs:
+        if out.resolve().is_relative_to(source) or any(source.is_relative_to(place) for place in places):
+            raise OutputError(f"publishing in {out} would change {source}, an input; choose another -o")
 
 
 def release(
