@@ -122,10 +122,10 @@ def table(rows: Sequence[Row], speeds: Mapping[str, list[float]]) -> list[str]:
 def footnote(rounds: int, loads: int, threads: int, *more: str) -> str:
     """How it was measured, where, and with what."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("onnxruntime", "onnxruntime-genai"))
-    load = os.getloadavg()[0]
+    load, processors = os.getloadavg()[0], f"{os.cpu_count()} cores of {processor()[0]}"
     return (
         f"{rounds} rounds in turns after each of {loads} loads, {threads} thread{'s' * (threads > 1)} on "
-        f"{os.cpu_count()} cores of {processor()[0]}, load {load:.1f} at the end. {', '.join((packages, *more))}."
+        f"{processors}, load {load:.1f} at the end. {', '.join((packages, *more))}."
     )
 
 

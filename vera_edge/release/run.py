@@ -74,7 +74,8 @@ def plan(
 
 def _check_apart(recipe: Recipe, jobs: tuple[Job, ...], out: Path) -> None:
     """Raise OutputError when what is published would come to lie in an input, or in its place."""
-    inputs = [recipe.path(entry.path).resolve() for entry in (*recipe.file.base, *recipe.file.adapter)]
+    paths = [*(base.path for base in recipe.file.base), *(adapter.path for adapter in recipe.file.adapter)]
+    inputs = [recipe.path(path).resolve() for path in paths]
     places = [(out / job.name).resolve() for job in jobs]
     for source in inputs:
         if out.resolve().is_relative_to(source) or any(source.is_relative_to(place) for place in places):
