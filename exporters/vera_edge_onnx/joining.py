@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vera_edge_onnx.groups import joined_name
-from vera_edge_onnx.sites import Site
+from vera_edge_onnx.sites import Part, Site
 from vera_edge_onnx.weaver import Weaver, leading
 
 
@@ -42,7 +42,19 @@ def _joined(weaver: Weaver, sites: tuple[Site, ...]) -> Site:
     pieces = weaver.split(product, widths, f"{name}/Split", names, before=first.node)
     for site, piece in zip(sites, pieces, strict=True):
         weaver.take_over(site.node, piece)
-    return Site(name, node, tuple(part for site in sites for part in site.parts), first.in_features)
+    return Site(name, node, _put_together(sites), first.in_features)
+
+
+def _put_together(sites: tuple[Site, ...]) -> tuple[Part, ...]:
+    """The parts of all sites; what was taken apart from one module (gate and up of Phi-3) is whole again."""
+    found: list[Part] = []
+    for part in (part for site in sites for part in site.parts):
+        last = found[-1] if found else None
+        if last is not None and (last.module, last.stop) == (part.module, part.start):
+            found[-1] = Part(part.module, last.start, part.stop)
+        else:
+            found.append(part)
+    return tuple(found)
 
 
 def _side_by_side(name: str, sites: tuple[Site, ...]) -> ir.Value:

@@ -407,6 +407,17 @@ def test_families(family: str, tmp_path: Path) -> None:
     assert exported.error(exported.logits(result.folder, ids), truth) > 0.01
 
 
+@pytest.mark.parametrize("mode", ["merged", "branch"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_in_integers_whose_products_are_joined(family: str, mode: str, tmp_path: Path) -> None:
+    (base, adapter), ids = family_base(family, tmp_path), exported.tokens()
+    result = target.export(base, [(adapter, 1.0)], tmp_path / "out", mode=mode, weights="int8")
+    truth = exported.peft_logits(base, adapter, ids)
+    found = exported.error(exported.logits(result.folder, ids, result.adapters.get("default")), truth)
+    lost = exported.error(exported.peft_logits(base, adapter, ids, active=False), truth)
+    assert found < 0.06 and found < lost / 4  # docs/agreement.md has each one's
+
+
 def refused(
     error: type[VeraEdgeError],
     match: str,
