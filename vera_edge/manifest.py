@@ -56,6 +56,8 @@ class Facts:
     `generated` maps a file that isn't shipped, since others determine it, to its `size`, its `sha256` and how
     it is made: from `projection` (see device/projections.py), or from the weights in the file that its
     `source` names (see device/expansion.py). Installing makes it.
+    `checked` says on what sequences the float graph was held against the model before it was published; None
+    in a bundle of a version that didn't.
     """
 
     kind: str
@@ -75,6 +77,7 @@ class Facts:
     golden: str | None = None
     requires: Mapping[str, str] = field(default_factory=dict)
     tools: Mapping[str, str] = field(default_factory=dict)
+    checked: Mapping[str, Json] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,11 +217,12 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
     "golden": (lambda value: value is None or _is_text(value), "isn't a file name"),
     "requires": (lambda value: _is_map(value, _is_version), "isn't an object of version numbers"),
     "tools": (lambda value: _is_map(value, _is_text), "isn't an object of versions"),
+    "checked": (lambda value: value is None or _is_map(value), "isn't an object"),
 }
 
 
 # Fields that came after format 1 was first written; a manifest without them means their defaults.
-_OPTIONAL = frozenset({"generated", "model_version", "vectors", "vector_dtype"})
+_OPTIONAL = frozenset({"checked", "generated", "model_version", "vectors", "vector_dtype"})
 
 
 def _parse_files(

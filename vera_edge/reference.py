@@ -54,14 +54,14 @@ class Reference:
 
     def logits(self, tokens: Int64) -> Float32:
         """Teacher-forced logits (n, vocab_size) float32 of one sequence of n token ids."""
-        with self._running():
+        with self.running():
             found = self.model(input_ids=torch.from_numpy(tokens[None]), use_cache=False).logits
             result: Float32 = found[0].float().numpy()
             return result
 
     def hidden(self, tokens: Int64) -> Float32:
         """An encoder's last hidden states (n, d) float32."""
-        with self._running():
+        with self.running():
             found = self.model(input_ids=torch.from_numpy(tokens[None])).last_hidden_state
             result: Float32 = found[0].float().numpy()
             return result
@@ -73,14 +73,14 @@ class Reference:
 
     def classify(self, tokens: Int64) -> Float32:
         """A classifier's logits (classes,) float32."""
-        with self._running():
+        with self.running():
             result: Float32 = self.model(input_ids=torch.from_numpy(tokens[None])).logits[0].float().numpy()
             return result
 
     def greedy(self, tokens: Int64, count: int, ends: Sequence[int]) -> list[int]:
         """The `count` tokens that follow, the likeliest each time, up to one of `ends`; with a KV cache."""
         prompt = torch.from_numpy(tokens[None])
-        with self._running():
+        with self.running():
             found = self.model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -94,8 +94,9 @@ class Reference:
         return [int(token) for token in found[0, len(tokens) :]]
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """Without gradients, with the adapter and the precision that this view of the model has."""
+        _forget_lengths(self.model)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             if self.has_adapter and not self.adapter_on:
@@ -122,6 +123,21 @@ class Reference:
             finally:
                 for swap in self.swaps:
                     swap.parameter.data = swap.trained
+
+
+def _forget_lengths(model: Any) -> None:
+    """Let dynamically scaled rotary embeddings forget the longest sequence they saw.
+
+    transformers goes on to rotate by it until a sequence is within the original context again.
+    """
+    for module in model.modules():
+        if "dynamic" not in str(getattr(module, "rope_type", "")):
+            continue
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, module.original_max_seq_len)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name.endswith("original_inv_freq"):
+                setattr(module, name.replace("original_", ""), buffer.clone())
 
 
 def open_reference(

@@ -23,10 +23,9 @@ def build(source: Path, out: Path, architecture: str, options: Mapping[str, str]
 
     options: the builder's extra options. Raises TargetError when the builder doesn't take the architecture.
     """
-    with _quiet():
+    with _quiet(), _corrected():
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
-        _teach_gemma3()
         cache = str(out / "cache")
         extra = [f"{key}={value}" for key, value in options.items()]
         try:
@@ -43,11 +42,6 @@ def build(source: Path, out: Path, architecture: str, options: Mapping[str, str]
                 f"ONNX Runtime GenAI's model builder failed on this {architecture}: {what[0][:300]}"
             ) from cause
     return ir.load(out / FILENAME)
-
-
-def drawn(out: Path) -> ir.Model | None:
-    """What `build` left in `out` before; None when it wasn't there."""
-    return ir.load(out / FILENAME) if (out / FILENAME).is_file() else None
 
 
 @contextlib.contextmanager
@@ -74,28 +68,37 @@ def _quiet() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _teach_gemma3() -> None:
-    """Let the builder read Gemma 3's two rotary embeddings where transformers 5 keeps them.
+@contextlib.contextmanager
+def _corrected() -> Iterator[None]:
+    """Correct, while it lasts, what the builder takes for something else.
 
-    Its reader knows transformers 4's flat settings only; for Gemma 4 it reads the nested ones, as done here.
+    The head: it takes every linear with as many outputs as the vocabulary for it. Gemma 3's two rotary
+    embeddings: its reader knows transformers 4's flat settings only; the tables are replaced in any case.
+    OLMo's norms: it takes them for root mean square norms, and they subtract the mean too.
     """
     from onnxruntime_genai.models import builder
 
-    if getattr(builder.Gemma3Model, "reads_nested", False):
-        return
+    def has_lm_head(self: Any, module: Any) -> bool:
+        return module is self.weights.get_output_embeddings()
 
-    class Gemma3Model(builder.Gemma3Model):
-        reads_nested = True
+    def make_rope_init(self: Any, config: Any) -> None:
+        config.rope_local_base_freq = config.rope_parameters["sliding_attention"]["rope_theta"]
 
-        def make_rope_init(self, config: Any) -> None:
-            rope = config.rope_parameters
-            if "full_attention" not in rope:
-                super().make_rope_init(config)
-                return
-            kinds = {rope[layers]["rope_type"] for layers in ("full_attention", "sliding_attention")}
-            if kinds != {"default"}:
-                raise ValueError(f"it can't scale one of two rotary embeddings ({', '.join(sorted(kinds))})")
-            self.rope_attrs["theta"] = rope["full_attention"]["rope_theta"]
-            config.rope_local_base_freq = rope["sliding_attention"]["rope_theta"]
+    def make_layernorm(self: Any, *arguments: Any, **options: Any) -> None:
+        self.layernorm_attrs["epsilon"] = 1e-5
+        layer_norm(self, *arguments, **options | {"simple": False})
 
-    builder.Gemma3Model = Gemma3Model
+    layer_norm = builder.OLMoModel.make_layernorm
+    patches = [
+        (builder.Model, "has_lm_head", has_lm_head),
+        (builder.Gemma3Model, "make_rope_init", make_rope_init),
+        (builder.OLMoModel, "make_layernorm", make_layernorm),
+    ]
+    before = [(cls, name, cls.__dict__.get(name)) for cls, name, _ in patches]
+    for cls, name, method in patches:
+        setattr(cls, name, method)
+    try:
+        yield
+    finally:
+        for cls, name, method in before:
+            delattr(cls, name) if method is None else setattr(cls, name, method)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +19,15 @@ from vera_edge import plan as plans
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import TargetError
 from vera_edge.files import staged_folder
+from vera_edge.loading import config_of
 from vera_edge.target import Export, ExportRequest
-from vera_edge_genai import build, configs
+from vera_edge_genai import configs, held
+from vera_edge_genai.drawing import Drawing, draw
 from vera_edge_onnx import adapters, branch, generated, groups, head, joining, options, seed, sites, weights
 from vera_edge_onnx.classes import DECODERS
 from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
+from vera_edge_onnx.parity import Checked
 from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
@@ -47,15 +51,15 @@ class GenaiExporter:
         with staged_folder(request.out, request.force) as stage:
             with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
                 work = request.drawn or Path(scratch)
-                model, found, graph = _float_graph(request, architecture, work)
+                drawing, found, checked = _float_graph(request, architecture, work)
+                model = drawing.model
                 layout = groups.layout(found, adapters.sizes(request)) if branched else ()
                 shared, shipped = _weave(request, model, found)
-                configs.fix_shapes(model, graph)
                 model.metadata_props.update(describe(request))
                 apart = generated.save(request, stage, model, MODEL, shared, shipped)
-                configs.copy(work / "float", graph, stage, MODEL, quiet=branched)
+                configs.copy(work / "float", drawing.folder, stage, MODEL, quiet=branched)
             files = adapters.write(request, stage, layout) if branched else {}
-            described = facts(request, MODEL, files, layout)
+            described = replace(facts(request, MODEL, files, layout), checked=checked.to_dict())
             manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
         return Export(
             target=self.name,
@@ -89,8 +93,8 @@ def check(request: ExportRequest) -> str:
 
 def _float_graph(
     request: ExportRequest, architecture: str, work: Path
-) -> tuple[ir.Model, tuple[sites.Site, ...], Path]:
-    """The float32 graph, its weights merged or the base's own; its linear layers; the builder's folder."""
+) -> tuple[Drawing, tuple[sites.Site, ...], Checked]:
+    """The float32 graph, merged or the base's own; its linear layers; what it was compared on."""
     checkpoint, adapted = request.checkpoint, adapters.sizes(request)
     merged = request.plan.mode == "merged"
     summed, projections = (request.adapters if merged else ()), request.projections
@@ -98,19 +102,18 @@ def _float_graph(
     if not (work / "float").is_dir():
         merge.write(floats, checkpoint, summed, projections, work / "float", request.progress)
     copy = Checkpoint.open(work / "float")
+    config = config_of(copy)
     shapes = {module: linear.shape for module, linear in copy.linears.items()}
-    for fuse in ("true", "false"):
-        graph = work / f"graph-{fuse}"
+    for fuse in (True, False):
         request.progress("drawing the graph", 0, 1)
-        # A window in the cache would ask every runtime but GenAI for a cache of that size from the start.
-        builder = {"fuse_qkv": fuse, "windowed_kv_cache": "false"}
-        model = build.drawn(graph) or build.build(copy.path, graph, architecture, builder)
-        found = sites.find(model, shapes, copy.dequantize)
+        drawing = draw(copy.path, config, architecture, work / f"graph-{fuse}".lower(), fuse)
+        found = sites.find(drawing.model, shapes, copy.dequantize)
         # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
         if merged or not any(_is_partial(site, adapted) for site in found):
             break
+    checked = held.hold(request, drawing, found)
     sites.check_covered(found, {module: shapes[module] for module in adapted}, "adapted")
-    return model, joining.join(model, found, partial(_fit_together, request, adapted)), graph
+    return drawing, joining.join(drawing.model, found, partial(_fit_together, request, adapted)), checked
 
 
 def _fit_together(request: ExportRequest, adapted: Mapping[str, int], found: tuple[sites.Site, ...]) -> bool:

@@ -19,6 +19,7 @@ from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import canonical_json, read_json, staged_folder, write_atomic
 from vera_edge.packing import Piece
+from vera_edge.reference import open_reference
 from vera_edge.target import Export, ExportRequest
 from vera_edge.weight_rounding import BLOCK
 from vera_edge_onnx import (
@@ -26,6 +27,7 @@ from vera_edge_onnx import (
     branch,
     drawing,
     embeddings,
+    encoder_parity,
     generated,
     groups,
     options,
@@ -38,6 +40,7 @@ from vera_edge_onnx import (
 from vera_edge_onnx.activations import Seen
 from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
+from vera_edge_onnx.parity import Checked
 from vera_edge_onnx.weaver import Range, Weaver
 
 MODEL = "onnx/model.onnx"
@@ -60,6 +63,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
     with staged_folder(request.out, request.force) as stage:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as work:
             model, found, copy = _float_graph(request, task, Path(work))
+            checked = _held(request, task, architecture, model, found, Path(work))
             layout = groups.layout(found, adapters.sizes(request)) if branched else ()
             seen, notes = _calibrated(request, task, model, found, layout, Path(work))
             shared, shipped = _weave(request, model, found, seen)
@@ -67,7 +71,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
             apart = generated.save(request, stage, model, MODEL, shared, shipped)
             _copy_beside(copy, stage, [value.name or "" for value in model.graph.inputs])
         files = adapters.write(request, stage, layout) if branched else {}
-        described = facts(request, MODEL, files, layout, KIND)
+        described = replace(facts(request, MODEL, files, layout, KIND), checked=checked.to_dict())
         manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
     return Export(
         target=target,
@@ -128,6 +132,23 @@ def _float_graph(
     if request.plan.mode == "branch":
         sites.check_covered(found, {module: shapes[module] for module in adapted}, "adapted")
     return model, found, copy.path
+
+
+def _held(
+    request: ExportRequest,
+    task: drawing.Task,
+    architecture: str,
+    model: ir.Model,
+    found: tuple[sites.Site, ...],
+    work: Path,
+) -> Checked:
+    """What the float graph was compared on; raises TargetError when it isn't the model."""
+    request.progress("comparing the graph with the model", 0, 1)
+    merged = request.adapters if request.plan.mode == "merged" else ()
+    reference = open_reference(request.checkpoint, merged, request.projections, task.auto_class)
+    whole = reference.model
+    inside = whole.get_encoder() if task.half else whole
+    return encoder_parity.compare(model, found, reference, inside, architecture, work)
 
 
 def _calibrated(

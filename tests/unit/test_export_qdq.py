@@ -25,7 +25,7 @@ from tests.unit.test_export_linear import Float32, drawn, graph
 from vera_edge import bundle, merge, target
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.device.encoder import Encoder
-from vera_edge.errors import DataError, PlanError, TargetError
+from vera_edge.errors import CheckpointError, DataError, PlanError, TargetError
 from vera_edge.formats.bnb8 import Int8
 from vera_edge.weight_rounding import Rounding, merge_to_folder
 from vera_edge_onnx import storage
@@ -304,15 +304,28 @@ def test_weights_are_rounded_with_care_when_asked_and_the_plan_says_what_is_read
     assert (exported.data(tmp_path / "rtn", name) != exported.data(tmp_path / "gptq", name)).any()
 
 
-def test_a_model_that_computes_no_numbers_has_no_ranges(encoder: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_model_that_computes_no_numbers_is_refused(encoder: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = encoder
     shutil.copytree(base, tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
     tensors["encoder.layer.0.output.LayerNorm.weight"] *= np.float32(1e38)
     save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
-    given: Any = {"weights": "int8", "options": {"activations": "static"}}
+    with pytest.raises(CheckpointError, match="computes NaN or infinity") as caught:
+        target.export(tmp_path / "base", [(adapter, 1.0)], tmp_path / "out")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_computes_no_numbers_has_no_ranges(
+    encoder: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, adapter = encoder
+    shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    wild = {name: array * np.float32(1e30) if "lambda" in name else array for name, array in tensors.items()}
+    save_file(wild, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    given: Any = {"mode": "branch", "weights": "int8", "options": {"activations": "static"}}
     with pytest.raises(DataError, match="computes NaN or infinity from built-in text") as caught:
-        target.export(tmp_path / "base", [(adapter, 1.0)], tmp_path / "out", **given)
+        target.export(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out", **given)
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 

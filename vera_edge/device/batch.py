@@ -1,6 +1,7 @@
 """Several texts at once: each row its own prompt and, where the graph allows, its own adapter.
 
-Prompts are fed row by row into the row's part of one cache, so none is padded; then all rows step together.
+Prompts are fed row by row into the row's part of one cache, so none is padded; then all rows step together,
+but for those whose rotary embedding would be another one alone: they follow each other.
 A row of a quantized model may round differently than alone, since other kernels run for several rows.
 """
 
@@ -60,34 +61,46 @@ class Batch:
         return next(self._pieces)
 
     def _run(self) -> Iterator[tuple[int, str]]:
-        rows = range(len(self._prompts))
-        streams = [TextStream(self._text) for _ in rows]
+        rows = list(range(len(self._prompts)))
+        rope = self._decoder.rope
+        together = rope is None or self._capacity <= rope.length
+        for group in [rows] if together else [[row] for row in rows]:
+            yield from self._run_rows(group)
+
+    def _run_rows(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
+        streams = {row: TextStream(self._text) for row in rows}
         cache = self._decoder.cache(self._capacity, len(rows))
         logits = np.empty((len(rows), self._decoder.vocab_size), np.float32)
-        for row in rows if self._limit > 0 else ():
-            part = [array[row : row + 1] for array in cache]
-            logits[row] = Steps(self._decoder, part, self._vectors[row]).prefill(self._prompts[row])
-        lengths = [len(prompt) for prompt in self._prompts]
-        steps = Steps(self._decoder, cache, stacked(self._decoder.graph, self._vectors), lengths)
+        for place, row in enumerate(rows) if self._limit > 0 else ():
+            part = [array[place : place + 1] for array in cache]
+            logits[place] = Steps(self._decoder, part, self._vectors[row]).prefill(self._prompts[row])
+        lengths = [len(self._prompts[row]) for row in rows]
+        vectors = stacked(self._decoder.graph, [self._vectors[row] for row in rows])
+        steps = Steps(self._decoder, cache, vectors, lengths)
         chosen = np.zeros((len(rows), 1), np.int64)
         for _ in range(self._limit):
-            for row in rows:
-                if self.finish[row] is None and self._choose(row, logits[row], chosen):
-                    yield from self._piece(row, streams[row].push(int(chosen[row, 0])))
-            if all(self.finish):
+            for place, row in enumerate(rows):
+                if self.finish[row] is None and self._choose(row, logits[place], chosen[place]):
+                    yield from self._piece(row, streams[row].push(int(chosen[place, 0])))
+            if all(self.finish[row] for row in rows):
                 break
+            if len(rows) == 1:
+                logits[0] = steps.append(self._seen(rows[0]))
+                continue
             logits = steps.feed(chosen)[:, 0]
             # A row that has ended is fed along, always into the same place behind its text.
-            steps.lengths -= np.array([finish is not None for finish in self.finish], np.int64)
+            steps.lengths -= np.array([self.finish[row] is not None for row in rows], np.int64)
         for row in rows:
             self.finish[row] = self.finish[row] or "length"
             yield from self._piece(row, streams[row].flush())
 
+    def _seen(self, row: int) -> Tokens:
+        return np.append(self._prompts[row], np.array(self.tokens[row], np.int64))
+
     def _choose(self, row: int, logits: npt.NDArray[np.float32], chosen: Tokens) -> bool:
-        """Pick the row's next token; False when it ends the row."""
-        seen = np.append(self._prompts[row], np.array(self.tokens[row], np.int64))
-        token = self._samplers[row].pick(logits, seen)
-        chosen[row, 0] = token
+        """Pick the row's next token, into `chosen`; False when it ends the row."""
+        token = self._samplers[row].pick(logits, self._seen(row))
+        chosen[0] = token
         if token in self._decoder.ends:
             self.finish[row] = "end"
             return False

@@ -26,11 +26,42 @@ Tokens = npt.NDArray[np.int64]
 # Logits of one chunk of a prompt: bounds memory whatever the vocabulary.
 _CHUNK_BYTES = 24 << 20
 _MAX_CHUNK = 256
+# The graph input that tells how long a sequence is that is fed in pieces, where its rotary embedding asks.
+ROPE_LENGTH = "rope_sequence_length"
+# In the graph's metadata: how its rotary embedding depends on that length, and past how many tokens.
+ROPE_KIND, ROPE_SWITCH = "vera_edge.rope", "vera_edge.rope_switch"
+
+
+@dataclass(frozen=True)
+class RopeSwitch:
+    """A rotary embedding that rotates sequences of more than `length` tokens otherwise, all their keys.
+
+    recompute: whether a text that grows past it is fed anew, as transformers does it for longrope. With
+    dynamic scaling it keeps its keys, and only what is fed afterwards is rotated by the new length.
+    """
+
+    length: int
+    recompute: bool
+
+    @classmethod
+    def of(cls, graph: Graph) -> RopeSwitch | None:
+        """What the graph says; None when the length changes nothing. Raises BundleError when it's garbled."""
+        if ROPE_LENGTH not in graph.options:
+            return None
+        kind, length = (graph.metadata.get(key, "") for key in (ROPE_KIND, ROPE_SWITCH))
+        if kind not in ("longrope", "dynamic") or not length.isdecimal():
+            raise BundleError(
+                f"{graph.path} takes {ROPE_LENGTH} and doesn't say why; export the bundle again"
+            )
+        return cls(int(length), kind == "longrope")
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """What a decoder's folder and graph say: sizes, the longest context, the tokens that end a text."""
+    """What a decoder's folder and graph say: sizes, the longest context, the tokens that end a text.
+
+    rope: how the length of a sequence changes its rotary embedding; None where it doesn't.
+    """
 
     graph: Graph
     vocab_size: int
@@ -38,6 +69,7 @@ class Decoder:
     ends: frozenset[int]
     caches: tuple[tuple[Port, Port], ...]  # (past input, present output), keys and values of every layer
     kv_shape: tuple[int, int]  # (heads, head size)
+    rope: RopeSwitch | None = None
 
     @classmethod
     def open(cls, folder: Path, graph: Graph) -> Decoder:
@@ -60,7 +92,8 @@ class Decoder:
             end_ids = frozenset(int(token) for token in (ends if isinstance(ends, list) else [ends]))
         except (KeyError, TypeError, ValueError, AttributeError) as cause:
             raise BundleError(f"{path} lacks or garbles {cause}; export the bundle again") from None
-        decoder = cls(graph, vocab, context, end_ids, _cache_ports(graph, layers), (heads, size))
+        ports, rope = _cache_ports(graph, layers), RopeSwitch.of(graph)
+        decoder = cls(graph, vocab, context, end_ids, ports, (heads, size), rope)
         logits = graph.outputs.get("logits")
         if logits is None or logits.shape[-1] != vocab:
             raise BundleError(f"{graph.path} has no logits over the {vocab} tokens that {path.name} promises")
@@ -105,13 +138,17 @@ class Steps:
         cache: Sequence[Array],
         vectors: Vectors,
         lengths: Sequence[int] | None = None,
+        whole: int = 0,
     ) -> None:
-        """`cache` is from `Decoder.cache` and holds `lengths` tokens per row; `vectors` of the adapter."""
+        """`cache` is from `Decoder.cache` and holds `lengths` tokens per row; `vectors` of the adapter.
+
+        whole: how long the sequence is known to become, for rotary embeddings that depend on it.
+        """
         self._decoder, self._graph = decoder, decoder.graph
         self._cache, self._vectors = list(cache), dict(vectors)  # alive as long as they are bound
         rows, _, self.capacity, _ = cache[0].shape
         self.lengths = np.array(lengths if lengths is not None else [0] * rows, np.int64)
-        self._mask = np.ones((1, self.capacity), np.int64)
+        self._mask, self._whole = np.ones((1, self.capacity), np.int64), whole
         self._binding = self._graph.binding()
         self._bound: dict[str, Array] = {}
         for (past, present), array in zip(decoder.caches, self._cache, strict=True):
@@ -139,6 +176,8 @@ class Steps:
         self._bind_input("attention_mask", self._attention_mask())
         if "position_ids" in self._graph.inputs:
             self._set("position_ids", starts[:, None] + np.arange(count))
+        if self._decoder.rope is not None:
+            self._set(ROPE_LENGTH, np.array([max(self._whole, int(self.lengths.max()))]))
         logits = self._output(count)
         try:
             self._graph.session.run_with_iobinding(self._binding)
@@ -148,9 +187,21 @@ class Steps:
 
     def prefill(self, tokens: Tokens) -> Array:
         """Feed a prompt (n,) to the single row, chunk by chunk, and return its last logits (vocab,)."""
+        self._whole = max(self._whole, int(self.lengths.max()) + len(tokens))
         for _, logits in self.chunks(tokens):
             last = logits
         return last[-1]
+
+    def append(self, text: Tokens) -> Array:
+        """Feed the last token of `text` (n,), whose others the single row holds; its logits (vocab,).
+
+        All of it is fed anew where the rotary embedding now rotates every key otherwise.
+        """
+        rope, before = self._decoder.rope, max(self._whole, len(text) - 1)
+        if rope is not None and rope.recompute and before <= rope.length < len(text):
+            self.lengths[:] = 0
+            return self.prefill(text)
+        return self.feed(text[None, -1:])[0, 0]
 
     def chunks(self, tokens: Tokens) -> Iterator[tuple[int, Array]]:
         """Feed `tokens` (n,) to the single row; yields (start, logits (m, vocab)), valid until the next."""
@@ -167,14 +218,17 @@ class Steps:
         """Copy small inputs into a bound buffer, so that a step of the same shape binds nothing anew."""
         bound = self._bound.get(name)
         if bound is None or bound.shape != values.shape:
-            self._bind_input(name, np.array(values, self._graph.inputs[name].dtype, order="C"))
+            self._bind_input(name, np.array(values, self._port(name).dtype, order="C"))
         else:
             bound[...] = values
 
+    def _port(self, name: str) -> Port:
+        return self._graph.options[name] if name in self._graph.options else self._graph.inputs[name]
+
     def _bind_input(self, name: str, array: Array) -> None:
-        if name in self._graph.inputs:
+        if name in self._graph.inputs or name in self._graph.options:
             self._bound[name] = array
-            bind(self._binding, self._graph.inputs[name], array)
+            bind(self._binding, self._port(name), array)
 
     def _output(self, count: int) -> Array:
         bound = self._bound.get("logits")

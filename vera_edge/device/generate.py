@@ -100,7 +100,6 @@ class Generation:
         seen = np.empty(self._capacity, np.int64)
         length = len(self.prompt)
         seen[:length] = self.prompt
-        token = np.empty((1, 1), np.int64)
         logits = steps.prefill(self.prompt) if length < self._capacity else None
         while logits is not None:
             chosen = self._sampler.pick(logits, seen[:length])
@@ -111,10 +110,10 @@ class Generation:
                 self.finish = "end"
                 return
             self.tokens.append(chosen)
-            seen[length] = token[0, 0] = chosen
+            seen[length] = chosen
             length += 1
             yield chosen
-            logits = steps.feed(token)[0, 0] if length < self._capacity else None
+            logits = steps.append(seen[:length]) if length < self._capacity else None
         self.finish = "length"
 
 

@@ -67,6 +67,8 @@ class Graph:
         # vera.A and vera.B may be overridable too; they belong to the graph, not to an adapter.
         overridable = _ports(self.session.get_overridable_initializers(), path)
         self.vectors = {name: port for name, port in overridable.items() if name.endswith(_VECTORS)}
+        self.options = {name: port for name, port in overridable.items() if name not in self.vectors}
+        self.metadata: Mapping[str, str] = self.session.get_modelmeta().custom_metadata_map
 
     def binding(self) -> Any:
         """A fresh IO binding of this session."""

@@ -67,7 +67,8 @@ class Session(Opened):
     def logit_chunks(self, tokens: Tokens) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         """The same as `logits` in pieces (start, (m, vocab)) of at most 24 MiB, each valid until the next."""
         tokens = self._checked(tokens)
-        steps = Steps(self.decoder, self.decoder.cache(len(tokens)), self._active[1])
+        cache = self.decoder.cache(len(tokens))
+        steps = Steps(self.decoder, cache, self._active[1], whole=len(tokens))
         yield from steps.chunks(tokens)
 
     def generate(

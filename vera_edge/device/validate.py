@@ -165,7 +165,8 @@ def _measure(
 
 def _parts(session: Session, case: Case) -> Iterator[tuple[bool, Divergence]]:
     """The case's divergences, the prompt's chunk by chunk, then (True, ...) for each single step."""
-    steps = Steps(session.decoder, session.decoder.cache(len(case.tokens)), session.vectors)
+    count = len(case.tokens)
+    steps = Steps(session.decoder, session.decoder.cache(count), session.vectors, whole=count)
     for start, logits in steps.chunks(case.tokens[: case.prompt]):
         yield False, golden.compare(case, start, logits)
     for at in range(case.prompt, len(case.tokens)):

@@ -1,0 +1,86 @@
+"""Refuses a decoder whose graph isn't the model: on the model itself, and on a small copy of it."""
+
+from __future__ import annotations
+
+import json
+
+import transformers
+
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.files import canonical_json, write_atomic
+from vera_edge.reference import Reference, open_reference
+from vera_edge.target import ExportRequest
+from vera_edge_genai import parity, replica
+from vera_edge_genai.drawing import Drawing, draw
+from vera_edge_onnx import sites
+from vera_edge_onnx.parity import Checked, Differs, opened, refusal
+
+_RECORD = "checked.json"
+
+
+def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]) -> Checked:
+    """What `drawing` was compared on. Raises TargetError, naming the first layer that differs, else.
+
+    found: its linear layers. Merged, it must be the model with its adapters, unmerged in PEFT; with
+    side-branches to come, the base.
+    """
+    record = drawing.folder / _RECORD
+    if record.is_file():  # of an earlier export of the same graph
+        return Checked.from_dict(json.loads(record.read_bytes()))
+    request.progress("comparing the graph with the model", 0, 1)
+    bounds = parity.bounds_of(drawing.config, drawing.windows)
+    shrinkable = _is_whole(drawing)
+    lengths = parity.lengths_of(drawing.config, bounds, shrinkable)
+    reference = open_reference(
+        request.checkpoint, request.adapters if request.plan.mode == "merged" else (), request.projections
+    )
+    _compare(drawing, reference, lengths, found, "")
+    del reference
+    checked = Checked(lengths.longest, bounds)
+    if not lengths.reached and shrinkable:
+        checked = Checked(lengths.longest, bounds, _hold_replica(request.checkpoint, drawing))
+    write_atomic(record, canonical_json(checked.to_dict()))
+    return checked
+
+
+def _is_whole(drawing: Drawing) -> bool:
+    """Whether the model is a text model and nothing else, so that a small copy of it can be made."""
+    cls = getattr(transformers, drawing.architecture, None)
+    return cls is not None and type(drawing.config) is cls.config_class
+
+
+def _hold_replica(checkpoint: Checkpoint, drawing: Drawing) -> Checked:
+    """What a small copy of the model was compared on, drawn by the same code."""
+    folder = drawing.folder.with_name(f"{drawing.folder.name}-small")
+    config = replica.shrunk(drawing.config)
+    model = replica.write(config, drawing.architecture, checkpoint.path, folder)
+    small = draw(folder, config, drawing.architecture, folder / "graph", fuse_qkv=True)
+    bounds = parity.bounds_of(small.config, small.windows)
+    lengths = parity.lengths_of(small.config, bounds)
+    copy = Checkpoint.open(folder)
+    shapes = {module: linear.shape for module, linear in copy.linears.items()}
+    found = sites.find(small.model, shapes, copy.dequantize)
+    reference = Reference(model, config.vocab_size, has_adapter=False)
+    _compare(small, reference, lengths, found, ", seen on a small copy of the model")
+    return Checked(lengths.longest, bounds)
+
+
+def _compare(
+    drawing: Drawing,
+    reference: Reference,
+    lengths: parity.Lengths,
+    found: tuple[sites.Site, ...],
+    where: str,
+) -> None:
+    try:
+        parity.compare(opened(drawing.path), reference, lengths)
+    except Differs as cause:
+        raise refusal(
+            cause,
+            drawing.model,
+            found,
+            drawing.folder / "compared.onnx",
+            reference.model,
+            lambda feeds: reference.logits(feeds["input_ids"][0]),
+            f"what {drawing.architecture} computes{where}",
+        ) from None

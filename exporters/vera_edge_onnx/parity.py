@@ -1,0 +1,188 @@
+"""Holds a float graph against the model in torch before anything of it is published.
+
+A builder of graphs that doesn't know a setting of the config draws the model without it, and says nothing. So
+every graph runs on sequences that reach past what the config bounds, and gives what the model gives, or isn't
+exported. What is compared is the float graph: what rounding the weights costs is for `drift` to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime
+
+from vera_edge.device.graph import first_line
+from vera_edge.errors import CheckpointError, TargetError
+from vera_edge_onnx.sites import Site
+
+Array = npt.NDArray[Any]
+Feeds = Mapping[str, Array]
+# Two float32 computations of one model differ by 1e-6 to 1e-5 of its outputs' scale; a setting that is left
+# out, by 1e-2 and more.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a graph was compared on, for the manifest.
+
+    tokens: of the longest sequence. bounds: what the config bounds (window, original length), in tokens.
+    shrunk: the same of a small copy of the model with small bounds, where these are too far to run.
+    """
+
+    tokens: int
+    bounds: Mapping[str, int] = field(default_factory=dict)
+    shrunk: Checked | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the manifest. No measured value: two exports of one model are the same bytes."""
+        made: dict[str, Any] = {"tokens": self.tokens, "bounds": dict(self.bounds), "tolerance": TOLERANCE}
+        return made | ({} if self.shrunk is None else {"shrunk": self.shrunk.to_dict()})
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Checked:
+        """The inverse of `to_dict`."""
+        shrunk = cls.from_dict(value["shrunk"]) if "shrunk" in value else None
+        return cls(value["tokens"], value["bounds"], shrunk)
+
+
+class Differs(Exception):
+    """A graph's output isn't the model's. error: relative to the output's scale. feeds: that showed it."""
+
+    def __init__(self, error: float, what: str, feeds: Feeds) -> None:
+        super().__init__(f"{what} by {error:.2g} of their scale")
+        self.error, self.what, self.feeds = error, what, feeds
+
+
+def distance(expected: Array, found: Array) -> float:
+    """The largest difference relative to the largest expected value; infinite where shapes or NaN differ."""
+    if expected.shape != found.shape or not np.isfinite(found).all():
+        return float("inf")
+    scale = float(np.abs(expected).max(initial=0.0)) or 1.0
+    return float(np.abs(expected - found).max(initial=0.0)) / scale
+
+
+def hold(expected: Array, found: Array, what: str, feeds: Feeds) -> None:
+    """Raise Differs when `found` is further from `expected` than TOLERANCE.
+
+    Raises CheckpointError when the model itself gives no numbers.
+    """
+    if not np.isfinite(expected).all():
+        raise CheckpointError(
+            f"the model computes NaN or infinity ({what.removesuffix(' differ')}); check its weights"
+        )
+    if (error := distance(expected, found)) > TOLERANCE:
+        raise Differs(error, what, feeds)
+
+
+def opened(path: Path) -> Any:
+    """An ONNX Runtime session of a graph. Raises TargetError when ONNX Runtime refuses it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        return onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
+    except Exception as cause:  # onnxruntime's classes share no base but Exception
+        raise TargetError(f"ONNX Runtime can't open the graph: {first_line(cause)}") from None
+
+
+def run(session: Any, names: Sequence[str] | None, feeds: Feeds) -> list[Array]:
+    """Outputs by name, all for None. Raises TargetError when ONNX Runtime fails."""
+    try:
+        found: list[Array] = session.run(names, dict(feeds))
+    except Exception as cause:  # as above
+        raise TargetError(f"ONNX Runtime can't run the graph: {first_line(cause)}") from None
+    return found
+
+
+def refusal(
+    cause: Differs,
+    graph: ir.Model,
+    sites: Sequence[Site],
+    path: Path,
+    model: Any,
+    forward: Callable[[Feeds], object],
+    what: str,
+) -> TargetError:
+    """The error that says which layer differs first, for a `graph` that isn't `what`: "what Llama computes".
+
+    sites: linear layers of the graph. model: in torch; `forward` runs it. path: for a copy of the graph.
+    """
+    products = {part.module: site.node for site in sites for part in site.parts}
+    with _reading(model, list(products)) as expected:
+        forward(cause.feeds)
+    layer = _first_difference(graph, path, products, expected, cause.feeds)
+    where = f"first in what {layer} reads" if layer else "and no linear layer reads anything else"
+    return TargetError(
+        f"the graph isn't {what}: {cause}, {where}; merge the adapter (vera-edge merge) and export the "
+        "result with a tool that carries what is missing"
+    )
+
+
+def _first_difference(
+    graph: ir.Model,
+    path: Path,
+    products: Mapping[str, ir.Node],
+    expected: Mapping[str, Array],
+    feeds: Feeds,
+) -> str | None:
+    """The first linear layer, in the order of the graph, that reads something else than `expected` says."""
+    copy = graph.clone()
+    nodes = {node.name: node for node in copy.graph}
+    places = {module: nodes[node.name].inputs[0] for module, node in products.items()}
+    given = {value.name for value in copy.graph.outputs}
+    for value in dict.fromkeys(places.values()):
+        if value is not None and value.name not in given and value.producer() is not None:
+            copy.graph.outputs.append(value)
+    ir.save(copy, path, external_data=f"{path.name}_data")
+    session = opened(path)
+    names = {output.name for output in session.get_outputs()}
+    for module, value in places.items():
+        if value is None or value.name is None or value.name not in names or module not in expected:
+            continue
+        found = run(session, [value.name], feeds)[0]
+        if found.size != expected[module].size:
+            return module
+        if distance(expected[module].reshape(found.shape), found) > TOLERANCE:
+            return module
+    return None
+
+
+@contextmanager
+def _reading(model: Any, modules: Sequence[str]) -> Iterator[dict[str, Array]]:
+    """What the linear layers called `modules` read, by module, filled as `model` runs while it lasts."""
+    seen: dict[str, Array] = {}
+    known = {name.removeprefix("base_model.model."): module for name, module in model.named_modules()}
+
+    def note(name: str) -> Any:
+        def hook(_: Any, arguments: tuple[Any, ...]) -> None:
+            seen[name] = arguments[0].detach().float().numpy()
+
+        return hook
+
+    hooks = [
+        known[inside].register_forward_pre_hook(note(name))
+        for name in modules
+        if (inside := _inside(name, known)) is not None
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _inside(module: str, known: Collection[str]) -> str | None:
+    """What a module is called in the model in memory, where a checkpoint may leave a prefix out."""
+    if module in known:
+        return module
+    ending = [name for name in known if name.endswith(f".{module}") or module.endswith(f".{name}")]
+    return ending[0] if len(ending) == 1 else None
