@@ -170,24 +170,25 @@ CASES: tuple[Case, ...] = (
     Case("LlamaForCausalLM", "biases", {"attention_bias": True, "mlp_bias": True}),
     Case("GraniteForCausalLM", "biases", {"attention_bias": True, "mlp_bias": True}),
     Case("OlmoForCausalLM", "biases", {"attention_bias": True}),
-    Case("OlmoForCausalLM", "clipped q, k, v", {"clip_qkv": 0.5}),
+    Case("OlmoForCausalLM", "clipped q, k, v", {"clip_qkv": 0.5}, REFUSED),
     Case("Ernie4_5ForCausalLM", "biases", {"use_bias": True}),
-    Case("NemotronForCausalLM", "biases", {"attention_bias": True, "mlp_bias": True}),
+    Case("NemotronForCausalLM", "biases", {"attention_bias": True, "mlp_bias": True}, REFUSED),
     Case("NemotronForCausalLM", "partial rotary embedding", {"rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}),
     Case("PhiForCausalLM", "partial rotary embedding", {"rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}}),
     Case("Phi3ForCausalLM", "partial rotary embedding", _WIDE | {"rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
-    Case("PhiForCausalLM", "norms of q and k", {"qk_layernorm": True}),
+    Case("PhiForCausalLM", "norms of q and k", {"qk_layernorm": True}, REFUSED),
     Case("GraniteForCausalLM", "multipliers", {
         "embedding_multiplier": 3.0, "attention_multiplier": 0.5, "residual_multiplier": 0.7,
         "logits_scaling": 2.0}),
     Case("Gemma2ForCausalLM", "softcaps", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5}),
-    Case("Gemma3ForCausalLM", "softcaps", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5}),
+    Case("Gemma3ForCausalLM", "softcaps", {
+        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5}, REFUSED),
     Case("Gemma2ForCausalLM", "attention scaling", {"query_pre_attn_scalar": 100}),
     Case("Gemma3ForCausalLM", "attention scaling", {"query_pre_attn_scalar": 100}),
-    Case("Gemma3ForCausalLM", "attention in both directions", {"use_bidirectional_attention": True}),
+    Case("Gemma3ForCausalLM", "attention in both directions", {"use_bidirectional_attention": True}, REFUSED),
     Case("SmolLM3ForCausalLM", "layers without RoPE", {"no_rope_layers": [1, 0]}),
     Case("Qwen2ForCausalLM", "one group", {"num_key_value_heads": 1}),
     Case("LlamaForCausalLM", "no groups", {"num_key_value_heads": 4}),

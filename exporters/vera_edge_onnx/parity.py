@@ -27,6 +27,9 @@ Feeds = Mapping[str, Array]
 # Two float32 computations of one model differ by 1e-6 to 1e-5 of its outputs' scale; a setting that is left
 # out, by 1e-2 and more.
 TOLERANCE = 1e-3
+_INSTEAD = (
+    "merge the adapter (vera-edge merge) and export the result with a tool that carries what is missing"
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def opened(path: Path) -> Any:
             path, options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
     except Exception as cause:  # onnxruntime's classes share no base but Exception
-        raise TargetError(f"ONNX Runtime can't open the graph: {first_line(cause)}") from None
+        raise TargetError(f"ONNX Runtime can't open the graph ({first_line(cause)}); {_INSTEAD}") from None
 
 
 def run(session: Any, names: Sequence[str] | None, feeds: Feeds) -> list[Array]:
@@ -99,7 +102,7 @@ def run(session: Any, names: Sequence[str] | None, feeds: Feeds) -> list[Array]:
     try:
         found: list[Array] = session.run(names, dict(feeds))
     except Exception as cause:  # as above
-        raise TargetError(f"ONNX Runtime can't run the graph: {first_line(cause)}") from None
+        raise TargetError(f"ONNX Runtime can't run the graph ({first_line(cause)}); {_INSTEAD}") from None
     return found
 
 
@@ -121,10 +124,7 @@ def refusal(
         forward(cause.feeds)
     layer = _first_difference(graph, path, products, expected, cause.feeds)
     where = f"first in what {layer} reads" if layer else "and no linear layer reads anything else"
-    return TargetError(
-        f"the graph isn't {what}: {cause}, {where}; merge the adapter (vera-edge merge) and export the "
-        "result with a tool that carries what is missing"
-    )
+    return TargetError(f"the graph isn't {what}: {cause}, {where}; {_INSTEAD}")
 
 
 def _first_difference(
