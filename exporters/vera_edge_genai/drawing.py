@@ -31,11 +31,12 @@ class Drawing:
     config: Any
     folder: Path
     windows: tuple[int | None, ...]
+    file: str = _EDITED
 
     @property
     def path(self) -> Path:
         """The graph on disk, with its weights beside it."""
-        return self.folder / _EDITED
+        return self.folder / self.file
 
 
 def draw(source: Path, config: Any, architecture: str, folder: Path, fuse_qkv: bool) -> Drawing:

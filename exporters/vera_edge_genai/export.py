@@ -111,8 +111,8 @@ def _float_graph(
         # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
         if merged or not any(_is_partial(site, adapted) for site in found):
             break
-    checked = held.hold(request, drawing, found)
     sites.check_covered(found, {module: shapes[module] for module in adapted}, "adapted")
+    checked = held.hold(request, drawing, found)
     return drawing, joining.join(drawing.model, found, partial(_fit_together, request, adapted)), checked
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import MappingProxyType
 
 import transformers
 
+from vera_edge import packing
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.files import canonical_json, write_atomic
 from vera_edge.reference import Reference, open_reference
 from vera_edge.target import ExportRequest
 from vera_edge_genai import parity, replica
 from vera_edge_genai.drawing import Drawing, draw
-from vera_edge_onnx import sites
-from vera_edge_onnx.parity import Checked, Differs, opened, refusal
+from vera_edge_onnx import adapters, groups, sites
+from vera_edge_onnx.parity import Checked, Differs, Feeds, opened, refusal, save, woven
 
 _RECORD = "checked.json"
 
@@ -31,16 +34,32 @@ def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]
     bounds = parity.bounds_of(drawing.config, drawing.windows)
     shrinkable = _is_whole(drawing)
     lengths = parity.lengths_of(drawing.config, bounds, shrinkable)
-    reference = open_reference(
-        request.checkpoint, request.adapters if request.plan.mode == "merged" else (), request.projections
-    )
-    _compare(drawing, reference, lengths, found, "")
+    merged = request.plan.mode == "merged"
+    adapted = request.adapters if merged else request.adapters[:1]
+    reference = open_reference(request.checkpoint, adapted, request.projections)
+    _compare(drawing, reference if merged else reference.adapter_off(), lengths, found)
+    if not merged:
+        _compare_branch(request, drawing, reference, found)
     del reference
     checked = Checked(lengths.longest, bounds)
     if not lengths.reached and shrinkable:
         checked = Checked(lengths.longest, bounds, _hold_replica(request.checkpoint, drawing))
     write_atomic(record, canonical_json(checked.to_dict()))
     return checked
+
+
+def _compare_branch(
+    request: ExportRequest, drawing: Drawing, reference: Reference, found: tuple[sites.Site, ...]
+) -> None:
+    """Hold the graph with side-branches, the first adapter's vectors in them, against the model with it."""
+    graph = woven(request, drawing.model, found)
+    branched = replace(drawing, model=graph, file="branched.onnx")
+    save(graph, branched.path)
+    adapter, weight = request.adapters[0]
+    layout = groups.layout(found, adapters.sizes(request))
+    vectors = packing.vectors(adapter, layout, weight)
+    lengths = parity.lengths_of(drawing.config, {})
+    _compare(branched, reference, lengths, found, " with its adapter beside it", vectors)
 
 
 def _is_whole(drawing: Drawing) -> bool:
@@ -70,10 +89,11 @@ def _compare(
     reference: Reference,
     lengths: parity.Lengths,
     found: tuple[sites.Site, ...],
-    where: str,
+    how: str = "",
+    vectors: Feeds = MappingProxyType({}),
 ) -> None:
     try:
-        parity.compare(opened(drawing.path), reference, lengths)
+        parity.compare(opened(drawing.path), reference, lengths, vectors)
     except Differs as cause:
         raise refusal(
             cause,
@@ -82,5 +102,5 @@ def _compare(
             drawing.folder / "compared.onnx",
             reference.model,
             lambda feeds: reference.logits(feeds["input_ids"][0]),
-            f"what {drawing.architecture} computes{where}",
+            f"what {drawing.architecture} computes{how}",
         ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from vera_edge.device.decoding import ROPE_LENGTH
 from vera_edge.tensors import Float32
 from vera_edge_genai.rotary import all_parameters, context_length
-from vera_edge_onnx.parity import hold, run
+from vera_edge_onnx.parity import Feeds, hold, run
 
 Int64 = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -72,10 +73,11 @@ def lengths_of(config: Any, bounds: Mapping[str, int], shrinkable: bool = True) 
     return Lengths(bounds, min(longest, context_length(config)))
 
 
-def compare(session: Any, model: Model, lengths: Lengths) -> None:
+def compare(session: Any, model: Model, lengths: Lengths, vectors: Feeds = MappingProxyType({})) -> None:
     """Raise `Differs` unless graph and model give the same logits on each of the sequences.
 
     All at once, and the longest also in pieces with the cache: a chunk, several tokens, one by one.
+    vectors: of the adapter that runs beside the base.
     """
     random = np.random.default_rng(_SEED)
     for length in lengths:
@@ -85,8 +87,9 @@ def compare(session: Any, model: Model, lengths: Lengths) -> None:
         if length == lengths.longest:
             ways.append(("logits, computed in pieces with the cache,", _pieces(length)))
         for what, pieces in ways:
-            found = logits(session, tokens, pieces)
-            hold(expected, found, f"{what} of {length} tokens differ", first_feeds(session, tokens))
+            found = logits(session, tokens, pieces, vectors)
+            feeds = {**_feeds(session, tokens, 0, length, {}), **vectors}
+            hold(expected, found, f"{what} of {length} tokens differ", feeds)
 
 
 def _pieces(length: int) -> list[int]:
@@ -95,24 +98,21 @@ def _pieces(length: int) -> list[int]:
     return [*pieces, length - sum(pieces)] if sum(pieces) < length else [length - 1, 1]
 
 
-def logits(session: Any, tokens: Int64, pieces: Sequence[int]) -> Float32:
+def logits(
+    session: Any, tokens: Int64, pieces: Sequence[int], vectors: Feeds = MappingProxyType({})
+) -> Float32:
     """A graph's logits (n, vocabulary) of one sequence (n,), fed in pieces of these sizes."""
     cache: dict[str, Array] = {}
     names = [output.name for output in session.get_outputs()]
     found, end = [], 0
     for size in pieces:
         start, end = end, end + size
-        feeds = _feeds(session, tokens, start, end, cache)
+        feeds = {**_feeds(session, tokens, start, end, cache), **vectors}
         outputs = dict(zip(names, run(session, names, feeds), strict=True))
         found.append(outputs["logits"][0])
         cache = {past: outputs[present] for past, present in _caches(session, names)}
     result: Float32 = np.concatenate(found)
     return result
-
-
-def first_feeds(session: Any, tokens: Int64) -> dict[str, Array]:
-    """The inputs of a graph for a whole sequence (n,) with an empty cache."""
-    return _feeds(session, tokens, 0, len(tokens), {})
 
 
 def _feeds(session: Any, tokens: Int64, start: int, end: int, cache: Mapping[str, Array]) -> dict[str, Array]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from vera_edge import merge, side_files
+from vera_edge import merge, packing, side_files
 from vera_edge import plan as plans
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
@@ -31,6 +31,7 @@ from vera_edge_onnx import (
     generated,
     groups,
     options,
+    parity,
     ranges,
     seed,
     sites,
@@ -144,11 +145,18 @@ def _held(
 ) -> Checked:
     """What the float graph was compared on; raises TargetError when it isn't the model."""
     request.progress("comparing the graph with the model", 0, 1)
-    merged = request.adapters if request.plan.mode == "merged" else ()
-    reference = open_reference(request.checkpoint, merged, request.projections, task.auto_class)
-    whole = reference.model
-    inside = whole.get_encoder() if task.half else whole
-    return encoder_parity.compare(model, found, reference, inside, architecture, work)
+    merged = request.plan.mode == "merged"
+    adapted = request.adapters if merged else request.adapters[:1]
+    reference = open_reference(request.checkpoint, adapted, request.projections, task.auto_class)
+    inside = reference.model.get_encoder() if task.half else reference.model
+    held_to = (found, reference if merged else reference.adapter_off(), inside, architecture)
+    checked = encoder_parity.compare(model, *held_to, work / "compared")
+    if not merged:
+        adapter, weight = request.adapters[0]
+        vectors = packing.vectors(adapter, groups.layout(found, adapters.sizes(request)), weight)
+        branched = (found, reference, inside, architecture, work / "branched", vectors)
+        encoder_parity.compare(parity.woven(request, model, found), *branched)
+    return checked
 
 
 def _calibrated(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from vera_edge.errors import TargetError
 from vera_edge.reference import Reference
-from vera_edge_onnx.parity import Checked, Differs, Feeds, hold, opened, refusal, run
+from vera_edge_onnx.parity import Checked, Differs, Feeds, hold, opened, refusal, run, save
 from vera_edge_onnx.sites import Site
 
 Array = npt.NDArray[Any]
@@ -24,38 +25,46 @@ _WINDOWS = ("local_attention", "sliding_window", "attention_window")
 
 
 def compare(
-    graph: ir.Model, sites: tuple[Site, ...], reference: Reference, model: Any, architecture: str, work: Path
+    graph: ir.Model,
+    sites: Sequence[Site],
+    reference: Reference,
+    model: Any,
+    architecture: str,
+    folder: Path,
+    vectors: Feeds = MappingProxyType({}),
 ) -> Checked:
     """What the graph was compared on. Raises TargetError, naming the first layer that differs, else.
 
-    sites: its linear layers. model: what `reference` runs, or the part of it that was drawn. work: a folder
-    to write to.
+    sites: its linear layers. model: what `reference` runs, or the part of it that was drawn. folder: to write
+    to. vectors: of the adapter that runs beside the base.
     """
-    folder = work / "compared"
-    folder.mkdir()
-    ir.save(graph, folder / "model.onnx", external_data="model.onnx_data")
-    session = opened(folder / "model.onnx")
+    folder.mkdir(parents=True)
+    session = opened(save(graph, folder / "model.onnx"))
     bounds, tokens = _bounds(model.config), 0
+    names = [output.name for output in session.get_outputs()]
 
     def forward(feeds: Feeds) -> Any:
+        given = {name: torch.from_numpy(array) for name, array in feeds.items() if name not in vectors}
         with reference.running():
-            return model(**{name: torch.from_numpy(array) for name, array in feeds.items()})
+            return model(**given)
 
     for feeds in _inputs(graph, model, max(bounds.values(), default=0)):
-        outputs, names = forward(feeds), [output.name for output in session.get_outputs()]
-        tokens = max(
-            tokens, next(iter(feeds.values())).shape[1] if model.main_input_name == "input_ids" else 0
-        )
-        for name, found in zip(names, run(session, names, feeds), strict=True):
-            expected = getattr(outputs, name, None)
-            if expected is None:
-                raise TargetError(f"the graph of {architecture} gives {name}, which the model doesn't")
-            try:
-                hold(expected.float().numpy(), found, f"{name} of inputs {_shapes(feeds)} differ", feeds)
-            except Differs as cause:
-                what = f"what {architecture} computes"
-                raise refusal(cause, graph, sites, folder / "layers.onnx", model, forward, what) from None
+        try:
+            _hold(forward(feeds), names, run(session, names, {**feeds, **vectors}), feeds)
+        except Differs as cause:
+            what, path = f"what {architecture} computes", folder / "layers.onnx"
+            cause.feeds = {**feeds, **vectors}
+            raise refusal(cause, graph, sites, path, model, forward, what) from None
+        tokens = max(tokens, feeds["input_ids"].shape[1] if "input_ids" in feeds else 0)
     return Checked(tokens, bounds)
+
+
+def _hold(outputs: Any, names: Sequence[str], found: Sequence[Array], feeds: Feeds) -> None:
+    for name, array in zip(names, found, strict=True):
+        expected = getattr(outputs, name, None)
+        if expected is None:
+            raise TargetError(f"the graph gives {name}, which the model in transformers doesn't")
+        hold(expected.float().numpy(), array, f"{name} of inputs {_shapes(feeds)} differ", feeds)
 
 
 def _bounds(config: Any) -> dict[str, int]:
@@ -76,7 +85,7 @@ def _longest(config: Any) -> int:
 
 def _inputs(graph: ir.Model, model: Any, bound: int) -> Iterator[dict[str, Array]]:
     random = np.random.default_rng(_SEED)
-    names = [value.name or "" for value in graph.graph.inputs]
+    names = [value.name or "" for value in graph.graph.inputs if not value.is_initializer()]
     if model.main_input_name == "input_ids":
         longest = min(max(bound + _PAST, _USUAL), _longest(model.config))
         for rows, length in ((1, min(_SHORT, longest)), (2, longest)):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,17 @@ import onnxruntime
 
 from vera_edge.device.graph import first_line
 from vera_edge.errors import CheckpointError, TargetError
+from vera_edge.target import ExportRequest
+from vera_edge_onnx import adapters, branch
 from vera_edge_onnx.sites import Site
+from vera_edge_onnx.weaver import Weaver
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 # Two float32 computations of one model differ by 1e-6 to 1e-5 of its outputs' scale; a setting that is left
 # out, by 1e-2 and more.
 TOLERANCE = 1e-3
+_INLINE = 1 << 28  # bytes of weights in memory that are written into the graph's own file at most
 _INSTEAD = (
     "merge the adapter (vera-edge merge) and export the result with a tool that carries what is missing"
 )
@@ -83,6 +87,29 @@ def hold(expected: Array, found: Array, what: str, feeds: Feeds) -> None:
         )
     if (error := distance(expected, found)) > TOLERANCE:
         raise Differs(error, what, feeds)
+
+
+def save(graph: ir.Model, path: Path) -> Path:
+    """Write a graph, for a session and no longer; weights that lie in files of the same folder stay there."""
+    tensors = [value.const_value for value in graph.graph.initializers.values()]
+    inside = sum(
+        tensor.nbytes
+        for tensor in tensors
+        if tensor is not None and not isinstance(tensor, ir.ExternalTensor)
+    )
+    ir.save(graph, path, external_data=f"{path.name}_data" if inside > _INLINE else None)
+    return path
+
+
+def woven(request: ExportRequest, graph: ir.Model, sites: Sequence[Site]) -> ir.Model:
+    """A copy of a float graph with the side-branches of the request's adapters, projections in float32."""
+    copy = graph.clone()
+    nodes = {node.name: node for node in copy.graph}
+    weaver = Weaver(copy)
+    inside = [replace(site, node=nodes[site.node.name]) for site in sites]
+    branch.weave(weaver, inside, {}, adapters.sizes(request), request.projections, "fp32")
+    weaver.finish()
+    return copy
 
 
 def opened(path: Path) -> Any:
@@ -142,8 +169,7 @@ def _first_difference(
     for value in dict.fromkeys(places.values()):
         if value is not None and value.name not in given and value.producer() is not None:
             copy.graph.outputs.append(value)
-    ir.save(copy, path, external_data=f"{path.name}_data")
-    session = opened(path)
+    session = opened(save(copy, path))
     names = {output.name for output in session.get_outputs()}
     for module, value in places.items():
         if value is None or value.name is None or value.name not in names or module not in expected:

@@ -7,7 +7,6 @@ text. All values count, the rarest too: see docs/export.md for what leaving some
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,9 @@ from vera_edge.packing import Piece
 from vera_edge.plan import FLOAT
 from vera_edge.target import ExportRequest
 from vera_edge.weight_rounding import calibration_texts
-from vera_edge_onnx import adapters, branch, storage
+from vera_edge_onnx import parity
 from vera_edge_onnx.activations import Seen, kind_of
 from vera_edge_onnx.sites import Site
-from vera_edge_onnx.weaver import Weaver
 
 Int64 = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -68,17 +66,13 @@ def _session(
     request: ExportRequest, model: ir.Model, found: Sequence[Site], names: Sequence[str], path: Path
 ) -> Any:
     """The float graph, its side-branches woven in, that gives the values called `names`."""
-    copy = model.clone()
-    nodes = {node.name: node for node in copy.graph}
-    weaver = Weaver(copy)
-    branched = adapters.sizes(request) if request.plan.mode == "branch" else {}
-    sites = [replace(site, node=nodes[site.node.name]) for site in found]
-    branch.weave(weaver, sites, {}, branched, request.projections, "fp32")
-    shared = weaver.finish()
+    branched = request.plan.mode == "branch"
+    copy = parity.woven(request, model, found) if branched else model.clone()
     values = {value.name: value for node in copy.graph for value in node.outputs}
     given = {value.name for value in copy.graph.outputs}
     copy.graph.outputs.extend(values[name] for name in names if name not in given)
-    storage.save(copy, path, shared)
+    path.parent.mkdir()
+    parity.save(copy, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # so that the same text gives the same ranges
     options.log_severity_level = 3
