@@ -302,7 +302,7 @@ def test_the_schema_names_every_field() -> None:
     schema = json.loads((Path(bundle.__file__).with_name("bundle.schema.json")).read_bytes())
     facts = {key.name for key in dataclasses.fields(bundle.Facts)}
     assert set(schema["properties"]) == facts | {"format", "digest", "files"}
-    optional = {"generated", "model_version", "vectors", "vector_dtype"}
+    optional = {"checked", "generated", "model_version", "vectors", "vector_dtype"}
     assert set(schema["required"]) == set(schema["properties"]) - optional
     assert schema["properties"]["format"]["const"] == bundle.FORMAT
     pattern = re.compile(schema["properties"]["files"]["propertyNames"]["pattern"])
