@@ -83,7 +83,8 @@ def hold(expected: Array, found: Array, what: str, feeds: Feeds) -> None:
     """
     if not np.isfinite(expected).all():
         raise CheckpointError(
-            f"the model computes NaN or infinity ({what.removesuffix(' differ')}); check its weights, and the adapter's"
+            f"the model computes NaN or infinity ({what.removesuffix(' differ')}); check its weights, "
+            "and the adapter's"
         )
     if (error := distance(expected, found)) > TOLERANCE:
         raise Differs(error, what, feeds)
