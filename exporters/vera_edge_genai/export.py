@@ -17,6 +17,7 @@ import onnx_ir as ir
 from vera_edge import merge
 from vera_edge import plan as plans
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.device.decoding import ROPE_KIND, ROPE_SWITCH
 from vera_edge.errors import TargetError
 from vera_edge.files import staged_folder
 from vera_edge.loading import config_of
@@ -68,7 +69,19 @@ class GenaiExporter:
             size=manifest.size,
             plan=request.plan,
             adapters={name: request.out / file for name, file in files.items()},
+            notes=_notes(model),
         )
+
+
+def _notes(model: ir.Model) -> tuple[str, ...]:
+    """What a person should know of the graph before it runs elsewhere."""
+    if model.metadata_props.get(ROPE_KIND) != "longrope":
+        return ()
+    switch = model.metadata_props[ROPE_SWITCH]
+    return (
+        f"past {switch} tokens all keys are rotated by other factors (longrope): a runtime that isn't "
+        "vera-edge's must be given the whole text anew there",
+    )
 
 
 def check(request: ExportRequest) -> str:
