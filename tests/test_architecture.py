@@ -20,6 +20,7 @@ ORDER = (
     "errors",
     "progress",
     "versions",
+    "cores",
     "engine",
     "files",
     "tensors",
@@ -64,6 +65,7 @@ ORDER = (
 DEVICE_PARTS = {
     "errors",
     "progress",
+    "cores",
     "files",
     "tensors",
     "projection",
