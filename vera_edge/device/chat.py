@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,15 @@ class Text:
             raise DataError("the prompt is empty; give the model something to continue")
         return tokens
 
-    def text(self, tokens: Sequence[int] | Tokens) -> str:
-        """The text of `tokens`, without special tokens."""
-        return str(self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True))
+    def text(self, tokens: Sequence[int] | Tokens, special: bool = False) -> str:
+        """The text of `tokens`, with special tokens only when `special`."""
+        return str(self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=not special))
+
+    @cached_property
+    def special_tokens(self) -> Mapping[int, str]:
+        """The tokens that `text` leaves out, by id."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {number: token.content for number, token in added.items() if token.special}
 
 
 class TextStream:

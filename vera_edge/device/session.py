@@ -81,7 +81,7 @@ class Session(Opened):
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         raw: bool = False,
     ) -> Generation:
         """Text for `prompt`, as an iterator of pieces; Sampling has the options, Generation the result.
@@ -108,6 +108,7 @@ class Session(Opened):
         *,
         max_tokens: int = 256,
         sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
         raw: bool = False,
     ) -> Batch:
         """Text for several prompts at once, as an iterator of (row, piece); see Batch.
@@ -122,7 +123,7 @@ class Session(Opened):
         if len(vectors) != len(prompts) or not prompts:
             raise DataError(f"{len(vectors)} adapters for {len(prompts)} prompts; give one for each prompt")
         tokens = [self._tokens(prompt, raw) for prompt in prompts]
-        return Batch(self.decoder, self.text, tokens, vectors, sampling, max_tokens)
+        return Batch(self.decoder, self.text, tokens, vectors, sampling, max_tokens, stop)
 
     def _tokens(self, prompt: str | Sequence[Message] | Tokens, raw: bool) -> Tokens:
         if isinstance(prompt, np.ndarray):
