@@ -1,7 +1,7 @@
 """Stop strings: text is let through up to the first one, special tokens in it included.
 
-Special tokens (`<|im_end|>`) aren't shown, yet a stop string may be one, hold one, or go past one that isn't in
-it. So a stop string is looked for in the text that is shown and in the one with special tokens written out.
+Special tokens (`<|im_end|>`) aren't shown, yet a stop string may be one, hold one, or go past one that isn't
+in it. So a stop string is looked for in the text that is shown, and in the one with special tokens in it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StoppedText:
         return piece + self._gate.push(self._text.special_tokens.get(token, ""), shown=False)
 
     def end(self, token: int | None = None) -> str:
-        """The last that may be shown, once no token follows; `token` ended the text and isn't shown itself."""
+        """The last that may be shown, once no token follows; `token` ended the text and isn't shown."""
         piece = self._gate.push(self._stream.flush())
         if token is not None:
             piece += self._gate.push(self._text.text([token], special=True), shown=False)
