@@ -30,9 +30,35 @@ def align(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     if all(module in checkpoint.linears for module in modules):
         return adapter
     found = match(modules, checkpoint.linears) or _as_transformers_renames(modules, checkpoint)
-    if found is None:
+    return adapter if found is None else _renamed(adapter, found, _renamer(found, checkpoint))
+
+
+def align_names(adapter: Adapter, known: Collection[str], trained: Mapping[str, str]) -> Adapter:
+    """`adapter` with its layers under `known` names, where no checkpoint is at hand; else unchanged.
+
+    trained: what PEFT calls those layers that it calls otherwise (`trained_names`).
+    """
+    modules = list(adapter.vectors)
+    if all(module in known for module in modules):
         return adapter
-    rename = _renamer(found, checkpoint)
+    theirs = {trained.get(name, name): name for name in known}
+    by_their_names = match(modules, theirs) if trained else None
+    if by_their_names is not None:
+        found = {module: theirs[name] for module, name in by_their_names.items()}
+    else:
+        found = match(modules, known) or {}
+    return _renamed(adapter, found, lambda name: name) if found else adapter
+
+
+def trained_names(adapter: Adapter) -> dict[str, str]:
+    """What PEFT calls an aligned adapter's layers, by the names they have here, where the two differ."""
+    trained = adapter.as_trained or adapter
+    pairs = zip(adapter.vectors, trained.vectors, strict=True)
+    return {here: theirs for here, theirs in pairs if here != theirs}
+
+
+def _renamed(adapter: Adapter, found: Mapping[str, str], rename: Callable[[str], str]) -> Adapter:
+    """`adapter` with its layers called as `found` says, in their order, and all else as `rename` does."""
     return replace(
         adapter,
         vectors={found[module]: vectors for module, vectors in adapter.vectors.items()},
