@@ -27,6 +27,7 @@ ORDER = (
     "shards",
     "side_files",
     "projection",
+    "wrapper_names",
     "adapter",
     "formats",
     "requantize",

@@ -18,6 +18,7 @@ from typing import Any
 from vera_edge import adapter as adapters
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.wrapper_names import unwrapped
 
 
 def align(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
@@ -29,7 +30,8 @@ def align(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     modules = list(adapter.vectors)
     if all(module in checkpoint.linears for module in modules):
         return adapter
-    found = match(modules, checkpoint.linears) or _as_transformers_renames(modules, checkpoint)
+    found = match(modules, checkpoint.linears) or _unwrapped(modules, checkpoint.linears)
+    found = found or _as_transformers_renames(modules, checkpoint)
     return adapter if found is None else _renamed(adapter, found, _renamer(found, checkpoint))
 
 
@@ -91,6 +93,13 @@ def match(modules: Iterable[str], known: Collection[str]) -> dict[str, str] | No
             return None
         found[module] = name
     return found if len(set(found.values())) == len(found) else None
+
+
+def _unwrapped(modules: Iterable[str], known: Collection[str]) -> dict[str, str] | None:
+    """As `match`, by what known names are without the parts that wrappers put there, which may be its own."""
+    plain = {unwrapped(name)[0]: name for name in known}
+    found = match(modules, plain) if len(plain) == len(known) else None
+    return None if found is None else {module: plain[name] for module, name in found.items()}
 
 
 def _stacks(names: Iterable[str]) -> tuple[dict[str, set[str]], list[str]]:
