@@ -111,7 +111,7 @@ def read(path: Path) -> Adapter:
         config=config,
         peft_version=version,
         digest=sha256_bytes(canonical_json([rank, seed, bias, version, tensors_digest])),
-        notes=notes,
+        notes=(*folder.notes, *notes),
     )
 
 

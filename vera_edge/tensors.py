@@ -150,6 +150,18 @@ def read_header(path: Path, error: type[VeraEdgeError] = CheckpointError) -> dic
     return {info.name: info for info in infos}
 
 
+def _unread(index: Path, single: Path) -> tuple[str, ...]:
+    """A note on an index beside a single file, which is left from other weights unless it names that file."""
+    if not index.is_file():
+        return ()
+    try:
+        named = set(read_json(index, CheckpointError)["weight_map"].values())
+    except (CheckpointError, KeyError, AttributeError, TypeError):
+        named = set()
+    left = f"{index.name} beside {single.name} is left from other weights and isn't read; delete it"
+    return () if named == {single.name} else (left,)
+
+
 def _tensor_info(name: str, entry: Any, path: Path, base: int, error: type[VeraEdgeError]) -> TensorInfo:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -169,11 +181,16 @@ def _tensor_info(name: str, entry: Any, path: Path, base: int, error: type[VeraE
 
 
 class TensorFolder(Mapping[str, TensorInfo]):
-    """The tensors of a Hugging Face folder, over one or many shards: headers now, bytes on demand."""
+    """The tensors of a Hugging Face folder, over one or many shards: headers now, bytes on demand.
 
-    def __init__(self, infos: Mapping[str, TensorInfo], files: Sequence[Path]) -> None:
+    notes: sentences a person should read about its files.
+    """
+
+    def __init__(
+        self, infos: Mapping[str, TensorInfo], files: Sequence[Path], notes: Sequence[str] = ()
+    ) -> None:
         self._infos = dict(infos)
-        self.files = tuple(files)
+        self.files, self.notes = tuple(files), tuple(notes)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]
@@ -190,18 +207,17 @@ class TensorFolder(Mapping[str, TensorInfo]):
     ) -> TensorFolder:
         """Read the headers of `<stem>.safetensors`, or of the shards `<stem>.safetensors.index.json` names.
 
-        Raises `error` on missing, overlapping or foreign shards, and when only a pickle is there.
+        As transformers does: a single file is read whatever an index beside it says, and of a shard every
+        tensor. Raises `error` on missing, overlapping or foreign shards, and when only a pickle is there.
         """
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if single.is_file():
+            return cls(read_header(single, error), [single], _unread(index, single))
         if index.is_file():
             return cls._open_index(folder, index, error)
-        if single.is_file():
-            return cls(read_header(single, error), [single])
         if not folder.is_dir():
             raise error(f"{folder} isn't a folder; give the folder that holds {stem}.safetensors")
-        pickles = sorted(
-            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")
-        )
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         if pickles:
             raise error(
                 f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when read; "
@@ -215,8 +231,10 @@ class TensorFolder(Mapping[str, TensorInfo]):
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise error(f"{index} has no weight_map from tensor to file name; copy it again")
         infos: dict[str, TensorInfo] = {}
-        files = [safe_join(folder, name, error) for name in sorted(set(weight_map.values()))]
-        for file in files:
+        files = {name: safe_join(folder, name, error) for name in sorted(set(weight_map.values()))}
+        for file in files.values():
+            if not file.is_file():
+                raise error(f"{file} is missing, and {index.name} names it; copy or download it again")
             for name, info in read_header(file, error).items():
                 if name in infos:
                     raise error(
@@ -224,15 +242,15 @@ class TensorFolder(Mapping[str, TensorInfo]):
                     )
                 infos[name] = info
         for name, file_name in weight_map.items():
-            if name not in infos or infos[name].file.name != Path(file_name).name:
+            if name not in infos:
                 raise error(
                     f"{index} says tensor {name} is in {file_name}, and it isn't; copy the folder again"
                 )
-        if extra := next((name for name in infos if name not in weight_map), None):
-            raise error(
-                f"tensor {extra} is in {infos[extra].file} but not in {index.name}; copy the folder again"
-            )
-        return cls(infos, files)
+        unlisted = [name for name, info in infos.items() if info.file != files.get(weight_map.get(name, ""))]
+        note = (
+            f"shards hold {', '.join(unlisted[:3])} where {index.name} doesn't say so; all of them are read"
+        )
+        return cls(infos, list(files.values()), [note] if unlisted else ())
 
     def read(self, name: str) -> RawTensor:
         """The bytes of one tensor."""

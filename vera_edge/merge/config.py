@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vera_edge import formats
-from vera_edge.checkpoint import Checkpoint
+from vera_edge.checkpoint import NAMED_WEIGHTS, Checkpoint
 from vera_edge.errors import PlanError
 from vera_edge.plan import DENSE, Plan, Step
 
@@ -20,7 +20,8 @@ def merged_config(plan: Plan, checkpoint: Checkpoint, untied: bool) -> dict[str,
 
     Raises PlanError when the plan mixes quantized formats, which no config can describe.
     """
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    left_out = ("quantization_config", NAMED_WEIGHTS)
+    config = {key: value for key, value in checkpoint.config.items() if key not in left_out}
     if plan.others in _TORCH_NAMES:
         config = _with_dtype(config, _TORCH_NAMES[plan.others])
         config.setdefault("dtype", _TORCH_NAMES[plan.others])
