@@ -18,6 +18,7 @@ from typing import Any
 from vera_edge import adapter as adapters
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.formats import checks
 from vera_edge.wrapper_names import unwrapped
 
 
@@ -145,7 +146,7 @@ def _as_transformers_renames(modules: Iterable[str], checkpoint: Checkpoint) -> 
     cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not _is_model_class(cls, transformers.PreTrainedModel):
         return None
-    facts = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    facts = checks.without_quantization(checkpoint.config)
     try:
         with torch.device("meta"):
             model: Any = cls(cls.config_class.from_dict(facts))
