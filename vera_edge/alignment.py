@@ -135,23 +135,13 @@ def _extends(one: str, other: str) -> bool:
 def _as_transformers_renames(modules: Iterable[str], checkpoint: Checkpoint) -> dict[str, str] | None:
     """As `match`, by the names that transformers gives the checkpoint's layers on loading."""
     try:
-        import torch
-        import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
         return None
-    names = checkpoint.config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not _is_model_class(cls, transformers.PreTrainedModel):
+    model = empty_model(checkpoint)
+    if model is None:
         return None
-    facts = checks.without_quantization(checkpoint.config)
-    try:
-        with torch.device("meta"):
-            model: Any = cls(cls.config_class.from_dict(facts))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        return None  # a config of another model, which has no names to offer
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -164,6 +154,26 @@ def _as_transformers_renames(modules: Iterable[str], checkpoint: Checkpoint) -> 
             inverse[key.removesuffix(".weight")] = module
     found = match(modules, inverse)
     return None if found is None else {module: inverse[name] for module, name in found.items()}
+
+
+def empty_model(checkpoint: Checkpoint) -> Any:
+    """transformers' model of the class that config.json names, without values; None where it knows none."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return None
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not _is_model_class(cls, transformers.PreTrainedModel):
+        return None
+    facts = checks.without_quantization(checkpoint.config)
+    try:
+        with torch.device("meta"):
+            return cls(cls.config_class.from_dict(facts))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        return None  # a config of another model
 
 
 def _is_model_class(found: Any, base: Any) -> bool:

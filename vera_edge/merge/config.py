@@ -9,6 +9,7 @@ from vera_edge import formats
 from vera_edge.checkpoint import NAMED_WEIGHTS, Checkpoint
 from vera_edge.errors import PlanError
 from vera_edge.formats import checks
+from vera_edge.merge.tying import scales_by_tying
 from vera_edge.plan import DENSE, Plan, Step
 
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -27,8 +28,8 @@ def merged_config(plan: Plan, checkpoint: Checkpoint, untied: bool) -> dict[str,
     if plan.others in _TORCH_NAMES:
         config = _with_dtype(config, _TORCH_NAMES[plan.others])
         config.setdefault("dtype", _TORCH_NAMES[plan.others])
-    if untied:
-        config["tie_word_embeddings"] = False
+    if untied and not scales_by_tying(config):
+        config = _untied(config) | {"tie_word_embeddings": False}
     # Code is never copied, so the names of classes in it would lead nowhere.
     local = {key: value for key, value in _mapping(config.get("auto_map")).items() if "--" not in str(value)}
     if local:
@@ -36,6 +37,14 @@ def merged_config(plan: Plan, checkpoint: Checkpoint, untied: bool) -> dict[str,
     if quantization and not same:
         config["quantization_config"] = quantization
     return config
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with nothing tied, in the models within it neither."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        changed[key] = _untied(value) if isinstance(value, Mapping) else value
+    return changed | ({"tie_word_embeddings": False} if "tie_word_embeddings" in changed else {})
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
