@@ -124,15 +124,22 @@ def finite(tensors: TensorFolder, name: str) -> Float32:
 
 
 def groups(
-    inside: int, size: Any, what: str, error: type[CheckpointError | PlanError] = CheckpointError
+    inside: int,
+    size: Any,
+    what: str,
+    error: type[CheckpointError | PlanError] = CheckpointError,
+    short: bool = False,
 ) -> int:
-    """How many groups of `size` inputs (-1: one for all) there are; raises `error` when it doesn't divide."""
+    """How many groups of `size` inputs (-1: one for all) there are; raises `error` when it doesn't divide.
+
+    short: let the last group be short instead.
+    """
     if type(size) is not int or size < -1 or size == 0:
         raise error(f"{what}: group size {size!r} isn't a positive number or -1")
     size = inside if size == -1 else size
-    if inside % size:
+    if inside % size and not short:
         raise error(f"{what}: a group size of {size} doesn't divide its {inside} inputs")
-    return inside // size
+    return -(-inside // size)
 
 
 def known_options(given: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
