@@ -53,6 +53,11 @@ class Checkpoint:
         return cls(path, config, tensors, linears)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences a person should read about how the folder is stored."""
+        return (*self.tensors.notes, *formats.notes(self.config))
+
+    @property
     def quantized(self) -> bool:
         """Whether any linear is stored in a quantized format."""
         return any(linear.format not in DTYPES for linear in self.linears.values())
@@ -158,7 +163,7 @@ def _check_agreement(path: Path, config: Mapping[str, Any], linears: Mapping[str
     """Raise when config.json and the tensors say different things about how the weights are stored."""
     method = checks.method(config)
     stored = {linear.format: linear.module for linear in linears.values() if linear.format not in DTYPES}
-    if method is not None and not stored:
+    if method is not None and not stored and formats.rounds_weights(config):
         raise FormatError(
             f"{path / 'config.json'} says the weights are quantized with {method}, but no layer is stored in "
             f"a form of it that vera-edge knows; known formats: {', '.join(formats.FORMATS)}"

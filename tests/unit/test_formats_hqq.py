@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ def write(folder: Path, axis: int) -> npt.NDArray[np.float32]:
     codes = draw.integers(0, 256, shape).astype(np.uint8)
     scales = draw.uniform(0.01, 0.1, groups).astype(np.float16)
     zeros = draw.uniform(100, 150, groups).astype(np.float16)
-    tensors = {
+    tensors: dict[str, Any] = {
         "W_q": codes,
         "scale": scales,
         "zero": zeros,
