@@ -23,7 +23,8 @@ from vera_edge.errors import BundleError, DataError
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}
 FILE = "chat_template.jinja"
 _MORE = "additional_chat_templates"
-_DEFAULT, _TOOLS = "default", "tool_use"
+DEFAULT = "default"  # the name of a model's one template, or of the one that is taken by itself
+_TOOLS = "tool_use"
 # Names under which the thoughts of a message are passed; templates read the first, or the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _TAG = "VERA_EDGE_GOES_ON_HERE "  # put where a message that goes on ends, and cut off there
@@ -35,13 +36,13 @@ def read(folder: Path, config: Mapping[str, Any]) -> Mapping[str, str]:
     chat_template.jinja and additional_chat_templates/NAME.jinja; else those that older models have in the
     config, one or a list with names. Raises BundleError when one isn't text.
     """
-    files = [(_DEFAULT, folder / FILE)] if (folder / FILE).is_file() else []
+    files = [(DEFAULT, folder / FILE)] if (folder / FILE).is_file() else []
     files += [(path.stem, path) for path in sorted((folder / _MORE).glob("*.jinja"))]
     if files:
         return {name: _read(path) for name, path in files}
     given = config.get("chat_template")
     if isinstance(given, str):
-        return {_DEFAULT: given}
+        return {DEFAULT: given}
     entries = [entry for entry in given if isinstance(entry, Mapping)] if isinstance(given, list) else []
     named = {entry.get("name"): entry.get("template") for entry in entries}
     return {
@@ -110,11 +111,11 @@ class ChatTemplate:
         return sorted(found - {"messages", "add_generation_prompt"} - set(self._special))
 
     def _choose(self, tools: Any) -> str:
-        name = _TOOLS if tools is not None and _TOOLS in self.sources else _DEFAULT
+        name = _TOOLS if tools is not None and _TOOLS in self.sources else DEFAULT
         if name in self.sources:
             return name
         raise BundleError(
-            f"this model's chat templates are {', '.join(sorted(self.sources))}, and none is the {_DEFAULT}; "
+            f"this model's chat templates are {', '.join(sorted(self.sources))}, and none is the {DEFAULT}; "
             "export the bundle again from a base that has one"
         )
 
