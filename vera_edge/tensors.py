@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge import shard_index
 from vera_edge.errors import CheckpointError, VeraEdgeError
-from vera_edge.files import read_json, safe_join
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -150,18 +150,6 @@ def read_header(path: Path, error: type[VeraEdgeError] = CheckpointError) -> dic
     return {info.name: info for info in infos}
 
 
-def _unread(index: Path, single: Path) -> tuple[str, ...]:
-    """A note on an index beside a single file, which is left from other weights unless it names that file."""
-    if not index.is_file():
-        return ()
-    try:
-        named = set(read_json(index, CheckpointError)["weight_map"].values())
-    except (CheckpointError, KeyError, AttributeError, TypeError):
-        named = set()
-    left = f"{index.name} beside {single.name} is left from other weights and isn't read; delete it"
-    return () if named == {single.name} else (left,)
-
-
 def _tensor_info(name: str, entry: Any, path: Path, base: int, error: type[VeraEdgeError]) -> TensorInfo:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
@@ -212,7 +200,7 @@ class TensorFolder(Mapping[str, TensorInfo]):
         """
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if single.is_file():
-            return cls(read_header(single, error), [single], _unread(index, single))
+            return cls(read_header(single, error), [single], shard_index.unread(index, single))
         if index.is_file():
             return cls._open_index(folder, index, error)
         if not folder.is_dir():
@@ -227,30 +215,17 @@ class TensorFolder(Mapping[str, TensorInfo]):
 
     @classmethod
     def _open_index(cls, folder: Path, index: Path, error: type[VeraEdgeError]) -> TensorFolder:
-        weight_map = read_json(index, error).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise error(f"{index} has no weight_map from tensor to file name; copy it again")
         infos: dict[str, TensorInfo] = {}
-        files = {name: safe_join(folder, name, error) for name in sorted(set(weight_map.values()))}
-        for file in files.values():
-            if not file.is_file():
-                raise error(f"{file} is missing, and {index.name} names it; copy or download it again")
+        files = list(shard_index.read(index, error)[1].values())
+        for file in files:
             for name, info in read_header(file, error).items():
                 if name in infos:
                     raise error(
                         f"tensor {name} is in both {infos[name].file.name} and {file.name} of {folder}"
                     )
                 infos[name] = info
-        for name, file_name in weight_map.items():
-            if name not in infos:
-                raise error(
-                    f"{index} says tensor {name} is in {file_name}, and it isn't; copy the folder again"
-                )
-        unlisted = [name for name, info in infos.items() if info.file != files.get(weight_map.get(name, ""))]
-        note = (
-            f"shards hold {', '.join(unlisted[:3])} where {index.name} doesn't say so; all of them are read"
-        )
-        return cls(infos, list(files.values()), [note] if unlisted else ())
+        places = {name: info.file for name, info in infos.items()}
+        return cls(infos, files, shard_index.elsewhere(index, places, error))
 
     def read(self, name: str) -> RawTensor:
         """The bytes of one tensor."""

@@ -23,5 +23,5 @@ def described(config: Mapping[str, Any], graph: Path) -> dict[str, Any]:
     """
     files = [graph.with_name(f"{graph.name}_data")]
     files += takewhile(Path.is_file, (more_file(graph, number) for number in count()))
-    found = {"dtype": "fp32", "use_external_data_format": {graph.name: len(files)}}
-    return {**config, KEY: found}
+    told = {"dtype": "fp32", "use_external_data_format": {graph.name: len(files)}}
+    return {**config, KEY: told}

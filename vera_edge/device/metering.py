@@ -139,9 +139,9 @@ class _Counted(jinja2.visitor.NodeTransformer):
         self.environment = environment
 
     def _filtered(self, name: str, node: jinja2.nodes.Expr) -> jinja2.nodes.Filter:
-        found = jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-        found.set_environment(self.environment)
-        return found
+        wrapped = jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+        wrapped.set_environment(self.environment)
+        return wrapped
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.For:
         self.generic_visit(node)
@@ -230,8 +230,9 @@ def _check_growth(name: str, value: Any, args: tuple[Any, ...], named: Mapping[s
 def _texts(argument: Any) -> list[str]:
     """The strings of an argument, one level down too."""
     entries = argument.values() if isinstance(argument, dict) else argument
-    found = [argument] if isinstance(entries, str) or not isinstance(entries, Iterable) else list(entries)
-    return [text for text in found if isinstance(text, str)]
+    if isinstance(entries, str) or not isinstance(entries, Iterable):
+        entries = [argument]
+    return [text for text in entries if isinstance(text, str)]
 
 
 def _check_operator(operator: str, left: Any, right: Any) -> None:

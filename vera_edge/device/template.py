@@ -105,10 +105,10 @@ class ChatTemplate:
 
     def variables(self) -> list[str]:
         """What a person can set: the variables of the templates that no messages or tokenizer give."""
-        found = set[str]()
+        names = set[str]()
         for source in self.sources:
-            found |= self._template(source)[1]
-        return sorted(found - {"messages", "add_generation_prompt"} - set(self._special))
+            names |= self._template(source)[1]
+        return sorted(names - {"messages", "add_generation_prompt"} - set(self._special))
 
     def _choose(self, tools: Any) -> str:
         name = _TOOLS if tools is not None and _TOOLS in self.sources else DEFAULT

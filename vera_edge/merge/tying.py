@@ -72,8 +72,8 @@ def _stored_name(live: str, known: set[str]) -> str:
     """The checkpoint's name for a tensor of the model, which may lack the model's prefix; else the same."""
     if live in known:
         return live
-    found = [name for name in known if live.endswith(f".{name}") or name.endswith(f".{live}")]
-    return found[0] if len(found) == 1 else live
+    alike = [name for name in known if live.endswith(f".{name}") or name.endswith(f".{live}")]
+    return alike[0] if len(alike) == 1 else live
 
 
 def scales_by_tying(config: Mapping[str, Any]) -> bool:
