@@ -26,8 +26,8 @@ import numpy as np
 from scripts.bench_turns import PROMPT, say, write_section
 from scripts.prepare_demo import cache_folder, prepare
 from vera_edge import bundle, packing, target
+from vera_edge.cores import available_cores
 from vera_edge.device.facts import processor
-from vera_edge.device.graph import available_cores
 
 Swaps = Callable[[Path, list[Path], int], tuple[list[float], float]]
 

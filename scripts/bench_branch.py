@@ -23,7 +23,7 @@ import numpy as np
 from scripts.bench_turns import Row, Worker, footnote, genai, measure, say, table, write_section
 from scripts.prepare_demo import cache_folder, prepare
 from vera_edge import target
-from vera_edge.device.graph import available_cores
+from vera_edge.cores import available_cores
 from vera_edge.drift.models import folder_bytes
 
 LLAMA = {

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from vera_edge.cores import available_cores
 from vera_edge.files import canonical_json
 from vera_edge.requantize.gram import one_blas_thread
 from vera_edge.shards import Shards, ShardWriter
@@ -261,7 +262,7 @@ def bench(words: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     for source in sources:
         base, out = folder / source, folder / "out"
         yield {"what": f"copy, {source}", "wall": copy_limit(base, folder / "copy")}
-        for workers in words.workers or [len(os.sched_getaffinity(0))]:
+        for workers in words.workers or [available_cores()]:
             yield {"what": f"vera-edge, {source}, workers {workers}"} | run(OURS, base, adapter, out, workers)
             shutil.rmtree(out)
         if not words.without_peft:

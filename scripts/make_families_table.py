@@ -23,13 +23,15 @@ TAIL = """
 Other families work when their linears are `nn.Linear` or `Conv1D`. A layer is found by its name:
 
 * The names PEFT and the checkpoint use may differ by a prefix (`h.0` in the checkpoint, `transformer.h.0` in
-the
-  model), by the order of two parts (`language_model.model.layers`, `model.language_model.layers`), or by what
-  transformers renames on loading; the last needs transformers installed. A merge keeps the checkpoint's
+  the model), by the order of two parts (`language_model.model.layers`, `model.language_model.layers`), or by
+  what transformers renames on loading; the last needs transformers installed. A merge keeps the checkpoint's
   names.
+* What held the model when the adapter was saved isn't part of a name: `_orig_mod` (torch.compile), `module`
+  (data parallel), `_fsdp_wrapped_module`, `_checkpoint_wrapped_module`, an adapter's name at the end
+  (`vera_lambda_b.default`). A note says what was left out; other wrappers are refused.
 * Each stack of layers must be found in one place, and just one must fit; else the layer is reported as
-missing. * Experts that transformers 5 fuses into one tensor aren't linears to PEFT's VeRA, so no adapter is
-on them.
+  missing.
+* Experts that transformers 5 fuses into one tensor aren't linears to PEFT's VeRA, so no adapter is on them.
 """
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from scripts import demo_encoder, prepare_demo
 from vera_edge import frozen_graph, target
+from vera_edge.device.chat import Text
 
 HERE = Path(__file__).resolve().parent / "consumers"
 PROMPT, COUNT = "The for statement is used to", 24
@@ -61,13 +62,14 @@ def _decoders(commands: list[list[str]], work: Path) -> bool:
 
 
 def _compare(what: str, commands: list[list[str]], words: list[str]) -> bool:
-    """Run them all; whether one says something else than the first."""
+    """Run them all; whether one says something else than the first, or renders a chat otherwise."""
     found = [_run([*command, *words]) for command in commands]
     print(f"{what}: {found[0]['text']!r}")
     for one in found:
         same = one["text"] == found[0]["text"]
         print(f"  {one['consumer']}: {'the same text' if same else one['text']!r}")
-    return any(one["text"] != found[0]["text"] for one in found)
+    chat = Text(Path(words[0])).render([{"role": "user", "content": words[1]}])
+    return any(one["text"] != found[0]["text"] or one.get("chat", chat) != chat for one in found)
 
 
 def _encoders(commands: list[list[str]], work: Path) -> bool:

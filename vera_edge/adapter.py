@@ -16,13 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge import wrapper_names
 from vera_edge.errors import AdapterError, CheckpointError
 from vera_edge.files import canonical_json, read_json, sha256_bytes
 from vera_edge.projection import MAX_SIDE
 from vera_edge.tensors import FLOATS, Float32, RawTensor, TensorFolder
 
 CONFIG_NAME = "adapter_config.json"
-_PREFIX = "base_model.model."
+_UNGATHERED = (
+    "it was saved without gathering its parts (DeepSpeed ZeRO-3, FSDP): save it with "
+    "stage3_gather_16bit_weights_on_model_save, or from a full state dict"
+)
 # PEFT stores these whole when the vocabulary was resized or when they are targets themselves.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "word_embeddings", "wte"})
 
@@ -46,6 +50,7 @@ class Adapter:
     digest: hex SHA-256 of the tensors and of the facts that change what the adapter computes: rank, seed,
         bias and PEFT version. Names and paths aren't among them.
     as_trained: the same under PEFT's names, where the base at hand has others (see `alignment`).
+    notes: sentences a person should read about how it was saved.
     """
 
     path: Path
@@ -61,6 +66,7 @@ class Adapter:
     peft_version: str | None
     digest: str
     as_trained: Adapter | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -85,7 +91,8 @@ def read(path: Path) -> Adapter:
     if not 1 <= rank <= MAX_SIDE:
         raise AdapterError(f"{path / CONFIG_NAME} gives rank r = {rank}; it must be from 1 to {MAX_SIDE}")
     folder = TensorFolder.open(path, "adapter_model", AdapterError)
-    parts, tensors_digest = _sort_tensors(folder, config, path)
+    names, notes = wrapper_names.plain_names(folder, path)
+    parts, tensors_digest = _sort_tensors(folder, names, config, path)
     vectors = _pair(parts, rank, path)
     version = _text_or_none(config, "peft_version", path)
     bias = config.get("bias", "none")
@@ -104,6 +111,7 @@ def read(path: Path) -> Adapter:
         config=config,
         peft_version=version,
         digest=sha256_bytes(canonical_json([rank, seed, bias, version, tensors_digest])),
+        notes=(*folder.notes, *notes),
     )
 
 
@@ -135,18 +143,22 @@ def _text_or_none(config: Mapping[str, Any], key: str, path: Path) -> str | None
     return value or None
 
 
-def _sort_tensors(folder: TensorFolder, config: Mapping[str, Any], path: Path) -> tuple[_Parts, str]:
+def _sort_tensors(
+    folder: TensorFolder, names: Mapping[str, str], config: Mapping[str, Any], path: Path
+) -> tuple[_Parts, str]:
     """Give every tensor its role, and digest all of them in the order of their names."""
     parts, state = _Parts(), hashlib.sha256()
-    for key in sorted(folder):
+    for name, key in sorted(names.items()):
         try:
             raw = folder.read(key)
         except CheckpointError as cause:
             raise AdapterError(str(cause)) from None
-        state.update(f"{key} {raw.dtype} {list(raw.shape)}\n".encode())
+        if not raw.data.size:
+            raise AdapterError(f"tensor {key} of {path} is empty (shape {list(raw.shape)}); {_UNGATHERED}")
+        state.update(f"{name} {raw.dtype} {list(raw.shape)}\n".encode())
         state.update(raw.data.data)
         _check_finite(key, raw, path)
-        _place(parts, key, raw, config, path)
+        _place(parts, name, raw, config, path)
     return parts, state.hexdigest()
 
 
@@ -158,14 +170,14 @@ def _check_finite(key: str, raw: RawTensor, path: Path) -> None:
 
 
 def _place(parts: _Parts, key: str, raw: RawTensor, config: Mapping[str, Any], path: Path) -> None:
-    name = key.removeprefix(_PREFIX)
+    name = key.removeprefix(wrapper_names.PEFT_PREFIX)
     module, _, kind = name.rpartition(".")
     if kind == "vera_lambda_b":
         parts.lambda_b[module] = _floats(key, raw, 1, path)
     elif kind == "vera_lambda_d":
         parts.lambda_d[module] = _floats(key, raw, 1, path)
-    elif kind in ("vera_A", "vera_B") and module in ("", "base_model"):
-        parts.projections[kind] = _floats(key, raw, 2, path)
+    elif kind in ("vera_A", "vera_B") and (module in ("", "base_model") or name != key):
+        _place_projection(parts, key, kind, _floats(key, raw, 2, path), path)
     elif ".original_module." in name:
         pass  # the base's own tensor, which PEFT 0.21 writes beside a trained copy by mistake
     elif _is_saved_module(module, config):
@@ -173,7 +185,15 @@ def _place(parts: _Parts, key: str, raw: RawTensor, config: Mapping[str, Any], p
     elif kind == "bias" and config.get("bias") in ("all", "vera_only"):
         parts.biases[module.removesuffix(".base_layer")] = _floats(key, raw, 1, path)
     else:
-        raise AdapterError(f"tensor {key} of {path} isn't part of a VeRA adapter as PEFT writes it")
+        advice = f"; {_UNGATHERED}" if "flat_param" in kind else ""
+        raise AdapterError(f"tensor {key} of {path} isn't part of a VeRA adapter as PEFT writes it{advice}")
+
+
+def _place_projection(parts: _Parts, key: str, kind: str, values: Float32, path: Path) -> None:
+    """A state_dict() holds what all layers share once for each of them."""
+    known = parts.projections.setdefault(kind, values)
+    if not np.array_equal(known, values):
+        raise AdapterError(f"{key} of {path} differs from another {kind} there; all layers share one")
 
 
 def _is_saved_module(module: str, config: Mapping[str, Any]) -> bool:
@@ -197,7 +217,7 @@ def lies_in(module: str, endings: tuple[str, ...]) -> bool:
 
 
 def _floats(key: str, raw: RawTensor, dimensions: int, path: Path) -> Float32:
-    if raw.dtype not in FLOATS or len(raw.shape) != dimensions or not raw.data.size:
+    if raw.dtype not in FLOATS or len(raw.shape) != dimensions:
         raise AdapterError(
             f"tensor {key} of {path} is {raw.dtype} of shape {list(raw.shape)} where floats in "
             f"{dimensions} dimension{'s' * (dimensions > 1)} belong"
@@ -221,7 +241,9 @@ def _pair(parts: _Parts, rank: int, path: Path) -> dict[str, Vectors]:
             )
         vectors[module] = pair
     if not vectors:
-        raise AdapterError(f"{path} holds no VeRA vectors; it was saved before any layer was adapted")
+        raise AdapterError(
+            f"{path} holds no VeRA vectors; it was saved before any layer was adapted, or {_UNGATHERED}"
+        )
     return vectors
 
 

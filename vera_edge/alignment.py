@@ -18,6 +18,8 @@ from typing import Any
 from vera_edge import adapter as adapters
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.formats import checks
+from vera_edge.wrapper_names import unwrapped
 
 
 def align(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
@@ -29,10 +31,37 @@ def align(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     modules = list(adapter.vectors)
     if all(module in checkpoint.linears for module in modules):
         return adapter
-    found = match(modules, checkpoint.linears) or _as_transformers_renames(modules, checkpoint)
-    if found is None:
+    found = match(modules, checkpoint.linears) or _unwrapped(modules, checkpoint.linears)
+    found = found or _as_transformers_renames(modules, checkpoint)
+    return adapter if found is None else _renamed(adapter, found, _renamer(found, checkpoint))
+
+
+def align_names(adapter: Adapter, known: Collection[str], trained: Mapping[str, str]) -> Adapter:
+    """`adapter` with its layers under `known` names, where no checkpoint is at hand; else unchanged.
+
+    trained: what PEFT calls those layers that it calls otherwise (`trained_names`).
+    """
+    modules = list(adapter.vectors)
+    if all(module in known for module in modules):
         return adapter
-    rename = _renamer(found, checkpoint)
+    theirs = {trained.get(name, name): name for name in known}
+    by_their_names = match(modules, theirs) if trained else None
+    if by_their_names is not None:
+        found = {module: theirs[name] for module, name in by_their_names.items()}
+    else:
+        found = match(modules, known) or {}
+    return _renamed(adapter, found, lambda name: name) if found else adapter
+
+
+def trained_names(adapter: Adapter) -> dict[str, str]:
+    """What PEFT calls an aligned adapter's layers, by the names they have here, where the two differ."""
+    trained = adapter.as_trained or adapter
+    pairs = zip(adapter.vectors, trained.vectors, strict=True)
+    return {here: theirs for here, theirs in pairs if here != theirs}
+
+
+def _renamed(adapter: Adapter, found: Mapping[str, str], rename: Callable[[str], str]) -> Adapter:
+    """`adapter` with its layers called as `found` says, in their order, and all else as `rename` does."""
     return replace(
         adapter,
         vectors={found[module]: vectors for module, vectors in adapter.vectors.items()},
@@ -67,6 +96,13 @@ def match(modules: Iterable[str], known: Collection[str]) -> dict[str, str] | No
     return found if len(set(found.values())) == len(found) else None
 
 
+def _unwrapped(modules: Iterable[str], known: Collection[str]) -> dict[str, str] | None:
+    """As `match`, by what known names are without the parts that wrappers put there, which may be its own."""
+    plain = {unwrapped(name)[0]: name for name in known}
+    found = match(modules, plain) if len(plain) == len(known) else None
+    return None if found is None else {module: plain[name] for module, name in found.items()}
+
+
 def _stacks(names: Iterable[str]) -> tuple[dict[str, set[str]], list[str]]:
     """Names by what stands before their first number ("model.layers"), and those without a number."""
     stacks: dict[str, set[str]] = defaultdict(set)
@@ -99,23 +135,13 @@ def _extends(one: str, other: str) -> bool:
 def _as_transformers_renames(modules: Iterable[str], checkpoint: Checkpoint) -> dict[str, str] | None:
     """As `match`, by the names that transformers gives the checkpoint's layers on loading."""
     try:
-        import torch
-        import transformers
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
         return None
-    names = checkpoint.config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not _is_model_class(cls, transformers.PreTrainedModel):
+    model = empty_model(checkpoint)
+    if model is None:
         return None
-    facts = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    try:
-        with torch.device("meta"):
-            model: Any = cls(cls.config_class.from_dict(facts))
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-        return None  # a config of another model, which has no names to offer
     transforms = get_model_conversion_mapping(model)
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
     converters = [one for one in transforms if isinstance(one, WeightConverter)]
@@ -128,6 +154,26 @@ def _as_transformers_renames(modules: Iterable[str], checkpoint: Checkpoint) -> 
             inverse[key.removesuffix(".weight")] = module
     found = match(modules, inverse)
     return None if found is None else {module: inverse[name] for module, name in found.items()}
+
+
+def empty_model(checkpoint: Checkpoint) -> Any:
+    """transformers' model of the class that config.json names, without values; None where it knows none."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return None
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not _is_model_class(cls, transformers.PreTrainedModel):
+        return None
+    facts = checks.without_quantization(checkpoint.config)
+    try:
+        with torch.device("meta"):
+            return cls(cls.config_class.from_dict(facts))
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        return None  # a config of another model
 
 
 def _is_model_class(found: Any, base: Any) -> bool:

@@ -16,11 +16,14 @@ from typing import Any
 
 from vera_edge import formats
 from vera_edge.errors import CheckpointError, FormatError
-from vera_edge.files import read_json, sha256_bytes
+from vera_edge.files import read_json, safe_join, sha256_bytes
 from vera_edge.formats import StoredLinear, Weight, checks, gguf
 from vera_edge.formats.dense import DTYPES, is_conv1d_module
 from vera_edge.tensors import Float32, TensorFolder, WitnessedFolder
 
+NAMED_WEIGHTS = (
+    "transformers_weights"  # of config.json: a file of weights that isn't called model.safetensors
+)
 MERGE_RECORD = "vera_edge_merge.json"  # what a merge says of itself, beside the weights
 
 
@@ -43,10 +46,16 @@ class Checkpoint:
         if gguf.is_gguf(path):
             tensors, config = gguf.open_model(path)
         else:
-            tensors, config = TensorFolder.open(path), read_json(path / "config.json", CheckpointError)
+            tensors = TensorFolder.open(path, _stem(path))
+            config = read_json(path / "config.json", CheckpointError)
         linears = formats.find_linears(tensors, config)
         _check_agreement(path, config, linears)
         return cls(path, config, tensors, linears)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences a person should read about how the folder is stored."""
+        return (*self.tensors.notes, *formats.notes(self.config))
 
     @property
     def quantized(self) -> bool:
@@ -132,6 +141,21 @@ class Checkpoint:
         return digest.hexdigest()
 
 
+def _stem(path: Path) -> str:
+    """What the file or files of weights are called; a config.json may name them, for transformers."""
+    if not (path / "config.json").is_file():
+        return "model"
+    named = read_json(path / "config.json", CheckpointError).get(NAMED_WEIGHTS)
+    if named is None:
+        return "model"
+    for ending in (".safetensors.index.json", ".safetensors"):
+        if isinstance(named, str) and named.endswith(ending) and safe_join(path, named, CheckpointError):
+            return named.removesuffix(ending)
+    raise CheckpointError(
+        f"{path / 'config.json'}: {NAMED_WEIGHTS} is {named!r} where a safetensors file belongs"
+    )
+
+
 _BITSANDBYTES = {"load_in_4bit": frozenset({"nf4", "fp4"}), "load_in_8bit": frozenset({"int8"})}
 
 
@@ -139,7 +163,7 @@ def _check_agreement(path: Path, config: Mapping[str, Any], linears: Mapping[str
     """Raise when config.json and the tensors say different things about how the weights are stored."""
     method = checks.method(config)
     stored = {linear.format: linear.module for linear in linears.values() if linear.format not in DTYPES}
-    if method is not None and not stored:
+    if method is not None and not stored and formats.rounds_weights(config):
         raise FormatError(
             f"{path / 'config.json'} says the weights are quantized with {method}, but no layer is stored in "
             f"a form of it that vera-edge knows; known formats: {', '.join(formats.FORMATS)}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge import adapter as adapters
-from vera_edge import bundle, chunks
+from vera_edge import alignment, bundle, chunks
 from vera_edge.bundle import Manifest
 from vera_edge.tensors import Float32
 
@@ -88,13 +88,21 @@ def compare_bundles(old_folder: Path, new_folder: Path) -> Difference:
 
 
 def compare_adapters(old_folder: Path, new_folder: Path) -> Difference:
-    """Compare two PEFT VeRA folders. Raises AdapterError when one can't be read."""
+    """Compare two PEFT VeRA folders, layers that have a prefix in one of them included.
+
+    Raises AdapterError when one can't be read.
+    """
     old, new = adapters.read(old_folder), adapters.read(new_folder)
+    old = alignment.align_names(old, new.vectors, {})
     facts = {
         name: (getattr(old, name), getattr(new, name))
         for name in ("rank", "seed", "base_name", "peft_version")
     }
     facts["layers"] = (len(old.vectors), len(new.vectors))
+    facts["layers that only one has"] = (
+        sorted(old.vectors.keys() - new.vectors.keys()),
+        sorted(new.vectors.keys() - old.vectors.keys()),
+    )
     facts["other tensors"] = (
         sorted([*old.biases, *old.modules_to_save]),
         sorted([*new.biases, *new.modules_to_save]),

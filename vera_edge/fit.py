@@ -30,7 +30,7 @@ def check_fit(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
     for name, tensor in adapter.modules_to_save.items():
         if name not in new:
             _check_tensor(adapter, checkpoint, name, tensor.shape)
-    notes = list(_name_notes(adapter, checkpoint))
+    notes = [*adapter.notes, *checkpoint.notes, *_name_notes(adapter, checkpoint)]
     if adapter.digest in checkpoint.merged:
         notes.append(
             f"{checkpoint.path.resolve().name} was made by merging this very adapter, which comes on top"

@@ -138,7 +138,7 @@ def inspect(
         unresolved=unresolved,
         fits=None if checkpoint is None else misfit is None,
         misfit=misfit,
-        notes=found.notes if found else (),
+        notes=found.notes if found else adapter.notes,
         cost=_cost(adapter, fitting, found.spec if found else None),
     )
 

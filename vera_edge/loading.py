@@ -20,6 +20,7 @@ from vera_edge import side_files
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError
 from vera_edge.files import read_json
+from vera_edge.formats import checks
 
 # What a decoder's exporter reads beside the weights, where it's there.
 _JSON = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -100,7 +101,7 @@ def loaded(
 
 def config_of(checkpoint: Checkpoint) -> Any:
     """Its transformers config; raises CheckpointError when transformers knows none like it."""
-    facts = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    facts = checks.without_quantization(checkpoint.config)
     model_type = facts.get("model_type")
     if model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(

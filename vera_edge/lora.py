@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge import adapter as adapters
-from vera_edge import provenance
+from vera_edge import alignment, provenance
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError
@@ -44,8 +44,11 @@ def to_lora(
     base: the base model's folder; without it the base named in the adapter's config is looked for, as a path.
     Raises AdapterError when the adapter can't be carried over, MismatchError when it doesn't fit the base.
     """
-    adapter = adapters.read(adapter_path)
-    checkpoint = Checkpoint.open(base or _named_base(adapter))
+    trained = adapters.read(adapter_path)
+    checkpoint = Checkpoint.open(base or _named_base(trained))
+    adapter = alignment.align(trained, checkpoint)
+    # A LoRA tool looks for layers where PEFT's model has them; their sizes are the checkpoint's.
+    names = dict(zip(adapter.vectors, trained.vectors, strict=True))
     check_output(out, force, (adapter_path, checkpoint.path))
     found = provenance.resolve(adapter, checkpoint, projection_dtype)
     if adapter.biases:
@@ -55,9 +58,9 @@ def to_lora(
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for module in sorted(adapter.vectors):
         linear = checkpoint.linear(module)
-        shapes[_key(module, "A")] = ("F32", (adapter.rank, linear.in_features))
-        shapes[_key(module, "B")] = ("F32", (linear.out_features, adapter.rank))
-    for name, tensor in sorted(adapter.modules_to_save.items()):
+        shapes[_key(names[module], "A")] = ("F32", (adapter.rank, linear.in_features))
+        shapes[_key(names[module], "B")] = ("F32", (linear.out_features, adapter.rank))
+    for name, tensor in sorted(trained.modules_to_save.items()):
         shapes[f"base_model.model.{name}"] = (tensor.dtype, tensor.shape)
     with staged_folder(out, force) as stage:
         with (stage / "adapter_model.safetensors").open("wb") as stream:
@@ -65,9 +68,9 @@ def to_lora(
             for module in sorted(adapter.vectors):
                 for factor in _factors(adapter, module, found.projections, checkpoint):
                     stream.write(RawTensor.of(factor).data.data)
-            for _, tensor in sorted(adapter.modules_to_save.items()):
+            for _, tensor in sorted(trained.modules_to_save.items()):
                 stream.write(tensor.data.data)
-        write_atomic(stage / "adapter_config.json", canonical_json(_config(adapter, checkpoint)))
+        write_atomic(stage / "adapter_config.json", canonical_json(_config(adapter, checkpoint, names)))
         size = (stage / "adapter_model.safetensors").stat().st_size
     return LoraAdapter(out, len(adapter.vectors), adapter.rank, size)
 
@@ -91,7 +94,7 @@ def _factors(adapter: Adapter, module: str, projections: Projections, checkpoint
     yield pair.lambda_b[:, None] * projections.b[: linear.out_features]
 
 
-def _config(adapter: Adapter, checkpoint: Checkpoint) -> Mapping[str, Any]:
+def _config(adapter: Adapter, checkpoint: Checkpoint, names: Mapping[str, str]) -> Mapping[str, Any]:
     kept = ("task_type", "modules_to_save", "base_model_name_or_path", "auto_mapping", "revision")
     conv1d = any(checkpoint.is_conv1d(module) for module in adapter.vectors)
     return {
@@ -104,5 +107,5 @@ def _config(adapter: Adapter, checkpoint: Checkpoint) -> Mapping[str, Any]:
         "peft_type": "LORA",
         "r": adapter.rank,
         # Full names: a short one could match layers that the VeRA adapter left alone.
-        "target_modules": sorted(adapter.vectors),
+        "target_modules": sorted(names.values()),
     }

@@ -51,6 +51,7 @@ class Facts:
     `limits` are the drift limits that `validate` holds the device to; `golden` is the file of golden
     vectors. `requires` maps a runtime's distribution name to the oldest version that runs the graph.
     `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
+    `trained_names` maps a module of the base to what PEFT calls it, where that's another name.
     `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py),
     `vector_dtype` ("float32", "float16") is that of the graph's inputs for them.
     `generated` maps a file that isn't shipped, since others determine it, to its `size`, its `sha256` and how
@@ -69,6 +70,7 @@ class Facts:
     default_adapter: str | None = None
     projection: Mapping[str, Json] | None = None
     model_version: int | None = None
+    trained_names: Mapping[str, str] = field(default_factory=dict)
     vectors: Sequence[tuple[str, int, int]] = ()
     vector_dtype: str = VECTOR_DTYPES[0]
     generated: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
@@ -206,6 +208,7 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
         lambda value: value is None or _is_int32(value),
         "isn't an integer from 1 to 2**31 - 1",
     ),
+    "trained_names": (lambda value: _is_map(value, _is_text), "isn't an object of names"),
     "vectors": (
         lambda value: isinstance(value, list | tuple) and all(_is_piece(item) for item in value),
         "isn't a list of [module, start, stop]",
@@ -222,7 +225,7 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
 
 
 # Fields that came after format 1 was first written; a manifest without them means their defaults.
-_OPTIONAL = frozenset({"checked", "generated", "model_version", "vectors", "vector_dtype"})
+_OPTIONAL = frozenset({"checked", "generated", "model_version", "trained_names", "vectors", "vector_dtype"})
 
 
 def _parse_files(

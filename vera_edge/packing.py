@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge import adapter as adapters
-from vera_edge import bundle
+from vera_edge import alignment, bundle
 from vera_edge.adapter import Adapter
 from vera_edge.bundle import Manifest
 from vera_edge.errors import AdapterError, MismatchError, OutputError, PlanError
@@ -125,10 +125,11 @@ def pack(
     """Pack `adapter` for the branch bundle that `manifest` describes.
 
     spec: the projections the adapter was trained with, where they are known; else rank and seed are compared,
-    and the projections themselves when the adapter saved them.
+    and the projections themselves when the adapter saved them. The adapter's layers may have PEFT's names.
     The bundle says whether as float32 or float16. Raises MismatchError when rank, seed, projections, layers
     or shapes aren't the bundle's, AdapterError when a vector doesn't fit float16.
     """
+    adapter = alignment.align_names(adapter, module_sizes(manifest), manifest.trained_names)
     check(adapter, manifest, spec)
     if not manifest.vectors or manifest.model_version is None:
         raise MismatchError(

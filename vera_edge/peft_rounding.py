@@ -14,7 +14,7 @@ from typing import Any
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError
-from vera_edge.formats import StoredLinear
+from vera_edge.formats import StoredLinear, checks
 from vera_edge.projection import Rounding
 
 ASK = "give the dtype with --projection-dtype float32, bfloat16 or float16"
@@ -86,8 +86,7 @@ def _four_bit_rounding(
 
     See https://github.com/huggingface/peft/pull/2893.
     """
-    quantization = config.get("quantization_config")
-    given = quantization.get("bnb_4bit_compute_dtype") if isinstance(quantization, Mapping) else None
+    given = checks.quantization(config).get("bnb_4bit_compute_dtype")
     compute = NAMES.get(str(given or "float32").removeprefix("torch."))
     if compute is None:
         raise AdapterError(

@@ -77,7 +77,7 @@ def resolve(
     if projection_dtype is not None and projection_dtype not in NAMES:
         raise AdapterError(f"projection dtype {projection_dtype!r} isn't known; {ASK}")
     asked = None if projection_dtype is None else NAMES[projection_dtype]
-    notes = check_fit(adapter, checkpoint) if checkpoint is not None else ()
+    notes = check_fit(adapter, checkpoint) if checkpoint is not None else adapter.notes
     if adapter.saved is not None:
         found = _from_saved(adapter, *adapter.saved, asked)
         return replace(

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge import shard_index
 from vera_edge.errors import CheckpointError, VeraEdgeError
-from vera_edge.files import read_json, safe_join
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -169,11 +169,16 @@ def _tensor_info(name: str, entry: Any, path: Path, base: int, error: type[VeraE
 
 
 class TensorFolder(Mapping[str, TensorInfo]):
-    """The tensors of a Hugging Face folder, over one or many shards: headers now, bytes on demand."""
+    """The tensors of a Hugging Face folder, over one or many shards: headers now, bytes on demand.
 
-    def __init__(self, infos: Mapping[str, TensorInfo], files: Sequence[Path]) -> None:
+    notes: sentences a person should read about its files.
+    """
+
+    def __init__(
+        self, infos: Mapping[str, TensorInfo], files: Sequence[Path], notes: Sequence[str] = ()
+    ) -> None:
         self._infos = dict(infos)
-        self.files = tuple(files)
+        self.files, self.notes = tuple(files), tuple(notes)
 
     def __getitem__(self, name: str) -> TensorInfo:
         return self._infos[name]
@@ -190,18 +195,17 @@ class TensorFolder(Mapping[str, TensorInfo]):
     ) -> TensorFolder:
         """Read the headers of `<stem>.safetensors`, or of the shards `<stem>.safetensors.index.json` names.
 
-        Raises `error` on missing, overlapping or foreign shards, and when only a pickle is there.
+        As transformers does: a single file is read whatever an index beside it says, and of a shard every
+        tensor. Raises `error` on missing, overlapping or foreign shards, and when only a pickle is there.
         """
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if single.is_file():
+            return cls(read_header(single, error), [single], shard_index.unread(index, single))
         if index.is_file():
             return cls._open_index(folder, index, error)
-        if single.is_file():
-            return cls(read_header(single, error), [single])
         if not folder.is_dir():
             raise error(f"{folder} isn't a folder; give the folder that holds {stem}.safetensors")
-        pickles = sorted(
-            path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")
-        )
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
         if pickles:
             raise error(
                 f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when read; "
@@ -211,11 +215,8 @@ class TensorFolder(Mapping[str, TensorInfo]):
 
     @classmethod
     def _open_index(cls, folder: Path, index: Path, error: type[VeraEdgeError]) -> TensorFolder:
-        weight_map = read_json(index, error).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise error(f"{index} has no weight_map from tensor to file name; copy it again")
         infos: dict[str, TensorInfo] = {}
-        files = [safe_join(folder, name, error) for name in sorted(set(weight_map.values()))]
+        files = list(shard_index.read(index, error)[1].values())
         for file in files:
             for name, info in read_header(file, error).items():
                 if name in infos:
@@ -223,16 +224,8 @@ class TensorFolder(Mapping[str, TensorInfo]):
                         f"tensor {name} is in both {infos[name].file.name} and {file.name} of {folder}"
                     )
                 infos[name] = info
-        for name, file_name in weight_map.items():
-            if name not in infos or infos[name].file.name != Path(file_name).name:
-                raise error(
-                    f"{index} says tensor {name} is in {file_name}, and it isn't; copy the folder again"
-                )
-        if extra := next((name for name in infos if name not in weight_map), None):
-            raise error(
-                f"tensor {extra} is in {infos[extra].file} but not in {index.name}; copy the folder again"
-            )
-        return cls(infos, files)
+        places = {name: info.file for name, info in infos.items()}
+        return cls(infos, files, shard_index.elsewhere(index, places, error))
 
     def read(self, name: str) -> RawTensor:
         """The bytes of one tensor."""

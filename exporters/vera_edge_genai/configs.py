@@ -10,7 +10,7 @@ import onnx_ir as ir
 from vera_edge import side_files
 from vera_edge.errors import TargetError
 from vera_edge.files import canonical_json, read_json, write_atomic
-from vera_edge_onnx import tokenizer_config
+from vera_edge_onnx import tokenizer_config, transformers_js
 
 GENAI_CONFIG = "genai_config.json"
 _ERRORS_ONLY = 3
@@ -38,7 +38,8 @@ def fix_shapes(model: ir.Model, graph: Path) -> None:
 def copy(source: Path, graph: Path, stage: Path, model: str, quiet: bool) -> None:
     """Write genai_config.json, config.json, generation_config.json and the tokenizer's files to `stage`.
 
-    source: the float folder. graph: the builder's folder. model: the graph's name in `stage`.
+    source: the float folder. graph: the builder's folder. model: the graph's name in `stage`, where its data
+    files are.
     quiet: keep ONNX Runtime from warning of every input that has a default.
     """
     settings = _read(graph)
@@ -49,7 +50,7 @@ def copy(source: Path, graph: Path, stage: Path, model: str, quiet: bool) -> Non
     write_atomic(stage / GENAI_CONFIG, canonical_json(settings))
     config = read_json(source / "config.json", TargetError)
     kept = {key: value for key, value in config.items() if key not in _ORIGINS}
-    write_atomic(stage / "config.json", canonical_json(kept))
+    write_atomic(stage / "config.json", canonical_json(transformers_js.described(kept, stage / model)))
     own = side_files.copy(source, stage)
     # The builder saves the tokenizer in the form that GenAI reads, which isn't always the base's.
     for name in side_files.TOKENIZER_FILES:

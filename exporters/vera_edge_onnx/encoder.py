@@ -36,6 +36,7 @@ from vera_edge_onnx import (
     seed,
     sites,
     tokenizer_config,
+    transformers_js,
     weights,
 )
 from vera_edge_onnx.activations import Seen
@@ -210,6 +211,6 @@ def _copy_beside(source: Path, stage: Path, inputs: list[str]) -> None:
     """config.json, the tokenizer's and the preprocessor's files."""
     config = read_json(source / "config.json", TargetError)
     kept = {key: value for key, value in config.items() if key not in _ORIGINS}
-    write_atomic(stage / "config.json", canonical_json(kept))
+    write_atomic(stage / "config.json", canonical_json(transformers_js.described(kept, stage / MODEL)))
     side_files.copy(source, stage)
     tokenizer_config.mend(stage, inputs)

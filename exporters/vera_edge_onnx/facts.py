@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import vera_edge
+from vera_edge.alignment import trained_names
 from vera_edge.bundle import Facts
 from vera_edge.files import canonical_json, sha256_bytes
 from vera_edge.packing import Piece
@@ -76,9 +77,17 @@ def facts(
         default_adapter=names[0] if branch else None,
         projection=spec if branch else None,
         model_version=adapters.model_version(request, layout) if branch else None,
+        trained_names=_trained_names(request) if branch else {},
         vectors=layout,
         vector_dtype=adapters.vector_dtype(request),
         requires=_REQUIRES,
         plan=plan.to_dict(),
         tools=tools(model_kind),
     )
+
+
+def _trained_names(request: ExportRequest) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for adapter, _ in request.adapters:
+        names |= trained_names(adapter)
+    return dict(sorted(names.items()))

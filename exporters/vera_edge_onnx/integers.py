@@ -17,7 +17,7 @@ import onnx_ir as ir
 from vera_edge.errors import TargetError
 from vera_edge.files import sha256_bytes
 from vera_edge.formats.affine import Integers
-from vera_edge.formats.blocks import IntBlocks, block_within
+from vera_edge.formats.blocks import SIZES, IntBlocks
 from vera_edge_onnx.linear import Blocks, Linear, join_blocks
 from vera_edge_onnx.weaver import Weaver, leading
 
@@ -66,28 +66,33 @@ def of_checkpoint(found: Integers, module: str) -> tuple[IntBlocks, Order | None
     """
     grid, bits = found.grid, found.bits
     (out, inside), groups = grid.codes.shape, grid.scales.shape[1]
-    group = inside // groups
-    block = block_within(group)
-    if block is None:
+    index = np.arange(inside) * groups // inside if found.index is None else found.index
+    sizes = np.bincount(index, minlength=groups)
+    # The last block of a row may be short, so one group may be that doesn't fill its blocks, and goes last.
+    fits = [size for size in SIZES if np.count_nonzero(sizes % size) <= min(1, groups - 1)]
+    if not fits and len(set(sizes)) == 1:
         raise TargetError(
-            f"{module} has groups of {group} inputs, which no whole number of ONNX Runtime's blocks (16, 32, "
-            f"64, 128, 256) fills; {INSTEAD}"
+            f"{module} has groups of {sizes[0]} inputs, which no whole number of ONNX Runtime's blocks (16, "
+            f"32, 64, 128, 256) fills; {INSTEAD}"
         )
-    order = None
-    codes = grid.codes
-    if found.index is not None:
-        if (np.bincount(found.index, minlength=groups) != group).any():
-            raise TargetError(
-                f"the groups of {module} (its g_idx) differ in size, so its inputs can't be sorted into "
-                f"blocks; {INSTEAD}"
-            )
-        order = np.argsort(found.index, kind="stable")
-        codes = codes[:, order]
-    repeat = group // block
-    scales = np.repeat(grid.scales, repeat, axis=1)
-    zeros = np.repeat(grid.zeros.astype(np.uint8), repeat, axis=1)
-    codes = np.ascontiguousarray(codes).reshape(out, groups * repeat, block)
-    return IntBlocks(bits, inside, codes, scales, zeros), order
+    if not fits:
+        raise TargetError(
+            f"the groups of {module} (its g_idx) differ in size, so its inputs can't be sorted into "
+            f"blocks; {INSTEAD}"
+        )
+    block = max(fits)
+    ragged = np.flatnonzero(sizes % block)
+    chosen = np.concatenate([np.setdiff1d(np.flatnonzero(sizes), ragged), ragged])
+    rank = np.empty(groups, np.int64)
+    rank[chosen] = np.arange(chosen.size)
+    order = np.argsort(rank[index], kind="stable")
+    blocks = -(-sizes[chosen] // block)
+    codes = np.zeros((out, blocks.sum() * block), np.uint8)
+    codes[:, :inside] = grid.codes[:, order]
+    scales = np.repeat(grid.scales[:, chosen], blocks, axis=1)
+    zeros = np.repeat(grid.zeros[:, chosen].astype(np.uint8), blocks, axis=1)
+    whole = IntBlocks(bits, inside, codes.reshape(out, -1, block), scales, zeros)
+    return whole, None if np.array_equal(order, np.arange(inside)) else order
 
 
 def join(parts: Sequence[tuple[IntBlocks, Order | None]]) -> Linear:

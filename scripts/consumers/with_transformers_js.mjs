@@ -6,7 +6,7 @@ const [folder, prompt, count, adapter] = process.argv.slice(2);
 env.allowRemoteModels = false;
 env.localModelPath = `${path.dirname(path.resolve(folder))}/`;
 const name = path.basename(folder);
-const options = { dtype: "fp32", device: "cpu" };
+const options = { device: "cpu" }; // config.json says which file, and how many beside it
 // An adapter is a graph of its own here, which `vera-edge adapter freeze` wrote.
 if (adapter) options.model_file_name = `model_${path.parse(adapter).name}`;
 
@@ -21,5 +21,7 @@ if (count === "--embed") {
   const model = await AutoModelForCausalLM.from_pretrained(name, options);
   const tokens = await model.generate({ ...inputs, max_new_tokens: Number(count), do_sample: false });
   found.text = tokenizer.decode(tokens.tolist()[0]);
+  const chat = [{ role: "user", content: prompt }];
+  found.chat = tokenizer.apply_chat_template(chat, { tokenize: false, add_generation_prompt: true });
 }
 console.log(JSON.stringify(found));

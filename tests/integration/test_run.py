@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli, CliProcess
-from tests.tiny_bundle import TinyBundles
+from tests.tiny_bundle import TinyBundles, rewrite
 from vera_edge import bundle
 from vera_edge.device.session import Session
 
@@ -50,6 +50,33 @@ def test_a_system_message_reaches_the_template(tiny_bundles: TinyBundles, cli: C
     with_system = cli("run", tiny_bundles.fp32, "Hi", "--system", "Be brief.", "--json", "--max-tokens", 2)
     without = cli("run", tiny_bundles.fp32, "Hi", "--json", "--max-tokens", 2)
     assert json.loads(with_system.stdout)["prompt_tokens"] > json.loads(without.stdout)["prompt_tokens"]
+
+
+def test_arguments_reach_the_template(tiny_bundles: TinyBundles, tmp_path: Path, cli: Cli) -> None:
+    folder = shutil.copytree(tiny_bundles.fp32, tmp_path / "b")
+    template = "{{ flag is false }}|{{ count }}|{{ name }}|{{ parts | length }}|{{ void is none }}|{{ text }}"
+    (folder / "chat_template.jinja").write_text(template)
+    rewrite(folder)
+    given = {"flag": "False", "count": "3", "name": "x=y", "parts": '["a", 2]', "void": "null", "text": '"3"'}
+    words = [part for name, value in given.items() for part in ("--template-arg", f"{name}={value}")]
+    shown = json.loads(cli("run", folder, "Hi", *words, "--json", "--max-tokens", 1).stdout)
+    expected = Session.open(folder).text.tokens("True|3|x=y|2|True|3", special=False)
+    assert shown["prompt_tokens"] == len(expected)
+    for wrong, says in (
+        (
+            ["--template-arg", "flags=1"],
+            "doesn't read 'flags'; it reads: count, flag, name, parts, text, void",
+        ),
+        (["--template-arg", "flag=1", "--raw"], "flag is for a chat template, and this prompt goes without"),
+        (["--template-arg", "tools=5"], "tools must be a list of objects"),
+        (["--template-arg", "messages=[]"], "messages aren't a template argument"),
+    ):
+        refused = cli("run", folder, "Hi", *wrong)
+        assert refused.exit_code == 2 and says in refused.stderr and refused.stderr.count("\n") == 1
+    for wrong in (["flag"], ["=1"], ["a b=1"], ["flag=1", "flag=2"]):
+        words = [part for word in wrong for part in ("--template-arg", word)]
+        refused = cli("run", folder, "Hi", *words)
+        assert refused.exit_code == 2 and "isn't NAME=VALUE" in refused.stderr
 
 
 def test_no_framework_is_in_the_process(tiny_bundles: TinyBundles) -> None:

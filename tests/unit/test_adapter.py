@@ -200,7 +200,27 @@ LAMBDA_B, LAMBDA_D = f"{PREFIX}{UP}.vera_lambda_b", f"{PREFIX}{UP}.vera_lambda_d
         ({LAMBDA_D: torch.ones(5)}, {}, f"vera_lambda_d of {UP} in .* has 5 values, but .* r = 4"),
         ({LAMBDA_B: torch.ones(6, 1)}, {}, r"is F32 of shape \[6, 1\] where floats in 1 dimension belong"),
         ({LAMBDA_B: torch.ones(6, dtype=torch.int32)}, {}, r"is I32 of shape \[6\] where floats"),
-        ({LAMBDA_B: torch.ones(0)}, {}, r"is F32 of shape \[0\] where floats"),
+        (
+            {LAMBDA_B: torch.ones(0)},
+            {},
+            r"is empty \(shape \[0\]\); it was saved without gathering its parts",
+        ),
+        ({LAMBDA_D: torch.ones(0, 4)}, {}, r"is empty \(shape \[0, 4\]\); it was saved without gathering"),
+        (
+            {f"{PREFIX}lm_head.weight": torch.ones(0, dtype=torch.bfloat16)},
+            {"modules_to_save": ["lm_head"]},
+            r"lm_head.weight of .* is empty \(shape \[0\]\); .*stage3_gather_16bit_weights_on_model_save",
+        ),
+        (
+            {LAMBDA_B: None, LAMBDA_D: None},
+            {},
+            "holds no VeRA vectors; .*, or it was saved without gathering",
+        ),
+        (
+            {f"{PREFIX}model.layers.0._fsdp_wrapped_module._flat_param": torch.ones(9)},
+            {},
+            r"_flat_param of .* isn't part .*; it was saved without gathering .* or from a full state dict",
+        ),
         ({A: torch.ones(4, 8)}, {}, "holds vera_A without its other half"),
         (
             {A: torch.ones(4, 8), B: torch.ones(5, 4)},

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from tests.conftest import Cli
+from vera_edge import merge
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, FormatError
 
@@ -243,3 +245,106 @@ def test_nothing_is_read_before_it_is_asked_for(tiny_llama: tiny.TinyLlama, tmp_
     assert len(checkpoint.linears) == 14
     assert not checkpoint.dequantize(DOWN).any()
     assert torch.is_tensor(state[f"{DOWN}.weight"])
+
+
+class TestAnIndex:
+    """What an index says of files that it isn't for, against what transformers loads."""
+
+    INDEX = "model.safetensors.index.json"
+
+    @pytest.fixture
+    def folder(self, tiny_llama: tiny.TinyLlama, tmp_path: Path) -> Path:
+        return shutil.copytree(tiny_llama.fp32, tmp_path / "single")
+
+    @pytest.fixture
+    def shards(self, tiny_llama: tiny.TinyLlama, tmp_path: Path) -> Path:
+        return shutil.copytree(tiny_llama.sharded, tmp_path / "shards")
+
+    def test_a_single_file_wins_over_absent_shards(self, folder: Path) -> None:
+        weight_map = {"model.norm.weight": "model-00001-of-00002.safetensors"}
+        (folder / self.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        checkpoint = Checkpoint.open(folder)
+        assert checkpoint.tensors.notes == (
+            f"{self.INDEX} beside model.safetensors is left from other weights and isn't read; delete it",
+        )
+        expected = tiny.load(folder).get_submodule(DOWN).weight.detach().numpy()
+        assert np.array_equal(checkpoint.dequantize(DOWN), expected)
+
+    def test_a_single_file_wins_over_shards_with_other_weights(
+        self, folder: Path, tiny_llama: tiny.TinyLlama
+    ) -> None:
+        for path in tiny_llama.sharded.glob("model*"):
+            shutil.copy(path, folder)
+        state = {name: tensor * 2 for name, tensor in load_file(folder / "model.safetensors").items()}
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+        checkpoint = Checkpoint.open(folder)
+        expected = tiny.load(folder).get_submodule(DOWN).weight.detach().numpy()
+        assert np.array_equal(checkpoint.dequantize(DOWN), expected) and len(checkpoint.tensors.notes) == 1
+        assert not np.array_equal(Checkpoint.open(tiny_llama.sharded).dequantize(DOWN), expected)
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 5}'])
+    def test_a_broken_index_beside_a_single_file_doesnt_matter(self, folder: Path, text: str) -> None:
+        (folder / self.INDEX).write_text(text)
+        assert len(Checkpoint.open(folder).tensors.notes) == 1
+
+    def test_an_index_of_that_very_file_needs_no_note(self, folder: Path) -> None:
+        weight_map = dict.fromkeys(Checkpoint.open(folder).tensors, "model.safetensors")
+        (folder / self.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        assert Checkpoint.open(folder).tensors.notes == ()
+
+    def test_a_tensor_that_the_index_doesnt_list_is_read(self, shards: Path) -> None:
+        index = json.loads((shards / self.INDEX).read_text())
+        place = index["weight_map"].pop(f"{DOWN}.weight")
+        other = next(name for name in sorted(index["weight_map"].values()) if name != place)
+        moved = next(name for name, file in index["weight_map"].items() if file == place)
+        index["weight_map"][moved] = other
+        (shards / self.INDEX).write_text(json.dumps(index))
+        checkpoint = Checkpoint.open(shards)
+        assert len(checkpoint.tensors.notes) == 1 and f"{DOWN}.weight" in checkpoint.tensors.notes[0]
+        model = tiny.load(shards)
+        expected = model.get_submodule(DOWN).weight.detach().numpy()
+        assert np.array_equal(checkpoint.dequantize(DOWN), expected)
+        assert np.array_equal(checkpoint.float32(moved), model.state_dict()[moved].numpy())
+
+    def test_a_tensor_that_is_in_no_shard_is_refused(self, shards: Path) -> None:
+        index = json.loads((shards / self.INDEX).read_text())
+        index["weight_map"]["model.more.weight"] = index["weight_map"][f"{DOWN}.weight"]
+        (shards / self.INDEX).write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=r"says tensor model\.more\.weight is in .*, and it isn't"):
+            Checkpoint.open(shards)
+
+    def test_an_absent_shard_names_the_index(self, shards: Path) -> None:
+        next(shards.glob("model-00001*")).unlink()
+        with pytest.raises(CheckpointError, match=f"is missing, and {self.INDEX} names it"):
+            Checkpoint.open(shards)
+
+    def test_a_config_may_name_the_file(self, folder: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+        """As transformers reads it; what is beside it under the common name is another model's."""
+        state = load_file(folder / "model.safetensors")
+        save_file({name: tensor * 2 for name, tensor in state.items()}, folder / "other.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        named = {"transformers_weights": "other.safetensors"}
+        (folder / "config.json").write_text(json.dumps(config | named))
+        expected = tiny.load(folder).get_submodule(DOWN).weight.detach()
+        assert torch.equal(expected, state[f"{DOWN}.weight"] * 2)
+        assert np.array_equal(Checkpoint.open(folder).dequantize(DOWN), expected.numpy())
+        merge.to_folder(folder, [(tiny_adapter, 0.0)], tmp_path / "m", "fp32", projection_dtype="fp32")
+        assert torch.equal(tiny.load(tmp_path / "m").get_submodule(DOWN).weight.detach(), expected)
+        for wrong in ("../other.safetensors", "other.bin", 5):
+            (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": wrong}))
+            with pytest.raises(CheckpointError, match=r"unsafe path|where a safetensors file belongs"):
+                Checkpoint.open(folder)
+
+    def test_the_note_is_told(self, folder: Path, tiny_adapter: Path, tmp_path: Path, cli: Cli) -> None:
+        (folder / self.INDEX).write_text("{}")
+        shown = cli(
+            "merge", folder, tiny_adapter, "-o", tmp_path / "m", "--projection-dtype", "fp32", "--json"
+        )
+        assert any("isn't read; delete it" in note for note in json.loads(shown.stdout)["notes"])
+        assert not (tmp_path / "m" / self.INDEX).exists()
+        adapter = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+        (adapter / "adapter_model.safetensors.index.json").write_text("{}")
+        shown = cli("inspect", adapter, "--json")
+        assert any(
+            "adapter_model.safetensors.index.json beside" in n for n in json.loads(shown.stdout)["notes"]
+        )

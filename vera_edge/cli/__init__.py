@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from vera_edge import __version__
+from vera_edge.cores import bound_libraries
 from vera_edge.errors import VeraEdgeError
 
 # name -> (module:attribute, what it does), in the order a newcomer meets them
@@ -106,6 +107,7 @@ class LazyGroup(click.Group):
             return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
+        bound_libraries()  # before a command's module imports numpy or torch
         try:
             with _refusals_told():
                 result = super().invoke(ctx)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
@@ -28,6 +27,7 @@ from vera_edge.cli.show import (
     refuse_beside_plan,
     weight_option,
 )
+from vera_edge.cores import available_cores
 from vera_edge.engine import Engine
 from vera_edge.formats import block_option
 from vera_edge.plan import Plan
@@ -98,8 +98,7 @@ def merge(
     The output loads with transformers as any model does. A warning says when rounding drowned the adapter.
     """
     _check_words(adapters, each, more, plan_file)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    where = Engine(engine, cores or 1 if workers is None else workers, ray_address)
+    where = Engine(engine, available_cores() if workers is None else workers, ray_address)
     resources = merging.Resources(where, None if max_memory is None else parse_size(max_memory))
     refuse_beside_plan("to", "block_size", "double_quant")
     made = None if plan_file is None else plans.read(plan_file)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -11,7 +13,22 @@ from click.core import ParameterSource
 from vera_edge.bundle import read
 from vera_edge.cli.show import FOLDER, json_option, out, print_json
 
+_PYTHON = {"True": "true", "False": "false", "None": "null"}  # as a person may write them
 _FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "as_json"}
+
+
+def _values(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE by name; a value is JSON where it reads as such, Python's True, False and None included."""
+    values: dict[str, Any] = {}
+    for entry in given:
+        name, equals, text = entry.partition("=")
+        if not (name.isidentifier() and equals) or name in values:
+            raise click.BadParameter(f"{entry!r} isn't NAME=VALUE with a name that is new")
+        try:
+            values[name] = json.loads(_PYTHON.get(text, text))
+        except (ValueError, RecursionError):
+            values[name] = text
+    return values
 
 
 @click.command()
@@ -31,6 +48,14 @@ _FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "as_json"}
 @click.option("--seed", type=int, help="The same seed draws the same text.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Can be repeated.")
 @click.option("--system", metavar="TEXT", help="A system message before the prompt.")
+@click.option(
+    "--template-arg",
+    "template_args",
+    multiple=True,
+    callback=_values,
+    metavar="NAME=VALUE",
+    help="A variable of the chat template, such as enable_thinking=false; JSON, else text. Can be repeated.",
+)
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
 @click.option("--fast", is_flag=True, help="Don't read files over 64 MiB before they run.")
@@ -76,9 +101,10 @@ def run(
 
 
 def _refuse_sampling(ctx: click.Context) -> None:
-    for name in sorted(ctx.params.keys() - _FOR_ENCODERS):
-        if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            raise click.UsageError(f"--{name.replace('_', '-')} is for models that generate text")
+    for parameter in sorted(ctx.command.params, key=lambda parameter: parameter.name or ""):
+        name = parameter.name or ""
+        if name not in _FOR_ENCODERS and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"{parameter.opts[0]} is for models that generate text")
 
 
 def _encode(

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.device.adapters import Vectors
-from vera_edge.device.chat import Text, TextStream
+from vera_edge.device.chat import Text
 from vera_edge.device.decoding import Decoder, Steps
 from vera_edge.device.graph import Graph
 from vera_edge.device.sampling import Sampler, Sampling
+from vera_edge.device.stopping import StoppedText, stop_strings
 from vera_edge.errors import DataError, MismatchError
 
 Tokens = npt.NDArray[np.int64]
@@ -25,7 +26,7 @@ Tokens = npt.NDArray[np.int64]
 class Batch:
     """An iterator of (row, text piece) until every row has ended.
 
-    tokens: the ids generated so far, a list per row. finish: None, "end" or "length", per row.
+    tokens: the ids generated so far, a list per row. finish: None, "end", "stop" or "length", per row.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Batch:
         vectors: Sequence[Vectors],
         sampling: Sampling,
         max_tokens: int,
+        stop: str | Sequence[str] = (),
     ) -> None:
         stacked(decoder.graph, vectors)  # refuses what can't be combined before any work is done
         longest = max((len(prompt) for prompt in prompts), default=0)
@@ -47,6 +49,8 @@ class Batch:
         self.finish: list[str | None] = [None for _ in prompts]
         self._decoder, self._text, self._prompts = decoder, text, prompts
         self._vectors = vectors
+        stops = stop_strings(stop)
+        self._outputs = [StoppedText(text, stops) for _ in prompts]
         self._limit = min(max_tokens, decoder.context - longest)
         self._capacity = longest + self._limit
         # A seed of its own for each row, drawn from the one that was given.
@@ -66,9 +70,9 @@ class Batch:
         together = rope is None or self._capacity <= rope.length
         for group in [rows] if together else [[row] for row in rows]:
             yield from self._run_rows(group)
+        self.finish = [finish or "length" for finish in self.finish]
 
     def _run_rows(self, rows: Sequence[int]) -> Iterator[tuple[int, str]]:
-        streams = {row: TextStream(self._text) for row in rows}
         cache = self._decoder.cache(self._capacity, len(rows))
         logits = np.empty((len(rows), self._decoder.vocab_size), np.float32)
         for place, row in enumerate(rows) if self._limit > 0 else ():
@@ -80,8 +84,8 @@ class Batch:
         chosen = np.zeros((len(rows), 1), np.int64)
         for _ in range(self._limit):
             for place, row in enumerate(rows):
-                if self.finish[row] is None and self._choose(row, logits[place], chosen[place]):
-                    yield from self._piece(row, streams[row].push(int(chosen[place, 0])))
+                if self.finish[row] is None and (piece := self._next(row, logits[place], chosen[place])):
+                    yield row, piece
             if all(self.finish[row] for row in rows):
                 break
             if len(rows) == 1:
@@ -90,28 +94,26 @@ class Batch:
             logits = steps.feed(chosen)[:, 0]
             # A row that has ended is fed along, always into the same place behind its text.
             steps.lengths -= np.array([self.finish[row] is not None for row in rows], np.int64)
-        for row in rows:
-            self.finish[row] = self.finish[row] or "length"
-            yield from self._piece(row, streams[row].flush())
 
     def _seen(self, row: int) -> Tokens:
         return np.append(self._prompts[row], np.array(self.tokens[row], np.int64))
 
-    def _choose(self, row: int, logits: npt.NDArray[np.float32], chosen: Tokens) -> bool:
-        """Pick the row's next token, into `chosen`; False when it ends the row."""
+    def _next(self, row: int, logits: npt.NDArray[np.float32], chosen: Tokens) -> str:
+        """Pick the row's next token, put it into `chosen`, and return the text that may be shown now."""
         token = self._samplers[row].pick(logits, self._seen(row))
         chosen[0] = token
+        output = self._outputs[row]
         if token in self._decoder.ends:
             self.finish[row] = "end"
-            return False
+            return output.end(token)
         self.tokens[row].append(token)
-        if len(self.tokens[row]) == self._limit:
+        piece = output.push(token)
+        if not output.stopped and len(self.tokens[row]) == self._limit:
             self.finish[row] = "length"
-        return True
-
-    def _piece(self, row: int, text: str) -> Iterator[tuple[int, str]]:
-        if text:
-            yield row, text
+            piece += output.end()
+        if output.stopped:
+            self.finish[row] = "stop"
+        return piece
 
 
 def stacked(graph: Graph, rows: Sequence[Vectors]) -> Vectors:

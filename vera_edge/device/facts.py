@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vera_edge.device.graph import available_cores
+from vera_edge.cores import available_cores
 
 # Instruction sets that ONNX Runtime's kernels choose by, as Linux spells them on x86-64 and aarch64.
 _X86 = {"avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni"}

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.device.adapters import Vectors
-from vera_edge.device.chat import Text, TextStream
+from vera_edge.device.chat import Text
 from vera_edge.device.decoding import Decoder, Steps
 from vera_edge.device.sampling import Sampler, Sampling
+from vera_edge.device.stopping import StoppedText, stop_strings
 from vera_edge.errors import DataError
 
 Tokens = npt.NDArray[np.int64]
@@ -42,7 +43,7 @@ class Generation:
         vectors: Vectors,
         sampling: Sampling,
         max_tokens: int,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> None:
         if len(prompt) >= decoder.context:
             raise DataError(
@@ -51,9 +52,10 @@ class Generation:
         self.prompt = prompt
         self.tokens: list[int] = []
         self.finish: str | None = None
+        self._end: int | None = None  # the token that ended the text
         self.timing = Timing()
         self._chosen = 0
-        self._decoder, self._text, self._stop = decoder, text, stop
+        self._decoder, self._text, self._stop = decoder, text, stop_strings(stop)
         self._capacity = min(decoder.context, len(prompt) + max_tokens)
         self._sampler = Sampler(sampling)
         self._vectors = vectors
@@ -77,21 +79,20 @@ class Generation:
         }
 
     def _run(self) -> Iterator[str]:
-        stream, gate = TextStream(self._text), StopGate(self._stop)
+        output = StoppedText(self._text, self._stop)
         for token in self._choose():
-            piece = gate.push(stream.push(token))
-            if gate.closed:
+            piece = output.push(token)
+            if output.stopped:
                 self.finish = "stop"
             if piece:
                 yield piece
-            if gate.closed:
+            if output.stopped:
                 return
-        if piece := gate.push(stream.flush()):
-            yield piece
-        if not gate.closed and (piece := gate.flush()):
-            yield piece
-        if gate.closed:
+        piece = output.end(self._end)
+        if output.stopped and self.finish != "end":
             self.finish = "stop"
+        if piece:
+            yield piece
 
     def _choose(self) -> Iterator[int]:
         """The chosen tokens, without the one that ends the text."""
@@ -107,7 +108,7 @@ class Generation:
             self.timing.first = self.timing.first or self.timing.end
             self._chosen += 1
             if chosen in self._decoder.ends:
-                self.finish = "end"
+                self._end, self.finish = chosen, "end"
                 return
             self.tokens.append(chosen)
             seen[length] = chosen
@@ -115,40 +116,3 @@ class Generation:
             yield chosen
             logits = steps.append(seen[:length]) if length < self._capacity else None
         self.finish = "length"
-
-
-class StopGate:
-    """Lets text through up to the first stop string, holding back what may be the beginning of one."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
-        self._held = ""
-        self.closed = False
-
-    def push(self, piece: str) -> str:
-        """What may be shown now that `piece` came; after a stop string `closed` is true."""
-        if self.closed or not piece:
-            return ""
-        self._held += piece
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.closed = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown
-
-    def flush(self) -> str:
-        """What was held back, once no more text can come."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that begins `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:size]):
-            return size
-    return 0

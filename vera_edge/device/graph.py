@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from vera_edge.cores import available_cores
 from vera_edge.errors import BundleError
 
 Array = npt.NDArray[Any]
@@ -42,7 +42,7 @@ class Graph:
     def __init__(
         self, path: Path, threads: int | None = None, held: Mapping[str, Array] | None = None
     ) -> None:
-        """Open `path`; `threads` within an operator, by default one per core that this process may use.
+        """Open `path`; `threads` within an operator, by default one for each of `available_cores`.
 
         held: initializers whose values aren't in the files, by name; kept as long as the graph is.
         Raises BundleError when ONNX Runtime refuses the graph or its weights.
@@ -73,13 +73,6 @@ class Graph:
     def binding(self) -> Any:
         """A fresh IO binding of this session."""
         return self.session.io_binding()
-
-
-def available_cores() -> int:
-    """Cores that this process may use: its affinity where the system tells, else the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def first_line(cause: BaseException) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from vera_edge.bundle import Manifest
 from vera_edge.device.batch import Batch
-from vera_edge.device.chat import Message, Text
+from vera_edge.device.chat import Text
 from vera_edge.device.decoding import Decoder, Steps
 from vera_edge.device.generate import Generation
 from vera_edge.device.graph import Graph
 from vera_edge.device.opened import AdapterChoice, Opened, open_graph
 from vera_edge.device.sampling import Sampling
+from vera_edge.device.template import Message
 from vera_edge.errors import DataError
 
 Float32 = npt.NDArray[np.float32]
@@ -82,18 +83,25 @@ class Session(Opened):
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Text for `prompt`, as an iterator of pieces; Sampling has the options, Generation the result.
 
         prompt: a string (the user's one message, or as it is when `raw` or the model has no chat template),
-        messages with roles, or token ids (n,).
+        messages with roles, or token ids (n,). tools (JSON schemas), documents and template_args, such as
+        {"enable_thinking": False}: what the chat template reads beside the messages; see ChatTemplate.render.
+        Raises DataError when the prompt is empty or too long, or when the template doesn't read an argument.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         if max_tokens < 0:
             raise DataError(f"max_tokens is {max_tokens}; it must be 0 or more")
-        tokens = self._tokens(prompt, raw)
+        given = {"tools": tools, "documents": documents}
+        arguments = {name: value for name, value in given.items() if value is not None}
+        tokens = self._tokens(prompt, raw, {**(template_args or {}), **arguments})
         return Generation(self.decoder, self.text, tokens, self._active[1], sampling, max_tokens, stop)
 
     async def stream(self, prompt: str | Sequence[Message] | Tokens, **options: Any) -> AsyncIterator[str]:
@@ -109,12 +117,15 @@ class Session(Opened):
         *,
         max_tokens: int = 256,
         sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
         raw: bool = False,
+        template_args: Mapping[str, Any] | None = None,
     ) -> Batch:
         """Text for several prompts at once, as an iterator of (row, piece); see Batch.
 
         adapters: one for each row, as for `swap`, which needs a graph with a batch axis on its vectors; by
-        default all rows run the active one. Raises MismatchError when the graph can't.
+        default all rows run the active one. template_args: as for `generate`, tools and documents among them.
+        Raises MismatchError when the graph can't.
         """
         vectors = [self._active[1]] * len(prompts)
         if adapters is not None:
@@ -122,13 +133,19 @@ class Session(Opened):
             vectors = [loaded[choice] for choice in adapters]
         if len(vectors) != len(prompts) or not prompts:
             raise DataError(f"{len(vectors)} adapters for {len(prompts)} prompts; give one for each prompt")
-        tokens = [self._tokens(prompt, raw) for prompt in prompts]
-        return Batch(self.decoder, self.text, tokens, vectors, sampling, max_tokens)
+        tokens = [self._tokens(prompt, raw, template_args or {}) for prompt in prompts]
+        return Batch(self.decoder, self.text, tokens, vectors, sampling, max_tokens, stop)
 
-    def _tokens(self, prompt: str | Sequence[Message] | Tokens, raw: bool) -> Tokens:
+    def _tokens(
+        self, prompt: str | Sequence[Message] | Tokens, raw: bool, arguments: Mapping[str, Any]
+    ) -> Tokens:
         if isinstance(prompt, np.ndarray):
+            if arguments:
+                raise DataError(
+                    f"{next(iter(arguments))} is for a chat template, and the prompt is token ids"
+                )
             return self._checked(prompt)
-        return self.text.prompt(prompt, raw=raw or not self.text.has_template)
+        return self.text.prompt(prompt, raw or not self.text.has_template, arguments)
 
     def _checked(self, tokens: Tokens) -> Tokens:
         if tokens.ndim != 1 or not 0 < len(tokens) <= self.decoder.context:

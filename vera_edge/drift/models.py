@@ -194,7 +194,7 @@ def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ())
     from vera_edge import reference
 
     weights, notes, auto_class = _weights_of(checkpoint), [], auto_class_of(checkpoint)
-    quantized = "quantization_config" in checkpoint.config
+    quantized = checks.method(checkpoint.config) is not None
     if quantized and not exact and (odd := _split_blocks(checkpoint)):
         exact = True
         notes.append(

@@ -43,7 +43,9 @@ __all__ = [
     "find_linears",
     "get",
     "load",
+    "notes",
     "rounder",
+    "rounds_weights",
     "row_chunks",
 ]
 
@@ -154,6 +156,24 @@ def find_linears(tensors: TensorFolder, config: Mapping[str, Any]) -> dict[str, 
             found[module] = linear
     _check_none_left(tensors, found, method)
     return found
+
+
+def notes(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Sentences on what a quantized model does beside storing its weights so, which isn't reproduced."""
+    return tuple(note for each in _of_method(config) for note in getattr(each, "notes", lambda _: ())(config))
+
+
+def rounds_weights(config: Mapping[str, Any]) -> bool:
+    """Whether config.json says that weights are quantized, and not activations or the KV cache alone."""
+    known = _of_method(config)
+    says = [getattr(each, "rounds_weights", lambda _: True)(config) for each in known]
+    return checks.method(config) is not None and (not known or any(says))
+
+
+def _of_method(config: Mapping[str, Any]) -> list[WeightFormat]:
+    """The format that reads what config.json names, if it is one by its method's name."""
+    method = checks.method(config)
+    return [FORMATS[method]] if method is not None and method in FORMATS else []
 
 
 def _check_none_left(tensors: TensorFolder, found: Mapping[str, StoredLinear], method: str | None) -> None:

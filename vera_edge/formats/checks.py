@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,23 +13,57 @@ from vera_edge.tensors import Float32, TensorFolder
 SCALES = frozenset({"F16", "BF16", "F32"})
 
 
+_KEYS = ("quantization_config", "compression_config")
+
+
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The `quantization_config` of a config.json, empty when there is none.
 
     Older compressed-tensors checkpoints call it `compression_config`; multimodal ones keep it with the text
-    model.
+    model, or with a model within a model. Raises CheckpointError when two of them differ.
     """
-    for holder in (config, config.get("text_config")):
-        if isinstance(holder, Mapping):
-            for key in ("quantization_config", "compression_config"):
-                found = holder.get(key)
-                if found is not None and not isinstance(found, Mapping):
-                    raise CheckpointError(
-                        f"{key} of config.json is {str(found)[:80]!r} where an object belongs"
-                    )
-                if found:
-                    return found
-    return {}
+    told: Mapping[str, Any] = {}
+    for holder in _holders(config):
+        for key in _KEYS:
+            found = holder.get(key)
+            if found is not None and not isinstance(found, Mapping):
+                raise CheckpointError(f"{key} of config.json is {str(found)[:80]!r} where an object belongs")
+            if found and told and found != told:
+                raise CheckpointError(
+                    "config.json describes two quantizations that differ; one is for other weights"
+                )
+            told = told or found or {}
+    return told
+
+
+def _holders(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A config and the configs of the models within it."""
+    yield config
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key not in _KEYS:
+            yield from _holders(value)
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without its quantization, wherever that stands, and without what held nothing else."""
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _KEYS:
+            continue
+        kept[key] = without_quantization(value) if isinstance(value, Mapping) else value
+        if value and kept[key] == {}:
+            del kept[key]
+    return kept
+
+
+def with_quantization(config: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with its quantization replaced by `changed`, wherever that stands."""
+    return {
+        key: (dict(changed) if value else value)
+        if key in _KEYS
+        else (with_quantization(value, changed) if isinstance(value, Mapping) else value)
+        for key, value in config.items()
+    }
 
 
 def method(config: Mapping[str, Any]) -> str | None:
@@ -90,15 +124,22 @@ def finite(tensors: TensorFolder, name: str) -> Float32:
 
 
 def groups(
-    inside: int, size: Any, what: str, error: type[CheckpointError | PlanError] = CheckpointError
+    inside: int,
+    size: Any,
+    what: str,
+    error: type[CheckpointError | PlanError] = CheckpointError,
+    short: bool = False,
 ) -> int:
-    """How many groups of `size` inputs (-1: one for all) there are; raises `error` when it doesn't divide."""
+    """How many groups of `size` inputs (-1: one for all) there are; raises `error` when it doesn't divide.
+
+    short: let the last group be short instead.
+    """
     if type(size) is not int or size < -1 or size == 0:
         raise error(f"{what}: group size {size!r} isn't a positive number or -1")
     size = inside if size == -1 else size
-    if inside % size:
+    if inside % size and not short:
         raise error(f"{what}: a group size of {size} doesn't divide its {inside} inputs")
-    return inside // size
+    return -(-inside // size)
 
 
 def known_options(given: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 "pack-quantized": `weight_packed` int32 (out, in * bits / 32), `weight_shape` int64 (2,), and when asymmetric
 `weight_zero_point` int32 (out * bits / 32, groups), all codes offset by `2 ** (bits - 1)`, lowest bit first.
 "int-quantized", "float-quantized", "naive-quantized": `weight` int8 or E4M3 (out, in), `weight_zero_point`
-int8. `weight_scale` is one for the tensor, each output, group of inputs, or block; `w = scale * (q - zero)`.
+int8 or a wider integer, one for each scale; some write it so for packed weights too. `weight_scale` is one
+for the tensor, each output, group of inputs, or block; `w = scale * (q - zero)`.
 Source: https://github.com/vllm-project/compressed-tensors, `compressors` and `quantization/lifecycle`.
 """
 
@@ -25,6 +26,7 @@ from vera_edge.formats.weight import Layout, StoredLinear, Weight
 from vera_edge.tensors import Float32, RawTensor, TensorFolder
 
 _PACKED = ("weight_packed", "weight_shape")
+_ZERO_DTYPES = frozenset({"I8", "U8", "I16", "I32", "I64"})
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,14 @@ class CompressedTensors:
                 found[module] = _stored(tensors, module, ct_schemes.scheme_of(module, schemes))
         return found
 
+    def notes(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """What the base rounds beside its weights, which isn't reproduced."""
+        return ct_schemes.notes(checks.quantization(config))
+
+    def rounds_weights(self, config: Mapping[str, Any]) -> bool:
+        """Whether any config group is about weights; others are about activations or the KV cache."""
+        return bool(ct_schemes.read(checks.quantization(config)))
+
     def load(self, tensors: TensorFolder, linear: StoredLinear) -> Weight:
         scheme, roles = Scheme(**linear.params), linear.tensors
         stored = {f".{role}": tensors.read(name) for role, name in roles.items()}
@@ -95,7 +105,7 @@ class CompressedTensors:
             weight = stored[".weight"]
             return BlockFloat8(weight.array(), weight.dtype, scales, block, stored)
         scales = _spread(scales, linear.out_features)
-        zeros = _zeros(stored, scheme, scales.shape)
+        zeros = _zeros(tensors, roles, stored, scheme, scales.shape)
         index = _index(tensors, linear, scales.shape[1]) if "weight_g_idx" in roles else None
         codes = stored[".weight_packed" if scheme.packed else ".weight"].array()
         bits = scheme.bits if scheme.packed else None
@@ -184,10 +194,14 @@ def _stored(tensors: TensorFolder, module: str, scheme: Scheme) -> StoredLinear:
         checks.expect(tensors, roles["weight"], {dtype}, (out, inside), scheme.format)
     shape = _scale_shape(tensors, roles["weight_scale"], scheme, module, (out, inside))
     checks.expect(tensors, roles["weight_scale"], checks.SCALES, shape, scheme.described)
-    if not scheme.symmetric:
-        packed = (-(-out * scheme.bits // 32), shape[-1])
-        expected = ({"I32"}, packed) if scheme.packed else ({"I8"}, shape)
-        checks.expect(tensors, roles["weight_zero_point"], *expected, scheme.described)
+    zero_points = f"{module}.weight_zero_point"
+    if scheme.kind == "int" and zero_points in tensors:  # zeros throughout, where the scheme is symmetric
+        roles["weight_zero_point"] = zero_points
+        packed = (-(-out * scheme.bits // 32), shape[-1] if shape else 1)
+        if scheme.packed and tensors[zero_points].shape not in (shape, (*shape, 1)):
+            checks.expect(tensors, zero_points, {"I32"}, packed, scheme.described)
+        else:
+            checks.expect(tensors, zero_points, _ZERO_DTYPES, shape, scheme.described)
     if f"{module}.weight_g_idx" in tensors:
         roles["weight_g_idx"] = f"{module}.weight_g_idx"
         checks.expect(tensors, roles["weight_g_idx"], {"I32", "I64"}, (inside,), "the number of inputs")
@@ -239,15 +253,31 @@ def _spread(scales: Float32, out: int) -> Float32:
     return scales.reshape(out, -1)
 
 
-def _zeros(stored: Mapping[str, RawTensor], scheme: Scheme, shape: tuple[int, ...]) -> Float32 | None:
+def _zeros(
+    tensors: TensorFolder,
+    roles: Mapping[str, str],
+    stored: Mapping[str, RawTensor],
+    scheme: Scheme,
+    shape: tuple[int, ...],
+) -> Float32 | None:
     """Zero points (out, groups) as float32 in the signed codes' range, None when symmetric."""
-    if scheme.symmetric:
+    if "weight_zero_point" not in roles:
         return None
-    zeros = stored[".weight_zero_point"].array()
-    if not scheme.packed:
-        return _spread(zeros.astype(np.float32), shape[0])
-    unsigned = bitpack.unpack(np.ascontiguousarray(zeros.T), scheme.bits, shape[0]).T
-    return unsigned.astype(np.float32) - np.float32(1 << scheme.bits - 1)
+    name, zeros = roles["weight_zero_point"], stored[".weight_zero_point"].array()
+    half = 1 << scheme.bits - 1
+    if scheme.packed and zeros.shape != tensors[roles["weight_scale"]].shape:
+        zeros = bitpack.unpack(np.ascontiguousarray(zeros.T), scheme.bits, shape[0]).T.astype(np.int16) - half
+    if zeros.min() < -half or zeros.max() >= half:
+        raise CheckpointError(
+            f"{name} in {tensors[name].file} holds {zeros.min()} to {zeros.max()}, and {scheme.bits} bits "
+            f"reach from {-half} to {half - 1}; the checkpoint is damaged"
+        )
+    if scheme.symmetric and zeros.any():
+        raise CheckpointError(
+            f"{name} in {tensors[name].file} holds zero points other than 0, and config.json says symmetric; "
+            "one of the two belongs to another model"
+        )
+    return None if scheme.symmetric else _spread(zeros.astype(np.float32), shape[0])
 
 
 def _index(tensors: TensorFolder, linear: StoredLinear, groups: int) -> npt.NDArray[np.int64] | None:

@@ -88,18 +88,44 @@ def read(found: Mapping[str, Any]) -> Sequence[Targets]:
     if isinstance(sparsity, Mapping) and sparsity.get("format", "dense") != "dense":
         raise FormatError(f"compressed-tensors with sparsity {sparsity.get('format')!r} isn't known")
     groups = found.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
+    if not isinstance(groups, Mapping) or not (groups or found.get("kv_cache_scheme")):
         raise FormatError(
             "quantization_config has no config_groups, where compressed-tensors keeps its schemes"
         )
-    return [_targets(name, group, found.get("format")) for name, group in groups.items()]
+    for name, group in groups.items():
+        if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
+            raise FormatError(f"config group {name} of compressed-tensors has no targets")
+    return [
+        _targets(name, group, found.get("format"))
+        for name, group in groups.items()
+        if group.get("weights") is not None
+    ]
 
 
-def _targets(name: str, group: Any, default_format: Any) -> Targets:
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    targets = group.get("targets") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping) or not isinstance(targets, list):
-        raise FormatError(f"config group {name} of compressed-tensors has no weights or no targets")
+def notes(found: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a quantization_config rounds beside the weights, which isn't done here; a sentence for each."""
+    groups = found.get("config_groups")
+    told = []
+    for name, group in groups.items() if isinstance(groups, Mapping) else ():
+        if group.get("weights") is None and (
+            group.get("input_activations") or group.get("output_activations")
+        ):
+            targets = ", ".join(str(target) for target in group["targets"])
+            told.append(
+                f"config group {name} rounds what {targets} computes while the base runs, and no weights; "
+                "that isn't reproduced"
+            )
+    if found.get("kv_cache_scheme"):
+        told.append("the base rounds its KV cache while it runs (kv_cache_scheme); that isn't reproduced")
+    return tuple(told)
+
+
+def _targets(name: str, group: Mapping[str, Any], default_format: Any) -> Targets:
+    weights, targets = group["weights"], group["targets"]
+    if not isinstance(weights, Mapping):
+        raise FormatError(
+            f"config group {name} of compressed-tensors gives {str(weights)[:80]!r} as its weights"
+        )
     block = weights.get("block_structure")
     scheme = Scheme(
         format=str(group.get("format") or default_format),
@@ -138,8 +164,8 @@ def _check(scheme: Scheme, name: str) -> None:
 
 def scheme_of(module: str, groups: Sequence[Targets]) -> Scheme:
     """The scheme of a quantized module: of the group that names it most closely."""
-    best = max(groups, key=lambda group: group.rank(module))
-    if not best.rank(module):
+    best = max(groups, key=lambda group: group.rank(module), default=None)
+    if best is None or not best.rank(module):
         raise CheckpointError(f"{module} is stored quantized, but no config group of config.json names it")
     return best.scheme
 

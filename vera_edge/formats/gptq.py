@@ -2,7 +2,8 @@
 
 `qweight` int32 (in * bits / 32, out) and `qzeros` int32 (groups, out * bits / 32) hold codes lowest bit
 first, `scales` (groups, out), `g_idx` int32 (in,) the group of each input:
-`w[o, i] = scales[g, o] * (q[i, o] - z[g, o])`.
+`w[o, i] = scales[g, o] * (q[i, o] - z[g, o])`. Where the group size doesn't divide the inputs, the last group
+is short.
 Checkpoint format "gptq" (v1) stores each zero less one, "gptq_v2" as it is.
 Source: Frantar et al., https://arxiv.org/abs/2210.17323; the packing is AutoGPTQ's and GPTQModel's
 `QuantLinear`.
@@ -26,6 +27,7 @@ from vera_edge.tensors import Float32, RawTensor, TensorFolder
 _BITS = (2, 3, 4, 8)
 _VERSIONS = ("gptq", "gptq_v2")
 _DEFAULTS = {"bits": 4, "group_size": 128, "sym": True, "checkpoint_format": "gptq"}
+_SHORT = "short_group"  # option: the last group may be short, as it is where a base's was
 _SUFFIXES = {"qweight": ".qweight", "qzeros": ".qzeros", "scales": ".scales"}
 
 
@@ -79,16 +81,23 @@ class Gptq:
         zeros = _zeros(
             stored[".qzeros"].array(), params["bits"], linear.out_features, params["checkpoint_format"]
         )
-        index = _index(tensors, linear) if "g_idx" in roles else None
+        index = _index(tensors, linear)
         qweight = stored[".qweight"].array()
         return GptqWeight(linear.shape, params["bits"], qweight, scales, zeros, index, stored)
 
     def options_of(self, linear: StoredLinear) -> Mapping[str, Any]:
-        return {key: linear.params[key] for key in _DEFAULTS}
+        found = {key: linear.params[key] for key in _DEFAULTS}
+        return found | ({_SHORT: True} if _is_short(linear.in_features, found["group_size"]) else {})
 
     def options(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """bits, group_size (-1: one group a row), sym, checkpoint_format ("gptq" or "gptq_v2")."""
-        found = checks.known_options(given, {**_DEFAULTS, "bits": self.bits}, self.name)
+        """bits, group_size (-1: one group a row), sym, checkpoint_format ("gptq" or "gptq_v2").
+
+        short_group: whether the last group may be short; few readers take that, so only a base that has it
+        is written so.
+        """
+        found = checks.known_options(given, {**_DEFAULTS, "bits": self.bits, _SHORT: False}, self.name)
+        if not found[_SHORT]:
+            del found[_SHORT]
         if found["bits"] not in _BITS or found["checkpoint_format"] not in _VERSIONS:
             raise PlanError(
                 f"{self.name} has 2, 3, 4 or 8 bits and checkpoint_format {' or '.join(_VERSIONS)}, not "
@@ -99,7 +108,7 @@ class Gptq:
     def layout(self, shape: tuple[int, int], options: Mapping[str, Any]) -> Layout:
         out, inside = shape
         bits, what = options["bits"], f"a linear of {out} x {inside} as {self.name}"
-        count = checks.groups(inside, options["group_size"], what, PlanError)
+        count = _groups(inside, options, what)
         if out % 32 or inside % 32:
             raise PlanError(f"{what}: both sides must be multiples of 32; keep it in a float format")
         return {
@@ -110,11 +119,14 @@ class Gptq:
         }
 
     def quantize(self, weight: Float32, options: Mapping[str, Any]) -> GptqWeight:
-        count = checks.groups(weight.shape[1], options["group_size"], self.name, PlanError)
+        count, size = _groups(weight.shape[1], options, self.name), options["group_size"]
+        # Zeros at the end change no group's span.
+        padded = np.pad(weight, [(0, 0), (0, count * size - weight.shape[1])]) if size > 0 else weight
         grid = affine.fit(
-            weight, options["bits"], count, options["sym"], fp16=True, least_zero=_least_zero(options)
+            padded, options["bits"], count, options["sym"], fp16=True, least_zero=_least_zero(options)
         )
-        return self.pack(grid, options)
+        codes = np.ascontiguousarray(grid.codes[:, : weight.shape[1]])
+        return self.pack(Grid(codes, grid.scales, grid.zeros), options)
 
     def integer_grid(self, options: Mapping[str, Any]) -> tuple[int, int, bool]:
         """Bits, group size (-1: the whole row) and whether it's symmetric: the grid `pack` takes codes of."""
@@ -136,7 +148,7 @@ class Gptq:
         qweight = np.ascontiguousarray(bitpack.pack(grid.codes, bits).T)
         qzeros = bitpack.pack((zeros - least).astype(np.uint8), bits)
         scales = np.ascontiguousarray(grid.scales.T.astype(np.float16).astype(np.float32))
-        plain = np.arange(inside) // (inside // grid.scales.shape[1])
+        plain = np.arange(inside) // (options["group_size"] if options["group_size"] > 0 else inside)
         used = plain if index is None else np.asarray(index)
         stored = {
             ".qweight": RawTensor.of(qweight),
@@ -144,11 +156,26 @@ class Gptq:
             ".scales": RawTensor.of(scales.astype(np.float16)),
             ".g_idx": RawTensor.of(used.astype(np.int32)),
         }
-        order = None if index is None else used.astype(np.int64)
+        order = (
+            used.astype(np.int64) if index is not None or _is_short(inside, options["group_size"]) else None
+        )
         return GptqWeight((grid.codes.shape[0], inside), bits, qweight, scales, zeros, order, stored)
 
     def quantization_config(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
         return {"quant_method": "gptq", **{key: options[key] for key in _DEFAULTS}, "desc_act": False}
+
+
+def _is_short(inside: int, size: int) -> bool:
+    """Whether groups of this size leave a short one at the end."""
+    return size > 0 and inside % size != 0
+
+
+def _groups(inside: int, options: Mapping[str, Any], what: str) -> int:
+    """How many groups a row is written in; raises PlanError when one would be short and mayn't be."""
+    size = options["group_size"]
+    if options.get(_SHORT) and type(size) is int and size > 0:
+        return -(-inside // size)
+    return checks.groups(inside, size, what, PlanError)
 
 
 def _least_zero(options: Mapping[str, Any]) -> int:
@@ -191,7 +218,7 @@ def _stored(tensors: TensorFolder, module: str, settings: Mapping[str, Any]) -> 
         checks.expect(tensors, roles["g_idx"], {"I32"}, (inside,), "g_idx")
         if settings["dynamic"] and inside and words * 32 % inside == 0:  # rules may give modules other widths
             bits = words * 32 // inside
-            group = max(1, inside // max(1, checks.matrix(tensors, roles["scales"])[0]))
+            group = _group_of(inside, group, checks.matrix(tensors, roles["scales"])[0])
     elif settings["desc_act"]:
         raise CheckpointError(
             f"{module} is stored as gptq with act-order, but its tensor {module}.g_idx is missing"
@@ -201,13 +228,21 @@ def _stored(tensors: TensorFolder, module: str, settings: Mapping[str, Any]) -> 
             f"{roles['qweight']} has {words} rows of 32 bits, which isn't {inside} inputs of {bits} bits; "
             "the config is another model's"
         )
-    count, why = checks.groups(inside, group, module), f"{bits} bits in groups of {group}"
+    count, why = checks.groups(inside, group, module, short=True), f"{bits} bits in groups of {group}"
     checks.expect(tensors, roles["qweight"], {"I32"}, (words, out), why)
     checks.expect(tensors, roles["scales"], checks.SCALES, (count, out), why)
     checks.expect(tensors, roles["qzeros"], {"I32"}, (count, -(-out * bits // 32)), why)
     kept = ("checkpoint_format", "sym", "desc_act")
     params = {"bits": bits, "group_size": group, **{key: settings[key] for key in kept}}
     return StoredLinear(module, out, inside, "gptq", roles, params)
+
+
+def _group_of(inside: int, group: Any, rows: int) -> int:
+    """The group size that a module's rows of scales tell: the config's where it fits, else an even one."""
+    even = [inside // rows] if inside % rows == 0 else []
+    sizes = (group, *even, *(1 << power for power in range(12, 3, -1)))
+    fits = (size for size in sizes if type(size) is int and size > 0 and -(-inside // size) == rows)
+    return next(fits, inside)
 
 
 def _zeros(packed: npt.NDArray[np.int32], bits: int, out: int, version: str) -> Float32:
@@ -226,14 +261,17 @@ def _zeros(packed: npt.NDArray[np.int32], bits: int, out: int, version: str) -> 
 
 
 def _index(tensors: TensorFolder, linear: StoredLinear) -> npt.NDArray[np.int64] | None:
-    """The group of each input, None when they lie in order."""
+    """The group of each input, None when all are of one size and lie in order."""
+    count, size = tensors[linear.tensors["scales"]].shape[0], linear.params["group_size"]
+    plain = np.arange(linear.in_features) // (size if size > 0 else linear.in_features)
+    short = _is_short(linear.in_features, size)
+    if "g_idx" not in linear.tensors:
+        return plain if short else None
     name = linear.tensors["g_idx"]
     index = tensors.read(name).array().astype(np.int64)
-    count = tensors[linear.tensors["scales"]].shape[0]
     if index.min() < 0 or index.max() >= count:
         raise CheckpointError(
             f"{name} in {tensors[name].file} names group {index.min() if index.min() < 0 else index.max()} "
             f"where there are {count}; the checkpoint is damaged"
         )
-    plain = np.arange(index.size) // (index.size // count)
-    return None if np.array_equal(index, plain) else index
+    return index if short or not np.array_equal(index, plain) else None

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from vera_edge import formats
-from vera_edge.checkpoint import Checkpoint
+from vera_edge.checkpoint import NAMED_WEIGHTS, Checkpoint
 from vera_edge.errors import PlanError
+from vera_edge.formats import checks
+from vera_edge.merge.tying import scales_by_tying
 from vera_edge.plan import DENSE, Plan, Step
 
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -20,19 +22,29 @@ def merged_config(plan: Plan, checkpoint: Checkpoint, untied: bool) -> dict[str,
 
     Raises PlanError when the plan mixes quantized formats, which no config can describe.
     """
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    given = {key: value for key, value in checkpoint.config.items() if key != NAMED_WEIGHTS}
+    quantization, same = _quantization_config(plan, checkpoint)
+    config = checks.with_quantization(given, quantization) if same else checks.without_quantization(given)
     if plan.others in _TORCH_NAMES:
         config = _with_dtype(config, _TORCH_NAMES[plan.others])
         config.setdefault("dtype", _TORCH_NAMES[plan.others])
-    if untied:
-        config["tie_word_embeddings"] = False
+    if untied and not scales_by_tying(config):
+        config = _untied(config) | {"tie_word_embeddings": False}
     # Code is never copied, so the names of classes in it would lead nowhere.
     local = {key: value for key, value in _mapping(config.get("auto_map")).items() if "--" not in str(value)}
     if local:
         config.pop("auto_map")
-    if quantization := _quantization_config(plan, checkpoint):
+    if quantization and not same:
         config["quantization_config"] = quantization
     return config
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with nothing tied, in the models within it neither."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        changed[key] = _untied(value) if isinstance(value, Mapping) else value
+    return changed | ({"tie_word_embeddings": False} if "tie_word_embeddings" in changed else {})
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -46,26 +58,27 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-def _quantization_config(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any] | None:
+def _quantization_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any], bool]:
+    """What config.json says of the weights, nothing for floats; and whether it's the base's own."""
     quantized = [step for step in plan.steps if step.result not in DENSE]
     if not quantized:
-        return None
+        return {}, False
     results = sorted({step.result for step in quantized})
     if len(results) > 1:
         raise PlanError(
             f"one model can't hold {' and '.join(results)} weights together; choose one with --to"
         )
-    before = _mapping(checkpoint.config.get("quantization_config"))
+    before = checks.quantization(checkpoint.config)
     if {step.source for step in quantized} == set(results):
-        return dict(before) | _raised(plan, before)
+        return dict(before) | _raised(plan, before), True
     target = formats.get(results[0])
     fresh = target.quantization_config(quantized[0].options) or {}
     if fresh.get("quant_method") == "bitsandbytes":
-        return fresh | _bitsandbytes_extras(plan, checkpoint, before)
+        return fresh | _bitsandbytes_extras(plan, checkpoint, before), False
     key, skipped = getattr(target, "skip_key", None), skip_modules(plan.steps)
     if key and skipped:
         fresh[key] = sorted({*fresh.get(key, ()), *skipped})
-    return fresh
+    return fresh, False
 
 
 def _bitsandbytes_extras(plan: Plan, checkpoint: Checkpoint, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +97,7 @@ def _raised(plan: Plan, before: Mapping[str, Any]) -> dict[str, Any]:
     raised = [step.module for step in plan.steps if step.result in DENSE and step.source not in DENSE]
     if not raised:
         return {}
-    if before.get("quant_method") != "bitsandbytes":
+    if checks.method({"quantization_config": before}) != "bitsandbytes":
         raise PlanError(
             f"{raised[0]} can't become a float layer beside others that stay quantized as they are; choose "
             "one format with --to"

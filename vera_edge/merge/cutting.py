@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.formats import dense
+from vera_edge.merge import tying
 from vera_edge.merge.units import Cast, Copy, Linear, Place, Unit
 from vera_edge.plan import SAME, Plan
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
 from vera_edge.tensors import FLOATS, RawTensor, TensorInfo
-
-_HEAD = "lm_head.weight"
 
 
 def cut(
@@ -39,8 +38,8 @@ def cut(
     for name, tensor in sorted(replaced.items()):
         own = checkpoint.tensors[name].dtype if name in checkpoint.tensors else tensor.dtype
         units.append(Place(name, tensor, (target or own) if tensor.dtype in FLOATS else own))
-    untied = _untie(checkpoint, replaced, target)
-    return units + untied, bool(untied) or (_HEAD in replaced and _HEAD not in checkpoint.tensors)
+    apart, untied = _untie(plan, checkpoint, adapters, replaced, target)
+    return units + apart, untied
 
 
 def _of_step(unit: Linear) -> Unit:
@@ -74,22 +73,24 @@ def _infos(checkpoint: Checkpoint, unit: Unit) -> list[TensorInfo]:
     return [checkpoint.tensors[name] for name in unit.names]
 
 
-def _untie(checkpoint: Checkpoint, replaced: Mapping[str, RawTensor], target: str | None) -> list[Unit]:
-    """PEFT replaces an embedding alone and leaves a head that was tied to it with the base's values."""
-    if _HEAD in checkpoint.tensors or _HEAD in replaced or not tied(checkpoint):
-        return []
-    vocabulary = checkpoint.config.get("vocab_size")
-    return [
-        Cast(checkpoint, name, target or checkpoint.tensors[name].dtype, _HEAD)
-        for name in replaced
-        if name in checkpoint.tensors
-        and dense.is_embedding(name.removesuffix(".weight"))
-        and checkpoint.tensors[name].shape[0] == vocabulary
-    ]
+def _untie(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    replaced: Mapping[str, RawTensor],
+    target: str | None,
+) -> tuple[list[Unit], bool]:
+    """Tensors that weren't stored since they were tied, where a merge leaves two values; and whether it does.
 
-
-def tied(checkpoint: Checkpoint) -> bool:
-    """Whether the output head takes its weight from the embedding."""
-    architectures = checkpoint.config.get("architectures") or [""]
-    has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-    return has_head and checkpoint.config.get("tie_word_embeddings", True) is not False
+    PEFT replaces one of a pair alone and leaves the other with the base's value.
+    """
+    tied = tying.pairs(checkpoint, adapters, replaced)
+    values = tying.Values(plan, checkpoint, adapters, replaced)
+    if not any(values.differ(head, source) for head, source in tied):
+        return [], False
+    units: list[Unit] = []
+    for pair in tied:
+        for name, other in (pair, pair[::-1]):
+            if name not in replaced and not values.is_stored(name) and other in checkpoint.tensors:
+                units.append(Cast(checkpoint, other, target or checkpoint.tensors[other].dtype, name))
+    return units, True

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.cores import available_cores
 from vera_edge.plan import DENSE, Step
 from vera_edge.weight_rounding import BLOCK
 
@@ -42,6 +43,7 @@ def nanoseconds(kind: Kind) -> int:
     copies = max(1, min(_COPIES, _BYTES // size))
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = available_cores()
     # Else equal weights become one.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(graph(kind, copies), options, providers=["CPUExecutionProvider"])

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
+from vera_edge.cores import available_cores
 from vera_edge.errors import DataError
 from vera_edge.tensors import Float32
 
@@ -50,11 +51,11 @@ def one_blas_thread() -> Iterator[None]:
 
 
 def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> list[R]:
-    """`work(item)` for every item, in their order, by so many threads.
+    """`work(item)` for every item, in their order, by so many threads, and no more than cores.
 
     Each thread's BLAS has one of its own, so that a sum is the same whatever their number.
     """
-    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(min(threads, available_cores())) as pool:
         return list(pool.map(work, items))
 
 
