@@ -26,12 +26,14 @@ from vera_edge.cli.show import (
     projection_dtype_option,
     quiet_option,
     refuse_beside_plan,
+    trained_as_option,
     weight_option,
 )
 from vera_edge.engine import Engine
 from vera_edge.formats import block_option
 from vera_edge.plan import Plan
 from vera_edge.precision import parse_size
+from vera_edge.trained_as import TrainedAs
 from vera_edge.weight_rounding import Rounding, merge_to_folders
 
 _SHOWN = 5
@@ -60,6 +62,7 @@ _SHOWN = 5
 @more_adapters_option
 @weight_option
 @projection_dtype_option
+@trained_as_option
 @click.option("--dry-run", is_flag=True, help="Show the plan, its bytes and about its time; write nothing.")
 @click.option("--workers", type=int, help="Layers at once, each in a thread; by default as many as cores.")
 @click.option("--max-memory", metavar="SIZE", help="What the merge may take, like 2GB or 2GiB; see the docs.")
@@ -84,6 +87,7 @@ def merge(
     more: list[tuple[Path, float]],
     weight: float,
     projection_dtype: str | None,
+    trained_as: TrainedAs | None,
     dry_run: bool,
     workers: int | None,
     max_memory: str | None,
@@ -106,11 +110,11 @@ def merge(
     options = {block_option(to): block_size} if block_size is not None else {}
     options |= {"double_quant": True} if double_quant else {}
     if each:
-        found = merging.prepare_each(base, adapters, weight, to, options, projection_dtype)
+        found = merging.prepare_each(base, adapters, weight, to, options, projection_dtype, trained_as)
         ready = {folder / name: one for name, one in found.items()}
     else:
         pairs = [(adapters[0], weight), *more]
-        ready = {folder: merging.prepare(base, pairs, to, options, projection_dtype, made)}
+        ready = {folder: merging.prepare(base, pairs, to, options, projection_dtype, made, trained_as)}
     if dry_run:
         _show_plans(ready, each, as_json)
         return

@@ -9,6 +9,7 @@ from vera_edge import formats
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
 from vera_edge.plan import DENSE, Plan, Step
+from vera_edge.trained_as.config import with_dtype, without_local_code
 
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Output heads that transformers leaves unquantized by itself; their tensor is absent when they're tied.
@@ -22,28 +23,14 @@ def merged_config(plan: Plan, checkpoint: Checkpoint, untied: bool) -> dict[str,
     """
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     if plan.others in _TORCH_NAMES:
-        config = _with_dtype(config, _TORCH_NAMES[plan.others])
+        config = with_dtype(config, _TORCH_NAMES[plan.others])
         config.setdefault("dtype", _TORCH_NAMES[plan.others])
     if untied:
         config["tie_word_embeddings"] = False
-    # Code is never copied, so the names of classes in it would lead nowhere.
-    local = {key: value for key, value in _mapping(config.get("auto_map")).items() if "--" not in str(value)}
-    if local:
-        config.pop("auto_map")
+    config = without_local_code(config)
     if quantization := _quantization_config(plan, checkpoint):
         config["quantization_config"] = quantization
     return config
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """`config` with every dtype it names, those of nested models included, set."""
-    changed: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            changed[key] = dtype
-        else:
-            changed[key] = _with_dtype(value, dtype) if isinstance(value, Mapping) else value
-    return changed
 
 
 def _quantization_config(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any] | None:
