@@ -134,7 +134,8 @@ class Int8Rounder:
     def add(self, rows: Float32) -> None:
         start, self._done = self._done, self._done + len(rows)
         absmax = np.abs(rows).max(axis=1)
-        factors = np.float32(127) / np.where(absmax == 0, np.float32(1), absmax)
+        # torch divides a number by a tensor so: by the reciprocal, which halves may be rounded otherwise by.
+        factors = np.reciprocal(np.where(absmax == 0, np.float32(1), absmax)) * np.float32(127)
         self._scales[start : self._done] = absmax
         self._codes[start : self._done] = np.rint(rows * factors[:, None]).astype(np.int8)
 
