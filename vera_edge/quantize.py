@@ -169,10 +169,7 @@ def _opened(base: Path, spec: TrainedAs) -> Checkpoint:
         raise CheckpointError(
             f"{base} is quantized already, as {stored}; use it as it is, or give the float model it came from"
         )
-    checkpoint = Checkpoint.open(base, spec)
-    if not checkpoint.quantized:
-        raise CheckpointError(f"{base} has no linear layer that bitsandbytes quantizes")
-    return checkpoint
+    return Checkpoint.open(base, spec)
 
 
 def _write(checkpoint: Checkpoint, stage: Path, progress: Progress) -> str:

@@ -76,8 +76,8 @@ def quantize(
     """Write the base that an adapter was trained on, when it was quantized as it was loaded.
 
     Training with BitsAndBytesConfig quantizes a float model in memory, and nobody saves that. This makes the
-    same bytes from BASE, the float model's folder, in numpy, one layer at a time. Say what the training script
-    said; what it didn't say has the default of BitsAndBytesConfig here too.
+    same bytes from BASE, the float model's folder, in numpy, one layer at a time. Say what the training said
+    it was; what it left out has the default of BitsAndBytesConfig here too.
 
     Commands that take --trained-as do the same in passing, and write nothing.
     """

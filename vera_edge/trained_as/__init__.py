@@ -55,7 +55,13 @@ def loaded(
             f"as {spec.format}; give the folder of floats that was loaded"
         )
     dtype = loading_dtype(spec, config, tensors)
-    folder = LoadedFolder(tensors, spec, choose(path, tensors, config, spec, dtype))
+    choice = choose(path, tensors, config, spec, dtype)
+    if spec.quantized and not choice.quantized:
+        raise CheckpointError(
+            f"the transformers that is installed quantizes no layer of {path}, so it can't have been loaded "
+            f"as {spec} by it; where another version did, save_pretrained there and give that folder"
+        )
+    folder = LoadedFolder(tensors, spec, choice)
     # The layers left in floats as a reader of the folder would find them, then those that are quantized.
     floats = formats.find_linears(folder.floats(), loaded_config(config, TrainedAs(FLOAT), dtype))
     return folder, loaded_config(config, spec, dtype), {**floats, **folder.linears()}

@@ -52,7 +52,7 @@ def choose(
     """
     found, left = Choice(), [name for name, info in tensors.items() if info.dtype in FLOATS]
     with _quiet():
-        classes, config_object = _classes(config, path)
+        classes, config_object = _classes(config, dtype, path)
         facts = (config_object, dtype, path)
         first = _Model.of(classes[0], *facts)
         trained = _having(first, classes[1:], facts, spec)
@@ -198,8 +198,9 @@ def _skips(patterns: list[str], module: str) -> bool:
         return False
 
 
-def _classes(config: Mapping[str, Any], path: Path) -> tuple[list[Any], Any]:
+def _classes(config: Mapping[str, Any], dtype: str, path: Path) -> tuple[list[Any], Any]:
     """The model class that config.json names, those of other tasks, and the config as they take it."""
+    import torch
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
@@ -219,6 +220,10 @@ def _classes(config: Mapping[str, Any], path: Path) -> tuple[list[Any], Any]:
     except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as cause:
         what = " ".join(str(cause).split())
         raise CheckpointError(f"{path / 'config.json'} describes no model of its type: {what}") from None
+    # Some classes make a part of themselves in the dtype that the config names.
+    for part in (found, *(getattr(found, key, None) for key in found.sub_configs)):
+        if part is not None:
+            part.dtype = getattr(torch, dtype)
     classes = [cls]
     for task in _OTHER_TASKS:
         mapping = getattr(transformers, task)._model_mapping
