@@ -66,10 +66,9 @@ def notes(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
     said = told(adapter)
     if said is None:
         return (ASSUMED,) if base is None else ()
+    kinds = {said["format"]} if "format" in said else set(FOUR_BIT)
     agrees = all(getattr(base, name, None) == value for name, value in said.items())
-    if agrees and getattr(base, "format", None) in (said.get("format"), *FOUR_BIT):
-        return ()
-    return (_against(said, base),)
+    return () if agrees and getattr(base, "format", None) in kinds else (_against(said, base),)
 
 
 def _against(said: Mapping[str, Any], base: TrainedAs | str | None) -> str:
