@@ -254,7 +254,7 @@ def test_a_worker_opens_the_base_as_it_was_loaded(
     from vera_edge.merge.work import Job
 
     ready = merge.prepare(tiny_llama.fp32, [(adapter, 1.0)], trained_as=parse("fp4,dtype=bf16"))
-    facts = (ready.plan, ready.checkpoint, ready.adapters, ready.projections, {}, tmp_path, 1 << 30)
-    sent: Job = pickle.loads(pickle.dumps(Job("key", *facts)))
+    facts = (ready.plan, ready.checkpoint, ready.adapters, ready.projections)
+    sent: Job = pickle.loads(pickle.dumps(Job("key", *facts, {}, tmp_path, 1 << 30)))
     assert sent.checkpoint.layout_digest == ready.checkpoint.layout_digest
     assert dataclasses.replace(sent.checkpoint, path=tmp_path).trained_as == parse("fp4,dtype=bf16")
