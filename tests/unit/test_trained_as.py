@@ -15,6 +15,7 @@ from tests.families import FAMILIES, Family
 from tests.loaded_bases import OPTIONS, assert_same, plain, rewrite, tensors_of, written
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, MismatchError, PlanError
+from vera_edge.tensors import RawTensor, float32_to_bf16
 from vera_edge.trained_as import TrainedAs, parse
 
 ODD = Family(
@@ -157,6 +158,19 @@ def test_a_family_whose_linears_are_of_another_class_is_not_quantized(tmp_path: 
     Family("FalconForCausalLM", (), sizes).make().save_pretrained(tmp_path / "base")
     with pytest.raises(CheckpointError, match=r"quantizes no layer of .*save_pretrained there"):
         Checkpoint.open(tmp_path / "base", parse("nf4"))
+
+
+def test_gguf_was_loaded_in_floats_if_at_all(tmp_path: Path) -> None:
+    from tests.unit.test_formats_gguf import _write
+
+    base = _write(tmp_path / "model.gguf", "llama", "F32")
+    with pytest.raises(CheckpointError, match=r"is GGUF, which transformers doesn't quantize on loading"):
+        Checkpoint.open(base, parse("nf4"))
+    ours, plainly = Checkpoint.open(base, parse("bf16")), Checkpoint.open(base)
+    for module in plainly.linears:
+        assert ours.linears[module].format == "bf16"
+        rounded = RawTensor.of(float32_to_bf16(plainly.dequantize(module)), "BF16").float32()
+        np.testing.assert_array_equal(ours.dequantize(module), rounded)
 
 
 def test_float_is_the_folder_as_it_lies(tiny_llama: tiny.TinyLlama) -> None:

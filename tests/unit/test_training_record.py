@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.conftest import Cli
 from vera_edge import adapter as adapters
 from vera_edge import training_record
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.errors import MismatchError
 from vera_edge.provenance import resolve_for_command
 from vera_edge.trained_as import parse
 from vera_edge.training_record import ASSUMED
@@ -243,6 +245,33 @@ def test_several_adapters_are_assumed_of_once(
     tiny.make_adapter(tiny_llama.fp32, other, vectors_seed=6)
     ready = merge.prepare(tiny_llama.fp32, [(adapter, 1.0), (other, 0.5)])
     assert ready.notes.count(ASSUMED) == 1
+
+
+@pytest.mark.parametrize("told", [{"bnb_4bit_compute_dtype": "float64"}, {"llm_int8_skip_modules": ["a,b"]}])
+def test_a_base_whose_config_has_no_words_for_it(
+    told: dict[str, Any], adapter: Path, tiny_llama: tiny.TinyLlama, tmp_path: Path
+) -> None:
+    """It is read as before; only --trained-as has nothing that it could be called."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama.nf4, base)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] |= told
+    (base / "config.json").write_text(json.dumps(config))
+    assert notes(adapter, base) == ()
+    with pytest.raises(MismatchError, match="is quantized already, as nf4, and can't"):
+        notes(adapter, base, "nf4,double")
+
+
+def test_merges_of_many_adapters_say_what_is_assumed_once(
+    adapter: Path, tiny_llama: tiny.TinyLlama, tmp_path: Path, cli: Cli
+) -> None:
+    tiny.make_adapter(tiny_llama.fp32, tmp_path / "other", vectors_seed=6)
+    words = ("merge", tiny_llama.fp32, adapter, tmp_path / "other", "--each", "-o", tmp_path / "out")
+    made = cli(*words, "--to", "fp32")
+    assert made.exit_code == 0
+    assert made.stdout.count("assuming the adapter was trained on") == 1
+    planned = cli(*words, "--dry-run")
+    assert planned.stderr.count("assuming the adapter was trained on") == 1
 
 
 def test_a_worker_opens_the_base_as_it_was_loaded(

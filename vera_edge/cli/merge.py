@@ -117,15 +117,18 @@ def merge(
         ready = {folder: merging.prepare(base, pairs, to, options, projection_dtype, made, trained_as)}
     if dry_run:
         _show_plans(ready, each, as_json)
+        for note in dict.fromkeys(note for one in ready.values() for note in one.notes):
+            err().print(f"note: {note}", soft_wrap=True)
         return
     with progress_bar(quiet or as_json, in_bytes=("merging",)) as progress:
         reports = merge_to_folders(ready, Rounding(method, calibration), progress, force, resources)
     if as_json:
         told = [report.to_dict() for report in reports]
         print_json({"models": told} if each else told[0])
+    said = set[str]()
     for report in reports:
         if not as_json:
-            _show(report)
+            _show(report, said)
         if report.warning:
             which = f"{report.folder.name}: " if each else ""
             err().print(f"warning: {which}{report.warning}", soft_wrap=True)
@@ -171,7 +174,8 @@ def _show_estimate(found: merging.Estimate) -> None:
     out().print(table)
 
 
-def _show(report: merging.MergeReport) -> None:
+def _show(report: merging.MergeReport, said: set[str]) -> None:
+    """Print a report; of its notes those that no report before had, which `said` keeps."""
     console, whole = out(), report.survival
     table = Table(str(report.folder), "", box=SIMPLE_HEAD)
     names = ", ".join(f"{name} (weight {weight:g})" for name, _, weight in report.adapters)
@@ -193,7 +197,9 @@ def _show(report: merging.MergeReport) -> None:
     if report.warning and report.drowned:
         console.print(_layers(report))
     for note in report.notes:
-        console.print(note)
+        if note not in said:
+            console.print(note)
+    said.update(report.notes)
 
 
 def _layers(report: merging.MergeReport) -> Table:

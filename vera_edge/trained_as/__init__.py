@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge import formats
-from vera_edge.errors import CheckpointError, MismatchError
-from vera_edge.formats import StoredLinear, gguf
+from vera_edge.errors import CheckpointError, MismatchError, PlanError
+from vera_edge.formats import StoredLinear, checks, gguf
 from vera_edge.formats.bnb4 import STORAGES
 from vera_edge.formats.dense import DTYPES as DENSE
 from vera_edge.tensors import TensorFolder
@@ -72,19 +72,22 @@ def quantized_as(config: Mapping[str, Any], linears: Mapping[str, StoredLinear])
     stored = next((linear for linear in linears.values() if linear.format not in DENSE), None)
     if stored is None or stored.format not in QUANTIZED:
         return None if stored is None else stored.format
-    told = config.get("quantization_config") or {}
-    skip = tuple(told.get("llm_int8_skip_modules") or ())
-    if stored.format not in FOUR_BIT:
-        dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-        return TrainedAs(stored.format, dtype if dtype in DTYPES else None, skip=skip)
-    return TrainedAs(
-        stored.format,
-        stored.params["dtype"],
-        stored.params["double_quant"],
-        str(told.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch."),
-        STORAGES[stored.params["storage"]],
-        skip,
-    )
+    told = checks.quantization(config)
+    skip = tuple(map(str, told.get("llm_int8_skip_modules") or ()))
+    try:
+        if stored.format not in FOUR_BIT:
+            dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
+            return TrainedAs(stored.format, dtype if dtype in DTYPES else None, skip=skip)
+        return TrainedAs(
+            stored.format,
+            stored.params["dtype"],
+            stored.params["double_quant"],
+            str(told.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch."),
+            STORAGES[stored.params["storage"]],
+            skip,
+        )
+    except PlanError:  # its config says what no `TrainedAs` can
+        return stored.format
 
 
 def _check_same(path: Path, before: TrainedAs | str, spec: TrainedAs) -> None:
