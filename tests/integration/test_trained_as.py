@@ -17,7 +17,7 @@ from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from peft import VeraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
-from tests import tiny
+from tests import tiny, tiny_encoder
 from tests.conftest import Cli
 from vera_edge import projection
 from vera_edge.tensors import Float32
@@ -255,6 +255,30 @@ def test_the_same_bytes_either_way(
         result = cli(command, base, folders.adapter, "-o", tmp_path / name / "out", *options, *more)
         assert result.exit_code == 0, result.stderr
     assert_equal_files(tmp_path / "floats", tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "classes"])
+def test_the_same_bytes_of_an_encoder(kind: str, tmp_path: Path, cli: Cli) -> None:
+    """Its pooler and its classifier are quantized too, as transformers has it."""
+    from vera_edge import quantize
+
+    family = tiny_encoder.EMBEDDINGS if kind == "embeddings" else tiny_encoder.classifier()
+    base, adapter = tiny_encoder.make(family, tmp_path)
+    saved = quantize.to_folder(base, tmp_path / "saved" / "base", quantize.Asked("nf4")).folder
+    for options in (("--mode", "branch", "--weights", "nf4"), ("--weights", "int8")):
+        for name, folder, more in (("one", saved, ()), ("other", base, ("--trained-as", "nf4"))):
+            words = (folder, adapter, "-o", tmp_path / name, "--force", *options, *more)
+            assert cli("export", *words).exit_code == 0
+        assert_equal_files(tmp_path / "one", tmp_path / "other")
+
+
+def test_the_same_bytes_of_conv1d(tiny_gpt2: Path, tiny_gpt2_adapter: Path, tmp_path: Path, cli: Cli) -> None:
+    from vera_edge import quantize
+
+    saved = quantize.to_folder(tiny_gpt2, tmp_path / tiny_gpt2.name, quantize.Asked("fp4")).folder
+    for name, folder, more in (("one", saved, ()), ("other", tiny_gpt2, ("--trained-as", "fp4"))):
+        assert cli("merge", folder, tiny_gpt2_adapter, "-o", tmp_path / name, *more).exit_code == 0
+    assert_equal_files(tmp_path / "one", tmp_path / "other")
 
 
 def test_the_same_plan_and_what_is_made_by_it(

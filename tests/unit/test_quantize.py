@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from tests import tiny
 from tests.conftest import Cli
@@ -124,6 +126,34 @@ def test_a_large_model_is_written_in_shards(
     assert (folder.digest, folder.layout_digest) == (made.digest, ours.layout_digest)
     assert list(ours.tensors) == list(folder.tensors)
     tiny.load(tmp_path / "out")
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Of 40 layers of 2 MB each, with room for the pieces that a layer is worked on in."""
+    import torch
+
+    shape = (2048, 256)
+    sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 4}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 96, **sizes}
+    tensors = {
+        f"model.layers.{layer}.mlp.{name}_proj.weight": torch.randn(
+            *(shape[::-1] if name == "down" else shape)
+        )
+        for layer in range(14)
+        for name in ("gate", "up", "down")
+    }
+    for layer in range(14):
+        for name in "qkvo":
+            tensors[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = torch.randn(256, 256)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    quantize.to_folder(tmp_path / "base", tmp_path / "first", quantize.Asked("nf4"))  # imports what it needs
+    tracemalloc.start()
+    quantize.to_folder(tmp_path / "base", tmp_path / "out", quantize.Asked("nf4", double_quant=True))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6 < (tmp_path / "base" / "model.safetensors").stat().st_size / 4
 
 
 def test_what_is_said_of_a_head_that_is_quantized_too(
