@@ -1,6 +1,7 @@
 """The documentation is true: its links lead somewhere, its commands exist, and the README's recipes run.
 
-In the README's recipes `base`, `adapter` and `text.txt` stand for the reader's own; here they are tiny ones.
+In the README's recipes `model`, `adapter` and `text.txt` stand for the reader's own; here they are tiny ones.
+`base` is what its first recipe makes of `model`.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def test_scripts_named_in_the_pages_exist() -> None:
 
 def test_the_recipes_run(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path) -> None:
     """Every `vera-edge` command of the README, in order, in one folder; exit 3 (a broken limit) is fine."""
-    shutil.copytree(tiny_llama.nf4, tmp_path / "base")
+    shutil.copytree(tiny_llama.bf16, tmp_path / "model")
     shutil.copytree(tiny_adapter, tmp_path / "adapter")
     (tmp_path / "text.txt").write_text(tiny.TEXT * 30)
     for command in commands(ROOT / "README.md"):

@@ -20,6 +20,7 @@ from vera_edge.files import read_json, safe_join, sha256_bytes
 from vera_edge.formats import StoredLinear, Weight, checks, gguf
 from vera_edge.formats.dense import DTYPES, is_conv1d_module
 from vera_edge.tensors import Float32, TensorFolder, WitnessedFolder
+from vera_edge.trained_as import LoadedFolder, TrainedAs, loaded
 
 NAMED_WEIGHTS = (
     "transformers_weights"  # of config.json: a file of weights that isn't called model.safetensors
@@ -29,20 +30,29 @@ MERGE_RECORD = "vera_edge_merge.json"  # what a merge says of itself, beside the
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A base checkpoint. `linears` is keyed by module name, as the checkpoint spells it."""
+    """A base checkpoint. `linears` is keyed by module name, as the checkpoint spells it.
+
+    trained_as: how the base was loaded in training, where that was said; all else is of the base so loaded.
+    """
 
     path: Path
     config: Mapping[str, Any]
     tensors: TensorFolder
     linears: Mapping[str, StoredLinear]
+    trained_as: TrainedAs | None = None
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
+    def open(cls, path: Path, trained_as: TrainedAs | None = None) -> Checkpoint:
         """Read config and headers of a Hugging Face folder, or of a GGUF file.
 
+        trained_as: take the float base in `path` for what it was when it was loaded so, to the last bit; its
+        weights are quantized as they are read, and nothing is written.
         Raises CheckpointError when something is missing, damaged or contradictory, FormatError when the
-        weights are in a format that isn't known.
+        weights are in a format that isn't known, MismatchError when the base is quantized, but otherwise.
         """
+        tensors: TensorFolder
+        config: Mapping[str, Any]
+        linears: Mapping[str, StoredLinear]
         if gguf.is_gguf(path):
             tensors, config = gguf.open_model(path)
         else:
@@ -50,7 +60,9 @@ class Checkpoint:
             config = read_json(path / "config.json", CheckpointError)
         linears = formats.find_linears(tensors, config)
         _check_agreement(path, config, linears)
-        return cls(path, config, tensors, linears)
+        if trained_as is not None:
+            tensors, config, linears = loaded(path, tensors, config, linears, trained_as)
+        return cls(path, config, tensors, linears, trained_as)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -90,6 +102,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} has no tensor called {name}")
         return self.tensors.float32(name)
 
+    def making(self, names: Iterable[str]) -> int:
+        """Bytes held while tensors are read, beside their own, where they're made of a base's floats."""
+        return self.tensors.making(names) if isinstance(self.tensors, LoadedFolder) else 0
+
     @cached_property
     def other_names(self) -> tuple[str, ...]:
         """The tensors that aren't part of a linear's weight, in file order."""
@@ -127,7 +143,8 @@ class Checkpoint:
     def tensor_digests(self, names: Iterable[str]) -> dict[str, str]:
         """Hex SHA-256 of the bytes of tensors, which it reads."""
         seen = WitnessedFolder(self.tensors)
-        for name in names:
+        # By name, the parts of a layer that is quantized as it's read stand together.
+        for name in names if self.trained_as is None else sorted(names):
             for _ in seen.pieces(name):
                 pass
         return seen.digests

@@ -18,6 +18,7 @@ from vera_edge.device.golden import PROMPTS, Reference
 from vera_edge.errors import BundleError, DataError, MismatchError, PlanError
 from vera_edge.files import read_json
 from vera_edge.progress import Progress, silent
+from vera_edge.trained_as import TrainedAs
 
 
 def attach(
@@ -101,19 +102,23 @@ def ask(
     prompts: Sequence[str] | None = None,
     projection_dtype: str | None = None,
     progress: Progress = silent,
+    trained_as: TrainedAs | None = None,
+    tell: Callable[[str], None] = lambda note: None,
 ) -> Manifest:
     """Open the model as trained from `base` and `adapter_paths` and `attach` what it says to `folder`.
 
     prompts: or the texts of an encoder; None takes the built-in ones. One adapter of a branch bundle at a
-    time, or all that were merged, each with its weight. Raises MismatchError when the bundle was made of
-    another base or another adapter, OutputError when it is signed, PlanError on a limit that nothing keeps.
+    time, or all that were merged, each with its weight. trained_as: how the base was loaded in training.
+    tell: is given sentences for a person to read.
+    Raises MismatchError when the bundle was made of another base or another adapter, OutputError when it is
+    signed, PlanError on a limit that nothing keeps.
     """
     from vera_edge.reference import open_reference
 
     bundle.check_limits(limits or {}, "options")
     manifest = bundle.read(folder)
     bundle.check_unsigned(folder, "make golden vectors first")
-    checkpoint = Checkpoint.open(base)
+    checkpoint = Checkpoint.open(base, trained_as)
     if checkpoint.digest != manifest.base["digest"]:
         raise MismatchError(
             f"{folder} was made of another base than {base}; name the one it was exported from"
@@ -128,7 +133,9 @@ def ask(
     branch = manifest.mode == "branch"
     if not read or (branch and len(read) > 1) or (not branch and len(read) != len(names)):
         raise PlanError(f"name {'one adapter' if branch else 'every merged adapter'} of {folder}")
-    resolved = provenance.resolve(read[0][0], checkpoint, projection_dtype)
+    resolved = provenance.resolve_for_command(read[0][0], checkpoint, projection_dtype)
+    for note in resolved.notes:
+        tell(note)
     what = "the base's exact values in float32 with the adapter unmerged, in torch"
     views: dict[str | None, bool] = {None: False, names[read[0][0].digest]: True} if branch else {None: True}
     if manifest.kind == "encoder":

@@ -14,7 +14,7 @@ from vera_edge.adapter import Adapter, Vectors
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.projection import ProjectionSpec
-from vera_edge.provenance import resolve
+from vera_edge.provenance import resolve_for_command
 
 BLOCK = 32  # values that share one float32 scale where projections are stored as int8 or int4
 _BYTES_PER_VALUE = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4.0 / BLOCK, "int4": 0.5 + 4.0 / BLOCK}
@@ -109,7 +109,7 @@ def inspect(
     """
     found, unresolved, misfit = None, None, None
     try:
-        found = resolve(adapter, checkpoint, projection_dtype)
+        found = resolve_for_command(adapter, checkpoint, projection_dtype)
     except MismatchError as cause:
         misfit = str(cause)
     except AdapterError as cause:

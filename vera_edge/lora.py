@@ -20,16 +20,18 @@ from vera_edge.errors import AdapterError
 from vera_edge.files import canonical_json, check_output, staged_folder, write_atomic
 from vera_edge.projection import Projections
 from vera_edge.tensors import RawTensor, write_header
+from vera_edge.trained_as import TrainedAs
 
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """A LoRA adapter that was written: its folder, layers, rank, and bytes of weights."""
+    """A LoRA adapter that was written: its folder, layers, rank, bytes of weights, notes for a person."""
 
     folder: Path
     layers: int
     rank: int
     size: int
+    notes: tuple[str, ...] = ()
 
 
 def to_lora(
@@ -38,19 +40,21 @@ def to_lora(
     base: Path | None = None,
     projection_dtype: str | None = None,
     force: bool = False,
+    trained_as: TrainedAs | None = None,
 ) -> LoraAdapter:
     """Write the VeRA adapter in `adapter_path` as a PEFT LoRA folder, in float32.
 
     base: the base model's folder; without it the base named in the adapter's config is looked for, as a path.
+    trained_as: how the base was loaded in training.
     Raises AdapterError when the adapter can't be carried over, MismatchError when it doesn't fit the base.
     """
     trained = adapters.read(adapter_path)
-    checkpoint = Checkpoint.open(base or _named_base(trained))
+    checkpoint = Checkpoint.open(base or _named_base(trained), trained_as)
     adapter = alignment.align(trained, checkpoint)
     # A LoRA tool looks for layers where PEFT's model has them; their sizes are the checkpoint's.
     names = dict(zip(adapter.vectors, trained.vectors, strict=True))
     check_output(out, force, (adapter_path, checkpoint.path))
-    found = provenance.resolve(adapter, checkpoint, projection_dtype)
+    found = provenance.resolve_for_command(adapter, checkpoint, projection_dtype)
     if adapter.biases:
         raise AdapterError(
             f"{adapter_path} trained biases, which a LoRA folder of PEFT can't carry; merge it"
@@ -72,7 +76,7 @@ def to_lora(
                 stream.write(tensor.data.data)
         write_atomic(stage / "adapter_config.json", canonical_json(_config(adapter, checkpoint, names)))
         size = (stage / "adapter_model.safetensors").stat().st_size
-    return LoraAdapter(out, len(adapter.vectors), adapter.rank, size)
+    return LoraAdapter(out, len(adapter.vectors), adapter.rank, size, found.notes)
 
 
 def _named_base(adapter: Adapter) -> Path:

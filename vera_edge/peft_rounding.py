@@ -95,7 +95,7 @@ def _four_bit_rounding(
     storage = NAMES.get(str(linear.params.get("storage")), "float32")
     if compute == storage:
         return compute, f"PEFT of any version {_does(compute)} on a 4-bit base that computes in {compute}"
-    newer = _rounds_to_compute_dtype(adapter.peft_version)
+    newer = rounds_to_compute_dtype(adapter.peft_version)
     if newer is None:
         raise AdapterError(
             f"PEFT {adapter.peft_version} may have rounded the projections of {adapter.path} to {compute} or "
@@ -111,7 +111,7 @@ def _does(rounding: Rounding) -> str:
     return "leaves them as drawn" if rounding == "float32" else f"rounds them to {rounding}"
 
 
-def _rounds_to_compute_dtype(version: str | None) -> bool | None:
+def rounds_to_compute_dtype(version: str | None) -> bool | None:
     """Whether this PEFT rounds to the compute dtype; None for a development version that may or may not.
 
     PEFT before 0.18.1 writes no version, so none at all means an old one.

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge import training_record
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, MismatchError
@@ -31,7 +32,7 @@ from vera_edge.projection import (
 )
 from vera_edge.tensors import Float32
 
-__all__ = ["Provenance", "check_fit", "resolve", "verify"]
+__all__ = ["Provenance", "check_fit", "resolve", "resolve_for_command", "verify"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +101,31 @@ def resolve(
     )
 
 
+def resolve_for_command(
+    adapter: Adapter, checkpoint: Checkpoint | None = None, projection_dtype: str | None = None
+) -> Provenance:
+    """`resolve`, and in the notes what is known or assumed of how the base was loaded in training."""
+    found = resolve(adapter, checkpoint, projection_dtype)
+    if checkpoint is None:
+        return found
+    record = (*training_record.notes(adapter, checkpoint), *_rounding_note(adapter, checkpoint, found))
+    return replace(found, notes=(*found.notes, *record))
+
+
+def _rounding_note(adapter: Adapter, checkpoint: Checkpoint, found: Provenance) -> tuple[str, ...]:
+    """Saved projections show what they were rounded to, and so whether the base was loaded as it is here."""
+    try:
+        rounding, why = infer(adapter, checkpoint)
+    except AdapterError:
+        return ()
+    if not found.verified or rounding == found.spec.rounding:
+        return ()
+    return (
+        f"the saved projections are {_form(found.spec)}, but {why}: in training the base wasn't loaded as it "
+        "is here",
+    )
+
+
 def verify(
     adapter: Adapter, checkpoint: Checkpoint | None = None, projection_dtype: str | None = None
 ) -> Provenance:
@@ -109,7 +135,7 @@ def verify(
             f"{adapter.path} doesn't hold its projections, so there is nothing to verify them against; "
             "train with save_projection=True to keep them"
         )
-    found = resolve(adapter, checkpoint, projection_dtype)
+    found = resolve_for_command(adapter, checkpoint, projection_dtype)
     if not found.verified:
         raise MismatchError(f"in {adapter.path}, {found.how}")
     return found

@@ -79,6 +79,11 @@ class Shards:
             self._places[name] = (start, offset)
         self._lengths[file] = offset
 
+    @property
+    def in_order(self) -> tuple[str, ...]:
+        """The tensors in the order in which the files hold them."""
+        return tuple(self._places)
+
     def create(self) -> None:
         """Write every file's header and give it its full length; what a file holds already stays."""
         for file, header in self._headers.items():

@@ -30,6 +30,7 @@ from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
 from vera_edge.tensors import Float32
+from vera_edge.trained_as import TrainedAs
 
 GROUP = "vera_edge.exporters"
 BUILT_IN = "built-in"
@@ -236,6 +237,7 @@ def export(
     progress: Progress = silent,
     rounding: Rounding | None = None,
     made: Plan | None = None,
+    trained_as: TrainedAs | None = None,
 ) -> Export:
     """Read base and adapters, plan, and export to `out`.
 
@@ -248,16 +250,17 @@ def export(
     rounding: how weights are rounded to 4 and 8 bits, and the text to calibrate on; None: to nearest, by the
     exporter, and the built-in text.
     made: a plan for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
+    trained_as: how the base was loaded in training.
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
     check_output(out, force, (base, *(path for path, _ in adapter_paths)))
     exporter = find(target)
     if not adapter_paths:
         raise PlanError("give at least one adapter to export")
-    checkpoint = Checkpoint.open(base)
+    checkpoint = Checkpoint.open(base, trained_as)
     read = [(alignment.read(path, checkpoint), weight) for path, weight in adapter_paths]
     plans.check_together(read)
-    found = [provenance.resolve(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
     projections = plans.check_projections(read, [one.projections for one in found])
     if made is not None:
         plans.check_made_for(made, checkpoint, read, projections)

@@ -201,6 +201,15 @@ def test_double_quantization_matches_given_the_same_offset() -> None:
     assert mine.nested.scales.tobytes() == blockwise.absmax.numpy().tobytes()
 
 
+@pytest.mark.parametrize("count", [1, 5, 7, 8, 9, 31, 33, 64, 160, 511, 513, 4096, 9999, 32767])
+def test_the_offset_is_torch_s_own_mean(count: int) -> None:
+    """Below 32768 blocks one thread adds, in vectors of 8 floats whatever the processor has."""
+    for seed in range(20):
+        values = torch.rand(count, generator=torch.Generator().manual_seed(seed)) + 0.1
+        mine = nested.torch_sum(values.numpy()) / np.float32(count)
+        assert mine == np.float32(values.mean().item())
+
+
 def test_absmax_all_alike_survive_double_quantization() -> None:
     weight = np.where(np.arange(64 * 64).reshape(64, 64) % 2, np.float32(0.5), np.float32(-0.5))
     form = formats.get("nf4")

@@ -58,6 +58,16 @@ def test_quantizes_byte_for_byte(shape: tuple[int, int]) -> None:
     assert {suffix: (raw.dtype, raw.shape) for suffix, raw in tensors.items()} == form.layout(shape, {})
 
 
+def test_values_in_the_middle_between_two_codes() -> None:
+    """bitsandbytes multiplies by 127 times the reciprocal, which 127 / absmax may lie beside."""
+    draw = torch.Generator().manual_seed(3)
+    weight = torch.randint(-128, 129, (400, 64), generator=draw).to(torch.bfloat16) / 256
+    weight[:, 0] = torch.randint(64, 200, (400,), generator=draw).to(torch.bfloat16) / 256
+    codes, _, _ = bnb.int8_vectorwise_quant(weight.half())
+    mine = formats.get("int8").quantize(weight.float().numpy(), {})
+    assert mine.tensors()[".weight"].data.tobytes() == codes.numpy().tobytes()
+
+
 def test_a_row_of_zeros_stays_zero() -> None:
     form = formats.get("int8")
     weight = random_weight((4, 16)).numpy()

@@ -207,6 +207,21 @@ def test_an_untrained_adapter_changes_no_byte(
     assert report.warning is None
 
 
+def test_layers_that_keep_4_bits_stored_under_a_float_dtype(
+    tiny_llama: tiny.TinyLlama, tmp_path: Path
+) -> None:
+    """What is copied is refused when it holds NaN; packed codes may look like it."""
+    options = tiny.four_bit("nf4", bnb_4bit_quant_storage="bfloat16")
+    base = tiny.quantize(tiny_llama.fp32, tmp_path / "base", **options)
+    adapter = tiny.make_adapter(tiny_llama.fp32, tmp_path / "adapter", targets=("q_proj",))
+    merge.to_folder(base, [(adapter, 1.0)], tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    kept = [name for name in before if "q_proj" not in name]
+    assert any(torch.isnan(before[name]).any() for name in kept)
+    for name in kept:
+        assert torch.equal(*(state[name].reshape(-1).view(torch.uint8) for state in (before, after))), name
+
+
 def test_several_adapters_add_up(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
     first = tiny.make_adapter(tiny_llama.nf4, tmp_path / "first", vectors_seed=1)
     second = tiny.make_adapter(tiny_llama.nf4, tmp_path / "second", vectors_seed=2)

@@ -22,6 +22,10 @@ from vera_edge.errors import VeraEdgeError
 
 # name -> (module:attribute, what it does), in the order a newcomer meets them
 COMMANDS: dict[str, tuple[str, str]] = {
+    "quantize": (
+        "vera_edge.cli.quantize:quantize",
+        "Write the quantized base of a training run, from the float one.",
+    ),
     "inspect": ("vera_edge.cli.inspect:inspect", "Say what an adapter is, and whether it fits a base."),
     "projections": ("vera_edge.cli.projections:projections", "Regenerate and verify the shared projections."),
     "plan": ("vera_edge.cli.plan:plan", "Choose formats that lose least within a size, or take least."),

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, projection_dtype_option
+from vera_edge.cli.show import (
+    FOLDER,
+    force_option,
+    json_option,
+    out,
+    print_json,
+    projection_dtype_option,
+    trained_as_option,
+)
+from vera_edge.trained_as import TrainedAs
 
 
 @click.group()
@@ -100,15 +109,24 @@ def diff(old: Path, new: Path, as_json: bool) -> None:
     "--base", type=FOLDER, help="The base model's folder, where the adapter's config doesn't lead to it."
 )
 @projection_dtype_option
+@trained_as_option
 @force_option
 @json_option
 def to_lora(
-    adapter: Path, output: Path, base: Path | None, projection_dtype: str | None, force: bool, as_json: bool
+    adapter: Path,
+    output: Path,
+    base: Path | None,
+    projection_dtype: str | None,
+    trained_as: TrainedAs | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write ADAPTER as a LoRA adapter that computes exactly the same, for tools that know only LoRA."""
     from vera_edge import lora
 
-    made = lora.to_lora(adapter, output, base, projection_dtype, force)
+    made = lora.to_lora(adapter, output, base, projection_dtype, force, trained_as)
+    for note in made.notes:
+        click.echo(f"note: {note}", err=True)
     if as_json:
         print_json({"folder": str(made.folder), "layers": made.layers, "rank": made.rank, "size": made.size})
     else:

@@ -13,6 +13,7 @@ from vera_edge.cli import show
 from vera_edge.drift.comparison import Comparison, Estimate
 from vera_edge.drift.encoder_report import EncoderReport
 from vera_edge.drift.result import DriftReport
+from vera_edge.trained_as import TrainedAs
 
 _STATES = {"kept": "green", "broken": "red", "undecided": "yellow"}
 _LEVELS = {"faithful": "green", "degraded": "yellow", "lost": "red", "undecided": "yellow"}
@@ -54,6 +55,7 @@ def _interval(estimate: Estimate) -> str:
     help="An adapter of the reference, and what scales its delta, when REFERENCE is a base; repeat for more.",
 )
 @show.projection_dtype_option
+@show.trained_as_option
 @click.option("--tokens", default=8192, show_default=True, help="About how many tokens to measure on.")
 @click.option("--window", default=256, show_default=True, help="Tokens a window.")
 @click.option("--exact", is_flag=True, help="Run a bitsandbytes artefact on exact values, not its kernels.")
@@ -81,6 +83,7 @@ def drift(
     base: Path | None,
     adapters: list[tuple[Path, float]],
     projection_dtype: str | None,
+    trained_as: TrainedAs | None,
     tokens: int,
     window: int,
     exact: bool,
@@ -124,6 +127,7 @@ def drift(
         samples=outputs.SAMPLES if report else 0,
         by_layer=by_layer,
         text_only=any((report, plots, baseline)),
+        trained_as=trained_as,
     )
     with show.progress_bar(quiet) as progress:
         found = limits.hold(assess_any(request, progress), bounds)

@@ -23,8 +23,10 @@ from vera_edge.cli.show import (
     quiet_option,
     recover_option,
     refuse_beside_plan,
+    trained_as_option,
     weight_option,
 )
+from vera_edge.trained_as import TrainedAs
 from vera_edge.weight_rounding import Rounding
 
 STORED = ("fp32", "fp16", "int8", "int4")
@@ -89,6 +91,7 @@ STORED = ("fp32", "fp16", "int8", "int4")
     help="Branch: the dtype of the graph's vectors and of every .onnx_adapter for it.  [default: fp32]",
 )
 @projection_dtype_option
+@trained_as_option
 @plan_option
 @method_option
 @calibration_option
@@ -115,6 +118,7 @@ def export(
     origin: str | None,
     vectors: str | None,
     projection_dtype: str | None,
+    trained_as: TrainedAs | None,
     plan_file: Path | None,
     method: str | None,
     calibration: str,
@@ -151,6 +155,7 @@ def export(
             progress=progress,
             rounding=Rounding(method, calibration, recover=recover),
             made=made,
+            trained_as=trained_as,
         )
     if as_json:
         print_json(result.to_dict())

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option
+from vera_edge.cli.show import (
+    FOLDER,
+    json_option,
+    out,
+    print_json,
+    progress_bar,
+    quiet_option,
+    trained_as_option,
+)
+from vera_edge.trained_as import TrainedAs
 
 
 @click.command()
@@ -23,6 +32,7 @@ from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_ba
 @click.option("--min-top1", type=float, help="Limit to put into the bundle: top-1 agreement, 0 to 1.")
 @click.option("--min-cosine", type=float, help="Limit for embeddings: mean cosine with the reference's.")
 @click.option("--projection-dtype", help="What the projections were rounded to, when it can't be told.")
+@trained_as_option
 @json_option
 @quiet_option
 def golden(
@@ -34,6 +44,7 @@ def golden(
     min_top1: float | None,
     min_cosine: float | None,
     projection_dtype: str | None,
+    trained_as: TrainedAs | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -52,6 +63,8 @@ def golden(
             lines,
             projection_dtype,
             progress,
+            trained_as,
+            lambda note: click.echo(f"note: {note}", err=True),
         )
     size = manifest.files[manifest.golden or ""].size
     if as_json:

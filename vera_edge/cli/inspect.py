@@ -11,20 +11,37 @@ from rich.table import Table
 from vera_edge import adapter as adapters
 from vera_edge import alignment
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.cli.show import FOLDER, json_option, out, print_json, projection_dtype_option
+from vera_edge.cli.show import (
+    FOLDER,
+    json_option,
+    needs_base,
+    out,
+    print_json,
+    projection_dtype_option,
+    trained_as_option,
+)
 from vera_edge.errors import MismatchError
 from vera_edge.inspection import Cost, Inspection, Kind
 from vera_edge.inspection import inspect as inspect_adapter
+from vera_edge.trained_as import TrainedAs
 
 
 @click.command()
 @click.argument("adapter", type=FOLDER)
 @click.option("--base", type=FOLDER, help="The base model's folder.")
 @projection_dtype_option
+@trained_as_option
 @json_option
-def inspect(adapter: Path, base: Path | None, projection_dtype: str | None, as_json: bool) -> None:
+def inspect(
+    adapter: Path,
+    base: Path | None,
+    projection_dtype: str | None,
+    trained_as: TrainedAs | None,
+    as_json: bool,
+) -> None:
     """Say what ADAPTER is, whether it fits a base, and what it costs on the device."""
-    checkpoint = None if base is None else Checkpoint.open(base)
+    needs_base(base, trained_as)
+    checkpoint = None if base is None else Checkpoint.open(base, trained_as)
     read = adapters.read(adapter) if checkpoint is None else alignment.read(adapter, checkpoint)
     result = inspect_adapter(read, checkpoint, projection_dtype)
     if as_json:

@@ -25,6 +25,7 @@ from vera_edge.cli.show import (
     projection_dtype_option,
     quiet_option,
     refuse_beside_plan,
+    trained_as_option,
     weight_option,
 )
 from vera_edge.cores import available_cores
@@ -32,6 +33,7 @@ from vera_edge.engine import Engine
 from vera_edge.formats import block_option
 from vera_edge.plan import Plan
 from vera_edge.precision import parse_size
+from vera_edge.trained_as import TrainedAs
 from vera_edge.weight_rounding import Rounding, merge_to_folders
 
 _SHOWN = 5
@@ -60,6 +62,7 @@ _SHOWN = 5
 @more_adapters_option
 @weight_option
 @projection_dtype_option
+@trained_as_option
 @click.option("--dry-run", is_flag=True, help="Show the plan, its bytes and about its time; write nothing.")
 @click.option("--workers", type=int, help="Layers at once, each in a thread; by default as many as cores.")
 @click.option("--max-memory", metavar="SIZE", help="What the merge may take, like 2GB or 2GiB; see the docs.")
@@ -84,6 +87,7 @@ def merge(
     more: list[tuple[Path, float]],
     weight: float,
     projection_dtype: str | None,
+    trained_as: TrainedAs | None,
     dry_run: bool,
     workers: int | None,
     max_memory: str | None,
@@ -105,22 +109,25 @@ def merge(
     options = {block_option(to): block_size} if block_size is not None else {}
     options |= {"double_quant": True} if double_quant else {}
     if each:
-        found = merging.prepare_each(base, adapters, weight, to, options, projection_dtype)
+        found = merging.prepare_each(base, adapters, weight, to, options, projection_dtype, trained_as)
         ready = {folder / name: one for name, one in found.items()}
     else:
         pairs = [(adapters[0], weight), *more]
-        ready = {folder: merging.prepare(base, pairs, to, options, projection_dtype, made)}
+        ready = {folder: merging.prepare(base, pairs, to, options, projection_dtype, made, trained_as)}
     if dry_run:
         _show_plans(ready, each, as_json)
+        for note in dict.fromkeys(note for one in ready.values() for note in one.notes):
+            err().print(f"note: {note}", soft_wrap=True)
         return
     with progress_bar(quiet or as_json, in_bytes=("merging",)) as progress:
         reports = merge_to_folders(ready, Rounding(method, calibration), progress, force, resources)
     if as_json:
         told = [report.to_dict() for report in reports]
         print_json({"models": told} if each else told[0])
+    said = set[str]()
     for report in reports:
         if not as_json:
-            _show(report)
+            _show(report, said)
         if report.warning:
             which = f"{report.folder.name}: " if each else ""
             err().print(f"warning: {which}{report.warning}", soft_wrap=True)
@@ -166,7 +173,8 @@ def _show_estimate(found: merging.Estimate) -> None:
     out().print(table)
 
 
-def _show(report: merging.MergeReport) -> None:
+def _show(report: merging.MergeReport, said: set[str]) -> None:
+    """Print a report; of its notes those that no report before had, which `said` keeps."""
     console, whole = out(), report.survival
     table = Table(str(report.folder), "", box=SIMPLE_HEAD)
     names = ", ".join(f"{name} (weight {weight:g})" for name, _, weight in report.adapters)
@@ -188,7 +196,9 @@ def _show(report: merging.MergeReport) -> None:
     if report.warning and report.drowned:
         console.print(_layers(report))
     for note in report.notes:
-        console.print(note)
+        if note not in said:
+            console.print(note)
+    said.update(report.notes)
 
 
 def _layers(report: merging.MergeReport) -> Table:

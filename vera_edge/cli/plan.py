@@ -12,6 +12,7 @@ from vera_edge.cli import show
 from vera_edge.files import canonical_json, check_output, write_atomic
 from vera_edge.precision import FORMATS, Request, parse_ratio, parse_size
 from vera_edge.precision.choice import Choice
+from vera_edge.trained_as import TrainedAs
 
 
 @click.command()
@@ -53,6 +54,7 @@ from vera_edge.precision.choice import Choice
 @show.more_adapters_option
 @show.weight_option
 @show.projection_dtype_option
+@show.trained_as_option
 @show.force_option
 @show.quiet_option
 @show.json_option
@@ -74,6 +76,7 @@ def plan(
     more: list[tuple[Path, float]],
     weight: float,
     projection_dtype: str | None,
+    trained_as: TrainedAs | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -102,7 +105,8 @@ def plan(
     from vera_edge.precision.choose import choose  # imports torch
 
     with show.progress_bar(quiet or as_json) as progress:
-        found = choose(base, [(adapter, weight), *more], request, file, projection_dtype, progress, keep)
+        facts = (base, [(adapter, weight), *more], request, file, projection_dtype)
+        found = choose(*facts, progress, keep, trained_as)
     write_atomic(file, canonical_json(found.plan.to_dict()))
     if as_json:
         show.print_json(found.to_dict())

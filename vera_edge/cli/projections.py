@@ -11,10 +11,20 @@ from rich.table import Table
 from vera_edge import adapter as adapters
 from vera_edge import alignment, projection
 from vera_edge.checkpoint import Checkpoint
-from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, projection_dtype_option
+from vera_edge.cli.show import (
+    FOLDER,
+    force_option,
+    json_option,
+    needs_base,
+    out,
+    print_json,
+    projection_dtype_option,
+    trained_as_option,
+)
 from vera_edge.files import check_output
-from vera_edge.provenance import Provenance, resolve
+from vera_edge.provenance import Provenance, resolve_for_command
 from vera_edge.provenance import verify as verify_saved
+from vera_edge.trained_as import TrainedAs
 
 
 @click.command()
@@ -23,6 +33,7 @@ from vera_edge.provenance import verify as verify_saved
 @click.option("--verify", is_flag=True, help="Fail when the saved projections aren't what the seed gives.")
 @click.option("--out", "target", type=FOLDER, help="Write vera_A and vera_B to this safetensors file.")
 @projection_dtype_option
+@trained_as_option
 @force_option
 @json_option
 def projections(
@@ -31,6 +42,7 @@ def projections(
     verify: bool,
     target: Path | None,
     projection_dtype: str | None,
+    trained_as: TrainedAs | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -39,9 +51,10 @@ def projections(
         raise click.UsageError("--verify and --out don't go together")
     if target is not None:
         check_output(target, force)
-    checkpoint = None if base is None else Checkpoint.open(base)
+    needs_base(base, trained_as)
+    checkpoint = None if base is None else Checkpoint.open(base, trained_as)
     read = adapters.read(adapter) if checkpoint is None else alignment.read(adapter, checkpoint)
-    found = (verify_saved if verify else resolve)(read, checkpoint, projection_dtype)
+    found = (verify_saved if verify else resolve_for_command)(read, checkpoint, projection_dtype)
     if target is not None:
         projection.write(found.projections, target)
     if as_json:

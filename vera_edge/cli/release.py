@@ -93,6 +93,8 @@ def make(
             lambda one: click.echo(_line(one), err=True),
             fresh=not resume,
         )
+    for note in dict.fromkeys(note for result in made.results for note in result.notes):
+        click.echo(f"note: {note}", err=True)
     if as_json:
         show.print_json(made.to_dict())
     else:

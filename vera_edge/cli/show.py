@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -26,6 +26,9 @@ from rich.text import Text
 
 from vera_edge import progress as progress_protocol
 
+if TYPE_CHECKING:
+    from vera_edge.trained_as import TrainedAs
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _WIDE = 1000  # columns
@@ -36,6 +39,24 @@ json_option: Callable[[F], F] = click.option(
 force_option: Callable[[F], F] = click.option("--force", is_flag=True, help="Replace an existing output.")
 projection_dtype_option: Callable[[F], F] = click.option(
     "--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16."
+)
+
+
+def _trained_as(ctx: click.Context, param: click.Parameter, value: str | None) -> TrainedAs | None:
+    if value is None:
+        return None
+    from vera_edge.trained_as import parse  # numpy comes with it
+
+    return parse(value)
+
+
+trained_as_option: Callable[[F], F] = click.option(
+    "--trained-as",
+    metavar="SPEC",
+    callback=_trained_as,
+    help="How a base in floats was loaded in training, when it was never saved so: nf4, fp4 (what "
+    "load_in_4bit=True alone is), int8, float, bf16, fp16, fp32; after nf4 and fp4, with commas: double, "
+    "compute=bf16, storage=bf16; after any, dtype=bf16 and skip=MODULE.",
 )
 method_option: Callable[[F], F] = click.option(
     "--method",
@@ -118,6 +139,12 @@ def refuse_beside_plan(*names: str) -> None:
         given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
         if parameter.name in names and given:
             raise click.UsageError(f"the plan decides {parameter.opts[0]}; leave it out beside --plan")
+
+
+def needs_base(base: Path | None, trained_as: object) -> None:
+    """Raise a usage error when --trained-as is given and the base that it speaks of isn't."""
+    if base is None and trained_as is not None:
+        raise click.UsageError("--trained-as says how the base was loaded; give the base with --base")
 
 
 class _Speed(TransferSpeedColumn):

@@ -19,6 +19,7 @@ from vera_edge.drift.verdict import judge
 from vera_edge.drift.windows import Text, Windows
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.progress import Progress, silent
+from vera_edge.trained_as import TrainedAs
 
 _CONTEXT_SHOWN = 24
 _TOOLS = ("vera-edge", "numpy", "onnxruntime", "tokenizers", "torch", "transformers", "peft", "bitsandbytes")
@@ -33,6 +34,7 @@ class Request:
     data: a text file or "built-in". exact: run a bitsandbytes checkpoint on exact values, not in its kernels.
     samples: how many prompts both models continue. by_layer: measure layer by layer too.
     text_only: refuse a model that gives embeddings or classes, before it is measured.
+    trained_as: how the reference's base was loaded in training.
     """
 
     reference: Path
@@ -47,6 +49,7 @@ class Request:
     samples: int = 0
     by_layer: bool = False
     text_only: bool = False
+    trained_as: TrainedAs | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def _gives_text(trained: Trained) -> bool:
 def _open(request: Request, progress: Progress) -> _Opened:
     text = windows.read_text(request.data)
     progress("opening the models", 0, 2)
-    trained = models.open_trained(request.reference, request.base, request.adapters, request.projection_dtype)
+    facts = (request.base, request.adapters, request.projection_dtype, request.trained_as)
+    trained = models.open_trained(request.reference, *facts)
     progress("opening the models", 1, 2)
     digests = [adapter.digest for adapter, _ in trained.adapters]
     candidate = models.open_candidate(request.candidate, request.exact, digests)

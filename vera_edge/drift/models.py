@@ -21,6 +21,7 @@ from vera_edge.drift.result import Artefact
 from vera_edge.errors import CheckpointError, DataError, MismatchError
 from vera_edge.formats import checks
 from vera_edge.projection import Projections
+from vera_edge.trained_as import TrainedAs
 
 if TYPE_CHECKING:
     from vera_edge.target import Runner
@@ -72,17 +73,21 @@ def open_trained(
     base: Path | None = None,
     adapter_paths: Sequence[tuple[Path, float]] = (),
     projection_dtype: str | None = None,
+    trained_as: TrainedAs | None = None,
 ) -> Trained:
     """The model as trained from an adapter folder, a base folder (with `adapter_paths`), or a branch export.
 
+    trained_as: how the base was loaded in training.
     Raises a VeraEdgeError of the part that is at fault.
     """
     if (path / bundle.MANIFEST).is_file():
+        if trained_as is not None:
+            raise MismatchError(f"{path} is an export, whose base is as it is; leave --trained-as out")
         return _trained_export(path)
     if (path / adapters.CONFIG_NAME).is_file():
         adapter_paths = [(path, 1.0), *adapter_paths]
     base = base_folder(path, base)
-    checkpoint = Checkpoint.open(base)
+    checkpoint = Checkpoint.open(base, trained_as)
     read = tuple((alignment.read(folder, checkpoint), weight) for folder, weight in adapter_paths)
     return _trained_checkpoint(checkpoint, read, projection_dtype)
 
@@ -105,7 +110,7 @@ def base_folder(path: Path, base: Path | None) -> Path:
 def _trained_checkpoint(
     checkpoint: Checkpoint, read: tuple[tuple[adapters.Adapter, float], ...], projection_dtype: str | None
 ) -> Trained:
-    found = [provenance.resolve(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
     if any(other.projections.digest != found[0].projections.digest for other in found[1:]):
         raise MismatchError("the adapters were trained on different projections, which one model can't hold")
     projections = found[0].projections if found else None
@@ -126,7 +131,7 @@ def _trained_checkpoint(
         base_artefact=_artefact(checkpoint.path, base_kind) if read else None,
         folder=checkpoint.path,
         context=_context(checkpoint),
-        notes=tuple(note for one in found for note in (*one.notes, f"projections: {one.how}")),
+        notes=tuple(dict.fromkeys(note for one in found for note in (*one.notes, f"projections: {one.how}"))),
         checkpoint=checkpoint,
         adapters=read,
         projections=projections,

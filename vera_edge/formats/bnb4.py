@@ -105,13 +105,18 @@ class Bnb4:
         modules = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
         return {module: self._stored(tensors, module) for module in modules}
 
-    def _stored(self, tensors: TensorFolder, module: str) -> StoredLinear:
-        state = _read_state(tensors, module, self.name)
-        weight, nested = f"{module}.weight", "nested_blocksize" in state
+    def _roles(self, module: str, nested: bool) -> dict[str, str]:
+        weight = f"{module}.weight"
         roles = {"weight": weight, "quant_map": f"{weight}.quant_map", "absmax": f"{weight}.absmax"}
         roles["quant_state"] = f"{module}{STATE}{self.name}"
         if nested:
             roles |= {role: f"{weight}.{role}" for role in ("nested_absmax", "nested_quant_map")}
+        return roles
+
+    def _stored(self, tensors: TensorFolder, module: str) -> StoredLinear:
+        state = _read_state(tensors, module, self.name)
+        weight, nested = f"{module}.weight", "nested_blocksize" in state
+        roles = self._roles(module, nested)
         for role, name in roles.items():
             if name not in tensors:
                 raise CheckpointError(f"{module} is {self.name} but its tensor {name} ({role}) is missing")
@@ -128,10 +133,17 @@ class Bnb4:
             "double_quant": nested,
             "storage": tensors[weight].dtype,
             "dtype": state["dtype"],
+            "nested_blocksize": state.get("nested_blocksize"),
         }
-        if nested:
-            params |= {key: state[key] for key in ("nested_blocksize", "nested_offset")}
-        return StoredLinear(module, out, inside, self.name, roles, params)
+        return self.stored(module, (out, inside), params)
+
+    def stored(self, module: str, shape: tuple[int, int], options: Mapping[str, Any]) -> StoredLinear:
+        """A linear of this shape (out, in) as it lies in a checkpoint under these options."""
+        roles = self._roles(module, options["double_quant"])
+        params = {key: options[key] for key in _DEFAULTS}
+        if params["double_quant"]:
+            params["nested_blocksize"] = options.get("nested_blocksize", NESTED_BLOCKSIZE)
+        return StoredLinear(module, *shape, self.name, roles, params)
 
     def load(self, tensors: TensorFolder, linear: StoredLinear) -> Bnb4Weight:
         roles, params = linear.tensors, linear.params
@@ -142,12 +154,13 @@ class Bnb4:
             )
         nested = None
         if params["double_quant"]:
+            state = _read_state(tensors, linear.module, self.name)
             nested = Nested(
                 tensors.read(roles["absmax"]).data,
                 tensors.float32(roles["nested_quant_map"]).reshape(-1),
                 tensors.float32(roles["nested_absmax"]).reshape(-1),
                 params["nested_blocksize"],
-                np.float32(params["nested_offset"]),
+                np.float32(state["nested_offset"]),
             )
         absmax = nested.absmax() if nested else tensors.float32(roles["absmax"]).reshape(-1)
         if not np.isfinite(absmax).all():

@@ -73,6 +73,11 @@ class Int8:
             )
         return StoredLinear(module, rows, columns, self.name, roles)
 
+    def stored(self, module: str, shape: tuple[int, int], options: Mapping[str, Any]) -> StoredLinear:
+        """A linear of this shape (out, in) as it lies in a checkpoint."""
+        roles = {role: f"{module}.{role}" for role in ("weight", "SCB", "weight_format")}
+        return StoredLinear(module, *shape, self.name, roles)
+
     def load(self, tensors: TensorFolder, linear: StoredLinear) -> Int8Weight:
         roles = linear.tensors
         if "weight_format" in roles and tensors.read(roles["weight_format"]).data.any():
@@ -97,15 +102,14 @@ class Int8:
         return {".weight": ("I8", shape), ".SCB": ("F32", (shape[0],)), ".weight_format": ("U8", ())}
 
     def quantize(self, weight: Float32, options: Mapping[str, Any]) -> Int8Weight:
-        codes = np.empty(weight.shape, np.int8)
-        scales = np.empty(weight.shape[0], np.float32)
-        for start, stop in row_chunks((weight.shape[0], weight.shape[1])):
-            part = weight[start:stop]
-            absmax = np.abs(part).max(axis=1)
-            factors = np.float32(127) / np.where(absmax == 0, np.float32(1), absmax)
-            scales[start:stop] = absmax
-            codes[start:stop] = np.rint(part * factors[:, None]).astype(np.int8)
-        return Int8Weight(codes, scales)
+        shape = (weight.shape[0], weight.shape[1])
+        rounded = self.rounder(shape, options)
+        for start, stop in row_chunks(shape):
+            rounded.add(weight[start:stop])
+        return rounded.weight()
+
+    def rounder(self, shape: tuple[int, int], options: Mapping[str, Any]) -> Int8Rounder:
+        return Int8Rounder(shape)
 
     def quantization_config(self, options: Mapping[str, Any]) -> dict[str, Any] | None:
         return {
@@ -115,3 +119,25 @@ class Int8:
             "llm_int8_threshold": 6.0,
             "llm_int8_has_fp16_weight": False,
         }
+
+
+class Int8Rounder:
+    """Rounds a weight piece by piece; see `formats.Rounder`."""
+
+    multiple = 1
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self._codes = np.empty(shape, np.int8)
+        self._scales = np.empty(shape[0], np.float32)
+        self._done = 0
+
+    def add(self, rows: Float32) -> None:
+        start, self._done = self._done, self._done + len(rows)
+        absmax = np.abs(rows).max(axis=1)
+        # torch divides a number by a tensor so: by the reciprocal, which halves may be rounded otherwise by.
+        factors = np.reciprocal(np.where(absmax == 0, np.float32(1), absmax)) * np.float32(127)
+        self._scales[start : self._done] = absmax
+        self._codes[start : self._done] = np.rint(rows * factors[:, None]).astype(np.int8)
+
+    def weight(self) -> Int8Weight:
+        return Int8Weight(self._codes, self._scales)

@@ -37,10 +37,10 @@ class Nested:
 def quantize_absmax(absmax: Float32) -> Nested:
     """Double-quantize absmax (blocks,).
 
-    The offset is the mean in float64, rounded: bitsandbytes' float32 mean depends on its threads, and
-    differs from this by a few units in the last place.
+    The offset is bitsandbytes' own on an x86-64 processor where one thread adds up, as torch has it for fewer
+    than 32768 blocks; more threads, a GPU, or another processor differ by a few units in the last place.
     """
-    offset = np.float32(absmax.mean(dtype=np.float64))
+    offset = torch_sum(absmax) / np.float32(absmax.size)
     values = absmax - offset
     blocks = np.zeros((-(-values.size // BLOCKSIZE), BLOCKSIZE), np.float32)
     blocks.reshape(-1)[: values.size] = values
@@ -51,6 +51,41 @@ def quantize_absmax(absmax: Float32) -> Nested:
     steps = ((scaled + np.float32(1)) * np.float32(0.5)) * _STEPS + np.float32(0.5)
     codes = np.where(scales[:, None] == 0, np.uint8(0), _code_of_step()[steps.astype(np.intp)])
     return Nested(codes.reshape(-1)[: values.size].copy(), code_book(), scales, BLOCKSIZE, offset)
+
+
+_LANES, _AT_ONCE, _LEVELS = 8, 4, 4  # floats in a vector, vectors added up side by side, levels of sums
+
+
+def torch_sum(values: Float32) -> np.float32:
+    """The sum of values (n,) in the order in which torch adds floats on one thread (`cascade_sum`).
+
+    Source: torch's aten/src/ATen/native/cpu/SumKernel.cpp.
+    """
+    width = _LANES if values.size >= _LANES else 1
+    vectors = values[: values.size // width * width].reshape(-1, width)
+    whole = len(vectors) // _AT_ONCE
+    rows = vectors[: whole * _AT_ONCE].reshape(whole, _AT_ONCE * width)
+    power = max(4, max(0, whole - 1).bit_length() // _LEVELS)
+    sums = np.zeros((_LEVELS, _AT_ONCE * width), np.float32)
+    for start in range(0, whole, 1 << power):
+        # Along this axis numpy adds row after row.
+        sums[0] = np.add.reduce(rows[start : start + (1 << power)], axis=0)
+        done = start + (1 << power)
+        if done > whole:
+            break
+        for level in range(1, _LEVELS):
+            sums[level] += sums[level - 1]
+            sums[level - 1] = 0
+            if done & (((1 << power) - 1) << (level * power)):
+                break
+    side_by_side = np.add.reduce(sums, axis=0).reshape(_AT_ONCE, width)
+    for vector in vectors[whole * _AT_ONCE :]:
+        side_by_side[0] += vector
+    lanes = np.add.reduce(side_by_side, axis=0)
+    total = np.float32(0)
+    for value in (*values[len(vectors) * width :], *lanes):
+        total += value
+    return total
 
 
 @cache

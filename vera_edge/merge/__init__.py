@@ -28,6 +28,7 @@ from vera_edge.plan import SAME, Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
+from vera_edge.trained_as import TrainedAs
 
 __all__ = [
     "ONE_PROCESS",
@@ -75,21 +76,23 @@ def prepare(
     options: Mapping[str, Any] | None = None,
     projection_dtype: str | None = None,
     made: Plan | None = None,
+    trained_as: TrainedAs | None = None,
 ) -> Prepared:
     """Read base and adapters (folders, each with its weight) and plan their merge; reads no weight.
 
     to: a weight format's name or "same". options: of that format. projection_dtype: see `provenance.resolve`.
     made: a plan for these inputs, instead of making one; then `to` and `options` aren't looked at.
+    trained_as: how the base in a folder was loaded in training.
     Raises a VeraEdgeError in one sentence when an input or the request is at fault.
     """
     if not adapters:
         raise PlanError("give at least one adapter to merge")
     if to != SAME and to not in FORMATS:
         raise PlanError(f"no weight format is called {to!r}; choose {SAME} or one of {', '.join(FORMATS)}")
-    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
+    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base, trained_as)
     read = tuple((alignment.read(path, checkpoint), weight) for path, weight in adapters)
     plans.check_together(read)
-    found = [provenance.resolve(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
     projections = plans.check_projections(read, [one.projections for one in found])
     if made is not None:
         check_plan(made, checkpoint, read, projections)
@@ -105,13 +108,14 @@ def prepare_each(
     to: str = SAME,
     options: Mapping[str, Any] | None = None,
     projection_dtype: str | None = None,
+    trained_as: TrainedAs | None = None,
 ) -> dict[str, Prepared]:
     """`prepare` for each of many adapters alone, by the name of its folder; they needn't have anything in
     common but the base.
 
     Raises as that does, and PlanError when two folders have one name.
     """
-    checkpoint, ready = Checkpoint.open(base), dict[str, Prepared]()
+    checkpoint, ready = Checkpoint.open(base, trained_as), dict[str, Prepared]()
     shared: dict[str, Projections] = {}  # adapters of one seed hold one pair
     for path in adapters:
         name = path.resolve().name
@@ -152,8 +156,9 @@ def to_folder(
     force: bool = False,
     progress: Progress = silent,
     resources: Resources = ONE_PROCESS,
+    trained_as: TrainedAs | None = None,
 ) -> MergeReport:
     """`prepare` and `perform`: merge adapters into a base and write the model to `out`."""
     check_output(out, force, (base, *(path for path, _ in adapters)))
-    ready = prepare(base, adapters, to, options, projection_dtype)
+    ready = prepare(base, adapters, to, options, projection_dtype, trained_as=trained_as)
     return perform(ready, out, progress, force, resources=resources)

@@ -11,6 +11,7 @@ from vera_edge.errors import PlanError
 from vera_edge.formats import checks
 from vera_edge.merge.tying import scales_by_tying
 from vera_edge.plan import DENSE, Plan, Step
+from vera_edge.trained_as.config import with_dtype, without_local_code
 
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Output heads that transformers leaves unquantized by itself; their tensor is absent when they're tied.
@@ -26,14 +27,11 @@ def merged_config(plan: Plan, checkpoint: Checkpoint, untied: bool) -> dict[str,
     quantization, same = _quantization_config(plan, checkpoint)
     config = checks.with_quantization(given, quantization) if same else checks.without_quantization(given)
     if plan.others in _TORCH_NAMES:
-        config = _with_dtype(config, _TORCH_NAMES[plan.others])
+        config = with_dtype(config, _TORCH_NAMES[plan.others])
         config.setdefault("dtype", _TORCH_NAMES[plan.others])
     if untied and not scales_by_tying(config):
         config = _untied(config) | {"tie_word_embeddings": False}
-    # Code is never copied, so the names of classes in it would lead nowhere.
-    local = {key: value for key, value in _mapping(config.get("auto_map")).items() if "--" not in str(value)}
-    if local:
-        config.pop("auto_map")
+    config = without_local_code(config)
     if quantization and not same:
         config["quantization_config"] = quantization
     return config
@@ -45,17 +43,6 @@ def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         changed[key] = _untied(value) if isinstance(value, Mapping) else value
     return changed | ({"tie_word_embeddings": False} if "tie_word_embeddings" in changed else {})
-
-
-def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """`config` with every dtype it names, those of nested models included, set."""
-    changed: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("dtype", "torch_dtype") and isinstance(value, str):
-            changed[key] = dtype
-        else:
-            changed[key] = _with_dtype(value, dtype) if isinstance(value, Mapping) else value
-    return changed
 
 
 def _quantization_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, Any], bool]:

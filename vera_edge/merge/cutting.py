@@ -12,7 +12,7 @@ from vera_edge.merge.units import Cast, Copy, Linear, Place, Unit
 from vera_edge.plan import SAME, Plan
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
-from vera_edge.tensors import FLOATS, RawTensor, TensorInfo
+from vera_edge.tensors import FLOATS, RawTensor
 
 
 def cut(
@@ -33,8 +33,8 @@ def cut(
     others = [name for name in checkpoint.other_names if name not in replaced]
     units = [_of_step(Linear(checkpoint, step, adapters, projections, requantized)) for step in steps]
     units += [_of_tensor(checkpoint, name, target) for name in others]
-    files = {file: number for number, file in enumerate(checkpoint.tensors.files)}
-    units.sort(key=lambda unit: min((files[info.file], info.start) for info in _infos(checkpoint, unit)))
+    place = {name: number for number, name in enumerate(checkpoint.tensors)}
+    units.sort(key=lambda unit: min(place[name] for name in unit.names))
     for name, tensor in sorted(replaced.items()):
         own = checkpoint.tensors[name].dtype if name in checkpoint.tensors else tensor.dtype
         units.append(Place(name, tensor, (target or own) if tensor.dtype in FLOATS else own))
@@ -67,10 +67,6 @@ def replacements(adapters: Sequence[tuple[Adapter, float]]) -> dict[str, RawTens
         found |= {name: saved for name, saved in adapter.modules_to_save.items() if name not in frozen}
         found |= {f"{module}.bias": RawTensor.of(bias) for module, bias in adapter.biases.items()}
     return found
-
-
-def _infos(checkpoint: Checkpoint, unit: Unit) -> list[TensorInfo]:
-    return [checkpoint.tensors[name] for name in unit.names]
 
 
 def _untie(

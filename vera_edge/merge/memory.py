@@ -37,8 +37,11 @@ ONE_PROCESS = Resources(Engine())
 
 def unit_peak(job: Job, unit: Unit) -> int:
     """Bytes a unit takes at its peak: what it reads, what it gives, and pieces."""
+    making = job.checkpoint.making(unit.names)
     if not isinstance(unit, Linear):
-        return _PIECES + sum(tensor.data.nbytes for tensor in [getattr(unit, "tensor", None)] if tensor)
+        return (
+            making + _PIECES + sum(tensor.data.nbytes for tensor in [getattr(unit, "tensor", None)] if tensor)
+        )
     stored = sum(job.checkpoint.tensors[name].nbytes for name in unit.names)
     result = sum(nbytes(*entry) for entry in unit.layout.values())
     step, values = unit.step, math.prod(unit.step.shape)
@@ -52,7 +55,7 @@ def unit_peak(job: Job, unit: Unit) -> int:
         taken += 4 * values
         if hasattr(formats.get(step.result), "pack"):
             taken += 6 * values  # AWQ, the hungriest: codes, in the order it packs them, and what they mean
-    return taken + _PIECES
+    return making + taken + _PIECES
 
 
 def process_size(job: Job) -> int:

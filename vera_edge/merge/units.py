@@ -201,8 +201,9 @@ class _Chosen:
 def _numbers(tensors: TensorFolder, name: str) -> Iterator[Bytes]:
     """A tensor's bytes, piece by piece. Raises CheckpointError at a NaN; a mask may hold infinities."""
     info = tensors[name]
+    packed = f"{name}.absmax" in tensors  # bitsandbytes' 4 bits, which may lie under a float dtype
     for piece in tensors.pieces(name):
-        if info.dtype in FLOATS:
+        if info.dtype in FLOATS and not packed:
             values = piece.view(DTYPES[info.dtype][1])
             # A bfloat16 is the upper half of a float32, and NaN where its exponent is full and more.
             damaged = (values & 0x7FFF) > 0x7F80 if info.dtype == "BF16" else np.isnan(values)

@@ -26,6 +26,7 @@ from vera_edge.requantize import Codes
 from vera_edge.requantize.gram import one_blas_thread
 from vera_edge.shards import Shards, nbytes
 from vera_edge.tensors import Bytes, RawTensor, WitnessedFolder
+from vera_edge.trained_as import TrainedAs
 
 _AHEAD = 1 << 28  # bytes of one tensor to fetch ahead; a longer one is read in order, which the system sees
 
@@ -77,7 +78,8 @@ class Job:
         return [sum(nbytes(*entry) for entry in unit.layout.values()) for unit in self.units]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        opened = (self.run, self.key, self.plan.to_dict(), self.checkpoint.path.absolute())
+        base = (self.checkpoint.path.absolute(), self.checkpoint.trained_as)
+        opened = (self.run, self.key, self.plan.to_dict(), base)
         facts = (self.adapters, self.projections, self.requantized, self.folder, self.max_shard_bytes)
         return _reopen, (*opened, facts)
 
@@ -86,11 +88,17 @@ _reopened: dict[str, Job] = {}  # in a worker: the jobs it works on
 _HELD = 64
 
 
-def _reopen(run: str, key: str, plan: Mapping[str, Any], base: Path, facts: tuple[Any, ...]) -> Job:
+def _reopen(
+    run: str,
+    key: str,
+    plan: Mapping[str, Any],
+    base: tuple[Path, TrainedAs | None],
+    facts: tuple[Any, ...],
+) -> Job:
     if run not in _reopened:
         while len(_reopened) >= _HELD:
             _reopened.pop(next(iter(_reopened)))
-        _reopened[run] = Job(key, Plan.from_dict(plan), Checkpoint.open(base), *facts)
+        _reopened[run] = Job(key, Plan.from_dict(plan), Checkpoint.open(*base), *facts)
     return _reopened[run]
 
 

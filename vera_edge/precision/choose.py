@@ -28,6 +28,7 @@ from vera_edge.precision.trial import Trials
 from vera_edge.precision.units import Sensitivities, bytes_of, heads_of
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import CodesFolder
+from vera_edge.trained_as import TrainedAs
 
 
 def choose(
@@ -38,17 +39,18 @@ def choose(
     projection_dtype: str | None = None,
     progress: Progress = silent,
     keep: Path | None = None,
+    trained_as: TrainedAs | None = None,
 ) -> Choice:
     """The plan that loses least within `request.max_size`, or the smallest within `request.max_kl`.
 
     base, adapters: folders, each adapter with its weight. beside: a path in whose folder scratch files may
     lie (thrice as large as the float model). keep: a folder for the export of the plan, as it was measured;
-    one that is there is replaced. Raises PlanError when no plan keeps the limit, other VeraEdgeErrors when an
-    input is at fault.
+    one that is there is replaced. trained_as: how the base was loaded in training.
+    Raises PlanError when no plan keeps the limit, other VeraEdgeErrors when an input is at fault.
     """
     request.check()
     targets.find(request.target)
-    merged = merge.prepare(base, adapters, SAME, None, projection_dtype)
+    merged = merge.prepare(base, adapters, SAME, None, projection_dtype, trained_as=trained_as)
     if models.auto_class_of(merged.checkpoint) != models.TEXT:
         raise PlanError(
             f"{base} gives no text, and a plan is made by what a model says; choose --weights and measure "

@@ -52,9 +52,17 @@ def _plan(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Plan | 
         from vera_edge.precision.choose import choose  # imports torch
 
         adapters = [(job.recipe.path(job.adapter.path), 1.0)]
-        base = job.recipe.path(job.recipe.base(job.adapter.base).path)
+        base = job.recipe.base(job.adapter.base)
         request = variant.request(job.recipe.text(variant.calibration))
-        found = choose(base, adapters, request, stage, job.adapter.projection_dtype, progress)
+        found = choose(
+            job.recipe.path(base.path),
+            adapters,
+            request,
+            stage,
+            job.adapter.projection_dtype,
+            progress,
+            trained_as=base.spec,
+        )
         write_atomic(stage / _PLAN_FILE, canonical_json(found.plan.to_dict()))
 
     folder, _ = store.build(inputs.facts | {"stage": "plan"}, make)
@@ -62,9 +70,9 @@ def _plan(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Plan | 
 
 
 def _export(job: Job, stage: Path, progress: Progress, made: Plan | None) -> None:
-    variant = job.variant
+    variant, base = job.variant, job.recipe.base(job.adapter.base)
     target.export(
-        base=job.recipe.path(job.recipe.base(job.adapter.base).path),
+        base=job.recipe.path(base.path),
         adapter_paths=[(job.recipe.path(job.adapter.path), 1.0)],
         out=stage,
         target=variant.target,
@@ -75,6 +83,7 @@ def _export(job: Job, stage: Path, progress: Progress, made: Plan | None) -> Non
         progress=progress,
         rounding=Rounding(variant.method, job.recipe.text(variant.calibration), any_adapter=True),
         made=made,
+        trained_as=base.spec,
     )
     manifest = bundle.read(stage)
     # A merged adapter is listed by its folder's name, which may be another one elsewhere.

@@ -92,6 +92,8 @@ def _statements(job: Job, parts: Parts) -> dict[str, bytes]:
         "variant": inputs.facts["variant"],
         "projections": inputs.facts["projections"],
     }
+    if "trained_as" in inputs.facts:
+        parameters["trained_as"] = inputs.facts["trained_as"]
     made_with = tools()
     return {
         f"{EVIDENCE}/{RECIPE}": canonical_json(own_recipe(job)),

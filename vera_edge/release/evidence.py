@@ -92,6 +92,7 @@ def measure(asked: Question, store: Store, folder: Path, progress: Progress) -> 
             projection_dtype=adapter.projection_dtype,
             tokens=entry.tokens,
             window=entry.window,
+            trained_as=recipe.base(adapter.base).spec,
         )
         with _one_thread():
             report = limits.hold(assess.assess(request, progress), asked.bounds)
@@ -112,10 +113,16 @@ def golden(asked: Question, store: Store, folder: Path, progress: Progress) -> P
         copy = stage / "bundle"
         for name in [*bundle.read(folder).files, bundle.MANIFEST]:
             link(folder / name, copy / name)
-        base, adapters = recipe.path(recipe.base(adapter.base).path), [(recipe.path(adapter.path), 1.0)]
-        dtype = adapter.projection_dtype
+        base, trained = recipe.base(adapter.base), [(recipe.path(adapter.path), 1.0)]
         with _one_thread():
-            golden_vectors.ask(copy, base, adapters, projection_dtype=dtype, progress=progress)
+            golden_vectors.ask(
+                copy,
+                recipe.path(base.path),
+                trained,
+                projection_dtype=adapter.projection_dtype,
+                progress=progress,
+                trained_as=base.spec,
+            )
         (copy / GOLDEN).rename(stage / GOLDEN)
         shutil.rmtree(copy)
 

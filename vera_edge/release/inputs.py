@@ -42,20 +42,25 @@ def tools() -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The adapter as read, its projections' spec, and the facts that determine the export, as JSON."""
+    """The adapter as read, its projections' spec, and the facts that determine the export, as JSON.
+
+    notes: sentences for a person to read.
+    """
 
     adapter: Adapter
     spec: ProjectionSpec
     base_digest: str
     facts: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def read(job: Job, store: Store) -> Inputs:
     """What a job is made from. Raises a VeraEdgeError when something of it can't be read or doesn't fit."""
-    base_path = job.recipe.path(job.recipe.base(job.adapter.base).path)
-    checkpoint = Checkpoint.open(base_path)
+    base = job.recipe.base(job.adapter.base)
+    base_path = job.recipe.path(base.path)
+    checkpoint = Checkpoint.open(base_path, base.spec)
     adapter = alignment.read(job.recipe.path(job.adapter.path), checkpoint)
-    found = provenance.resolve(adapter, checkpoint, job.adapter.projection_dtype)
+    found = provenance.resolve_for_command(adapter, checkpoint, job.adapter.projection_dtype)
     base_digest = store.folder_digest(base_path)
     facts = {
         "calibration": windows.read_text(job.recipe.text(job.variant.calibration)).sha256,
@@ -65,9 +70,11 @@ def read(job: Job, store: Store) -> Inputs:
         "variant": job.variant.model_dump(exclude=_NOT_BYTES, exclude_none=True),
         "tools": dict(tools()),
     }
+    if base.spec is not None:
+        facts["trained_as"] = str(base.spec)
     if job.variant.plan is not None:
         facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
-    return Inputs(adapter, found.spec, base_digest, facts)
+    return Inputs(adapter, found.spec, base_digest, facts, found.notes)
 
 
 def check(job: Job, digests: Mapping[str, str]) -> None:

@@ -20,6 +20,7 @@ from vera_edge.projection import Rounding
 from vera_edge.release.names import Id, Line, Table
 from vera_edge.release.variant import Variant
 from vera_edge.signing import Signer, Trust
+from vera_edge.trained_as import TrainedAs, parse
 
 
 class Release(Table):
@@ -31,11 +32,29 @@ class Release(Table):
 
 
 class Base(Table):
-    """[[base]]: a quantized model's Hugging Face folder; `licence` is an SPDX expression, for the SBOM."""
+    """[[base]]: a model's Hugging Face folder; `licence` is an SPDX expression, for the SBOM.
+
+    trained_as: how it was loaded when the adapters were trained, in the words of `--trained-as`; for a folder
+    of floats.
+    """
 
     id: Id
     path: Line
     licence: Line | None = None
+    trained_as: Line | None = None
+
+    @model_validator(mode="after")
+    def _loadable(self) -> Base:
+        try:
+            _ = self.spec
+        except PlanError as cause:
+            raise ValueError(f"has a trained_as that can't be read: {cause}") from None
+        return self
+
+    @property
+    def spec(self) -> TrainedAs | None:
+        """What `trained_as` says."""
+        return None if self.trained_as is None else parse(self.trained_as)
 
 
 class AdapterEntry(Table):

@@ -46,7 +46,7 @@ class Result:
 
     state: "built", "unchanged", "stopped" (a gate was not passed) or "failed" (an input is at fault).
     size: bytes of the bundle; kl: mean KL from the reference, nats; retained: share of the effect kept.
-    seconds: what this run spent on each stage.
+    seconds: what this run spent on each stage. notes: sentences of this run for a person to read.
     """
 
     name: str
@@ -57,10 +57,11 @@ class Result:
     kl: float | None = None
     retained: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a JSON object, without what isn't known or is of this run only."""
-        facts = {key: value for key, value in vars(self).items() if key != "seconds"}
+        facts = {key: value for key, value in vars(self).items() if key not in ("seconds", "notes")}
         return {key: value for key, value in facts.items() if value not in (None, "")}
 
 
@@ -76,7 +77,7 @@ def run(job: Job, progress: Progress = silent) -> Result:
         result = Result(
             job.name, "failed", f"{name} can't be used: {cause.strerror or cause}; mend that first"
         )
-    return replace(result, seconds=work.seconds)
+    return replace(result, seconds=work.seconds, notes=work.notes)
 
 
 class _Work:
@@ -85,11 +86,13 @@ class _Work:
         self.store = Store(job.store, job.fresh)
         self.target = job.out / job.name
         self.seconds: dict[str, float] = {}
+        self.notes: tuple[str, ...] = ()
 
     def run(self) -> Result:
         job, store, progress = self.job, self.store, self.progress
         with self._timed("reading"):
             inputs = inputs_of.read(job, store)
+            self.notes = inputs.notes
             asked = evidence.question(job, inputs)
             key = key_of({"inputs": inputs.facts, "evidence": asked.key, "recipe": own_recipe(job)})
             if (found := self._published(key, asked)) is not None:
