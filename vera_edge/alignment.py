@@ -30,15 +30,19 @@ def align(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
     if all(module in checkpoint.linears for module in modules):
         return adapter
     found = match(modules, checkpoint.linears) or _as_transformers_renames(modules, checkpoint)
-    if found is None:
-        return adapter
-    rename = _renamer(found, checkpoint)
+    return (
+        adapter if found is None else replace(renamed(adapter, found, checkpoint.tensors), as_trained=adapter)
+    )
+
+
+def renamed(adapter: Adapter, found: Mapping[str, str], tensors: Collection[str]) -> Adapter:
+    """`adapter` with other names: those of its layers are `found`, its other tensors' are among `tensors`."""
+    rename = _renamer(found, tensors)
     return replace(
         adapter,
         vectors={found[module]: vectors for module, vectors in adapter.vectors.items()},
         biases={rename(module): bias for module, bias in adapter.biases.items()},
         modules_to_save={rename(name): tensor for name, tensor in adapter.modules_to_save.items()},
-        as_trained=adapter,
     )
 
 
@@ -134,7 +138,7 @@ def _is_model_class(found: Any, base: Any) -> bool:
     return inspect.isclass(found) and issubclass(found, base)
 
 
-def _renamer(found: Mapping[str, str], checkpoint: Checkpoint) -> Callable[[str], str]:
+def _renamer(found: Mapping[str, str], tensors: Collection[str]) -> Callable[[str], str]:
     """Renames modules and tensors that aren't adapted themselves, by the stack or module they belong to."""
     prefixes = {}
     for old, new in found.items():
@@ -145,14 +149,38 @@ def _renamer(found: Mapping[str, str], checkpoint: Checkpoint) -> Callable[[str]
     def rename(name: str) -> str:
         if name in found:
             return found[name]
-        if name in checkpoint.tensors:
+        if name in tensors:
             return name
         for old, new in sorted(prefixes.items(), key=lambda pair: -len(pair[0])):
             if not old or name.startswith(f"{old}."):
                 rest = name[len(old) :].lstrip(".")
                 changed = f"{new}.{rest}" if new else rest
-                if changed in checkpoint.tensors or f"{changed}.bias" in checkpoint.tensors:
+                if changed in tensors or f"{changed}.bias" in tensors:
                     return changed
         return name
 
     return rename
+
+
+def names_in(model: Any, modules: Collection[str]) -> dict[str, str] | None:
+    """What a model of transformers' calls `modules`, which a checkpoint or PEFT may name with another prefix;
+    None when it has none like them.
+    """
+    known = {name for name, module in model.named_modules() if hasattr(module, "weight")}
+    return {name: name for name in modules} if known.issuperset(modules) else match(modules, known)
+
+
+def as_loaded(adapter: Adapter, model: Any, speaks: bool) -> Adapter:
+    """`adapter` by the names that the loaded model has, which is another class than PEFT wrapped where an
+    embedding model was trained under a head for words.
+
+    speaks: the model generates text; PEFT's classes for other tasks ask for methods that it may not have.
+    """
+    trained = adapter.as_trained or adapter
+    config = dict(trained.config) if speaks else {**trained.config, "task_type": None}
+    found = names_in(model, trained.vectors)
+    if found is not None and found.keys() != set(found.values()):
+        trained = renamed(trained, found, dict(model.named_parameters(remove_duplicate=False)))
+        config |= {"target_modules": sorted(found.values()), "layers_to_transform": None}
+        config["layers_pattern"] = None
+    return replace(trained, config=config)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vera_edge import adapter as adapters
+from vera_edge import alignment, trained_base
 from vera_edge.adapter import Adapter, Vectors
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, MismatchError
@@ -98,6 +101,22 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return asdict(self)
+
+
+def inspect_folder(
+    adapter: Path, base: Path | None = None, projection_dtype: str | None = None
+) -> Inspection:
+    """`inspect` for a PEFT folder and a base's folder. Raises as reading them does."""
+    if base is None:
+        return inspect(adapters.read(adapter), None, projection_dtype)
+    try:
+        checkpoint, ((read, _),) = trained_base.read(base, [(adapter, 1.0)])
+    except MismatchError as cause:
+        plain = Checkpoint.open(base)
+        found = inspect(alignment.read(adapter, plain), plain, projection_dtype)
+        return found if found.misfit else replace(found, fits=False, misfit=str(cause))
+    found = inspect(read, checkpoint, projection_dtype)
+    return replace(found, notes=(*found.notes, *checkpoint.notes))
 
 
 def inspect(

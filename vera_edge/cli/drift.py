@@ -54,6 +54,7 @@ def _interval(estimate: Estimate) -> str:
     help="An adapter of the reference, and what scales its delta, when REFERENCE is a base; repeat for more.",
 )
 @show.projection_dtype_option
+@show.tokenizer_option
 @click.option("--tokens", default=8192, show_default=True, help="About how many tokens to measure on.")
 @click.option("--window", default=256, show_default=True, help="Tokens a window.")
 @click.option("--exact", is_flag=True, help="Run a bitsandbytes artefact on exact values, not its kernels.")
@@ -81,6 +82,7 @@ def drift(
     base: Path | None,
     adapters: list[tuple[Path, float]],
     projection_dtype: str | None,
+    tokenizer: Path | None,
     tokens: int,
     window: int,
     exact: bool,
@@ -118,6 +120,7 @@ def drift(
         base=base,
         adapters=tuple(adapters),
         projection_dtype=projection_dtype,
+        tokenizer=tokenizer,
         tokens=tokens,
         window=window,
         exact=exact,

@@ -23,6 +23,7 @@ from vera_edge.cli.show import (
     quiet_option,
     recover_option,
     refuse_beside_plan,
+    tokenizer_option,
     weight_option,
 )
 from vera_edge.weight_rounding import Rounding
@@ -89,6 +90,7 @@ STORED = ("fp32", "fp16", "int8", "int4")
     help="Branch: the dtype of the graph's vectors and of every .onnx_adapter for it.  [default: fp32]",
 )
 @projection_dtype_option
+@tokenizer_option
 @plan_option
 @method_option
 @calibration_option
@@ -115,6 +117,7 @@ def export(
     origin: str | None,
     vectors: str | None,
     projection_dtype: str | None,
+    tokenizer: Path | None,
     plan_file: Path | None,
     method: str | None,
     calibration: str,
@@ -151,6 +154,7 @@ def export(
             progress=progress,
             rounding=Rounding(method, calibration, recover=recover),
             made=made,
+            tokenizer=tokenizer,
         )
     if as_json:
         print_json(result.to_dict())

@@ -8,13 +8,9 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vera_edge import adapter as adapters
-from vera_edge import alignment
-from vera_edge.checkpoint import Checkpoint
 from vera_edge.cli.show import FOLDER, json_option, out, print_json, projection_dtype_option
 from vera_edge.errors import MismatchError
-from vera_edge.inspection import Cost, Inspection, Kind
-from vera_edge.inspection import inspect as inspect_adapter
+from vera_edge.inspection import Cost, Inspection, Kind, inspect_folder
 
 
 @click.command()
@@ -24,9 +20,7 @@ from vera_edge.inspection import inspect as inspect_adapter
 @json_option
 def inspect(adapter: Path, base: Path | None, projection_dtype: str | None, as_json: bool) -> None:
     """Say what ADAPTER is, whether it fits a base, and what it costs on the device."""
-    checkpoint = None if base is None else Checkpoint.open(base)
-    read = adapters.read(adapter) if checkpoint is None else alignment.read(adapter, checkpoint)
-    result = inspect_adapter(read, checkpoint, projection_dtype)
+    result = inspect_folder(adapter, base, projection_dtype)
     if as_json:
         print_json(result.to_dict())
     else:

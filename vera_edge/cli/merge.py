@@ -26,6 +26,7 @@ from vera_edge.cli.show import (
     projection_dtype_option,
     quiet_option,
     refuse_beside_plan,
+    tokenizer_option,
     weight_option,
 )
 from vera_edge.engine import Engine
@@ -60,6 +61,7 @@ _SHOWN = 5
 @more_adapters_option
 @weight_option
 @projection_dtype_option
+@tokenizer_option
 @click.option("--dry-run", is_flag=True, help="Show the plan, its bytes and about its time; write nothing.")
 @click.option("--workers", type=int, help="Layers at once, each in a thread; by default as many as cores.")
 @click.option("--max-memory", metavar="SIZE", help="What the merge may take, like 2GB or 2GiB; see the docs.")
@@ -84,6 +86,7 @@ def merge(
     more: list[tuple[Path, float]],
     weight: float,
     projection_dtype: str | None,
+    tokenizer: Path | None,
     dry_run: bool,
     workers: int | None,
     max_memory: str | None,
@@ -106,11 +109,11 @@ def merge(
     options = {block_option(to): block_size} if block_size is not None else {}
     options |= {"double_quant": True} if double_quant else {}
     if each:
-        found = merging.prepare_each(base, adapters, weight, to, options, projection_dtype)
+        found = merging.prepare_each(base, adapters, weight, to, options, projection_dtype, tokenizer)
         ready = {folder / name: one for name, one in found.items()}
     else:
         pairs = [(adapters[0], weight), *more]
-        ready = {folder: merging.prepare(base, pairs, to, options, projection_dtype, made)}
+        ready = {folder: merging.prepare(base, pairs, to, options, projection_dtype, made, tokenizer)}
     if dry_run:
         _show_plans(ready, each, as_json)
         return

@@ -9,8 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vera_edge import adapter as adapters
-from vera_edge import alignment, projection
-from vera_edge.checkpoint import Checkpoint
+from vera_edge import projection, trained_base
 from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, projection_dtype_option
 from vera_edge.files import check_output
 from vera_edge.provenance import Provenance, resolve
@@ -39,8 +38,11 @@ def projections(
         raise click.UsageError("--verify and --out don't go together")
     if target is not None:
         check_output(target, force)
-    checkpoint = None if base is None else Checkpoint.open(base)
-    read = adapters.read(adapter) if checkpoint is None else alignment.read(adapter, checkpoint)
+    checkpoint = None
+    if base is None:
+        read = adapters.read(adapter)
+    else:
+        checkpoint, ((read, _),) = trained_base.read(base, [(adapter, 1.0)])
     found = (verify_saved if verify else resolve)(read, checkpoint, projection_dtype)
     if target is not None:
         projection.write(found.projections, target)

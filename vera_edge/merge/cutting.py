@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from vera_edge import tasks
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.formats import dense
@@ -37,10 +38,12 @@ def cut(
     files = {file: number for number, file in enumerate(checkpoint.tensors.files)}
     units.sort(key=lambda unit: min((files[info.file], info.start) for info in _infos(checkpoint, unit)))
     for name, tensor in sorted(replaced.items()):
-        own = checkpoint.tensors[name].dtype if name in checkpoint.tensors else tensor.dtype
+        own = checkpoint.stored[name].dtype if name in checkpoint.stored else tensor.dtype
+        own = own if own in FLOATS else tensor.dtype  # a quantized weight's bytes
         units.append(Place(name, tensor, (target or own) if tensor.dtype in FLOATS else own))
     untied = _untie(checkpoint, replaced, target)
-    return units + untied, bool(untied) or (_HEAD in replaced and _HEAD not in checkpoint.tensors)
+    alone = _HEAD in replaced and _HEAD not in checkpoint.stored
+    return units + untied, bool(untied) or alone
 
 
 def _of_step(unit: Linear) -> Unit:
@@ -83,6 +86,8 @@ def _untie(checkpoint: Checkpoint, replaced: Mapping[str, RawTensor], target: st
         Cast(checkpoint, name, target or checkpoint.tensors[name].dtype, _HEAD)
         for name in replaced
         if name in checkpoint.tensors
+        and name
+        not in checkpoint.placed  # a resized one, which PEFT saves with its head where that is another
         and dense.is_embedding(name.removesuffix(".weight"))
         and checkpoint.tensors[name].shape[0] == vocabulary
     ]
@@ -90,6 +95,5 @@ def _untie(checkpoint: Checkpoint, replaced: Mapping[str, RawTensor], target: st
 
 def tied(checkpoint: Checkpoint) -> bool:
     """Whether the output head takes its weight from the embedding."""
-    architectures = checkpoint.config.get("architectures") or [""]
-    has_head = str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    has_head = tasks.is_decoder(tasks.architecture(checkpoint.config))
     return has_head and checkpoint.config.get("tie_word_embeddings", True) is not False

@@ -20,6 +20,7 @@ from vera_edge.files import canonical_json, output_error, sha256_bytes
 from vera_edge.merge.cutting import cut
 from vera_edge.merge.journal import Done
 from vera_edge.merge.units import Unit
+from vera_edge.overlay import Overlay
 from vera_edge.plan import Plan
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
@@ -77,7 +78,8 @@ class Job:
         return [sum(nbytes(*entry) for entry in unit.layout.values()) for unit in self.units]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        opened = (self.run, self.key, self.plan.to_dict(), self.checkpoint.path.absolute())
+        base = self.checkpoint.path.absolute(), self.checkpoint.overlay
+        opened = (self.run, self.key, self.plan.to_dict(), base)
         facts = (self.adapters, self.projections, self.requantized, self.folder, self.max_shard_bytes)
         return _reopen, (*opened, facts)
 
@@ -86,11 +88,16 @@ _reopened: dict[str, Job] = {}  # in a worker: the jobs it works on
 _HELD = 64
 
 
-def _reopen(run: str, key: str, plan: Mapping[str, Any], base: Path, facts: tuple[Any, ...]) -> Job:
+def _reopen(
+    run: str, key: str, plan: Mapping[str, Any], base: tuple[Path, Overlay | None], facts: tuple[Any, ...]
+) -> Job:
     if run not in _reopened:
         while len(_reopened) >= _HELD:
             _reopened.pop(next(iter(_reopened)))
-        _reopened[run] = Job(key, Plan.from_dict(plan), Checkpoint.open(base), *facts)
+        checkpoint = Checkpoint.open(base[0])
+        if base[1] is not None:
+            checkpoint = checkpoint.overlaid(base[1])
+        _reopened[run] = Job(key, Plan.from_dict(plan), checkpoint, *facts)
     return _reopened[run]
 
 
