@@ -28,7 +28,8 @@ _UNGATHERED = (
     "stage3_gather_16bit_weights_on_model_save, or from a full state dict"
 )
 # PEFT stores these whole when the vocabulary was resized or when they are targets themselves.
-_EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "word_embeddings", "wte"})
+_EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "word_embeddings", "wte", "embed_in", "embed_out"})
+_HEAD = "predictions.decoder"  # of a BERT
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +202,8 @@ def _is_saved_module(module: str, config: Mapping[str, Any]) -> bool:
 
     PEFT takes a name as an ending: "norm" also names `layers.0.input_layernorm`.
     """
-    return not _EMBEDDINGS.isdisjoint(module.split(".")) or lies_in(module, named_whole(config))
+    embeds = not _EMBEDDINGS.isdisjoint(module.split(".")) or module.endswith(_HEAD)
+    return embeds or lies_in(module, named_whole(config))
 
 
 def named_whole(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -33,7 +33,9 @@ def align(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
         return adapter
     found = match(modules, checkpoint.linears) or _unwrapped(modules, checkpoint.linears)
     found = found or _as_transformers_renames(modules, checkpoint)
-    return adapter if found is None else _renamed(adapter, found, _renamer(found, checkpoint))
+    if found is None:
+        return adapter
+    return replace(renamed(adapter, found, checkpoint.tensors), as_trained=adapter)
 
 
 def align_names(adapter: Adapter, known: Collection[str], trained: Mapping[str, str]) -> Adapter:
@@ -50,7 +52,7 @@ def align_names(adapter: Adapter, known: Collection[str], trained: Mapping[str, 
         found = {module: theirs[name] for module, name in by_their_names.items()}
     else:
         found = match(modules, known) or {}
-    return _renamed(adapter, found, lambda name: name) if found else adapter
+    return replace(renamed(adapter, found, ()), as_trained=adapter) if found else adapter
 
 
 def trained_names(adapter: Adapter) -> dict[str, str]:
@@ -60,14 +62,14 @@ def trained_names(adapter: Adapter) -> dict[str, str]:
     return {here: theirs for here, theirs in pairs if here != theirs}
 
 
-def _renamed(adapter: Adapter, found: Mapping[str, str], rename: Callable[[str], str]) -> Adapter:
-    """`adapter` with its layers called as `found` says, in their order, and all else as `rename` does."""
+def renamed(adapter: Adapter, found: Mapping[str, str], tensors: Collection[str]) -> Adapter:
+    """`adapter` with other names: those of its layers are `found`, its other tensors' are among `tensors`."""
+    rename = _renamer(found, tensors)
     return replace(
         adapter,
         vectors={found[module]: vectors for module, vectors in adapter.vectors.items()},
         biases={rename(module): bias for module, bias in adapter.biases.items()},
         modules_to_save={rename(name): tensor for name, tensor in adapter.modules_to_save.items()},
-        as_trained=adapter,
     )
 
 
@@ -180,7 +182,7 @@ def _is_model_class(found: Any, base: Any) -> bool:
     return inspect.isclass(found) and issubclass(found, base)
 
 
-def _renamer(found: Mapping[str, str], checkpoint: Checkpoint) -> Callable[[str], str]:
+def _renamer(found: Mapping[str, str], tensors: Collection[str]) -> Callable[[str], str]:
     """Renames modules and tensors that aren't adapted themselves, by the stack or module they belong to."""
     prefixes = {}
     for old, new in found.items():
@@ -191,14 +193,38 @@ def _renamer(found: Mapping[str, str], checkpoint: Checkpoint) -> Callable[[str]
     def rename(name: str) -> str:
         if name in found:
             return found[name]
-        if name in checkpoint.tensors:
+        if name in tensors:
             return name
         for old, new in sorted(prefixes.items(), key=lambda pair: -len(pair[0])):
             if not old or name.startswith(f"{old}."):
                 rest = name[len(old) :].lstrip(".")
                 changed = f"{new}.{rest}" if new else rest
-                if changed in checkpoint.tensors or f"{changed}.bias" in checkpoint.tensors:
+                if changed in tensors or f"{changed}.bias" in tensors:
                     return changed
         return name
 
     return rename
+
+
+def names_in(model: Any, modules: Collection[str]) -> dict[str, str] | None:
+    """What a model of transformers' calls `modules`, which a checkpoint or PEFT may name with another prefix;
+    None when it has none like them.
+    """
+    known = {name for name, module in model.named_modules() if hasattr(module, "weight")}
+    return {name: name for name in modules} if known.issuperset(modules) else match(modules, known)
+
+
+def as_loaded(adapter: Adapter, model: Any, speaks: bool) -> Adapter:
+    """`adapter` by the names that the loaded model has, which is another class than PEFT wrapped where an
+    embedding model was trained under a head for words.
+
+    speaks: the model generates text; PEFT's classes for other tasks ask for methods that it may not have.
+    """
+    trained = adapter.as_trained or adapter
+    config = dict(trained.config) if speaks else {**trained.config, "task_type": None}
+    found = names_in(model, trained.vectors)
+    if found is not None and found.keys() != set(found.values()):
+        trained = renamed(trained, found, dict(model.named_parameters(remove_duplicate=False)))
+        config |= {"target_modules": sorted(found.values()), "layers_to_transform": None}
+        config["layers_pattern"] = None
+    return replace(trained, config=config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,11 @@ from vera_edge.errors import CheckpointError, FormatError
 from vera_edge.files import read_json, safe_join, sha256_bytes
 from vera_edge.formats import StoredLinear, Weight, checks, gguf
 from vera_edge.formats.dense import DTYPES, is_conv1d_module
-from vera_edge.tensors import Float32, TensorFolder, WitnessedFolder
+from vera_edge.overlay import OverlaidFolder, Overlay
+from vera_edge.side_files import SideFiles
+from vera_edge.tensors import Float32, RawTensor, TensorFolder, WitnessedFolder
 from vera_edge.trained_as import LoadedFolder, TrainedAs, loaded
+from vera_edge.trained_files import gather
 
 NAMED_WEIGHTS = (
     "transformers_weights"  # of config.json: a file of weights that isn't called model.safetensors
@@ -33,6 +36,8 @@ class Checkpoint:
     """A base checkpoint. `linears` is keyed by module name, as the checkpoint spells it.
 
     trained_as: how the base was loaded in training, where that was said; all else is of the base so loaded.
+    overlay: what the model that was trained has otherwise; `config`, `tensors` and `linears` have it already.
+    folder_tensors: those of the folder alone, where `tensors` are others.
     """
 
     path: Path
@@ -40,6 +45,8 @@ class Checkpoint:
     tensors: TensorFolder
     linears: Mapping[str, StoredLinear]
     trained_as: TrainedAs | None = None
+    overlay: Overlay | None = None
+    folder_tensors: TensorFolder | None = None
 
     @classmethod
     def open(cls, path: Path, trained_as: TrainedAs | None = None) -> Checkpoint:
@@ -66,8 +73,39 @@ class Checkpoint:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences a person should read about how the folder is stored."""
-        return (*self.tensors.notes, *formats.notes(self.config))
+        """Sentences a person should read: how the folder is stored, what the trained model has otherwise."""
+        own = () if self.overlay is None else self.overlay.notes
+        return (*self.stored.notes, *formats.notes(self.config), *own)
+
+    def overlaid(self, overlay: Overlay) -> Checkpoint:
+        """The model that an adapter was trained on, where it differs from the folder's."""
+        tensors = self.tensors
+        if overlay.dropped or overlay.placed:
+            tensors = OverlaidFolder(self.stored, overlay)
+        linears = self.linears if tensors is self.tensors else formats.find_linears(tensors, overlay.config)
+        return replace(
+            self,
+            config=overlay.config,
+            tensors=tensors,
+            linears=linears,
+            overlay=overlay,
+            folder_tensors=self.stored,
+        )
+
+    @property
+    def stored(self) -> TensorFolder:
+        """The folder's own tensors, without an overlay."""
+        return self.tensors if self.folder_tensors is None else self.folder_tensors
+
+    @property
+    def placed(self) -> Mapping[str, RawTensor]:
+        """Tensors that an adapter brought since the base lacks them, or has them in another shape."""
+        return {} if self.overlay is None else self.overlay.placed
+
+    @cached_property
+    def files(self) -> SideFiles:
+        """Its tokenizer, templates and settings, of whichever folder."""
+        return gather(self.path) if self.overlay is None else self.overlay.files
 
     @property
     def quantized(self) -> bool:
@@ -136,13 +174,14 @@ class Checkpoint:
     def digest(self) -> str:
         """Hex SHA-256 of what the weights are: every tensor's name, dtype, shape and bytes, in name order.
 
-        Independent of how the tensors are spread over files. Reads the whole checkpoint, once.
+        Independent of how the tensors are spread over files, and of an overlay. Reads the whole checkpoint,
+        once.
         """
-        return self.digest_of(self.tensor_digests(self.tensors))
+        return self.digest_of(self.tensor_digests(self.stored, stored=True))
 
-    def tensor_digests(self, names: Iterable[str]) -> dict[str, str]:
-        """Hex SHA-256 of the bytes of tensors, which it reads."""
-        seen = WitnessedFolder(self.tensors)
+    def tensor_digests(self, names: Iterable[str], stored: bool = False) -> dict[str, str]:
+        """Hex SHA-256 of the bytes of tensors, which it reads; `stored`: of those in the folder."""
+        seen = WitnessedFolder(self.stored if stored else self.tensors)
         # By name, the parts of a layer that is quantized as it's read stand together.
         for name in names if self.trained_as is None else sorted(names):
             for _ in seen.pieces(name):
@@ -152,7 +191,7 @@ class Checkpoint:
     def digest_of(self, inner: Mapping[str, str]) -> str:
         """What `digest` is when every tensor's bytes have the SHA-256 that `inner` says; reads nothing."""
         digest = hashlib.sha256()
-        for name, info in sorted(self.tensors.items()):
+        for name, info in sorted(self.stored.items()):
             line = json.dumps([name, info.dtype, list(info.shape), inner[name]], ensure_ascii=False)
             digest.update(line.encode() + b"\n")
         return digest.hexdigest()

@@ -20,7 +20,7 @@ def check_fit(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
     Raises MismatchError when they don't: a layer that the base lacks or that has another shape, a bias or a
     saved module of another shape, a model class that isn't the base's.
     """
-    _check_class(adapter, checkpoint.config)
+    check_class(adapter, checkpoint.config)
     for module in adapter.vectors:
         _check_layer(adapter, checkpoint, module)
     for module, bias in adapter.biases.items():
@@ -91,7 +91,7 @@ def _check_none_missing(adapter: Adapter, checkpoint: Checkpoint) -> None:
             )
 
 
-def _check_class(adapter: Adapter, config: Mapping[str, Any]) -> None:
+def check_class(adapter: Adapter, config: Mapping[str, Any]) -> None:
     """Refuse a base of another model family, where PEFT recorded the class (when no task type was given)."""
     mapping = adapter.config.get("auto_mapping")
     if not isinstance(mapping, Mapping):

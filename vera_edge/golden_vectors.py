@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from vera_edge import alignment, bundle, provenance
+from vera_edge import bundle, provenance, tasks, trained_base
 from vera_edge.bundle import Manifest
-from vera_edge.checkpoint import Checkpoint
 from vera_edge.device import golden, golden_encoder
 from vera_edge.device.chat import Text
 from vera_edge.device.encoder import CLASSES, Encoder
@@ -18,6 +17,7 @@ from vera_edge.device.golden import PROMPTS, Reference
 from vera_edge.errors import BundleError, DataError, MismatchError, PlanError
 from vera_edge.files import read_json
 from vera_edge.progress import Progress, silent
+from vera_edge.side_files import VOCABULARIES
 from vera_edge.trained_as import TrainedAs
 
 
@@ -118,12 +118,12 @@ def ask(
     bundle.check_limits(limits or {}, "options")
     manifest = bundle.read(folder)
     bundle.check_unsigned(folder, "make golden vectors first")
-    checkpoint = Checkpoint.open(base, trained_as)
+    own = folder if any((folder / name).is_file() for name in VOCABULARIES) else None
+    checkpoint, read = trained_base.read(base, adapter_paths, own, trained_as)  # the bundle's tokenizer
     if checkpoint.digest != manifest.base["digest"]:
         raise MismatchError(
             f"{folder} was made of another base than {base}; name the one it was exported from"
         )
-    read = [(alignment.read(path, checkpoint), weight) for path, weight in adapter_paths]
     names = {entry["digest"]: name for name, entry in manifest.adapters.items()}
     for found, _ in read:
         if found.digest not in names:
@@ -140,8 +140,9 @@ def ask(
     views: dict[str | None, bool] = {None: False, names[read[0][0].digest]: True} if branch else {None: True}
     if manifest.kind == "encoder":
         classes = Encoder.open(folder).gives == CLASSES
-        task = "AutoModelForSequenceClassification" if classes else "AutoModel"
-        trained = open_reference(checkpoint, read, resolved.projections, task)
+        trained = open_reference(
+            checkpoint, read, resolved.projections, tasks.of(checkpoint.config).auto_class
+        )
         asked = {name: trained if on else trained.adapter_off() for name, on in views.items()}
         calls = {name: one.classify if classes else one.hidden for name, one in asked.items()}
         return attach_to_encoder(folder, calls, what, limits, prompts or golden_encoder.TEXTS, progress)

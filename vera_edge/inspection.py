@@ -5,16 +5,20 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vera_edge import adapter as adapters
+from vera_edge import alignment, trained_base
 from vera_edge.adapter import Adapter, Vectors
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.projection import ProjectionSpec
 from vera_edge.provenance import resolve_for_command
+from vera_edge.trained_as import TrainedAs
 
 BLOCK = 32  # values that share one float32 scale where projections are stored as int8 or int4
 _BYTES_PER_VALUE = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4.0 / BLOCK, "int4": 0.5 + 4.0 / BLOCK}
@@ -98,6 +102,27 @@ class Inspection:
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON object."""
         return asdict(self)
+
+
+def inspect_folder(
+    adapter: Path,
+    base: Path | None = None,
+    projection_dtype: str | None = None,
+    trained_as: TrainedAs | None = None,
+) -> Inspection:
+    """`inspect` for a PEFT folder and a base's folder, which `trained_as` says how it was loaded in training.
+
+    Raises as reading them does.
+    """
+    if base is None:
+        return inspect(adapters.read(adapter), None, projection_dtype)
+    try:
+        checkpoint, ((read, _),) = trained_base.read(base, [(adapter, 1.0)], trained_as=trained_as)
+    except MismatchError as cause:
+        plain = Checkpoint.open(base, trained_as)
+        found = inspect(alignment.read(adapter, plain), plain, projection_dtype)
+        return found if found.misfit else replace(found, fits=False, misfit=str(cause))
+    return inspect(read, checkpoint, projection_dtype)
 
 
 def inspect(

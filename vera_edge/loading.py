@@ -5,37 +5,22 @@ transformers itself makes up what is missing or has another shape, and says so i
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import Tokenizer
 
-from vera_edge import side_files
+from vera_edge import tasks, tokenizer
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError
-from vera_edge.files import read_json
 from vera_edge.formats import checks
+from vera_edge.quiet import first_line, quiet
+from vera_edge.side_files import SideFiles
 
 # What a decoder's exporter reads beside the weights, where it's there.
 _JSON = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json")
-
-_VOCABULARIES = frozenset(
-    {
-        "tokenizer.json",
-        "tokenizer.model",
-        "sentencepiece.bpe.model",
-        "spiece.model",
-        "tekken.json",
-        "vocab.json",
-        "vocab.txt",
-    }
-)
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
@@ -43,9 +28,8 @@ def check_complete(checkpoint: Checkpoint) -> None:
 
     Reads no tensor; says nothing of models that transformers doesn't know.
     """
-    names = checkpoint.config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str) or not name.endswith(("ForCausalLM", "LMHeadModel")):
+    name = tasks.architecture(checkpoint.config)
+    if not name.endswith(("ForCausalLM", "LMHeadModel")):
         return
     cls = getattr(transformers, name, None)
     if cls is None or checkpoint.config.get("model_type") not in transformers.CONFIG_MAPPING:
@@ -53,7 +37,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
     config = config_of(checkpoint)
     if type(config) is not cls.config_class:
         return
-    _check_beside(checkpoint)
+    _check_files(checkpoint.files, checkpoint)
     shapes = {name: checkpoint.tensors[name].shape for name in checkpoint.other_names}
     for module, linear in checkpoint.linears.items():
         shapes[f"{module}.weight"] = linear.shape[::-1] if checkpoint.is_conv1d(module) else linear.shape
@@ -61,19 +45,14 @@ def check_complete(checkpoint: Checkpoint) -> None:
     loaded(cls, config, checkpoint, tensors, device_map="meta")
 
 
-def _check_beside(checkpoint: Checkpoint) -> None:
-    folder = checkpoint.path
-    if _VOCABULARIES.isdisjoint(side_files.find(folder)):
-        raise CheckpointError(f"{folder} holds no tokenizer; save the model's there (save_pretrained)")
+def _check_files(files: SideFiles, checkpoint: Checkpoint) -> None:
     for name in _JSON:
-        if (folder / name).is_file():
-            read_json(folder / name, CheckpointError)
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        try:
-            Tokenizer.from_file(str(path))
-        except Exception as cause:  # the tokenizers package raises bare Exception
-            raise CheckpointError(f"{path} isn't a tokenizer that can be read: {first_line(cause)}") from None
+        files.json(name)
+    if not files.has_vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.path} holds no tokenizer; save the model's there (save_pretrained)"
+        )
+    tokenizer.read(files, checkpoint.config)
 
 
 def loaded(
@@ -115,31 +94,3 @@ def config_of(checkpoint: Checkpoint) -> Any:
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'} describes no {model_type} model: {what}"
         ) from None
-
-
-def first_line(cause: Exception) -> str:
-    """The first line of another library's message, which may run over many."""
-    return str(cause).strip().split("\n")[0].rstrip(".")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers', PEFT's and bitsandbytes' bars and advice off the terminal while they load."""
-    theirs = transformers.utils.logging
-    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
-    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "peft")]
-    levels = [logger.level for logger in loggers]
-    theirs.set_verbosity_error()
-    theirs.disable_progress_bar()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        theirs.set_verbosity(level)
-        if bars:
-            theirs.enable_progress_bar()
-        for logger, before in zip(loggers, levels, strict=True):
-            logger.setLevel(before)

@@ -21,6 +21,7 @@ from vera_edge.adapter import Adapter
 from vera_edge.bundle import Manifest
 from vera_edge.errors import AdapterError, MismatchError, OutputError, PlanError
 from vera_edge.files import canonical_json, check_output, sha256_bytes, write_atomic
+from vera_edge.overlay import digest_of
 from vera_edge.projection import Projections, ProjectionSpec, regenerate
 from vera_edge.tensors import Float32
 
@@ -191,7 +192,9 @@ def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = No
                 f"{module} has {pair.lambda_b.size} outputs in {adapter.path} and {sizes[module]} in "
                 f"{where}; the adapter belongs to another base"
             )
-    if more := sorted([*adapter.biases, *adapter.modules_to_save]):
+    whole = manifest.base.get("trained", {})  # what the graph holds of the adapter it was exported with
+    held = {name for name, tensor in adapter.modules_to_save.items() if whole.get(name) == digest_of(tensor)}
+    if more := sorted([*adapter.biases, *(adapter.modules_to_save.keys() - held)]):
         raise MismatchError(
             f"{adapter.path} also trained {more[0]}, which a side-branch can't carry; merge it"
         )

@@ -11,6 +11,7 @@ checkpoint is run.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,10 +24,12 @@ import transformers
 from torch import nn
 
 from vera_edge.adapter import Adapter
+from vera_edge.alignment import as_loaded
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, CheckpointError, MismatchError
-from vera_edge.loading import config_of, first_line, loaded, quiet
+from vera_edge.loading import config_of, loaded
 from vera_edge.projection import Projections
+from vera_edge.quiet import first_line, quiet
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -72,9 +75,16 @@ class Reference:
         return found
 
     def classify(self, tokens: Int64) -> Float32:
-        """A classifier's logits (classes,) float32."""
+        """A classifier's logits (classes,) float32, or one's of tokens (n, classes)."""
         with self.running():
             result: Float32 = self.model(input_ids=torch.from_numpy(tokens[None])).logits[0].float().numpy()
+            return result
+
+    def spans(self, tokens: Int64) -> Float32:
+        """Logits (2, n) float32 of where an answer starts and ends among n tokens."""
+        with self.running():
+            found = self.model(input_ids=torch.from_numpy(tokens[None]))
+            result: Float32 = torch.cat([found.start_logits, found.end_logits]).float().numpy()
             return result
 
     def greedy(self, tokens: Int64, count: int, ends: Sequence[int]) -> list[int]:
@@ -159,7 +169,8 @@ def open_reference(
         return Reference(model.eval(), vocabulary, has_adapter=False)
     if projections is None:
         raise AdapterError("a reference with an adapter needs the projections it was trained with")
-    trained = [(adapter.as_trained or adapter, weight) for adapter, weight in adapters]
+    speaks = auto_class == "AutoModelForCausalLM"
+    trained = [(as_loaded(adapter, model, speaks), weight) for adapter, weight in adapters]
     with quiet():
         wrapped, swaps = _with_adapters(model, trained, projections)
     return Reference(wrapped.eval(), vocabulary, True, tuple(swaps))
@@ -175,7 +186,16 @@ def load_dense(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM")
     if type(config) not in mapping:
         raise CheckpointError(f"transformers has no {auto_class} for model type {config.model_type!r}")
     tensors = {name: torch.from_numpy(values) for name, values in _dense_tensors(checkpoint)}
-    return loaded(mapping[type(config)], config, checkpoint, tensors)
+    cls, options = mapping[type(config)], {}
+    pooled = any("pooler" in name.split(".") for name in tensors)
+    if auto_class == "AutoModel" and not pooled and "add_pooling_layer" in _parameters(cls):
+        # The layer behind a BERT's first token: no embedding reads it, and masked language models have none.
+        options["add_pooling_layer"] = False
+    return loaded(cls, config, checkpoint, tensors, **options)
+
+
+def _parameters(cls: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(cls.__init__).parameters
 
 
 def oriented(checkpoint: Checkpoint, module: str, weight: Float32) -> torch.Tensor:

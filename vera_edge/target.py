@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge import alignment, provenance
 from vera_edge import plan as plans
+from vera_edge import provenance, trained_base
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.correction import Correction
@@ -31,6 +31,7 @@ from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
 from vera_edge.tensors import Float32
 from vera_edge.trained_as import TrainedAs
+from vera_edge.trained_text import with_fast_tokenizer
 
 GROUP = "vera_edge.exporters"
 BUILT_IN = "built-in"
@@ -238,6 +239,7 @@ def export(
     rounding: Rounding | None = None,
     made: Plan | None = None,
     trained_as: TrainedAs | None = None,
+    tokenizer: Path | None = None,
 ) -> Export:
     """Read base and adapters, plan, and export to `out`.
 
@@ -250,15 +252,15 @@ def export(
     rounding: how weights are rounded to 4 and 8 bits, and the text to calibrate on; None: to nearest, by the
     exporter, and the built-in text.
     made: a plan for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
-    trained_as: how the base was loaded in training.
+    trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer is taken, instead of
+    the adapters' or the base's.
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
     check_output(out, force, (base, *(path for path, _ in adapter_paths)))
     exporter = find(target)
     if not adapter_paths:
         raise PlanError("give at least one adapter to export")
-    checkpoint = Checkpoint.open(base, trained_as)
-    read = [(alignment.read(path, checkpoint), weight) for path, weight in adapter_paths]
+    checkpoint, read = trained_base.read(base, adapter_paths, tokenizer, trained_as)
     plans.check_together(read)
     found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
     projections = plans.check_projections(read, [one.projections for one in found])
@@ -266,12 +268,14 @@ def export(
         plans.check_made_for(made, checkpoint, read, projections)
     from vera_edge.loading import check_complete  # imports torch
 
+    checkpoint = with_fast_tokenizer(checkpoint)
     check_complete(checkpoint)
     options = dict(options or {})
     plan = made or plans.make(checkpoint, read, mode, weights, projections=projections)
     plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
     plan = with_activations(plan, options.pop("activations", FLOAT))
-    notes = tuple(dict.fromkeys(note for one in found for note in (one.how, *one.notes)))
+    said = [note for one in found for note in (one.how, *one.notes)]
+    notes = tuple(dict.fromkeys([*said, *checkpoint.notes]))
     facts = (checkpoint, read, projections, plan, out)
     nothing = Rounded({}, (), read)
     with rounding.codes(*facts, progress) if rounding else nullcontext(nothing) as rounded:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge import merge as merging
-from vera_edge import recover
+from vera_edge import recover, tasks
+from vera_edge import tokenizer as tokenizers
 from vera_edge.adapter import Adapter, Vectors
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.drift import windows
-from vera_edge.drift.models import auto_class_of
 from vera_edge.errors import PlanError
 from vera_edge.files import PARTIAL_MARK, check_output, output_error
 from vera_edge.formats import FORMATS
@@ -27,6 +27,7 @@ from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
 from vera_edge.requantize import METHODS, CodesFolder, Grid, bnb_grid, int8_rows, int_blocks
 from vera_edge.target import Rounded
+from vera_edge.trained_text import vocabulary_size
 
 FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16")
 BLOCK = 32  # of integers in ONNX graphs
@@ -131,7 +132,7 @@ class Rounding:
             merged = plan.mode == "merged"
             seen = () if self.any_adapter and not merged else adapters
             facts = (checkpoint, seen, projections, grids, calibration)
-            won = write_back(*facts, store.put, merged, auto_class_of(checkpoint), progress)
+            won = write_back(*facts, store.put, merged, tasks.of(checkpoint.config).auto_class, progress)
             if count := max(len(won.vectors), len(won.corrections)):
                 parts = " and ".join(self.recover)
                 notes = (*notes, f"{parts} of {count} layers were fitted to the rounding")
@@ -202,8 +203,11 @@ def calibration_texts(checkpoint: Checkpoint, source: str, tokens: int) -> list[
     """
     from vera_edge.drift.encoder_assess import cut_texts  # more of drift comes with it
 
-    text, tokenizer = windows.read_text(source), windows.open_tokenizer(checkpoint.path)
+    text, tokenizer = windows.read_text(source), tokenizers.read(checkpoint.files, checkpoint.config)
     found = cut_texts(text, tokenizer, _longest(checkpoint.config))
+    rows = vocabulary_size(checkpoint.config)
+    for ids in found if rows else ():
+        windows.check_ids(ids, tokenizer, rows, f"{source} text")
     return found[:: max(1, sum(map(len, found)) // tokens)]
 
 
@@ -212,6 +216,7 @@ def _longest(config: Mapping[str, Any]) -> int:
     from vera_edge.device.encoder import SHIFTED  # onnxruntime comes with it
 
     positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id")
+    positions = config.get("n_positions") if positions is None else positions
     if type(positions) is not int:
         return windows.WINDOW
     if config.get("model_type") in SHIFTED and type(padding) is int:
@@ -227,23 +232,20 @@ def _windows(
     _check_takes_text(checkpoint, method)
     text = windows.read_text(source)
     config = checkpoint.config.get("text_config") or checkpoint.config
-    tokenizer, known = windows.open_tokenizer(checkpoint.path), int(config.get("vocab_size", 0))
+    tokenizer, known = tokenizers.read(checkpoint.files, checkpoint.config), int(config.get("vocab_size", 0))
     cut = windows.make(text, tokenizer, known, tokens, _longest(config))
     count = sum(len(window) for window in cut.tokens)
     note = f"weights were rounded by {method}, calibrated on {count} tokens of {source} text"
     if source == BUILT_IN:
         note += "; text like the adapter's own (--calibration FILE) loses less"
-    return cut.tokens, (note,)
+    return cut.tokens, (note, *windows.beyond(tokenizer, known))
 
 
 def _check_takes_text(checkpoint: Checkpoint, method: str) -> None:
     """Raise PlanError for a model of images or sound, which no text calibrates."""
-    import transformers
-
-    names = checkpoint.config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    takes = getattr(getattr(transformers, str(name), None), "main_input_name", "input_ids")
-    if takes != "input_ids" and "text_config" not in checkpoint.config:
+    takes = tasks.main_input(checkpoint.config)
+    if takes != "input_ids":
+        name = tasks.architecture(checkpoint.config)
         raise PlanError(
             f"method {method} is calibrated on text, and {name} takes {takes}; choose --method hqq or rtn"
         )

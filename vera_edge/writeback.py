@@ -17,10 +17,11 @@ import torch
 
 from vera_edge import recover
 from vera_edge.adapter import Adapter, Vectors
+from vera_edge.alignment import names_in
 from vera_edge.calibration import Inputs, Sees, Walk, follow_target
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.correction import Correction, low_rank
-from vera_edge.errors import MismatchError
+from vera_edge.errors import DataError, MismatchError
 from vera_edge.layers import Changed, Int64
 from vera_edge.progress import Progress, silent
 from vera_edge.projection import Projections
@@ -78,8 +79,8 @@ def write_back(
     work = _WriteBack(checkpoint, adapters, projections, grids, calibration, put, merged, asked)
     if calibration.method in ("search", "gptq"):
         model = load_dense(checkpoint, auto_class).eval()
-        work.prepare(model)
-        walk = Walk(model, frozenset(grids), calibration.windows, calibration.sees, progress)
+        names = work.prepare(model)
+        walk = Walk(model, frozenset(names), calibration.windows, calibration.sees, progress)
         walk.run(work.answer)
     work.finish(progress)
     return Recovered(work.refitted, work.corrections)
@@ -99,20 +100,39 @@ class _WriteBack:
     refitted: dict[str, Vectors] = field(default_factory=dict)
     corrections: dict[str, Correction] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    stored: dict[str, str] = field(default_factory=dict)  # the model's name of a module -> the checkpoint's
 
-    def prepare(self, model: Any) -> None:
-        """Make the model the one that was trained: every adapter's delta and biases in its weights."""
+    def prepare(self, model: Any) -> list[str]:
+        """Make the model the one that was trained: every adapter's delta and biases in its weights.
+
+        Returns what it calls the modules to round. Raises DataError when it knows none like them.
+        """
+        adapted = {name for adapter, _ in self.adapters for name in (*adapter.vectors, *adapter.biases)}
+        names = names_in(model, {*self.grids, *adapted})
+        if names is None:
+            raise DataError(
+                f"layers of {self.checkpoint.path} go by other names in transformers' model, so text can't "
+                "calibrate them; choose --method hqq or rtn"
+            )
+        self.stored = {names[module]: module for module in self.grids}
         for module in {name for adapter, _ in self.adapters for name in adapter.vectors}:
-            weight = model.get_submodule(module).weight
+            weight = model.get_submodule(names[module]).weight
             weight.data = weight.data + oriented(self.checkpoint, module, self._delta(module))
         for adapter, _ in self.adapters:
             for module, bias in adapter.biases.items():
-                model.get_submodule(module).bias.data = torch.from_numpy(np.array(bias, np.float32))
-        for name, linear in model.named_modules():
-            if name in self.grids and linear.bias is not None:
-                self.biases[name] = linear.bias.data
+                model.get_submodule(names[module]).bias.data = torch.from_numpy(np.array(bias, np.float32))
+        for name, module in self.stored.items():
+            if (bias := model.get_submodule(name).bias) is not None:
+                self.biases[module] = bias.data
+        return list(self.stored)
 
     def answer(self, inputs: Inputs) -> Mapping[str, Changed]:
+        """What modules have from now on, by the model's names."""
+        live = {self.stored[name]: name for name in inputs.modules}
+        changed = self._answer(replace(inputs, modules=tuple(live)))
+        return {live[module]: change for module, change in changed.items()}
+
+    def _answer(self, inputs: Inputs) -> Mapping[str, Changed]:
         effort = self.calibration.effort
         gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order)
         if self.calibration.method == "gptq":

@@ -38,6 +38,11 @@ class Drawing:
         """The graph on disk, with its weights beside it."""
         return self.folder / self.file
 
+    @property
+    def source(self) -> Path:
+        """What the builder was given: the model's files, with a config of its own."""
+        return self.folder.with_name(f"{self.folder.name}-source")
+
 
 def draw(source: Path, config: Any, architecture: str, folder: Path, fuse_qkv: bool) -> Drawing:
     """The graph of the float32 model in `source`, drawn in `folder` or taken from there.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from vera_edge import merge
+from vera_edge import merge, tasks
 from vera_edge import plan as plans
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.device.decoding import ROPE_KIND, ROPE_SWITCH
@@ -25,7 +25,6 @@ from vera_edge.target import Export, ExportRequest
 from vera_edge_genai import configs, held
 from vera_edge_genai.drawing import Drawing, draw
 from vera_edge_onnx import adapters, branch, generated, groups, head, joining, options, seed, sites, weights
-from vera_edge_onnx.classes import DECODERS
 from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.parity import Checked
@@ -92,16 +91,16 @@ def check(request: ExportRequest) -> str:
             "a decoder's int8 products round what they read by themselves (MatMulNBits at accuracy level 4); "
             "leave --activations out"
         )
-    names = checkpoint.config.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+    name = tasks.architecture(checkpoint.config)
+    if not name:
         raise TargetError(f"{checkpoint.path / 'config.json'} names no architecture to export")
-    if not names[0].endswith(DECODERS):
+    if not tasks.is_decoder(name):
         raise TargetError(
-            f"{names[0]} isn't a decoder, and only decoders can be exported; merge the adapter "
+            f"{name} isn't a decoder, and only decoders can be exported; merge the adapter "
             "(vera-edge merge) and export the result with a tool that takes it"
         )
     options.check(request, "genai")
-    return names[0]
+    return name
 
 
 def _float_graph(

@@ -43,7 +43,7 @@ def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]
     del reference
     checked = Checked(lengths.longest, bounds)
     if not lengths.reached and shrinkable:
-        checked = Checked(lengths.longest, bounds, _hold_replica(request.checkpoint, drawing))
+        checked = Checked(lengths.longest, bounds, _hold_replica(drawing))
     write_atomic(record, canonical_json(checked.to_dict()))
     return checked
 
@@ -68,11 +68,11 @@ def _is_whole(drawing: Drawing) -> bool:
     return cls is not None and type(drawing.config) is cls.config_class
 
 
-def _hold_replica(checkpoint: Checkpoint, drawing: Drawing) -> Checked:
+def _hold_replica(drawing: Drawing) -> Checked:
     """What a small copy of the model was compared on, drawn by the same code."""
     folder = drawing.folder.with_name(f"{drawing.folder.name}-small")
     config = replica.shrunk(drawing.config)
-    model = replica.write(config, drawing.architecture, checkpoint.path, folder)
+    model = replica.write(config, drawing.architecture, drawing.source, folder)
     small = draw(folder, config, drawing.architecture, folder / "graph", fuse_qkv=True)
     bounds = parity.bounds_of(small.config, small.windows)
     lengths = parity.lengths_of(small.config, bounds)

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from vera_edge import side_files
 from vera_edge.errors import TargetError
-from vera_edge.loading import first_line, quiet
+from vera_edge.quiet import first_line, quiet
 
 _VOCABULARY, _INTERMEDIATE = 211, 72
 _WINDOW, _ORIGINAL, _CONTEXT = 12, 24, 96  # tokens

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from vera_edge import tasks
 from vera_edge.errors import TargetError
 from vera_edge.target import Export, ExportRequest, find
-from vera_edge_onnx.classes import DECODERS, ENCODER_OF
+from vera_edge_onnx.classes import ENCODER_OF
 
 
 class OnnxExporter:
@@ -16,14 +17,14 @@ class OnnxExporter:
 
     def export(self, request: ExportRequest) -> Export:
         """Write `request.out`, whole or not at all; see the one that does it for what is raised."""
-        names = request.checkpoint.config.get("architectures")
-        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        name = tasks.architecture(request.checkpoint.config)
+        if not name:
             raise TargetError(f"{request.checkpoint.path / 'config.json'} names no architecture to export")
-        if names[0].endswith(DECODERS) and names[0] not in ENCODER_OF:
+        if tasks.is_decoder(name) and name not in ENCODER_OF:
             return find("genai").export(request)
         from vera_edge_onnx import encoder
 
-        return encoder.export(request, self.name, names[0])
+        return encoder.export(request, self.name, name)
 
 
 EXPORTER = OnnxExporter()

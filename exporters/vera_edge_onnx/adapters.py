@@ -9,6 +9,7 @@ import numpy as np
 
 from vera_edge import packing
 from vera_edge.errors import PlanError, TargetError
+from vera_edge.files import canonical_json, sha256_bytes
 from vera_edge.packing import Piece
 from vera_edge.target import ExportRequest
 from vera_edge.tensors import FLOATS, RawTensor
@@ -63,7 +64,15 @@ def sizes(request: ExportRequest) -> dict[str, int]:
 
 def model_version(request: ExportRequest, layout: Sequence[Piece]) -> int:
     """The model version of every adapter that is packed for this export."""
-    return packing.model_version(request.checkpoint.digest, request.projections.digest, layout)
+    return packing.model_version(base_digest(request), request.projections.digest, layout)
+
+
+def base_digest(request: ExportRequest) -> str:
+    """Of the base's tensors, and of those of an adapter's that a graph holds since the base lacks them."""
+    overlay = request.checkpoint.overlay
+    whole = {} if overlay is None else overlay.digests
+    digest = request.checkpoint.digest
+    return digest if not whole else sha256_bytes(canonical_json([digest, whole]))
 
 
 def write(request: ExportRequest, stage: Path, layout: Sequence[Piece]) -> dict[str, str]:

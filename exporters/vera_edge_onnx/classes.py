@@ -2,7 +2,5 @@
 
 from __future__ import annotations
 
-# Those that generate text end so.
-DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # Encoder and decoder in one, whose encoder is exported: the class that loads the whole.
 ENCODER_OF = {"WhisperModel": "AutoModel", "WhisperForConditionalGeneration": "AutoModelForSpeechSeq2Seq"}

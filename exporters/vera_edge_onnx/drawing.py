@@ -1,8 +1,9 @@
 """Draws the float32 graph of an encoder or a classifier with transformers' own ONNX exporter.
 
-Task and model class come from Optimum's TasksManager, names of inputs and outputs are those that Optimum's
-ORTModel classes and Transformers.js ask for. Axes are dynamic where a caller may choose them: the batch, and
-the sequence of a text.
+Optimum must know the task by the same name; names of inputs and outputs are those that its ORTModel classes
+and Transformers.js ask for. Axes are dynamic where a caller may choose them: the batch, and the sequence of a
+text. A decoder's class without a head for words, or with one for classes, is drawn in the same way, without
+the cache that generating takes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 import transformers
 from optimum.exporters.tasks import TasksManager
 
+from vera_edge import tasks
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import TargetError
 from vera_edge.reference import load_dense
@@ -65,19 +67,19 @@ def task(architecture: str, model_type: str) -> Task:
     found: Any = getattr(transformers, architecture, None)
     if architecture in ENCODER_OF and found.config_class.model_type == model_type:
         return Task("feature-extraction", ENCODER_OF[architecture], found.main_input_name, half=True)
+    known = tasks.of_class(architecture)
     try:
         name = TasksManager.infer_task_from_model(found, library_name="transformers")
-        auto_class = TasksManager.get_model_class_for_task(name, model_type=found.config_class.model_type)
     except (ValueError, KeyError, AttributeError):
-        name, auto_class = "", None
-    if name not in TASKS or auto_class is None:
+        name = ""
+    if name not in TASKS or name != known.name:
         raise TargetError(
             f"{architecture} is neither a decoder nor an encoder that can be exported ({', '.join(TASKS)}); "
             "merge the adapter (vera-edge merge) and export the result with a tool that takes it"
         )
     if found.config_class.model_type != model_type:
         raise TargetError(f"config.json names {architecture}, which isn't of model type {model_type!r}")
-    return Task(name, auto_class.__name__, found.main_input_name)
+    return Task(known.name, known.auto_class, found.main_input_name)
 
 
 def draw(checkpoint: Checkpoint, task: Task) -> ir.Model:
@@ -87,6 +89,8 @@ def draw(checkpoint: Checkpoint, task: Task) -> ir.Model:
     """
     model = load_dense(checkpoint, task.auto_class)
     model = model.get_encoder() if task.half else model
+    _check_form(model, task)
+    model.config.use_cache = False
     inputs = _inputs(model)
     axes = {
         name: {0: torch.export.Dim.AUTO} | ({1: torch.export.Dim.AUTO} if value.ndim == 2 else {})
@@ -107,6 +111,27 @@ def draw(checkpoint: Checkpoint, task: Task) -> ir.Model:
     _split_gemms(graph)
     _name_products(graph)
     return graph
+
+
+def _check_form(model: Any, task: Task) -> None:
+    """Raise TargetError for a model whose graph would hold for some texts only.
+
+    A classifier of a decoder's class looks for the last token that isn't padding. Scaling that depends on a
+    text's length is a choice in Python, which a graph has made once.
+    """
+    config = model.config.get_text_config()
+    if task.name == "text-classification" and getattr(config, "pad_token_id", 0) is None:
+        raise TargetError(
+            f"a {type(model).__name__} finds the end of a text by its padding token, and neither config.json "
+            "nor the tokenizer names one; set pad_token_id in the base's config.json, as in training"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, Mapping)]
+    if task.takes_text and (varying := {"dynamic", "longrope"} & set(map(str, kinds))):
+        raise TargetError(
+            f"{type(model).__name__} scales its rotary embeddings by a text's length ({min(varying)}), which "
+            "one graph can't; merge the adapter (vera-edge merge) and run the result in transformers"
+        )
 
 
 def _inputs(model: Any) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from vera_edge import merge, packing, side_files
 from vera_edge import plan as plans
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.device import pooling
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import canonical_json, read_json, staged_folder, write_atomic
 from vera_edge.packing import Piece
@@ -75,6 +76,11 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
         files = adapters.write(request, stage, layout) if branched else {}
         described = replace(facts(request, MODEL, files, layout, KIND), checked=checked.to_dict())
         manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
+    if task.takes_text and not request.checkpoint.files.has_vocabulary:
+        notes = (
+            *notes,
+            f"{request.checkpoint.path} holds no tokenizer, so a device can't read text with this",
+        )
     return Export(
         target=target,
         folder=request.out,
@@ -92,6 +98,8 @@ def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Ta
     task = drawing.task(architecture, str(request.checkpoint.config.get("model_type")))
     if task.half:
         _check_half(request, architecture)
+    if task.name == "feature-extraction" and task.takes_text:
+        _check_pooling(request)
     reads = {step.activations for step in request.plan.steps}
     if unknown := sorted(reads - set(plans.ACTIVATIONS)):
         raise PlanError(f"the plan has {unknown[0]} activations; known: {', '.join(plans.ACTIVATIONS)}")
@@ -101,6 +109,14 @@ def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Ta
             f"{task.main_input}, which text can't be; export with --activations dynamic"
         )
     return task
+
+
+def _check_pooling(request: ExportRequest) -> None:
+    """Raise BundleError when the device couldn't make embeddings as the folder says (modules.json)."""
+    folder = request.checkpoint.files.folders.get(side_files.MODULES)
+    hidden = request.checkpoint.config.get("hidden_size")
+    if folder is not None:
+        pooling.read(folder, hidden if type(hidden) is int else None)
 
 
 def _check_half(request: ExportRequest, architecture: str) -> None:
@@ -172,7 +188,7 @@ def _calibrated(
     reads = {step.activations for step in request.plan.steps}
     if reads == {plans.FLOAT}:
         return {}, ()
-    readable = task.takes_text and (request.checkpoint.path / "tokenizer.json").is_file()
+    readable = task.takes_text and request.checkpoint.files.has_vocabulary
     if "static" not in reads and not readable:
         return {}, ("activations weren't calibrated: there is no tokenizer, or the model doesn't take text",)
     return ranges.of_text(request, model, found, layout, work)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import vera_edge
+from vera_edge import tasks
 from vera_edge.alignment import trained_names
 from vera_edge.bundle import Facts
 from vera_edge.files import canonical_json, sha256_bytes
@@ -58,7 +59,8 @@ def facts(
 
     files: adapter name -> its file, in the order of `request.adapters`. layout: of the graph's vectors.
     """
-    plan, branch = request.plan, bool(files)
+    plan, branch, overlay = request.plan, bool(files), request.checkpoint.overlay
+    whole = overlay.digests if overlay is not None else {}
     names = list(files) if branch else [adapter.name for adapter, _ in request.adapters]
     spec = request.projections.spec.to_dict() | {"digest": request.projections.digest}
     return Facts(
@@ -68,7 +70,8 @@ def facts(
         model=model,
         base={
             "digest": request.checkpoint.digest,
-            "architecture": request.checkpoint.config["architectures"][0],
+            "architecture": tasks.architecture(request.checkpoint.config),
+            **({"trained": dict(whole)} if whole else {}),
         },
         adapters={
             name: {"file": files.get(name), "digest": adapter.digest, "weight": weight}

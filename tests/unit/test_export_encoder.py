@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -270,7 +271,11 @@ def test_what_is_neither_decoder_nor_encoder_is_refused_in_one_sentence(make: Ma
         (base / path.name).write_bytes(path.read_bytes())
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"architectures": ["BertForPreTraining"]}))
+    adapter = tmp_path / "adapter"
+    shutil.copytree(case.adapter, adapter)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"auto_mapping": None}))
     with pytest.raises(TargetError, match="BertForPreTraining is neither a decoder nor an encoder") as caught:
-        target.export(base, [(case.adapter, 1.0)], tmp_path / "out")
+        target.export(base, [(adapter, 1.0)], tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()

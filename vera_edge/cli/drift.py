@@ -56,6 +56,7 @@ def _interval(estimate: Estimate) -> str:
 )
 @show.projection_dtype_option
 @show.trained_as_option
+@show.tokenizer_option
 @click.option("--tokens", default=8192, show_default=True, help="About how many tokens to measure on.")
 @click.option("--window", default=256, show_default=True, help="Tokens a window.")
 @click.option("--exact", is_flag=True, help="Run a bitsandbytes artefact on exact values, not its kernels.")
@@ -84,6 +85,7 @@ def drift(
     adapters: list[tuple[Path, float]],
     projection_dtype: str | None,
     trained_as: TrainedAs | None,
+    tokenizer: Path | None,
     tokens: int,
     window: int,
     exact: bool,
@@ -121,6 +123,7 @@ def drift(
         base=base,
         adapters=tuple(adapters),
         projection_dtype=projection_dtype,
+        tokenizer=tokenizer,
         tokens=tokens,
         window=window,
         exact=exact,

@@ -23,6 +23,7 @@ from vera_edge.cli.show import (
     quiet_option,
     recover_option,
     refuse_beside_plan,
+    tokenizer_option,
     trained_as_option,
     weight_option,
 )
@@ -92,6 +93,7 @@ STORED = ("fp32", "fp16", "int8", "int4")
 )
 @projection_dtype_option
 @trained_as_option
+@tokenizer_option
 @plan_option
 @method_option
 @calibration_option
@@ -119,6 +121,7 @@ def export(
     vectors: str | None,
     projection_dtype: str | None,
     trained_as: TrainedAs | None,
+    tokenizer: Path | None,
     plan_file: Path | None,
     method: str | None,
     calibration: str,
@@ -156,6 +159,7 @@ def export(
             rounding=Rounding(method, calibration, recover=recover),
             made=made,
             trained_as=trained_as,
+            tokenizer=tokenizer,
         )
     if as_json:
         print_json(result.to_dict())

@@ -8,9 +8,6 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vera_edge import adapter as adapters
-from vera_edge import alignment
-from vera_edge.checkpoint import Checkpoint
 from vera_edge.cli.show import (
     FOLDER,
     json_option,
@@ -21,8 +18,7 @@ from vera_edge.cli.show import (
     trained_as_option,
 )
 from vera_edge.errors import MismatchError
-from vera_edge.inspection import Cost, Inspection, Kind
-from vera_edge.inspection import inspect as inspect_adapter
+from vera_edge.inspection import Cost, Inspection, Kind, inspect_folder
 from vera_edge.trained_as import TrainedAs
 
 
@@ -41,9 +37,7 @@ def inspect(
 ) -> None:
     """Say what ADAPTER is, whether it fits a base, and what it costs on the device."""
     needs_base(base, trained_as)
-    checkpoint = None if base is None else Checkpoint.open(base, trained_as)
-    read = adapters.read(adapter) if checkpoint is None else alignment.read(adapter, checkpoint)
-    result = inspect_adapter(read, checkpoint, projection_dtype)
+    result = inspect_folder(adapter, base, projection_dtype, trained_as)
     if as_json:
         print_json(result.to_dict())
     else:

@@ -25,6 +25,7 @@ from vera_edge.cli.show import (
     projection_dtype_option,
     quiet_option,
     refuse_beside_plan,
+    tokenizer_option,
     trained_as_option,
     weight_option,
 )
@@ -63,6 +64,7 @@ _SHOWN = 5
 @weight_option
 @projection_dtype_option
 @trained_as_option
+@tokenizer_option
 @click.option("--dry-run", is_flag=True, help="Show the plan, its bytes and about its time; write nothing.")
 @click.option("--workers", type=int, help="Layers at once, each in a thread; by default as many as cores.")
 @click.option("--max-memory", metavar="SIZE", help="What the merge may take, like 2GB or 2GiB; see the docs.")
@@ -88,6 +90,7 @@ def merge(
     weight: float,
     projection_dtype: str | None,
     trained_as: TrainedAs | None,
+    tokenizer: Path | None,
     dry_run: bool,
     workers: int | None,
     max_memory: str | None,
@@ -109,11 +112,14 @@ def merge(
     options = {block_option(to): block_size} if block_size is not None else {}
     options |= {"double_quant": True} if double_quant else {}
     if each:
-        found = merging.prepare_each(base, adapters, weight, to, options, projection_dtype, trained_as)
+        found = merging.prepare_each(
+            base, adapters, weight, to, options, projection_dtype, trained_as, tokenizer
+        )
         ready = {folder / name: one for name, one in found.items()}
     else:
         pairs = [(adapters[0], weight), *more]
-        ready = {folder: merging.prepare(base, pairs, to, options, projection_dtype, made, trained_as)}
+        asked = (to, options, projection_dtype, made, trained_as, tokenizer)
+        ready = {folder: merging.prepare(base, pairs, *asked)}
     if dry_run:
         _show_plans(ready, each, as_json)
         for note in dict.fromkeys(note for one in ready.values() for note in one.notes):

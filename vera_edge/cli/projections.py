@@ -9,8 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from vera_edge import adapter as adapters
-from vera_edge import alignment, projection
-from vera_edge.checkpoint import Checkpoint
+from vera_edge import projection, trained_base
 from vera_edge.cli.show import (
     FOLDER,
     force_option,
@@ -52,8 +51,11 @@ def projections(
     if target is not None:
         check_output(target, force)
     needs_base(base, trained_as)
-    checkpoint = None if base is None else Checkpoint.open(base, trained_as)
-    read = adapters.read(adapter) if checkpoint is None else alignment.read(adapter, checkpoint)
+    checkpoint = None
+    if base is None:
+        read = adapters.read(adapter)
+    else:
+        checkpoint, ((read, _),) = trained_base.read(base, [(adapter, 1.0)], trained_as=trained_as)
     found = (verify_saved if verify else resolve_for_command)(read, checkpoint, projection_dtype)
     if target is not None:
         projection.write(found.projections, target)

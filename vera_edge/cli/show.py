@@ -81,6 +81,12 @@ recover_option: Callable[[F], F] = click.option(
 plan_option: Callable[[F], F] = click.option(
     "--plan", "plan_file", type=FOLDER, metavar="FILE", help="Do what a plan says (vera-edge plan)."
 )
+tokenizer_option: Callable[[F], F] = click.option(
+    "--tokenizer",
+    type=FOLDER,
+    metavar="FOLDER",
+    help="Take tokenizer, chat template and generation settings from here, not from ADAPTER or BASE.",
+)
 quiet_option: Callable[[F], F] = click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 
 

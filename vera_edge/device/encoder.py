@@ -16,6 +16,7 @@ from vera_edge.device.chat import Text
 from vera_edge.device.graph import Graph, first_line
 from vera_edge.device.opened import AdapterChoice, Opened, open_graph
 from vera_edge.device.pooling import Pooling
+from vera_edge.device.pooling_layers import unit
 from vera_edge.errors import BundleError, DataError
 from vera_edge.files import read_json
 
@@ -47,9 +48,10 @@ class Encoder(Opened):
         """Raises BundleError when the graph or the folder isn't that of a text encoder."""
         super().__init__(manifest, graph)
         self.gives = _output(graph)
-        self.text, self.pooling = text, pooling.read(manifest.folder)
-        config = read_json(manifest.folder / "config.json", BundleError)
         size = graph.outputs[self.gives].shape[-1]
+        hidden = size if isinstance(size, int) and self.gives == EMBEDDINGS else None
+        self.text, self.pooling = text, pooling.read(manifest.folder, hidden)
+        config = read_json(manifest.folder / "config.json", BundleError)
         self.labels = _labels(config, size) if self.gives == CLASSES else ()
         self._multiple = config.get("problem_type") == "multi_label_classification" or len(self.labels) == 1
         self._raw = config.get("problem_type") == "regression"
@@ -81,7 +83,7 @@ class Encoder(Opened):
         if self.gives != EMBEDDINGS:
             raise BundleError(f"{self.manifest.folder} gives classes, not embeddings; ask for probabilities")
         found = self.outputs(self.encode(texts), batch)
-        return pooling.unit(found) if normalize else found
+        return unit(found) if normalize else found
 
     def probabilities(self, texts: Sequence[str | tuple[str, str]], batch: int = 32) -> Float32:
         """Probabilities (len(texts), classes) of the `labels` for texts or pairs of texts.
@@ -103,8 +105,11 @@ class Encoder(Opened):
         """Token ids of each text, with what the tokenizer puts around it."""
         if isinstance(texts, str):
             raise DataError("one text was given where a list of texts belongs; put it into a list")
+        prompt = self.pooling.prompt if self.gives == EMBEDDINGS else ""
         try:
-            found = self.text.tokenizer.encode_batch(list(texts))
+            found = self.text.tokenizer.encode_batch(
+                [prompt + text if isinstance(text, str) else text for text in texts]
+            )
         except (UnicodeEncodeError, TypeError):
             raise DataError("a text isn't a string, or holds half of a surrogate pair") from None
         if not all(one.ids for one in found):
@@ -173,9 +178,10 @@ def _longest(config: dict[str, Any], text: Text, found: Pooling) -> int:
 
 
 def _padding(config: dict[str, Any], text: Text) -> int:
-    found = text.tokenizer.token_to_id(text.special.get("pad_token", ""))
-    if found is None:
-        found = config.get("pad_token_id")
+    # As config.json has it, for a decoder's classifier looks for the last token that isn't this one.
+    found = config.get("pad_token_id")
+    if type(found) is not int or found < 0:
+        found = text.tokenizer.token_to_id(text.special.get("pad_token", ""))
     return found if type(found) is int and found >= 0 else 0
 
 

@@ -1,8 +1,8 @@
 """From an encoder's last hidden states to one embedding a text, as sentence-transformers makes it.
 
 A folder of sentence-transformers says how in modules.json: a Transformer, a Pooling with a config.json of
-its own, perhaps a Normalize. Without that file sentence-transformers takes the mean over the tokens, and so
-do we.
+its own, perhaps layers behind it (pooling_layers.py). Without that file sentence-transformers takes the mean
+over the tokens, and so do we.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.device import pooling_layers
+from vera_edge.device.pooling_layers import Layer, unit
 from vera_edge.errors import BundleError
 from vera_edge.files import read_json, safe_join
 
 Float32 = npt.NDArray[np.float32]
 
-MODULES, LONGEST = "modules.json", "sentence_bert_config.json"
-KNOWN = ("Transformer", "Pooling", "Normalize")
+MODULES, LONGEST, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
+_FIRST, _BEHIND = ("Transformer", "Pooling"), ("Dense", "LayerNorm", "Normalize", "Dropout")
 # The flags of older versions, in the order in which several ways are put beside each other.
 _FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -54,47 +55,68 @@ _WAYS: Mapping[str, Callable[[Float32, Float32], Float32]] = {
 
 @dataclass(frozen=True)
 class Pooling:
-    """ways: of cls, max, mean and so on, beside each other. normalize: to a length of 1.
+    """ways: of cls, max, mean and so on, beside each other. normalize: to a length of 1, in the end.
 
-    longest: the tokens of a text that count, None where only the model's positions bound them.
+    longest: the tokens of a text that count, None where only the model's positions bound them. layers: what
+    the pooled vectors go through, in order. prompt: what is put before every text.
     """
 
     ways: tuple[str, ...] = ("mean",)
     normalize: bool = False
     longest: int | None = None
+    layers: tuple[Layer, ...] = ()
+    prompt: str = ""
 
     def embeddings(self, hidden: Float32, mask: npt.NDArray[np.int64]) -> Float32:
         """(b, ways x d) of hidden states (b, n, d) and mask (b, n), 1 where a token is."""
         weights = mask[:, :, None].astype(np.float32)
         found = np.concatenate([_WAYS[way](hidden, weights) for way in self.ways], axis=1)
+        for layer in self.layers:
+            found = layer(found)
         return unit(found) if self.normalize else found
 
 
-def unit(vectors: Float32) -> Float32:
-    """Each row at a length of 1; zeros stay."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-12))
+def read(folder: Path, hidden: int | None = None) -> Pooling:
+    """What `folder` says of a model whose hidden states have `hidden` values, where that is known.
 
-
-def read(folder: Path) -> Pooling:
-    """What `folder` says. Raises BundleError on a module or a way of pooling that isn't known."""
+    Raises BundleError on a module, a layer or a way of pooling that isn't known, or doesn't fit.
+    """
     if not (folder / MODULES).is_file():
         return Pooling()
     ways: tuple[str, ...] = ("mean",)
-    normalize = False
+    layers: list[Layer] = []
+    kinds: list[str] = []
+    width = hidden
     for kind, name in _modules(folder / MODULES):
-        if kind not in KNOWN:
+        behind = "Pooling" in kinds
+        if kind not in (_BEHIND if behind else _FIRST):
+            place = " before a Pooling" if kind in _BEHIND else ""
             raise BundleError(
-                f"{folder / MODULES} asks for the module {kind!r}, which vera-edge doesn't run; it runs "
-                + ", ".join(KNOWN)
+                f"{folder / MODULES} asks for the module {kind!r}{place}, which vera-edge doesn't run; it "
+                f"runs {', '.join(_FIRST)}, and behind those {', '.join(_BEHIND)}"
             )
-        if kind == "Pooling":
+        if behind:
+            layer, width = pooling_layers.read(kind, folder, name, width)
+            layers.append(layer)
+        elif kind == "Pooling":
             ways = _ways(safe_join(folder, f"{name}/config.json"))
-        normalize |= kind == "Normalize"
-    limits: dict[str, Any] = {}
-    if (folder / LONGEST).is_file():
-        limits = read_json(folder / LONGEST, BundleError)
+            width = None if hidden is None else hidden * len(ways)
+        kinds.append(kind)
+    normalize = "Pooling" in kinds and kinds[-1] == "Normalize"
+    limits = read_json(folder / LONGEST, BundleError) if (folder / LONGEST).is_file() else {}
     longest = limits.get("max_seq_length")
-    return Pooling(ways, normalize, longest if type(longest) is int and longest > 0 else None)
+    bound = longest if type(longest) is int and longest > 0 else None
+    return Pooling(ways, normalize, bound, tuple(layers[:-1] if normalize else layers), _prompt(folder))
+
+
+def _prompt(folder: Path) -> str:
+    """What sentence-transformers puts before every text where nothing else is asked for."""
+    config = read_json(folder / PROMPTS, BundleError) if (folder / PROMPTS).is_file() else {}
+    prompts, name = config.get("prompts"), config.get("default_prompt_name")
+    prompt = prompts.get(name, "") if isinstance(prompts, dict) and isinstance(name, str) else ""
+    if not isinstance(prompt, str):
+        raise BundleError(f"{folder / PROMPTS}: the prompt {name!r} isn't a text")
+    return prompt
 
 
 def _modules(path: Path) -> list[tuple[str, str]]:
@@ -103,11 +125,13 @@ def _modules(path: Path) -> list[tuple[str, str]]:
         found = json.loads(path.read_bytes())
         return [(entry["type"].rpartition(".")[2], entry["path"]) for entry in found]
     except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
-        raise BundleError(f"{path} isn't a list of modules with type and path; export again") from None
+        raise BundleError(f"{path} isn't a list of modules with type and path") from None
 
 
 def _ways(path: Path) -> tuple[str, ...]:
     config = read_json(path, BundleError)
+    if config.get("include_prompt", True) is False and _prompt(path.parent.parent):
+        raise BundleError(f"{path} leaves a prompt out of the pooling, which vera-edge doesn't")
     named = config.get("pooling_mode")
     if named is None:
         named = [way for flag, way in _FLAGS.items() if config.get(flag) is True] or "mean"

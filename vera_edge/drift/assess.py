@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from vera_edge import versions
+from vera_edge import tasks, versions
 from vera_edge.drift import models, windows
 from vera_edge.drift.continuations import continue_both
 from vera_edge.drift.encoder_assess import assess_encoder
@@ -32,6 +32,7 @@ class Request:
     reference: an adapter folder (its base from `base` or its config), a base folder (with `adapters`, each
         with its weight), or a branch export. candidate: a merged or exported folder.
     data: a text file or "built-in". exact: run a bitsandbytes checkpoint on exact values, not in its kernels.
+    tokenizer: a folder whose tokenizer reads the text for the reference, where an export was given another.
     samples: how many prompts both models continue. by_layer: measure layer by layer too.
     text_only: refuse a model that gives embeddings or classes, before it is measured.
     trained_as: how the reference's base was loaded in training.
@@ -43,6 +44,7 @@ class Request:
     base: Path | None = None
     adapters: tuple[tuple[Path, float], ...] = ()
     projection_dtype: str | None = None
+    tokenizer: Path | None = None
     tokens: int = windows.TOKENS
     window: int = windows.WINDOW
     exact: bool = False
@@ -86,23 +88,27 @@ def assess_any(request: Request, progress: Progress = silent) -> DriftReport | E
 
 
 def _gives_text(trained: Trained) -> bool:
-    return trained.checkpoint is None or models.auto_class_of(trained.checkpoint) == models.TEXT
+    return trained.task.gives == tasks.TEXT
 
 
 def _open(request: Request, progress: Progress) -> _Opened:
     text = windows.read_text(request.data)
     progress("opening the models", 0, 2)
-    facts = (request.base, request.adapters, request.projection_dtype, request.trained_as)
-    trained = models.open_trained(request.reference, *facts)
+    given = (request.base, request.adapters, request.projection_dtype)
+    trained = models.open_trained(request.reference, *given, request.trained_as, request.tokenizer)
     progress("opening the models", 1, 2)
     digests = [adapter.digest for adapter, _ in trained.adapters]
     candidate = models.open_candidate(request.candidate, request.exact, digests)
     progress("opening the models", 2, 2)
-    if _gives_text(trained) and candidate.auto_class != models.TEXT:
+    if _gives_text(trained) and candidate.gives != tasks.TEXT:
         raise MismatchError(f"{request.candidate} gives no text, and {request.reference} does")
     check_vocabularies(trained.runner, candidate.runner)
-    windows.check_tokenizers(text, [trained.folder, candidate.folder])
-    return _Opened(trained, candidate, text, _tokenizer(trained, candidate))
+    sides = ((trained.folder, trained.tokenizer), (candidate.folder, candidate.tokenizer))
+    having = [(folder, tokenizer) for folder, tokenizer in sides if tokenizer is not None]
+    windows.check_alike(text, having)
+    # The reference's, or the artefact's where the reference's folder has none.
+    tokenizer = having[0][1] if having else windows.open_tokenizer(trained.folder)
+    return _Opened(trained, candidate, text, tokenizer)
 
 
 def _assess_text(request: Request, opened: _Opened, progress: Progress) -> DriftReport:
@@ -132,20 +138,17 @@ def _assess_text(request: Request, opened: _Opened, progress: Progress) -> Drift
         noise=found.noise,
         retained=found.retained,
         verdict=judge(found),
-        notes=(*trained.notes, *candidate.notes, *_text_notes(found, vocabulary)),
+        notes=(
+            *trained.notes,
+            *candidate.notes,
+            *windows.beyond(opened.tokenizer, vocabulary),
+            *_text_notes(found, vocabulary),
+        ),
         worst=_worst(found, cut, opened.tokenizer),
         generations=samples,
         layers=by_layer,
         tools=versions.installed(_TOOLS),
     )
-
-
-def _tokenizer(trained: Trained, candidate: Candidate) -> Tokenizer:
-    """The reference's tokenizer, or the artefact's where the reference's folder has none."""
-    having = [
-        folder for folder in (trained.folder, candidate.folder) if (folder / "tokenizer.json").is_file()
-    ]
-    return windows.open_tokenizer(having[0] if having else trained.folder)
 
 
 def _check_context(cut: Windows, trained: Trained, candidate: Candidate) -> None:

@@ -1,34 +1,35 @@
-"""`vera-edge drift` for models that give embeddings or classes: open, measure over texts, judge.
+"""`vera-edge drift` for models that give embeddings, classes or spans: open, measure over texts, judge.
 
-A text is a paragraph of the data, with the tokens that the tokenizer puts around it, cut at the model's
-longest input.
+Embeddings are pooled as the model's folder says. A classifier of tokens is measured on each token, what finds
+answers on where they start and end. A text is a paragraph of the data, with the tokens that the tokenizer
+puts around it, cut at the model's longest input.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from vera_edge.drift import encoders, models
+from vera_edge import tasks
+from vera_edge.device.pooling import Pooling
+from vera_edge.drift import encoders, token_classes
 from vera_edge.drift.encoder_report import EncoderReport, judge
 from vera_edge.drift.models import Candidate, Trained
 from vera_edge.drift.result import TextFacts
-from vera_edge.drift.windows import Text
+from vera_edge.drift.windows import Text, beyond, check_ids
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.progress import Progress
-
-if TYPE_CHECKING:
-    from vera_edge.drift.exported_encoder import ExportedEncoder
-    from vera_edge.reference import Reference
+from vera_edge.trained_text import vocabulary_size
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
-Encode = Callable[["Reference | ExportedEncoder", Int64], Float32]
+Float64 = npt.NDArray[np.float64]
+Encode = Callable[[Int64], Float32]
 
 _TEXTS = 500
 _LONGEST = 256
@@ -42,28 +43,30 @@ def assess_encoder(
     tools: dict[str, str],
     progress: Progress,
 ) -> EncoderReport:
-    """Measure an artefact that gives embeddings or classes.
+    """Measure an artefact that gives embeddings, classes or spans.
 
     Raises DataError when there are too few texts, MismatchError when the two models do different things.
     """
     assert trained.checkpoint is not None
-    task = models.auto_class_of(trained.checkpoint)
-    if candidate.auto_class != task:
+    gives = trained.task.gives
+    if candidate.gives != gives:
         raise MismatchError(
             f"{candidate.artefact.path} isn't a model of the kind of {trained.artefact.path}; "
             "give a merged or exported folder of it"
         )
     bounds = [_LONGEST, trained.context, candidate.context]
     texts = cut_texts(text, tokenizer, min(bound for bound in bounds if bound))
-    encode = _embed if task == "AutoModel" else _classify
-    reference = _outputs(trained.runner, texts, encode, "the reference", progress)
-    found = _outputs(candidate.runner, texts, encode, "the artefact", progress)
-    base = _outputs(trained.base, texts, encode, "the base", progress) if trained.base is not None else None
-    compare, distances = (
-        (encoders.compare_embeddings, encoders.embedding_distances)
-        if task == "AutoModel"
-        else (encoders.compare_classes, encoders.class_distances)
-    )
+    rows = trained.checkpoint and vocabulary_size(trained.checkpoint.config)
+    for ids in texts if rows else ():
+        check_ids(ids, tokenizer, rows or 0, f"{text.source} text")
+
+    def outputs(runner: object, pooling: Pooling | None, who: str) -> list[Float32]:
+        return _outputs(_encoder(runner, gives, pooling), texts, who, progress)
+
+    reference = outputs(trained.runner, trained.pooling, "the reference")
+    found = outputs(candidate.runner, candidate.pooling, "the artefact")
+    base = outputs(trained.base, trained.pooling, "the base") if trained.base is not None else None
+    compare, distances = _MEASURES[gives]
     measured = compare(reference, found)
     lost = distances(reference, found)
     effect = distances(reference, base) if base is not None else None
@@ -79,7 +82,7 @@ def assess_encoder(
         effect=compare(reference, base) if base is not None else None,
         retained=kept,
         verdict=judge(float(lost.mean()), float(effect.mean()) if effect is not None else None, kept),
-        notes=(*trained.notes, *candidate.notes),
+        notes=(*trained.notes, *candidate.notes, *(beyond(tokenizer, rows) if rows else ())),
         tools=tools,
     )
 
@@ -97,22 +100,43 @@ def cut_texts(text: Text, tokenizer: Tokenizer, longest: int) -> list[Int64]:
     return [np.asarray(found.ids, np.int64) for found in tokenizer.encode_batch(chosen)]
 
 
-def _embed(runner: Reference | ExportedEncoder, tokens: Int64) -> Float32:
-    return runner.embed(tokens)
-
-
-def _classify(runner: Reference | ExportedEncoder, tokens: Int64) -> Float32:
-    return runner.classify(tokens)
-
-
-def _outputs(runner: object, texts: list[Int64], encode: Encode, who: str, progress: Progress) -> Float32:
+def _encoder(runner: object, gives: str, pooling: Pooling | None) -> Encode:
+    """What gives a text's embedding (d,), class logits (classes,), or rows of logits of tokens or spans."""
     from vera_edge.drift.exported_encoder import ExportedEncoder
     from vera_edge.reference import Reference
 
-    assert isinstance(runner, Reference | ExportedEncoder)
+    if isinstance(runner, ExportedEncoder):
+        return runner.outputs
+    assert isinstance(runner, Reference)
+    model = runner
+    if gives == tasks.SPANS:
+        return model.spans
+    if gives != tasks.EMBEDDINGS:
+        return model.classify
+    how = pooling or Pooling()
+
+    def embed(tokens: Int64) -> Float32:
+        return how.embeddings(model.hidden(tokens)[None], np.ones((1, len(tokens)), np.int64))[0]
+
+    return embed
+
+
+def _outputs(encode: Encode, texts: list[Int64], who: str, progress: Progress) -> list[Float32]:
     found = []
     for index, tokens in enumerate(texts):
         progress(f"running {who}", index, len(texts))
-        found.append(encode(runner, tokens))
+        found.append(encode(tokens))
     progress(f"running {who}", len(texts), len(texts))
-    return np.stack(found)
+    return found
+
+
+def _stacked(measure: Callable[[Float32, Float32], Any]) -> Callable[[list[Float32], list[Float32]], Any]:
+    return lambda reference, found: measure(np.stack(reference), np.stack(found))
+
+
+_MEASURES: Mapping[str, tuple[Callable[..., Any], Callable[..., Float64]]] = {
+    tasks.EMBEDDINGS: (_stacked(encoders.compare_embeddings), _stacked(encoders.embedding_distances)),
+    tasks.CLASSES: (_stacked(encoders.compare_classes), _stacked(encoders.class_distances)),
+    tasks.TOKEN_CLASSES: (token_classes.compare_rows, token_classes.row_distances),
+    tasks.SPANS: (token_classes.compare_rows, token_classes.row_distances),
+}

@@ -188,6 +188,9 @@ def _estimate(values: Float64) -> Estimate:
     return Estimate(float(values.mean()), error, low, high)
 
 
+estimate = _estimate  # for what isn't one row of logits a text (token_classes)
+
+
 def retained(lost: Float64, effect: Float64) -> Estimate | None:
     """1 - sum(lost) / sum(effect): the share of the adapter's effect that is kept, None when it has none.
 

@@ -15,8 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge import adapter as adapters
-from vera_edge import alignment, bundle, provenance
+from vera_edge import bundle, provenance, tasks, trained_base
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.drift.reading import (
+    check_measurable,
+    context_of,
+    exported_tokenizer,
+    pooling_of,
+    tokenizer_of,
+)
 from vera_edge.drift.result import Artefact
 from vera_edge.errors import CheckpointError, DataError, MismatchError
 from vera_edge.formats import checks
@@ -24,9 +31,12 @@ from vera_edge.projection import Projections
 from vera_edge.trained_as import TrainedAs
 
 if TYPE_CHECKING:
-    from vera_edge.target import Runner
+    from tokenizers import Tokenizer
 
-TEXT = "AutoModelForCausalLM"  # the transformers class of what gives text
+    from vera_edge.device.pooling import Pooling
+    from vera_edge.target import Runner
+    from vera_edge.tasks import Task
+
 # Branch exports whose base weights are exactly the trained base's, and so can stand for it.
 _EXACT_WEIGHTS = ("fp32", "nf4", "fp4")
 
@@ -35,8 +45,8 @@ _EXACT_WEIGHTS = ("fp32", "nf4", "fp4")
 class Trained:
     """The reference and its yardsticks; `base` is it without its adapter, `noise` it computed in bfloat16.
 
-    `folder` holds the tokenizer. `checkpoint`, `adapters` and `projections` are there when it was opened from
-    them, not from an export.
+    `tokenizer` is None where its folders hold none; `folder` is where it was looked for. `checkpoint`,
+    `adapters` and `projections` are there when it was opened from them, not from an export.
     """
 
     runner: Runner
@@ -50,13 +60,20 @@ class Trained:
     checkpoint: Checkpoint | None = None
     adapters: tuple[tuple[adapters.Adapter, float], ...] = ()
     projections: Projections | None = None
+    tokenizer: Tokenizer | None = None
+    pooling: Pooling | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the model does; a branch export that stands for it gives text."""
+        return tasks.TEXT_GENERATION if self.checkpoint is None else tasks.of(self.checkpoint.config)
 
 
 @dataclass(frozen=True)
 class Candidate:
     """The artefact; `checkpoint` is set when its weights can be read layer by layer.
 
-    `auto_class`: see `auto_class_of`.
+    `gives`: see `tasks.Task`.
     """
 
     runner: Runner
@@ -65,7 +82,9 @@ class Candidate:
     context: int | None
     notes: tuple[str, ...] = ()
     checkpoint: Checkpoint | None = None
-    auto_class: str = TEXT
+    gives: str = tasks.TEXT
+    tokenizer: Tokenizer | None = None
+    pooling: Pooling | None = None
 
 
 def open_trained(
@@ -74,10 +93,12 @@ def open_trained(
     adapter_paths: Sequence[tuple[Path, float]] = (),
     projection_dtype: str | None = None,
     trained_as: TrainedAs | None = None,
+    tokenizer: Path | None = None,
 ) -> Trained:
     """The model as trained from an adapter folder, a base folder (with `adapter_paths`), or a branch export.
 
-    trained_as: how the base was loaded in training.
+    trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer reads the text,
+    instead of the adapters' or the base's.
     Raises a VeraEdgeError of the part that is at fault.
     """
     if (path / bundle.MANIFEST).is_file():
@@ -87,8 +108,7 @@ def open_trained(
     if (path / adapters.CONFIG_NAME).is_file():
         adapter_paths = [(path, 1.0), *adapter_paths]
     base = base_folder(path, base)
-    checkpoint = Checkpoint.open(base, trained_as)
-    read = tuple((alignment.read(folder, checkpoint), weight) for folder, weight in adapter_paths)
+    checkpoint, read = trained_base.read(base, adapter_paths, tokenizer, trained_as)
     return _trained_checkpoint(checkpoint, read, projection_dtype)
 
 
@@ -114,9 +134,10 @@ def _trained_checkpoint(
     if any(other.projections.digest != found[0].projections.digest for other in found[1:]):
         raise MismatchError("the adapters were trained on different projections, which one model can't hold")
     projections = found[0].projections if found else None
+    check_measurable(checkpoint)
     from vera_edge import reference
 
-    model = reference.open_reference(checkpoint, read, projections, auto_class_of(checkpoint))
+    model = reference.open_reference(checkpoint, read, projections, tasks.of(checkpoint.config).auto_class)
     base_bytes = folder_bytes(checkpoint.path)
     kind = f"{_weights_of(checkpoint)} base, exact in float32" + ", adapter unmerged in PEFT" * bool(read)
     paths = [adapter.path for adapter, _ in read] or [checkpoint.path]
@@ -130,11 +151,13 @@ def _trained_checkpoint(
         artefact=Artefact(name, str(paths[0]), kind, own),
         base_artefact=_artefact(checkpoint.path, base_kind) if read else None,
         folder=checkpoint.path,
-        context=_context(checkpoint),
+        context=context_of(checkpoint),
         notes=tuple(dict.fromkeys(note for one in found for note in (*one.notes, f"projections: {one.how}"))),
         checkpoint=checkpoint,
         adapters=read,
         projections=projections,
+        tokenizer=tokenizer_of(checkpoint),
+        pooling=pooling_of(checkpoint),
     )
 
 
@@ -159,6 +182,7 @@ def _trained_export(path: Path) -> Trained:
         base_artefact=_artefact(path, f"branch export, {manifest.weights} weights, adapter off"),
         folder=path,
         context=session.decoder.context,
+        tokenizer=exported_tokenizer(path),
     )
 
 
@@ -195,10 +219,11 @@ def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ())
         return _candidate_export(path, trained)
     if (path / adapters.CONFIG_NAME).is_file():
         raise DataError(f"{path} is an adapter, not an artefact; give a merged or exported folder to measure")
-    checkpoint = Checkpoint.open(path)
+    checkpoint, _ = trained_base.read(path)
+    check_measurable(checkpoint)
     from vera_edge import reference
 
-    weights, notes, auto_class = _weights_of(checkpoint), [], auto_class_of(checkpoint)
+    weights, notes, task = _weights_of(checkpoint), [], tasks.of(checkpoint.config)
     quantized = checks.method(checkpoint.config) is not None
     if quantized and not exact and (odd := _split_blocks(checkpoint)):
         exact = True
@@ -208,16 +233,16 @@ def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ())
         )
     if quantized and not exact:
         try:
-            runner = reference.load_as_stored(checkpoint, auto_class)
+            runner = reference.load_as_stored(checkpoint, task.auto_class)
         except CheckpointError as cause:
             raise CheckpointError(f"{cause}; --exact runs it on exact values in float32") from None
         kernels = "bitsandbytes" if checks.method(checkpoint.config) == "bitsandbytes" else "transformers'"
         kind = f"checkpoint, {weights}, {kernels} kernels"
     else:
-        runner = reference.open_reference(checkpoint, auto_class=auto_class)
+        runner = reference.open_reference(checkpoint, auto_class=task.auto_class)
         kind = f"checkpoint, {weights}, computed in float32"
-    facts = (_artefact(path, kind), path, _context(checkpoint), tuple(notes), checkpoint, auto_class)
-    return Candidate(runner, *facts)
+    facts = (_artefact(path, kind), path, context_of(checkpoint), tuple(notes), checkpoint, task.gives)
+    return Candidate(runner, *facts, tokenizer=tokenizer_of(checkpoint), pooling=pooling_of(checkpoint))
 
 
 def _candidate_export(path: Path, trained: Sequence[str]) -> Candidate:
@@ -234,22 +259,12 @@ def _candidate_export(path: Path, trained: Sequence[str]) -> Candidate:
 
         encoder = ExportedEncoder(path, adapter)
         facts = (_artefact(path, kind), path, encoder.context, notes)
-        return Candidate(encoder, *facts, auto_class=encoder.auto_class)
+        return Candidate(encoder, *facts, gives=encoder.gives, tokenizer=exported_tokenizer(path))
     from vera_edge.device.session import Session
 
     session = Session.open(path, adapter)
-    return Candidate(session, _artefact(path, kind), path, session.decoder.context, notes)
-
-
-def auto_class_of(checkpoint: Checkpoint) -> str:
-    """The transformers class for what the checkpoint's architecture does: text, classes or embeddings."""
-    found = checkpoint.config.get("architectures")
-    name = found[0] if isinstance(found, list) and found and isinstance(found[0], str) else ""
-    if name.endswith("ForSequenceClassification"):
-        return "AutoModelForSequenceClassification"
-    if name.endswith("Model") and not name.endswith("LMHeadModel"):
-        return "AutoModel"
-    return TEXT
+    facts = (_artefact(path, kind), path, session.decoder.context, notes)
+    return Candidate(session, *facts, tokenizer=exported_tokenizer(path))
 
 
 def _split_blocks(checkpoint: Checkpoint) -> str | None:
@@ -263,11 +278,6 @@ def _split_blocks(checkpoint: Checkpoint) -> str | None:
 
 def _weights_of(checkpoint: Checkpoint) -> str:
     return "/".join(sorted({linear.format for linear in checkpoint.linears.values()})) or "no linear"
-
-
-def _context(checkpoint: Checkpoint) -> int | None:
-    found = checkpoint.config.get("max_position_embeddings") or checkpoint.config.get("n_positions")
-    return found if isinstance(found, int) else None
 
 
 def _artefact(path: Path, kind: str) -> Artefact:

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from vera_edge import tokenizer as tokenizer_files
 from vera_edge.drift.bootstrap import MIN_WINDOWS
 from vera_edge.errors import CheckpointError, DataError, MismatchError
 from vera_edge.files import sha256_bytes
+from vera_edge.side_files import SideFiles
 
 Int64 = npt.NDArray[np.int64]
 
@@ -88,16 +90,28 @@ def open_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; save the model's tokenizer there (save_pretrained)")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as cause:  # the tokenizers package raises bare Exception
-        raise CheckpointError(
-            f"{path} isn't a tokenizer that the tokenizers package reads: {cause}"
-        ) from None
-    # What the file was saved with (a maximum length, padding) is about training batches, not about text.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return tokenizer_files.read(SideFiles({path.name: folder}), {})
+
+
+def check_ids(ids: Sequence[int] | Int64, tokenizer: Tokenizer, vocab_size: int, source: str) -> None:
+    """Raise MismatchError when a token that occurs in a text has no row in a model of `vocab_size` rows.
+
+    A tokenizer may know more tokens than that: published models have some which never occur in text.
+    """
+    if len(ids) and (largest := int(max(ids))) >= vocab_size:
+        known = tokenizer.get_vocab_size(with_added_tokens=True)
+        raise MismatchError(
+            f"{source} holds the token {tokenizer.id_to_token(largest)!r} of id {largest}: the tokenizer "
+            f"knows {known} tokens and the model only {vocab_size}; it belongs to another model"
+        )
+
+
+def beyond(tokenizer: Tokenizer, vocab_size: int) -> tuple[str, ...]:
+    """A sentence when the tokenizer knows tokens that a model of `vocab_size` rows has none for."""
+    count = sum(number >= vocab_size for number in tokenizer.get_vocab(with_added_tokens=True).values())
+    if not count:
+        return ()
+    return (f"the tokenizer knows {count} tokens beyond the model's {vocab_size}; none is in this text",)
 
 
 def check_tokenizers(text: Text, folders: Sequence[Path]) -> None:
@@ -105,13 +119,20 @@ def check_tokenizers(text: Text, folders: Sequence[Path]) -> None:
 
     Folders without a tokenizer.json are left out: they are read with the first one's tokens.
     """
-    sample = text.content[:20_000]
     having = [folder for folder in folders if (folder / "tokenizer.json").is_file()]
-    encoded = [open_tokenizer(folder).encode(sample, add_special_tokens=False).ids for folder in having]
-    for folder, ids in zip(having[1:], encoded[1:], strict=True):
-        if ids != encoded[0]:
+    check_alike(text, [(folder, open_tokenizer(folder)) for folder in having])
+
+
+def check_alike(text: Text, tokenizers: Sequence[tuple[Path, Tokenizer]]) -> None:
+    """Raise MismatchError when the tokenizers of model folders read the start of `text` differently."""
+    sample = text.content[:20_000]
+    encoded = [
+        (folder, tokenizer.encode(sample, add_special_tokens=False).ids) for folder, tokenizer in tokenizers
+    ]
+    for folder, ids in encoded[1:]:
+        if ids != encoded[0][1]:
             raise MismatchError(
-                f"the tokenizers of {having[0]} and {folder} split the same text differently; "
+                f"the tokenizers of {encoded[0][0]} and {folder} split the same text differently; "
                 "they belong to different models"
             )
 
@@ -122,17 +143,14 @@ def make(
     """Windows of `window` tokens, about `tokens` in all, spread evenly over the text.
 
     An interval needs several windows, so a text that would give too few is cut into shorter ones.
-    Raises DataError when the text is too short or the request senseless, MismatchError when the tokenizer
-    isn't that of a model of `vocab_size` tokens.
+    Raises DataError when the text is too short or the request senseless, MismatchError when a token of it is
+    beyond a model of `vocab_size` tokens.
     """
     if window < MIN_WINDOW or tokens < window:
         raise DataError(f"a window of {window} in {tokens} tokens is too small; use at least {MIN_WINDOW}")
-    if (known := tokenizer.get_vocab_size(with_added_tokens=True)) > vocab_size:
-        raise MismatchError(
-            f"the tokenizer knows {known} tokens and the model only {vocab_size}; it belongs to another model"
-        )
     ids = np.asarray(tokenizer.encode(text.content, add_special_tokens=False).ids, np.int64)
     start = _prefix(tokenizer)
+    check_ids(np.concatenate([start, ids]), tokenizer, vocab_size, f"{text.source} text")
     window = min(window, max(MIN_WINDOW, len(ids) // MIN_WINDOWS + len(start)))
     body = window - len(start)
     pieces = [ids[at : at + body] for at in range(0, len(ids), body)]

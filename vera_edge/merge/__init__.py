@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vera_edge import alignment, provenance
 from vera_edge import plan as plans
+from vera_edge import provenance, trained_base
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
@@ -77,20 +77,21 @@ def prepare(
     projection_dtype: str | None = None,
     made: Plan | None = None,
     trained_as: TrainedAs | None = None,
+    tokenizer: Path | None = None,
 ) -> Prepared:
     """Read base and adapters (folders, each with its weight) and plan their merge; reads no weight.
 
     to: a weight format's name or "same". options: of that format. projection_dtype: see `provenance.resolve`.
     made: a plan for these inputs, instead of making one; then `to` and `options` aren't looked at.
-    trained_as: how the base in a folder was loaded in training.
+    trained_as: how the base in a folder was loaded in training. tokenizer: a folder whose tokenizer is taken,
+    instead of the adapters' or the base's.
     Raises a VeraEdgeError in one sentence when an input or the request is at fault.
     """
     if not adapters:
         raise PlanError("give at least one adapter to merge")
     if to != SAME and to not in FORMATS:
         raise PlanError(f"no weight format is called {to!r}; choose {SAME} or one of {', '.join(FORMATS)}")
-    checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base, trained_as)
-    read = tuple((alignment.read(path, checkpoint), weight) for path, weight in adapters)
+    checkpoint, read = trained_base.read(base, adapters, tokenizer, trained_as)
     plans.check_together(read)
     found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
     projections = plans.check_projections(read, [one.projections for one in found])
@@ -98,6 +99,7 @@ def prepare(
         check_plan(made, checkpoint, read, projections)
     plan = made or plans.make(checkpoint, read, "merged", to, options, projections)
     notes = dict.fromkeys(note for one in found for note in (one.how, *one.notes))
+    notes |= dict.fromkeys(checkpoint.notes)
     return Prepared(checkpoint, read, projections, plan, tuple(notes))
 
 
@@ -109,6 +111,7 @@ def prepare_each(
     options: Mapping[str, Any] | None = None,
     projection_dtype: str | None = None,
     trained_as: TrainedAs | None = None,
+    tokenizer: Path | None = None,
 ) -> dict[str, Prepared]:
     """`prepare` for each of many adapters alone, by the name of its folder; they needn't have anything in
     common but the base.
@@ -121,7 +124,7 @@ def prepare_each(
         name = path.resolve().name
         if name in ready:
             raise PlanError(f"two of the adapters are in folders called {name}, which names what is written")
-        one = prepare(checkpoint, [(path, weight)], to, options, projection_dtype)
+        one = prepare(checkpoint, [(path, weight)], to, options, projection_dtype, tokenizer=tokenizer)
         projections = shared.setdefault(one.projections.digest, one.projections)
         ready[name] = replace(one, projections=projections)
     return ready
@@ -157,8 +160,9 @@ def to_folder(
     progress: Progress = silent,
     resources: Resources = ONE_PROCESS,
     trained_as: TrainedAs | None = None,
+    tokenizer: Path | None = None,
 ) -> MergeReport:
     """`prepare` and `perform`: merge adapters into a base and write the model to `out`."""
     check_output(out, force, (base, *(path for path, _ in adapters)))
-    ready = prepare(base, adapters, to, options, projection_dtype, trained_as=trained_as)
+    ready = prepare(base, adapters, to, options, projection_dtype, None, trained_as, tokenizer)
     return perform(ready, out, progress, force, resources=resources)

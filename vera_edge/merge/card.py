@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vera_edge import __version__
+from vera_edge import __version__, tasks
 from vera_edge.merge.report import MergeReport
 
 
@@ -60,9 +60,10 @@ def _survival(report: MergeReport) -> list[str]:
 
 
 def _loading(config: Mapping[str, Any]) -> list[str]:
-    architectures = config.get("architectures")
-    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-    auto = "AutoModelForCausalLM" if name.endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
+    name = tasks.architecture(config)
+    auto = tasks.of_class(name).auto_class if tasks.of_class(name).name else "AutoModel"
+    if name.endswith("ForConditionalGeneration"):
+        auto = "AutoModel"
     return [
         "```python",
         f"from transformers import {auto}",

@@ -57,7 +57,7 @@ def _quantization_config(plan: Plan, checkpoint: Checkpoint) -> tuple[dict[str, 
         )
     before = checks.quantization(checkpoint.config)
     if {step.source for step in quantized} == set(results):
-        return dict(before) | _raised(plan, before), True
+        return dict(before) | _raised(plan, before) | _new_heads(plan, checkpoint, before), True
     target = formats.get(results[0])
     fresh = target.quantization_config(quantized[0].options) or {}
     if fresh.get("quant_method") == "bitsandbytes":
@@ -91,6 +91,19 @@ def _raised(plan: Plan, before: Mapping[str, Any]) -> dict[str, Any]:
         )
     known = before.get("llm_int8_skip_modules")
     return {"llm_int8_skip_modules": sorted({*known, *raised}) if known else skip_modules(plan.steps)}
+
+
+def _new_heads(plan: Plan, checkpoint: Checkpoint, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base's own quantization_config must say of linears that an adapter brought: they're floats."""
+    new = [step.module for step in plan.steps if f"{step.module}.weight" in checkpoint.placed]
+    quantized = next(step for step in plan.steps if step.result not in DENSE)
+    bitsandbytes = before.get("quant_method") == "bitsandbytes"
+    target = formats.get(quantized.result)
+    key = "llm_int8_skip_modules" if bitsandbytes else getattr(target, "skip_key", None)
+    if not new or key is None:
+        return {}
+    known = before.get(key) or (skip_modules(plan.steps) if bitsandbytes else None) or []
+    return {key: sorted({*known, *new})}
 
 
 def skip_modules(steps: tuple[Step, ...]) -> list[str] | None:

@@ -36,7 +36,8 @@ def cut(
     place = {name: number for number, name in enumerate(checkpoint.tensors)}
     units.sort(key=lambda unit: min(place[name] for name in unit.names))
     for name, tensor in sorted(replaced.items()):
-        own = checkpoint.tensors[name].dtype if name in checkpoint.tensors else tensor.dtype
+        own = checkpoint.stored[name].dtype if name in checkpoint.stored else tensor.dtype
+        own = own if own in FLOATS else tensor.dtype  # a quantized weight's bytes
         units.append(Place(name, tensor, (target or own) if tensor.dtype in FLOATS else own))
     apart, untied = _untie(plan, checkpoint, adapters, replaced, target)
     return units + apart, untied

@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vera_edge import formats, side_files
+from vera_edge import formats
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import MERGE_RECORD, Checkpoint
 from vera_edge.engine import Engine
@@ -238,15 +238,16 @@ def _report(merge: Merge, done: Mapping[int, Done]) -> MergeReport:
 def _base_digest(checkpoint: Checkpoint, done: Mapping[int, Done]) -> str:
     """The base's digest, of the bytes that the units read."""
     read = {name: digest for one in done.values() for name, digest in one.read.items()}
-    unread = checkpoint.tensors.keys() - read.keys()  # those that adapters replace
-    return checkpoint.digest_of(read | checkpoint.tensor_digests(unread))
+    read = {name: digest for name, digest in read.items() if name not in checkpoint.placed}
+    unread = checkpoint.stored.keys() - read.keys()  # those that adapters replace, or that have no place
+    return checkpoint.digest_of(read | checkpoint.tensor_digests(unread, stored=True))
 
 
 def _write_beside(stage: Path, report: MergeReport, config: dict[str, object], merge: Merge) -> None:
     """Everything but the weights."""
     checkpoint = merge.checkpoint
     write_atomic(stage / "config.json", canonical_json(config))
-    side_files.copy(checkpoint.path, stage)
+    checkpoint.files.copy(stage)
     base_name = str(checkpoint.config.get("_name_or_path") or checkpoint.path.resolve().name)
     write_atomic(stage / "README.md", card.text(report, base_name, config).encode())
     record = {"plan": merge.plan.to_dict(), "report": report.facts()}

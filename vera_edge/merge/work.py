@@ -20,6 +20,7 @@ from vera_edge.files import canonical_json, output_error, sha256_bytes
 from vera_edge.merge.cutting import cut
 from vera_edge.merge.journal import Done
 from vera_edge.merge.units import Unit
+from vera_edge.overlay import Overlay
 from vera_edge.plan import Plan
 from vera_edge.projection import Projections
 from vera_edge.requantize import Codes
@@ -78,7 +79,7 @@ class Job:
         return [sum(nbytes(*entry) for entry in unit.layout.values()) for unit in self.units]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        base = (self.checkpoint.path.absolute(), self.checkpoint.trained_as)
+        base = (self.checkpoint.path.absolute(), self.checkpoint.trained_as, self.checkpoint.overlay)
         opened = (self.run, self.key, self.plan.to_dict(), base)
         facts = (self.adapters, self.projections, self.requantized, self.folder, self.max_shard_bytes)
         return _reopen, (*opened, facts)
@@ -92,13 +93,17 @@ def _reopen(
     run: str,
     key: str,
     plan: Mapping[str, Any],
-    base: tuple[Path, TrainedAs | None],
+    base: tuple[Path, TrainedAs | None, Overlay | None],
     facts: tuple[Any, ...],
 ) -> Job:
     if run not in _reopened:
         while len(_reopened) >= _HELD:
             _reopened.pop(next(iter(_reopened)))
-        _reopened[run] = Job(key, Plan.from_dict(plan), Checkpoint.open(*base), *facts)
+        path, trained_as, overlay = base
+        checkpoint = Checkpoint.open(path, trained_as)
+        if overlay is not None:
+            checkpoint = checkpoint.overlaid(overlay)
+        _reopened[run] = Job(key, Plan.from_dict(plan), checkpoint, *facts)
     return _reopened[run]
 
 

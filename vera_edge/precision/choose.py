@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vera_edge import merge
+from vera_edge import merge, tasks
 from vera_edge import plan as plans
 from vera_edge import target as targets
-from vera_edge.drift import models, windows
+from vera_edge import tokenizer as tokenizers
+from vera_edge.drift import windows
 from vera_edge.errors import PlanError
 from vera_edge.files import PARTIAL_MARK, output_error, staged_folder
 from vera_edge.merge import Prepared
@@ -51,7 +52,7 @@ def choose(
     request.check()
     targets.find(request.target)
     merged = merge.prepare(base, adapters, SAME, None, projection_dtype, trained_as=trained_as)
-    if models.auto_class_of(merged.checkpoint) != models.TEXT:
+    if tasks.of(merged.checkpoint.config).gives != tasks.TEXT:
         raise PlanError(
             f"{base} gives no text, and a plan is made by what a model says; choose --weights and measure "
             "the export with vera-edge drift"
@@ -141,7 +142,10 @@ class _Search:
     def _windows(self) -> tuple[windows.Windows, windows.Windows, windows.Windows]:
         request, checkpoint = self.request, self.ready.checkpoint
         config = checkpoint.config.get("text_config") or checkpoint.config
-        tokenizer, size = windows.open_tokenizer(checkpoint.path), int(config.get("vocab_size", 0))
+        tokenizer, size = (
+            tokenizers.read(checkpoint.files, checkpoint.config),
+            int(config.get("vocab_size", 0)),
+        )
         text = windows.read_text(request.calibration)
         data = text if request.data is None else windows.read_text(request.data)
         width = min(windows.WINDOW, request.tokens)

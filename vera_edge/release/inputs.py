@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import vera_edge
-from vera_edge import alignment, provenance, versions
+from vera_edge import provenance, trained_base, versions
 from vera_edge.adapter import Adapter
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.drift import windows
@@ -58,8 +58,8 @@ def read(job: Job, store: Store) -> Inputs:
     """What a job is made from. Raises a VeraEdgeError when something of it can't be read or doesn't fit."""
     base = job.recipe.base(job.adapter.base)
     base_path = job.recipe.path(base.path)
-    checkpoint = Checkpoint.open(base_path, base.spec)
-    adapter = alignment.read(job.recipe.path(job.adapter.path), checkpoint)
+    adapter_path = job.recipe.path(job.adapter.path)
+    checkpoint, ((adapter, _),) = trained_base.read(base_path, [(adapter_path, 1.0)], None, base.spec)
     found = provenance.resolve_for_command(adapter, checkpoint, job.adapter.projection_dtype)
     base_digest = store.folder_digest(base_path)
     facts = {
@@ -67,6 +67,7 @@ def read(job: Job, store: Store) -> Inputs:
         "base": base_digest,
         "adapter": adapter.digest,
         "projections": found.projections.digest,
+        "trained": _trained(checkpoint),
         "variant": job.variant.model_dump(exclude=_NOT_BYTES, exclude_none=True),
         "tools": dict(tools()),
     }
@@ -75,6 +76,12 @@ def read(job: Job, store: Store) -> Inputs:
     if job.variant.plan is not None:
         facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
     return Inputs(adapter, found.spec, base_digest, facts, found.notes)
+
+
+def _trained(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What else of the adapter's folder changes a bundle, graphs that adapters share among them."""
+    whole = checkpoint.overlay.digests if checkpoint.overlay is not None else {}
+    return {"files": checkpoint.files.digest, "tensors": whole}
 
 
 def check(job: Job, digests: Mapping[str, str]) -> None:
