@@ -21,12 +21,13 @@ _EDITED = "drawn.onnx"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A float graph. folder: the builder's, with the graph at `path`. config: transformers' text config.
+    """A float graph. source: the float32 model's folder. folder: the builder's, with the graph at `path`. config: transformers' text config.
 
     windows: of each layer, in tokens.
     """
 
     model: ir.Model
+    source: Path
     architecture: str
     config: Any
     folder: Path
@@ -38,11 +39,6 @@ class Drawing:
         """The graph on disk, with its weights beside it."""
         return self.folder / self.file
 
-    @property
-    def source(self) -> Path:
-        """What the builder was given: the model's files, with a config of its own."""
-        return self.folder.with_name(f"{self.folder.name}-source")
-
 
 def draw(source: Path, config: Any, architecture: str, folder: Path, fuse_qkv: bool) -> Drawing:
     """The graph of the float32 model in `source`, drawn in `folder` or taken from there.
@@ -53,7 +49,7 @@ def draw(source: Path, config: Any, architecture: str, folder: Path, fuse_qkv: b
     text = config.get_text_config()
     found = tuple(attention.windows(text, architecture))
     if (folder / _EDITED).is_file():
-        return Drawing(ir.load(folder / _EDITED), architecture, text, folder, found)
+        return Drawing(ir.load(folder / _EDITED), source, architecture, text, folder, found)
     given = folder.with_name(f"{folder.name}-source")
     raw = read_json(source / "config.json", CheckpointError)
     builder_config.write_folder(source, given, builder_config.for_builder(raw, text))
@@ -64,4 +60,4 @@ def draw(source: Path, config: Any, architecture: str, folder: Path, fuse_qkv: b
     attention.put_in(model, found, attention.without_positions(text))
     configs.fix_shapes(model, folder)
     ir.save(model, folder / _EDITED)
-    return Drawing(model, architecture, text, folder, found)
+    return Drawing(model, source, architecture, text, folder, found)
