@@ -8,7 +8,7 @@ import onnxruntime
 
 from vera_edge import bundle
 from vera_edge.bundle import Manifest
-from vera_edge.device import adapters, facts, generated
+from vera_edge.device import adapters, facts, generated, int8_products
 from vera_edge.device.adapters import Vectors
 from vera_edge.device.graph import Graph
 from vera_edge.errors import BundleError, MismatchError
@@ -78,6 +78,7 @@ def open_graph(
 
     deep: read every byte first, as `vera-edge verify` does, and not only of files up to 64 MiB. Raises
     BundleError when the bundle is damaged, foreign, of another kind, or needs a newer runtime or more memory.
+    Warns (BundleWarning) when other programs would get wrong values from it on this processor.
     """
     manifest = bundle.verify(folder, deep=deep)
     if manifest.kind != kind:
@@ -88,6 +89,7 @@ def open_graph(
         raise BundleError(f"{folder} holds {hint}")
     _check_runtime(manifest)
     _check_memory(manifest)
+    int8_products.warn(manifest)
     return manifest, Graph(manifest.path(manifest.model), threads, generated.in_memory(manifest))
 
 
