@@ -3,8 +3,8 @@
 x86 without VNNI multiplies uint8 by int8 with `vpmaddubsw`, which adds the products of two inputs that stand
 beside each other in 16 bits and clips what doesn't fit. 255 * (w0 + w1) fits as long as two weights of one
 sign add up to 128 at most: a weight that keeps to that gives the same sums on every processor, any other may
-not. ONNX Runtime's kernels are exact there as well once `session.x64quantprecision` is set, and slower; `Graph`
-sets it, other programs don't.
+not. ONNX Runtime's kernels are exact there as well once `session.x64quantprecision` is set, and slower;
+`Graph` sets it, other programs don't.
 """
 
 from __future__ import annotations

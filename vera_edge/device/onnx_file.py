@@ -33,7 +33,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Initializer:
-    """A constant. dtype: as TensorProto numbers it. raw: its bytes; else `place`, the keys of external data."""
+    """A constant. dtype: as TensorProto numbers it. raw: its bytes; else `place`: keys of external data."""
 
     dtype: int
     shape: tuple[int, ...]
