@@ -94,11 +94,15 @@ class Rows:
             np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts])
         )
 
-    def values(self, weaver: Weaver, weight: str) -> tuple[ir.Value, ir.Value, np.uint8 | None]:
-        """Codes (in, out) as a product takes them, scales (out,), and the zero point where it isn't 0."""
+    def values(self, weaver: Weaver, weight: str) -> tuple[ir.Value, ir.Value, np.generic]:
+        """Codes (in, out) as a product takes them, scales (out,), and the code of zero.
+
+        That is 0 for int8 and written all the same: without it `session.x64quantprecision` does nothing, or
+        ends the process, in ONNX Runtime before 1.30.
+        """
         scales = weaver.initializer(f"{weight}.scales", self.scales)
         if not pairs_overflow(self.codes.T):
-            return weaver.initializer(f"{weight}.int8", self.codes.T), scales, None
+            return weaver.initializer(f"{weight}.int8", self.codes.T), scales, np.int8(0)
         shifted = (self.codes.T.astype(np.int16) + _MIDDLE).astype(np.uint8)
         return weaver.initializer(f"{weight}.uint8", shifted), scales, _MIDDLE
 
@@ -119,12 +123,9 @@ class Dynamic:
         x = _levelled(weaver, x, self.levels, weight, node, before)
         rounded, scale, zero = _rounded(weaver, x, inside, node, before)
         shape = (*leading(x), out)
-        inputs = [rounded, codes, zero]
-        if middle is not None:
-            inputs.append(weaver.initializer(f"{weight}.zero_point", np.array(middle)))
         summed = weaver.node(
             "MatMulInteger",
-            inputs,
+            [rounded, codes, zero, weaver.initializer(f"{weight}.zero_point", np.array(middle))],
             f"{node}/MatMulInteger",
             shape,
             before=before,
@@ -164,12 +165,9 @@ class Static:
         codes, scales, middle = self.rows.values(weaver, weight)
         out, inside = self.rows.codes.shape
         x = _levelled(weaver, x, self.levels, weight, node, before)
-        stored = [codes, scales]
-        if middle is not None:
-            stored.append(weaver.initializer(f"{weight}.zero_points", np.full(out, middle)))
         wide = weaver.node(
             "DequantizeLinear",
-            stored,
+            [codes, scales, weaver.initializer(f"{weight}.zero_points", np.full(out, middle))],
             f"{node}/weight/DequantizeLinear",
             (inside, out),
             before=before,

@@ -3,8 +3,9 @@
 x86 without VNNI multiplies uint8 by int8 with `vpmaddubsw`, which adds the products of two inputs that stand
 beside each other in 16 bits and clips what doesn't fit. 255 * (w0 + w1) fits as long as two weights of one
 sign add up to 128 at most: a weight that keeps to that gives the same sums on every processor, any other may
-not. ONNX Runtime's kernels are exact there as well once `session.x64quantprecision` is set, and slower;
-`Graph` sets it, other programs don't.
+not. With `session.x64quantprecision` ONNX Runtime multiplies such a weight as uint8, which is exact and
+slower; before 1.30 it leaves weights without a zero point as they are, or ends the process. `Graph` sets it
+where a bundle needs it, other programs don't.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
+from vera_edge.device.graph import release
 from vera_edge.device.onnx_file import INT8, Initializer, Node, OnnxFile
-from vera_edge.errors import BundleWarning
+from vera_edge.errors import BundleError, BundleWarning
 from vera_edge.manifest import VNNI, Manifest
 
+_EXACT_SINCE = (1, 30)  # of ONNX Runtime
 PAIR = 128  # the most that two weights of one sign may add up to: 255 * 128 is the last that int16 holds
 _INTEGER_OPS = frozenset(
     {
@@ -133,6 +136,25 @@ def processor_clips() -> bool:
 def needs(path: Path) -> tuple[str, ...]:
     """What the ONNX graph in `path` asks of an x86 processor, as the manifest lists it."""
     return (VNNI,) if of_graph(path).overflowing else ()
+
+
+def must_be_exact(manifest: Manifest) -> bool:
+    """Whether ONNX Runtime is to be told not to let this bundle's products overflow.
+
+    Also where the manifest doesn't tell what they are. Warns as `warn` does. Raises BundleError when this
+    ONNX Runtime can't run the bundle rightly on this processor.
+    """
+    if not manifest.needs_vnni:
+        return manifest.cpu is None
+    if not processor_clips():
+        return False
+    if release(onnxruntime.__version__) < _EXACT_SINCE:
+        raise BundleError(
+            f"{manifest.folder} has int8 products that overflow on this processor, which has no VNNI, with "
+            f"onnxruntime {onnxruntime.__version__}; export it again, or update onnxruntime to 1.30 or newer"
+        )
+    warn(manifest)
+    return True
 
 
 def warn(manifest: Manifest) -> None:

@@ -6,6 +6,7 @@ https://github.com/onnx/onnx/blob/main/onnx/onnx.proto. What isn't asked for is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,20 +68,21 @@ class OnnxFile:
 
         Raises BundleError when they aren't as many as its shape says.
         """
-        one, count = self.initializers[name], int(np.prod(self.initializers[name].shape))
+        one = self.initializers[name]
+        try:
+            values = self._values(one)
+            return None if values is None else values.reshape(one.shape)
+        except (ValueError, OverflowError, TypeError) as cause:
+            raise BundleError(f"{self.path} holds no sound {name} ({cause}); copy the bundle again") from None
+
+    def _values(self, one: Initializer) -> npt.NDArray[np.int8] | None:
         if not one.place:
-            values = np.frombuffer(one.raw, np.int8)
-        else:
-            path = safe_join(self.path.parent, one.place.get("location", ""))
-            if not path.is_file():
-                return None
-            start = int(one.place.get("offset", 0))
-            values = np.memmap(path, np.int8, "r")[start : start + count]
-        if values.size != count:
-            raise BundleError(
-                f"{self.path} holds {values.size} of the {count} values of {name}; copy it again"
-            )
-        return values.reshape(one.shape)
+            return np.frombuffer(one.raw, np.int8)
+        path = safe_join(self.path.parent, one.place.get("location", ""))
+        if not path.is_file():
+            return None
+        start = int(one.place.get("offset", 0))
+        return np.memmap(path, np.int8, "r")[start : start + math.prod(one.shape)]
 
     def _add_graph(self, graph: Any) -> None:
         for number, value in _fields(graph):
