@@ -63,9 +63,9 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     weights = [weight("rows", 24, 32), weight("columns", 48, 32), weight("kernel", 4, 3, 2, 2)]
     image = numpy_helper.from_array(np.array([-1, 3, 4, 4], np.int64), "image")
-    ports = [[helper.make_tensor_value_info(name, TensorProto.FLOAT, None)] for name in ("x", "y")]
-    ports[0] = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 24])]
-    made = helper.make_graph(nodes, "floats", *ports, [*weights, image])
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 24])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    made = helper.make_graph(nodes, "floats", [x], [y], [*weights, image])
     path = tmp_path_factory.mktemp("floats") / "model.onnx"
     onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     return path
@@ -123,11 +123,9 @@ def test_an_int8_weight_beside_float_inputs_is_no_product_of_integers(tmp_path: 
 def product(codes: npt.NDArray[Any], x: npt.NDArray[np.uint8]) -> npt.NDArray[np.int32]:
     """x times codes in ONNX Runtime, as any program opens it."""
     node = helper.make_node("MatMulInteger", ["x", "w"], ["y"])
-    ports = [
-        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["rows", codes.shape[0]])],
-        [helper.make_tensor_value_info("y", TensorProto.INT32, ["rows", codes.shape[1]])],
-    ]
-    made = helper.make_graph([node], "g", *ports, [numpy_helper.from_array(codes, "w")])
+    taken = helper.make_tensor_value_info("x", TensorProto.UINT8, ["rows", codes.shape[0]])
+    given_back = helper.make_tensor_value_info("y", TensorProto.INT32, ["rows", codes.shape[1]])
+    made = helper.make_graph([node], "g", [taken], [given_back], [numpy_helper.from_array(codes, "w")])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found: npt.NDArray[np.int32] = session.run(None, {"x": x})[0]

@@ -45,8 +45,8 @@ def path(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("external", [False, True])
 def test_nodes_and_int8_weights_are_those_of_the_onnx_package(external: bool, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    kept = {"save_as_external_data": True, "location": "data", "size_threshold": 0} if external else {}
-    onnx.save(graph(), path, **kept)
+    kept: dict[str, Any] = {"save_as_external_data": True, "location": "data", "size_threshold": 0}
+    onnx.save(graph(), path, **(kept if external else {}))
     found = OnnxFile.read(path)
     ops = [(node.op, node.inputs, node.outputs) for node in found.nodes]
     assert ("MatMulInteger", ("x", "raw"), ("y",)) in ops and (
