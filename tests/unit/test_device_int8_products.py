@@ -194,10 +194,12 @@ def test_validate_finds_a_bundle_that_overflows(old: Path, clips: None, cli: Cli
 
 
 def test_validate_judges_by_the_processor_at_hand(old: Path) -> None:
-    (check,) = (one for one in validate(old).checks if one.name == "int8 products")
+    result = validate(old)
+    (check,) = (one for one in result.checks if one.name == "int8 products")
     assert check.passed is not int8_products.processor_clips()
+    assert result.device["clips_int8"] is int8_products.processor_clips()
     assert check.detail.startswith("13 of 13 products of uint8 and int8 overflow on")
-    drift = next(one for one in validate(old).checks if one.name == "drift (model)")
+    drift = next(one for one in result.checks if one.name == "drift (model)")
     assert drift.passed  # vera-edge itself is exact, and slower
 
 
