@@ -12,6 +12,8 @@
     └── OutputError          the output can't be written: it exists, the disk is full, read-only
     DriftExceeded            exit 3: everything ran, and a limit was broken
 
+    BundleWarning            a Python warning: the bundle runs here, and gives wrong values in other programs
+
 Every message is one sentence that says what is wrong, where, and what to do. The command line prints
 it without a traceback; any other exception is a bug of ours and keeps its traceback.
 """
@@ -55,6 +57,10 @@ class DataError(VeraEdgeError):
 
 class BundleError(VeraEdgeError):
     """An artefact on disk is damaged, foreign or unsafe."""
+
+
+class BundleWarning(UserWarning):
+    """A bundle runs here, and would give wrong values in other programs on this processor."""
 
 
 class OutputError(VeraEdgeError):

@@ -22,6 +22,8 @@ UNLISTED = frozenset({MANIFEST, SIGNATURE})
 KINDS = ("decoder", "encoder")
 MODES = ("merged", "branch")
 VECTOR_DTYPES = ("float32", "float16")
+VNNI = "vnni"  # what a graph may ask of an x86 processor, see device/int8_products.py
+CPU_NEEDS = (VNNI,)
 _MAX_FILES = 10_000
 _MAX_SIZE = 1 << 53  # the largest integer every JSON reader keeps exact
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -49,7 +51,8 @@ class Facts:
     .onnx_adapter of the bundle, or null once it is merged) and `digest`. `default_adapter` is what runs
     when nothing else is asked for. `projection` is the ProjectionSpec with the `digest` of A and B.
     `limits` are the drift limits that `validate` holds the device to; `golden` is the file of golden
-    vectors. `requires` maps a runtime's distribution name to the oldest version that runs the graph.
+    vectors. `requires` maps a runtime's distribution name to the oldest version that runs the graph, `cpu`
+    lists what an x86 processor must have to give the right values ("vnni"), None when that isn't recorded.
     `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
     `trained_names` maps a module of the base to what PEFT calls it, where that's another name.
     `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py),
@@ -78,6 +81,7 @@ class Facts:
     limits: Mapping[str, float] = field(default_factory=dict)
     golden: str | None = None
     requires: Mapping[str, str] = field(default_factory=dict)
+    cpu: Sequence[str] | None = None
     tools: Mapping[str, str] = field(default_factory=dict)
     checked: Mapping[str, Json] | None = None
 
@@ -107,9 +111,26 @@ class Manifest(Facts):
         return {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in self.generated.items()}
 
     @property
+    def needs_vnni(self) -> bool:
+        """Whether its int8 products may overflow on x86 without VNNI, as far as the manifest tells.
+
+        Bundles that don't record it came before exports took care: those with int8 activations need it.
+        """
+        if self.cpu is not None:
+            return VNNI in self.cpu
+        steps: Json = (self.plan or {}).get("steps")
+        return isinstance(steps, list) and any(_rounds_activations(step) for step in steps)
+
+    @property
     def expanded(self) -> Mapping[str, Mapping[str, Json]]:
         """Those of the generated files that are made from shipped weights."""
         return {name: entry for name, entry in self.generated.items() if "source" in entry}
+
+
+def _rounds_activations(step: Json) -> bool:
+    """Whether a plan's step says that the layer reads int8."""
+    options = step.get("options") if isinstance(step, dict) else None
+    return isinstance(options, dict) and options.get("activations", "float") != "float"
 
 
 def _is_count(value: Json) -> bool:
@@ -219,13 +240,21 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
     "limits": (lambda value: _is_map(value, _is_number), "isn't an object of numbers"),
     "golden": (lambda value: value is None or _is_text(value), "isn't a file name"),
     "requires": (lambda value: _is_map(value, _is_version), "isn't an object of version numbers"),
+    "cpu": (
+        lambda value: (
+            value is None or (isinstance(value, list | tuple) and all(item in CPU_NEEDS for item in value))
+        ),
+        f"isn't a list of what vera-edge knows ({', '.join(CPU_NEEDS)})",
+    ),
     "tools": (lambda value: _is_map(value, _is_text), "isn't an object of versions"),
     "checked": (lambda value: value is None or _is_map(value), "isn't an object"),
 }
 
 
 # Fields that came after format 1 was first written; a manifest without them means their defaults.
-_OPTIONAL = frozenset({"checked", "generated", "model_version", "trained_names", "vectors", "vector_dtype"})
+_OPTIONAL = frozenset(
+    {"checked", "cpu", "generated", "model_version", "trained_names", "vectors", "vector_dtype"}
+)
 
 
 def _parse_files(

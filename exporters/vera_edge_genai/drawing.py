@@ -21,9 +21,9 @@ _EDITED = "drawn.onnx"
 
 @dataclass(frozen=True)
 class Drawing:
-    """A float graph. source: the float32 model's folder. folder: the builder's, with the graph at `path`. config: transformers' text config.
+    """A float graph. source: the float32 model's folder. folder: the builder's, with the graph at `path`.
 
-    windows: of each layer, in tokens.
+    config: transformers' text config. windows: of each layer, in tokens.
     """
 
     model: ir.Model

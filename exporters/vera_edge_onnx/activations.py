@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vera_edge.formats.bnb8 import Int8, Int8Weight
+from vera_edge.formats.bnb8 import Int8Weight
 from vera_edge.plan import FLOAT, Step
 from vera_edge.target import ExportRequest
 from vera_edge.tensors import Float32
@@ -88,20 +88,18 @@ def linear(
     parts: each with its rows (rows, in). kind: "dynamic" or "static". seen: of x, where it was calibrated.
     """
     levels = seen.levels() if level and seen is not None else None
-    rows = qdq.Rows.of([_codes(request, steps[part.module], part, rows, levels) for part, rows in parts])
+    rows = qdq.Rows.stacked([_rows(request, steps[part.module], part, rows, levels) for part, rows in parts])
     if kind == "dynamic":
         return qdq.Dynamic(rows, levels)
     assert seen is not None
     return qdq.Static(rows, levels, seen.span(levels))
 
 
-def _codes(
-    request: ExportRequest, step: Step, part: Part, rows: Float32, levels: Float32 | None
-) -> Int8Weight:
-    """A part's codes with a scale for each row: LLM.int8's grid, and its own codes where it has some."""
+def _rows(request: ExportRequest, step: Step, part: Part, rows: Float32, levels: Float32 | None) -> qdq.Rows:
+    """A part's codes with a scale for each row: its own where it has some, on LLM.int8's grid."""
     codes = request.requantized.get(step.module)
     if codes is None and not step.copies:
-        return Int8().quantize(rows if levels is None else rows * levels, {})
+        return qdq.Rows.fitting(rows if levels is None else rows * levels)
     made = request.checkpoint.load(step.module) if codes is None else codes.bnb8()
     assert isinstance(made, Int8Weight)
-    return Int8Weight(made.codes[part.start : part.stop], made.scales[part.start : part.stop])
+    return qdq.Rows.of([Int8Weight(made.codes[part.start : part.stop], made.scales[part.start : part.stop])])

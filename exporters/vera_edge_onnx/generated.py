@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from vera_edge import bundle
 from vera_edge.bundle import Facts, Manifest
-from vera_edge.device import generated
+from vera_edge.device import generated, int8_products
 from vera_edge.errors import TargetError
 from vera_edge.files import sha256_file
 from vera_edge.progress import Progress
@@ -67,8 +67,11 @@ def write(
 ) -> Manifest:
     """Write the manifest of `stage`, whose graph `file` was saved with `groups` apart; remove their files.
 
+    What the graph asks of a processor is read off the graph.
+
     model: as it was saved. Raises TargetError when the device would make another file.
     """
+    facts = replace(facts, cpu=int8_products.needs(stage / file))
     if not groups:
         return bundle.write(stage, facts, progress)
     entries = {}

@@ -1,9 +1,13 @@
 """int8 products in ONNX's own operators, which other kernels of ONNX Runtime than its CPU's take too.
 
-A weight has one scale for each output and no zero point, x is rounded to uint8. Dynamic: to the range that it
-has in that run (DynamicQuantizeLinear), times the codes (MatMulInteger). Static: to a range that is known
-beforehand, written as pairs of QuantizeLinear and DequantizeLinear around a float product. ONNX Runtime fuses
-both to MatMulIntegerToFloat. What reads the same x shares its codes.
+A weight has one scale for each output, x is rounded to uint8. Dynamic: to the range that it has in that run
+(DynamicQuantizeLinear), times the codes (MatMulInteger). Static: to a range that is known beforehand, written
+as pairs of QuantizeLinear and DequantizeLinear around a float product. ONNX Runtime fuses both to
+MatMulIntegerToFloat. What reads the same x shares its codes.
+
+x86 without VNNI adds the products of two neighbouring inputs in 16 bits (device/int8_products.py). So scales
+are as large as it takes for any two neighbours of a row to fit. Codes that are there already and don't fit
+are stored as uint8 with 128 for zero, whose products all processors add in 32 bits: the same values, slower.
 Operators: https://onnx.ai/onnx/operators/.
 """
 
@@ -17,11 +21,25 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vera_edge.device.int8_products import PAIR, pairs_overflow
 from vera_edge.formats.bnb8 import Int8, Int8Weight
+from vera_edge.formats.weight import row_chunks
 from vera_edge.tensors import Float32
 from vera_edge_onnx.weaver import Dimension, Weaver, leading
 
 _TOP = 255  # of uint8
+_MIDDLE = np.uint8(128)
+
+
+def _greatest_pair(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The greatest sum of two neighbours of one sign in each row, (rows,): 0 for rows of one value."""
+    if rows.shape[1] < 2:
+        return np.zeros(rows.shape[0])
+    signs = (np.maximum(rows, 0), np.maximum(-rows, 0))
+    found: npt.NDArray[np.float64] = np.max(
+        [(part[:, :-1] + part[:, 1:]).max(axis=1) for part in signs], axis=0
+    )
+    return found
 
 
 class Span(NamedTuple):
@@ -52,13 +70,41 @@ class Rows:
 
     @classmethod
     def nearest(cls, matrix: Float32) -> Rows:
-        """A float matrix rounded to nearest."""
+        """A float matrix rounded to nearest, for what is only looked up: its products may overflow."""
         return cls.of([Int8().quantize(matrix, {})])
 
-    def values(self, weaver: Weaver, weight: str) -> tuple[ir.Value, ir.Value]:
-        """Codes (in, out), as a product takes them, and scales (out,)."""
-        codes = weaver.initializer(f"{weight}.int8", self.codes.T)
-        return codes, weaver.initializer(f"{weight}.scales", self.scales)
+    @classmethod
+    def fitting(cls, matrix: Float32) -> Rows:
+        """A float matrix (out, in) rounded to nearest, to scales with which no product overflows."""
+        codes, scales = np.empty(matrix.shape, np.int8), np.empty(matrix.shape[0], np.float32)
+        for start, stop in row_chunks((matrix.shape[0], matrix.shape[1])):
+            part = matrix[start:stop].astype(np.float64)
+            # Rounding adds half a step to each of the two, hence one less than the most that fits.
+            steps = np.maximum(np.abs(part).max(axis=1) / 127, _greatest_pair(part) / (PAIR - 1))
+            steps[steps < np.finfo(np.float32).tiny] = 0
+            scales[start:stop] = steps
+            divisors = np.where(steps == 0, np.inf, scales[start:stop])
+            codes[start:stop] = np.rint(part / divisors[:, None])
+        return cls(codes, scales)
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Rows]) -> Rows:
+        """Rows below each other."""
+        return cls(
+            np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts])
+        )
+
+    def values(self, weaver: Weaver, weight: str) -> tuple[ir.Value, ir.Value, np.generic]:
+        """Codes (in, out) as a product takes them, scales (out,), and the code of zero.
+
+        That is 0 for int8 and written all the same: without it `session.x64quantprecision` does nothing, or
+        ends the process, in ONNX Runtime before 1.30.
+        """
+        scales = weaver.initializer(f"{weight}.scales", self.scales)
+        if not pairs_overflow(self.codes.T):
+            return weaver.initializer(f"{weight}.int8", self.codes.T), scales, np.int8(0)
+        shifted = (self.codes.T.astype(np.int16) + _MIDDLE).astype(np.uint8)
+        return weaver.initializer(f"{weight}.uint8", shifted), scales, _MIDDLE
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,14 +118,14 @@ class Dynamic:
     levels: Float32 | None = None
 
     def product(self, weaver: Weaver, x: ir.Value, weight: str, node: str, before: ir.Node) -> ir.Value:
-        codes, scales = self.rows.values(weaver, weight)
+        codes, scales, middle = self.rows.values(weaver, weight)
         out, inside = self.rows.codes.shape
         x = _levelled(weaver, x, self.levels, weight, node, before)
         rounded, scale, zero = _rounded(weaver, x, inside, node, before)
         shape = (*leading(x), out)
         summed = weaver.node(
             "MatMulInteger",
-            [rounded, codes, zero],
+            [rounded, codes, zero, weaver.initializer(f"{weight}.zero_point", np.array(middle))],
             f"{node}/MatMulInteger",
             shape,
             before=before,
@@ -116,12 +162,12 @@ class Static:
     span: Span
 
     def product(self, weaver: Weaver, x: ir.Value, weight: str, node: str, before: ir.Node) -> ir.Value:
-        codes, scales = self.rows.values(weaver, weight)
+        codes, scales, middle = self.rows.values(weaver, weight)
         out, inside = self.rows.codes.shape
         x = _levelled(weaver, x, self.levels, weight, node, before)
         wide = weaver.node(
             "DequantizeLinear",
-            [codes, scales],
+            [codes, scales, weaver.initializer(f"{weight}.zero_points", np.full(out, middle))],
             f"{node}/weight/DequantizeLinear",
             (inside, out),
             before=before,

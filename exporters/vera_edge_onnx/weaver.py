@@ -38,7 +38,7 @@ class Weaver:
         known = self.model.graph.initializers.get(name)
         if known is not None:
             return known
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+        tensor = ir.tensor(np.asarray(array, order="C"), name=name)  # a scalar stays one
         value = ir.Value(
             name=name,
             shape=ir.Shape(tensor.shape.numpy()),

@@ -258,6 +258,8 @@ def test_junk_in_a_field_is_a_bundle_error_or_harmless(
         ("limits", {"max_kl": "low"}, "limits isn't an object of numbers"),
         ("limits", {"max_kl": True}, "limits isn't an object of numbers"),
         ("requires", {"onnxruntime": "new"}, "requires isn't an object of version numbers"),
+        ("cpu", ["avx9"], "cpu isn't a list of what vera-edge knows (vnni)"),
+        ("cpu", "vnni", "cpu isn't a list of what vera-edge knows (vnni)"),
         ("default_adapter", "other", "default_adapter 'other' isn't an adapter"),
         ("adapters", {"../x": {"digest": HASH, "file": "config.json"}}, "isn't a plain name"),
         ("adapters", {"demo": {"digest": HASH}}, "of a branch bundle has no file"),
@@ -281,13 +283,27 @@ def test_only_what_came_later_may_be_missing(tmp_path: Path) -> None:
             continue
         (tmp_path / bundle.MANIFEST).write_bytes(sound)
         rewrite(tmp_path, lambda value, key=key: value.pop(key))
-        if key in ("checked", "generated", "model_version", "trained_names", "vectors"):
+        if key in ("checked", "cpu", "generated", "model_version", "trained_names", "vectors"):
             assert not getattr(bundle.verify(tmp_path), key)
         elif key == "vector_dtype":
             assert bundle.verify(tmp_path).vector_dtype == "float32"
         else:
             with pytest.raises(BundleError, match=f"{key} is(n't| missing)"):
                 bundle.read(tmp_path)
+
+
+def test_what_a_graph_asks_of_a_processor(tmp_path: Path) -> None:
+    """As the manifest says; one that doesn't came before exports took care, and then by its plan."""
+    manifest = make(tmp_path)
+
+    def needs(**changes: Any) -> bool:
+        return bundle.write(tmp_path, bundle.change(manifest, **changes)).needs_vnni
+
+    steps = [{"options": {"activations": kind}} for kind in ("float", "dynamic")]
+    assert needs(cpu=["vnni"], plan=None) and not needs(cpu=[], plan={"steps": steps})
+    assert needs(cpu=None, plan={"steps": steps}) and not needs(cpu=None, plan={"steps": steps[:1]})
+    for plan in (None, {}, {"steps": None}, {"steps": [None, {}, {"options": 3}]}):
+        assert not needs(cpu=None, plan=plan)
 
 
 def test_write_refuses_facts_that_contradict_the_folder(tmp_path: Path) -> None:
@@ -302,7 +318,7 @@ def test_the_schema_names_every_field() -> None:
     schema = json.loads((Path(bundle.__file__).with_name("bundle.schema.json")).read_bytes())
     facts = {key.name for key in dataclasses.fields(bundle.Facts)}
     assert set(schema["properties"]) == facts | {"format", "digest", "files"}
-    optional = {"checked", "generated", "model_version", "trained_names", "vectors", "vector_dtype"}
+    optional = {"checked", "cpu", "generated", "model_version", "trained_names", "vectors", "vector_dtype"}
     assert set(schema["required"]) == set(schema["properties"]) - optional
     assert schema["properties"]["format"]["const"] == bundle.FORMAT
     pattern = re.compile(schema["properties"]["files"]["propertyNames"]["pattern"])

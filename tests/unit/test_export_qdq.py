@@ -24,6 +24,7 @@ from tests.conftest import Cli
 from tests.unit.test_export_linear import Float32, drawn, graph
 from vera_edge import bundle, merge, target
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.device import int8_products
 from vera_edge.device.encoder import Encoder
 from vera_edge.errors import CheckpointError, PlanError, TargetError
 from vera_edge.formats.bnb8 import Int8
@@ -89,6 +90,47 @@ def test_products_are_those_of_the_standard_and_of_rounded_values(kind: str, tmp
         np.testing.assert_allclose(product, expected, atol=1e-5 * np.abs(expected).max())
         np.testing.assert_allclose(product, seen @ weight.T, atol=1e-5 * np.abs(product).max())
         assert exported.error(product, x @ weight.T) < 0.02
+
+
+@given(hnp.arrays(np.float32, (3, 9), elements=st.floats(-(2.0**60), 2.0**60, width=32)), st.booleans())
+def test_fitting_rows_are_near_and_no_two_neighbours_leave_16_bits(matrix: Float32, same: bool) -> None:
+    """`same`: all of one sign and size, which is the worst that a row can be."""
+    matrix = np.broadcast_to(np.abs(matrix[:, :1]), matrix.shape) if same else matrix
+    made = Rows.fitting(matrix)
+    codes = made.codes.astype(np.int64)
+    for left, right in ((codes[:, :-1], codes[:, 1:]), (codes[:, 1:], codes[:, :-1])):
+        for one, other in ((0, 255), (255, 0), (255, 255)):
+            sums = one * left + other * right
+            assert sums.min(initial=0) >= -(1 << 15) and sums.max(initial=0) < 1 << 15
+    # Half a step, and a step is at most the greatest magnitude over 63.5. Rows as small as 1e-36 become zero.
+    error, size = np.abs(codes * made.scales[:, None] - matrix), np.abs(matrix).max(axis=1)
+    assert (error.max(axis=1) <= size / 63.5 / 2 * 1.00001 + 2e-36).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", ["fitting", "own codes"])
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_products_are_sums_of_integers_whatever_the_processor(
+    kind: str, form: str, count: int, tmp_path: Path
+) -> None:
+    """Weights and x that reach the ends of their ranges, on which kernels of 16 bits fail: the CPU at hand
+    against integer arithmetic."""
+    draw, width = np.random.default_rng(count), 130
+    x = draw.choice(np.array([-1.0, 2.5, 3.0], np.float32), (count, width), p=[0.1, 0.1, 0.8])
+    x[0, :2] = -1, 3
+    matrix = draw.choice(np.array([-1.0, 0.5, 1.0], np.float32), (24, width), p=[0.1, 0.1, 0.8])
+    weight = Rows.fitting(matrix) if form == "fitting" else Rows.nearest(matrix)
+    assert int8_products.pairs_overflow(weight.codes.T) is (form != "fitting")
+    path = saved([linear(kind, weight, x)] * 2, x, tmp_path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found: Any = session.run(None, {"x": x})[0]
+    scale, zero = np.float32(4) / np.float32(255), 64  # of the range -1 to 3
+    codes = np.clip(np.rint(x / scale) + zero, 0, 255).astype(np.int64) - zero
+    sums = codes @ weight.codes.T.astype(np.int64)
+    expected = sums * (scale * weight.scales).astype(np.float64)
+    # The sums are exact; three roundings to float32 are left: of the sum, of the scales' product, of theirs.
+    np.testing.assert_allclose(found, expected, rtol=3 * 2**-23)
+    assert int8_products.of_graph(path).overflowing == ()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,6 +265,27 @@ def test_merged_encoders_agree_with_peft_and_the_standard(
     assert sum(optimized(path, tmp_path)[op] for op in FUSED) == LINEARS
 
 
+@pytest.mark.parametrize(("mode", "kind"), [(mode, kind) for mode in ("merged", "branch") for kind in KINDS])
+def test_no_weight_of_an_export_can_overflow(
+    mode: str, kind: str, folders: dict[tuple[str, str], Path]
+) -> None:
+    """Read off the initializers: 255 times two neighbours of one sign fits into 16 bits, on any processor."""
+    folder = folders[mode, kind]
+    model = onnx.load(folder / "onnx" / "model.onnx")
+    read = {name for node in model.graph.node for name in node.input if "Integer" in node.op_type}
+    read |= {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    weights = {one.name: one for one in model.graph.initializer if one.name in read and len(one.dims) == 2}
+    assert len(weights) == LINEARS
+    for one in weights.values():
+        codes = onnx.numpy_helper.to_array(one).astype(np.int64)  # (in, out)
+        assert one.data_type == onnx.TensorProto.INT8 and np.abs(codes).max() > 90  # not merely in 7 bits
+        for sign in (1, -1):
+            part = np.maximum(sign * codes, 0)
+            assert (255 * (part[:-1] + part[1:])).max() < 1 << 15
+    manifest = bundle.read(folder)
+    assert manifest.cpu == [] and not manifest.needs_vnni
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_branches_agree_with_peft_with_and_without_the_adapter(
     kind: str, encoder: tuple[Path, Path], folders: dict[tuple[str, str], Path], tmp_path: Path
@@ -264,7 +327,9 @@ def test_onnx_runtimes_own_quantizer_writes_the_same_kinds_of_nodes(
     theirs = operators(out)
     ours = operators(folders["merged", kind] / "onnx" / "model.onnx")
     assert wanted == {op for op in ours if op in theirs and ("uantize" in op or "Integer" in op)}
-    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    exact = onnxruntime.SessionOptions()
+    exact.add_session_config_entry("session.x64quantprecision", "1")  # theirs overflow on x86 without VNNI
+    session = onnxruntime.InferenceSession(out, exact, providers=["CPUExecutionProvider"])
     assert cosine(run(folders["merged", kind]), session.run(["last_hidden_state"], feeds())[0]) > 0.999
 
 
@@ -279,9 +344,13 @@ def test_a_base_in_llm_int8_keeps_its_codes(encoder: tuple[Path, Path], tmp_path
     checkpoint = Checkpoint.open(tmp_path / "int8")
     module = "encoder.layer.1.output.dense"
     own: Any = checkpoint.load(module)
-    np.testing.assert_array_equal(
-        exported.data(out, f"{module}.weight.int8").view(np.int8).reshape(own.shape[::-1]).T, own.codes
-    )
+    assert int8_products.pairs_overflow(own.codes.T)  # so they are written as uint8, whose products never do
+    stored = exported.data(out, f"{module}.weight.uint8").reshape(own.shape[::-1]).T
+    np.testing.assert_array_equal(stored.astype(int) - 128, own.codes)
+    graph = onnx.load(out / "onnx" / "model.onnx").graph
+    zeros = [one for one in graph.initializer if one.name == f"{module}.weight.zero_point"]
+    assert [int(onnx.numpy_helper.to_array(one)) for one in zeros] == [128]
+    assert bundle.read(out).cpu == []
 
 
 def test_weights_are_rounded_with_care_when_asked_and_the_plan_says_what_is_read(
@@ -300,8 +369,9 @@ def test_weights_are_rounded_with_care_when_asked_and_the_plan_says_what_is_read
         assert read == {"static"} and made.plan.to_dict() == bundle.read(out).plan
     # To nearest is what an exporter does by itself; twice the same is the same bytes.
     assert bundle.read(tmp_path / "rtn").files == bundle.read(folders["merged", "static"]).files
-    name = "encoder.layer.0.output.dense.weight.int8"
-    assert (exported.data(tmp_path / "rtn", name) != exported.data(tmp_path / "gptq", name)).any()
+    name = "encoder.layer.0.output.dense.weight"
+    nearest = exported.data(tmp_path / "rtn", f"{name}.int8").view(np.int8).astype(int)
+    assert (nearest != exported.data(tmp_path / "gptq", f"{name}.uint8").astype(int) - 128).any()
 
 
 def test_a_model_that_computes_no_numbers_is_refused(encoder: tuple[Path, Path], tmp_path: Path) -> None:

@@ -73,7 +73,12 @@ def test_levels_are_bitsandbytes_own(quant_type: str) -> None:
 
 
 def test_code_book_is_bitsandbytes_own() -> None:
-    assert np.array_equal(bits(nested.code_book()), bits(bnb.create_dynamic_map().numpy()))
+    """Made by torch.linspace, whose kernels round once; those for processors without FMA do so twice."""
+    ours, theirs = nested.code_book(), bnb.create_dynamic_map().numpy()
+    if torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        np.testing.assert_allclose(ours, theirs, rtol=2 * 2**-23, atol=0)
+    else:
+        assert np.array_equal(bits(ours), bits(theirs))
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

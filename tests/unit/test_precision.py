@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 
-from tests import tiny, tiny_encoder
+from tests import kernels, tiny, tiny_encoder
 from tests.conftest import Cli
 from tests.unit.test_writeback import letters
 from vera_edge import merge, target
@@ -111,6 +111,12 @@ def kl_of(folder: Path, base: Path, adapter: Path, text: Path) -> float:
     return float(np.concatenate(found).mean())
 
 
+def as_measured(found: Choice) -> Any:
+    """What a prediction must come to. It takes ONNX Runtime to round what integer blocks read; where its
+    kernels don't, exports lose less than predicted, by the few parts in ten that this is of int8's loss."""
+    return pytest.approx(found.trial.kl, rel=0.2 if kernels.blocks_round_inputs() else 0.5)
+
+
 @pytest.mark.parametrize("mode", ["merged", "branch"])
 def test_the_export_keeps_the_size_and_drifts_as_measured(
     mode: str,
@@ -132,7 +138,7 @@ def test_the_export_keeps_the_size_and_drifts_as_measured(
     measured = kl_of(out, tiny_llama.nf4, tiny_adapter, texts[1])
     assert measured == pytest.approx(found.trial.kl, rel=0.01)
     # Predicted in torch, of layers rounded alone, before there was an export whose layers follow each other.
-    assert found.trial.predicted_kl == pytest.approx(found.trial.kl, rel=0.2)
+    assert found.trial.predicted_kl == as_measured(found)
     assert found.trial.kl == pytest.approx(found.trial.sum_kl, rel=0.3)
 
 
@@ -148,7 +154,7 @@ def test_the_smallest_within_a_loss(make: Plan) -> None:
 def test_blocks_are_chosen_too(make: Plan) -> None:
     """Shorter blocks where scales pay, longer ones where they don't; weighed and run as exported."""
     found = make(max_kl=0.008, formats=("int4", "int4:16", "int8", "int8:64"))
-    assert found.trial.kl <= 0.008 and found.trial.predicted_kl == pytest.approx(found.trial.kl, rel=0.2)
+    assert found.trial.kl <= 0.008 and found.trial.predicted_kl == as_measured(found)
     blocks = {step.module: step.options.get("block") for step in found.plan.steps}
     for unit in found.units:
         said = found.picks[unit.name].partition(":")[2]

@@ -11,6 +11,7 @@ import errno
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ import click
 
 from vera_edge import __version__
 from vera_edge.cores import bound_libraries
-from vera_edge.errors import VeraEdgeError
+from vera_edge.errors import BundleWarning, VeraEdgeError
 
 # name -> (module:attribute, what it does), in the order a newcomer meets them
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -113,7 +114,7 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         bound_libraries()  # before a command's module imports numpy or torch
         try:
-            with _refusals_told():
+            with _refusals_told(), _warnings_told():
                 result = super().invoke(ctx)
                 sys.stdout.flush()  # at the process's end it would be too late to say what fails
                 return result
@@ -152,6 +153,22 @@ def _refusals_told() -> Iterator[None]:
             _drop_output()
         click.echo(f"vera-edge: the system refuses {what}: {error.strerror}", err=True)
         sys.exit(VeraEdgeError.exit_code)
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Print our own warnings as one sentence each, others as Python does."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, BundleWarning):
+                click.echo(f"vera-edge: {message}", err=True)
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _drop_output() -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import click
 
-from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, progress_bar, quiet_option
+from vera_edge import bundle
+from vera_edge.cli.show import (
+    FOLDER,
+    force_option,
+    json_option,
+    out,
+    print_json,
+    progress_bar,
+    quiet_option,
+    warn_of_int8,
+)
 from vera_edge.cli.trust import check_signature, checks_signature, takes_trust
 from vera_edge.device.install import Accept, Installed, make_patch
 from vera_edge.device.install import install as install_bundle
@@ -99,6 +109,7 @@ def _accept(validated: bool) -> Accept | None:
 
 
 def _show(result: Installed, as_json: bool) -> None:
+    warn_of_int8(bundle.read(result.folder))
     previous = result.previous.name if result.previous else None
     if as_json:
         print_json(

@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from vera_edge import progress as progress_protocol
+from vera_edge.manifest import Manifest
 
 if TYPE_CHECKING:
     from vera_edge.trained_as import TrainedAs
@@ -134,6 +135,14 @@ def err() -> Console:
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one JSON object on stdout."""
     click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
+
+
+def warn_of_int8(manifest: Manifest) -> None:
+    """Warn of a bundle whose int8 products overflow on this processor."""
+    if manifest.needs_vnni:  # what most don't: the runtime takes a while to load
+        from vera_edge.device import int8_products
+
+        int8_products.warn(manifest)
 
 
 def refuse_beside_plan(*names: str) -> None:

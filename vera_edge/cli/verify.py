@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from vera_edge import bundle as bundles
-from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option
+from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option, warn_of_int8
 from vera_edge.cli.trust import checks_signature
 
 
@@ -21,6 +21,7 @@ def verify(bundle: Path, fast: bool, as_json: bool, quiet: bool) -> None:
     """Check every file of BUNDLE against its manifest, offline."""
     with progress_bar(quiet or as_json) as progress:
         manifest = bundles.verify(bundle, deep=not fast, progress=progress)
+    warn_of_int8(manifest)
     if as_json:
         print_json(bundles.as_json(manifest) | {"digest": manifest.digest, "verified": True})
         return

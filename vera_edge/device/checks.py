@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from vera_edge.device import facts
+from vera_edge.device import int8_products as int8
 from vera_edge.device.opened import Opened
 
 Run = Callable[[], object]  # what it gives is compared by ==
@@ -72,6 +74,28 @@ def leaks(run: Run) -> Check:
         return Check("leaks", True, "the system doesn't tell how much memory a process holds")
     grown = after - before
     return Check("leaks", grown <= _LEAK_BYTES, f"{grown / 1e6:+.1f} MB over {_LEAK_RUNS} runs")
+
+
+def int8_products(graph: Path) -> list[Check]:
+    """Products of uint8 and int8 must not overflow on this processor, whatever program runs them.
+
+    Nothing for a graph without any. Raises BundleError when `graph` isn't an ONNX file.
+    """
+    found = int8.of_graph(graph)
+    if not found.weights:
+        return []
+    count = f"{len(found.overflowing)} of {len(found.weights)} products of uint8 and int8 overflow"
+    if not found.overflowing:
+        detail = f"{len(found.weights)} products of uint8 and int8, none of which can overflow"
+    elif int8.processor_clips():
+        detail = (
+            f"{count} on this processor, which has no VNNI: vera-edge runs them exactly and slower, other "
+            "programs give wrong values; export the bundle again"
+        )
+        return [Check("int8 products", False, detail)]
+    else:
+        detail = f"{count} on x86 without VNNI, and are exact on this processor"
+    return [Check("int8 products", True, detail)]
 
 
 def memory(peak: int | None, limit: int) -> Check:

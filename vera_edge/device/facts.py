@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge.cores import available_cores
+from vera_edge.device.int8_products import processor_clips
 
 # Instruction sets that ONNX Runtime's kernels choose by, as Linux spells them on x86-64 and aarch64.
 _X86 = {"avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx_vnni"}
@@ -20,12 +21,16 @@ _TOOLS = ("vera-edge", "onnxruntime", "numpy", "tokenizers", "jinja2")
 
 
 def device_facts() -> dict[str, Any]:
-    """Processor, instruction sets, cores, memory (bytes), system and the versions that take part."""
+    """Processor, instruction sets, cores, memory (bytes), system and the versions that take part.
+
+    clips_int8: whether sums of products of uint8 and int8 overflow on it (see int8_products.py).
+    """
     model, features = processor()
     return {
         "machine": platform.machine(),
         "processor": model,
         "features": features,
+        "clips_int8": processor_clips(),
         "cores": available_cores(),
         "memory": _total_memory(),
         "system": platform.platform(aliased=True, terse=True),

@@ -40,16 +40,21 @@ class Graph:
     """An ONNX Runtime session on the CPU, with its ports. Running it is safe from several threads at once."""
 
     def __init__(
-        self, path: Path, threads: int | None = None, held: Mapping[str, Array] | None = None
+        self,
+        path: Path,
+        threads: int | None = None,
+        held: Mapping[str, Array] | None = None,
+        exact_int8: bool = True,
     ) -> None:
         """Open `path`; `threads` within an operator, by default one for each of `available_cores`.
 
         held: initializers whose values aren't in the files, by name; kept as long as the graph is.
+        exact_int8: multiply int8 weights as uint8 where their products can overflow (int8_products.py).
         Raises BundleError when ONNX Runtime refuses the graph or its weights.
         """
         self.path = path
         self.threads = threads or available_cores()
-        options = _options(self.threads)
+        options = _options(self.threads, exact_int8)
         self._held = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in (held or {}).items()
         }
@@ -83,14 +88,18 @@ def first_line(cause: BaseException) -> str:
     return re.sub(r"^(\[ONNXRuntimeError\] : \d+ : \w+ : )", "", lines[0] if lines else type(cause).__name__)
 
 
-def _options(threads: int) -> Any:
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a version."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+
+
+def _options(threads: int, exact_int8: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Threads that wait in a loop gain a little on an idle machine, and cost half the speed on a busy one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # x86 without VNNI adds products of uint8 and int8 in 16 bits, which overflow; this is exact and slower.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.x64quantprecision", "1" if exact_int8 else "0")
     # ONNX Runtime warns once for every overridable initializer; errors are raised, and told in a sentence.
     options.log_severity_level = 4
     # A pattern is kept for every shape seen, and a growing attention mask never has the same shape twice.

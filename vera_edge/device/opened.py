@@ -8,9 +8,9 @@ import onnxruntime
 
 from vera_edge import bundle
 from vera_edge.bundle import Manifest
-from vera_edge.device import adapters, facts, generated
+from vera_edge.device import adapters, facts, generated, int8_products
 from vera_edge.device.adapters import Vectors
-from vera_edge.device.graph import Graph
+from vera_edge.device.graph import Graph, release
 from vera_edge.errors import BundleError, MismatchError
 
 AdapterChoice = str | Path | None
@@ -78,6 +78,7 @@ def open_graph(
 
     deep: read every byte first, as `vera-edge verify` does, and not only of files up to 64 MiB. Raises
     BundleError when the bundle is damaged, foreign, of another kind, or needs a newer runtime or more memory.
+    Warns (BundleWarning) when other programs would get wrong values from it on this processor.
     """
     manifest = bundle.verify(folder, deep=deep)
     if manifest.kind != kind:
@@ -88,7 +89,8 @@ def open_graph(
         raise BundleError(f"{folder} holds {hint}")
     _check_runtime(manifest)
     _check_memory(manifest)
-    return manifest, Graph(manifest.path(manifest.model), threads, generated.in_memory(manifest))
+    exact = int8_products.must_be_exact(manifest)
+    return manifest, Graph(manifest.path(manifest.model), threads, generated.in_memory(manifest), exact)
 
 
 def _check_memory(manifest: Manifest) -> None:
@@ -108,11 +110,7 @@ def _check_runtime(manifest: Manifest) -> None:
     needed = manifest.requires.get("onnxruntime")
     if needed is None:
         return
-
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())
-
-    if numbers(onnxruntime.__version__) < numbers(needed):
+    if release(onnxruntime.__version__) < release(needed):
         raise BundleError(
             f"{manifest.folder} needs onnxruntime {needed} or newer, not {onnxruntime.__version__}; update it"
         )

@@ -1,12 +1,14 @@
 """Does the bundle do on this device what it was released to do? Golden vectors, and what only a device shows.
 
-For a decoder: the files; drift of the prompt's pass and of single steps (other kernels run there); greedy
-text; determinism; adapter swaps; memory that grows; the peak of memory. For an encoder see validate_encoder.
+For a decoder: the files; int8 products that overflow; drift of the prompt's pass and of single steps (other
+kernels run there); greedy text; determinism; adapter swaps; memory that grows; the peak of memory. For an
+encoder see validate_encoder.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from vera_edge.device.encoder import Encoder
 from vera_edge.device.golden import Case, Divergence, Golden
 from vera_edge.device.session import Session
 from vera_edge.device.validate_encoder import EncoderDrift
-from vera_edge.errors import BundleError
+from vera_edge.errors import BundleError, BundleWarning
 from vera_edge.progress import Progress, silent
 
 Float64 = npt.NDArray[np.float64]
@@ -102,11 +104,14 @@ def validate(
     bundle.check_limits(given, "options")
     progress("verifying", 0, 1)
     encoder = bundle.read(folder).kind == "encoder"
-    model = Encoder.open(folder, threads=threads) if encoder else Session.open(folder, threads=threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BundleWarning)  # which is a check of its own here
+        model = Encoder.open(folder, threads=threads) if encoder else Session.open(folder, threads=threads)
     manifest = model.manifest
     if manifest.golden is None:
         raise BundleError(f"{folder} carries no golden vectors; `vera-edge golden` puts them there")
     held = dict(manifest.limits) | given
+    products = checks.int8_products(manifest.path(manifest.model))
     drift: list[Drift] = []
     encoder_drift: list[EncoderDrift] = []
     if isinstance(model, Encoder):
@@ -118,7 +123,7 @@ def validate(
     memory = [checks.memory(peak, max_memory)] if max_memory is not None else []
     return Validation(
         manifest.digest,
-        (Check("files", True, files), *found, *memory),
+        (Check("files", True, files), *products, *found, *memory),
         tuple(drift),
         facts.device_facts() | {"threads": model.graph.threads},
         peak,
