@@ -6,6 +6,7 @@ transformers itself makes up what is missing or has another shape, and says so i
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 
@@ -20,9 +22,14 @@ from vera_edge import side_files
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError
 from vera_edge.files import read_json
+from vera_edge.merge.config import without_kernels
 
 # What a decoder's exporter reads beside the weights, where it's there.
 _JSON = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json")
+
+# For every `from_pretrained`: neither a network nor code that comes with a model, and no question about it.
+LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_OFFLINE = "HF_HUB_OFFLINE"
 
 _VOCABULARIES = frozenset(
     {
@@ -79,7 +86,7 @@ def loaded(
     cls: Any, config: Any, checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], **options: Any
 ) -> Any:
     """A model of class `cls` in float32 with these tensors and no others; raises CheckpointError."""
-    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True, **LOCAL}
     with quiet():
         try:
             model, loading = cls.from_pretrained(None, config=config, state_dict=tensors, **options)
@@ -98,9 +105,14 @@ def loaded(
     return model
 
 
-def config_of(checkpoint: Checkpoint) -> Any:
-    """Its transformers config; raises CheckpointError when transformers knows none like it."""
-    facts = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+def config_of(checkpoint: Checkpoint, quantized: bool = False) -> Any:
+    """Its transformers config; raises CheckpointError when transformers knows none like it.
+
+    quantized: with its quantization_config, for weights as they are stored.
+    """
+    facts = without_kernels(checkpoint.config)
+    if not quantized:
+        facts.pop("quantization_config", None)
     model_type = facts.get("model_type")
     if model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
@@ -122,8 +134,24 @@ def first_line(cause: Exception) -> str:
 
 
 @contextmanager
+def offline() -> Iterator[None]:
+    """Keep huggingface_hub, and what looks things up through it, off the network in this process."""
+    # The variable is read once, when the package is imported; it is for processes that start meanwhile.
+    before, constant = os.environ.get(_OFFLINE), constants.HF_HUB_OFFLINE
+    os.environ[_OFFLINE], constants.HF_HUB_OFFLINE = "1", True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = constant
+        if before is None:
+            os.environ.pop(_OFFLINE, None)
+        else:
+            os.environ[_OFFLINE] = before
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers', PEFT's and bitsandbytes' bars and advice off the terminal while they load."""
+    """Keep transformers, PEFT and bitsandbytes off the network, and their talk off the terminal."""
     theirs = transformers.utils.logging
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     loggers = [logging.getLogger(name) for name in ("bitsandbytes", "peft")]
@@ -133,7 +161,7 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with offline(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -20,7 +20,8 @@ def merged_config(plan: Plan, checkpoint: Checkpoint, untied: bool) -> dict[str,
 
     Raises PlanError when the plan mixes quantized formats, which no config can describe.
     """
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = without_kernels(checkpoint.config)
+    config.pop("quantization_config", None)
     if plan.others in _TORCH_NAMES:
         config = _with_dtype(config, _TORCH_NAMES[plan.others])
         config.setdefault("dtype", _TORCH_NAMES[plan.others])
@@ -33,6 +34,19 @@ def merged_config(plan: Plan, checkpoint: Checkpoint, untied: bool) -> dict[str,
     if quantization := _quantization_config(plan, checkpoint):
         config["quantization_config"] = quantization
     return config
+
+
+def without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without what says how a runtime computes, those of nested models included.
+
+    transformers saves no such thing, but reads it, and takes the name of a repository for code to fetch and
+    run.
+    """
+    return {
+        key: without_kernels(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if not key.endswith(("attn_implementation", "experts_implementation", "_implementation_internal"))
+    }
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
