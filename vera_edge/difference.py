@@ -15,7 +15,19 @@ from vera_edge import bundle, chunks
 from vera_edge.bundle import Manifest
 from vera_edge.tensors import Float32
 
-_FIELDS = ("kind", "mode", "weights", "model", "default_adapter", "golden", "limits", "requires", "tools")
+_FIELDS = (
+    "kind",
+    "mode",
+    "weights",
+    "options",
+    "exact",
+    "model",
+    "default_adapter",
+    "golden",
+    "limits",
+    "requires",
+    "tools",
+)
 _DRIFT = "evidence/drift.json"
 
 

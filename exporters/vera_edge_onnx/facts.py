@@ -10,7 +10,7 @@ from vera_edge.bundle import Facts
 from vera_edge.files import canonical_json, sha256_bytes
 from vera_edge.packing import Piece
 from vera_edge.target import ExportRequest
-from vera_edge_onnx import adapters
+from vera_edge_onnx import adapters, options
 from vera_edge_onnx.weights import runs_as
 
 _TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
@@ -80,5 +80,7 @@ def facts(
         vector_dtype=adapters.vector_dtype(request),
         requires=_REQUIRES,
         plan=plan.to_dict(),
+        options={**request.options, **options.beside(request, model_kind == "encoder")},
+        exact=options.is_exact(request, model_kind == "encoder"),
         tools=tools(model_kind),
     )

@@ -60,6 +60,15 @@ def stored_as(step: Step) -> str:
     return found
 
 
+def is_exact(step: Step) -> bool:
+    """Whether a linear of the graph multiplies with the very values that the checkpoint's weight has.
+
+    Not with integers: what they are multiplied with is rounded too.
+    """
+    stored = stored_as(step)
+    return step.activations == FLOAT and (stored == "fp32" or (step.copies and stored in _BNB4))
+
+
 def runs_as(request: ExportRequest) -> str:
     """What most linears of the graph that runs are; with the option `run` other than what is shipped.
 

@@ -97,7 +97,8 @@ def drift(
 ) -> None:
     """Measure how far ARTEFACT is from the model as trained.
 
-    REFERENCE is the adapter's folder, a base folder with --adapter, or a branch export with float weights.
+    REFERENCE is the adapter's folder, a base folder with --adapter, or a branch export that holds the values
+    of the model as trained exactly: with fp32 weights, or those of an NF4 or FP4 base as they are.
     Fidelity is the KL divergence from the reference to the artefact, effect the one from the reference to the
     base without the adapter: an artefact whose fidelity isn't far below the effect has lost the adapter.
 

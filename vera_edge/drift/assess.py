@@ -91,8 +91,7 @@ def _open(request: Request, progress: Progress) -> _Opened:
     progress("opening the models", 0, 2)
     trained = models.open_trained(request.reference, request.base, request.adapters, request.projection_dtype)
     progress("opening the models", 1, 2)
-    digests = [adapter.digest for adapter, _ in trained.adapters]
-    candidate = models.open_candidate(request.candidate, request.exact, digests)
+    candidate = models.open_candidate(request.candidate, request.exact, trained.digests)
     progress("opening the models", 2, 2)
     if _gives_text(trained) and candidate.auto_class != models.TEXT:
         raise MismatchError(f"{request.candidate} gives no text, and {request.reference} does")
