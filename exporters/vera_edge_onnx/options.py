@@ -1,4 +1,4 @@
-"""The options that an export to ONNX takes, what they come to, and those that would change nothing: refused."""
+"""The options of an export to ONNX, what they come to, and those that would change nothing: refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check(request: ExportRequest, target: str) -> None:
 
 
 def beside(request: ExportRequest, encoder: bool = False) -> dict[str, str]:
-    """What the ends, and in a branch the projections and vectors, are stored as beside the linears, by option."""
+    """What the ends, and of a branch the projections and vectors, are stored as, by option."""
     kind = weights.runs_as(request)
     own = weights.beside(kind, four_bit="int4" if encoder else "int8")
     found = {HEAD: request.options.get(HEAD, own)}

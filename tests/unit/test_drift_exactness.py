@@ -1,4 +1,4 @@
-"""A branch export stands for the model as trained only where it holds its very values, as PEFT computes them."""
+"""A branch export stands for the model as trained only where it holds its very values, as PEFT has them."""
 
 from __future__ import annotations
 
