@@ -21,6 +21,9 @@ SIGNATURE = "model.sig"  # signs the manifest too, so the manifest can't list it
 UNLISTED = frozenset({MANIFEST, SIGNATURE})
 KINDS = ("decoder", "encoder")
 MODES = ("merged", "branch")
+NO_ADAPTER = (
+    "none"  # how a command line asks for the base alone, so no name of an adapter that can be swapped
+)
 VECTOR_DTYPES = ("float32", "float16")
 _MAX_FILES = 10_000
 _MAX_SIZE = 1 << 53  # the largest integer every JSON reader keeps exact

@@ -58,7 +58,7 @@ def facts(
     files: adapter name -> its file, in the order of `request.adapters`. layout: of the graph's vectors.
     """
     plan, branch = request.plan, bool(files)
-    names = list(files) if branch else [adapter.name for adapter, _ in request.adapters]
+    names = adapters.names(request)
     spec = request.projections.spec.to_dict() | {"digest": request.projections.digest}
     return Facts(
         kind=model_kind,

@@ -125,6 +125,7 @@ def drift(
         samples=outputs.SAMPLES if report else 0,
         by_layer=by_layer,
         text_only=any((report, plots, baseline)),
+        limits=tuple(bounds),
     )
     with show.progress_bar(quiet) as progress:
         found = limits.hold(assess_any(request, progress), bounds)
@@ -160,8 +161,7 @@ def _show(found: DriftReport | EncoderReport) -> None:
 def _encoder_figures(found: EncoderReport) -> Table:
     """Every estimate of the artefact, beside the base's."""
     table = Table("", "artefact", "95 % interval", "base", box=None, pad_edge=False)
-    own = found.embeddings or found.classes
-    for name, estimate in vars(own).items():
+    for name, estimate in vars(found.measured).items():
         if isinstance(estimate, Estimate):
             beside = getattr(found.effect, name, None)
             base = f"{beside.value:.4f}" if isinstance(beside, Estimate) else ""

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from vera_edge import versions
-from vera_edge.drift import models, windows
+from vera_edge.drift import limits, models, windows
 from vera_edge.drift.continuations import continue_both
 from vera_edge.drift.encoder_assess import assess_encoder
 from vera_edge.drift.encoder_report import EncoderReport
@@ -32,7 +32,8 @@ class Request:
         with its weight), or a branch export. candidate: a merged or exported folder.
     data: a text file or "built-in". exact: run a bitsandbytes checkpoint on exact values, not in its kernels.
     samples: how many prompts both models continue. by_layer: measure layer by layer too.
-    text_only: refuse a model that gives embeddings or classes, before it is measured.
+    text_only: refuse a model that gives embeddings or classes, before it is measured. limits: names of those
+        that the report will be held to; what isn't measured of the model is refused before it is measured.
     """
 
     reference: Path
@@ -47,6 +48,7 @@ class Request:
     samples: int = 0
     by_layer: bool = False
     text_only: bool = False
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def _open(request: Request, progress: Progress) -> _Opened:
 
 def _assess_text(request: Request, opened: _Opened, progress: Progress) -> DriftReport:
     trained, candidate, text = opened.trained, opened.candidate, opened.text
+    limits.check_text(request.limits)
     if request.by_layer:
         # torch is only there when the models' layers are.
         from vera_edge.drift import layers

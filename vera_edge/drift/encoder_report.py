@@ -8,16 +8,20 @@ from typing import Any
 
 from vera_edge.drift.comparison import Estimate
 from vera_edge.drift.encoders import ClassDrift, EmbeddingDrift
+from vera_edge.drift.labels_and_values import LabelDrift, ValueDrift
 from vera_edge.drift.result import FORMAT, Artefact, Outcome, TextFacts, Verdict
 from vera_edge.drift.verdict import FAIL_RETAINED, WARN_RETAINED
+
+Measured = EmbeddingDrift | ClassDrift | LabelDrift | ValueDrift
 
 
 @dataclass(frozen=True)
 class EncoderReport:
-    """One artefact against the model as trained; one of `embeddings` and `classes` is set.
+    """One artefact against the model as trained; one of `embeddings`, `classes`, `labels`, `values` is set.
 
     effect: the same figures of the base without the adapter, None without one. retained: the share of what
-    the adapter changes (1 - cosine, or KL of the classes) that the artefact keeps.
+    the adapter changes (1 - cosine, KL of classes or labels, relative error of values) that the artefact
+    keeps.
     """
 
     reference: Artefact
@@ -26,12 +30,21 @@ class EncoderReport:
     text: TextFacts
     embeddings: EmbeddingDrift | None
     classes: ClassDrift | None
-    effect: EmbeddingDrift | ClassDrift | None
+    labels: LabelDrift | None
+    values: ValueDrift | None
+    effect: Measured | None
     retained: Estimate | None
     verdict: Verdict
     notes: tuple[str, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
     tools: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def measured(self) -> Measured:
+        """The figures of the artefact."""
+        found = self.embeddings or self.classes or self.labels or self.values
+        assert found is not None
+        return found
 
     @property
     def figures(self) -> dict[str, Estimate | None]:
@@ -44,6 +57,13 @@ class EncoderReport:
         if self.classes is not None:
             found["max_kl"] = self.classes.kl
             found["min_top1"] = self.classes.agreement
+        if self.labels is not None:
+            found["max_kl"] = self.labels.kl
+            found["min_top1"] = self.labels.agreement
+        if self.values is not None:
+            found["max_relative_error"] = self.values.relative_error
+            found["max_largest_error"] = self.values.largest_error
+            found["min_rank_correlation"] = self.values.rank_correlation
         return found | {"min_retained": self.retained}
 
     @property

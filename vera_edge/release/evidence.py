@@ -112,8 +112,8 @@ def golden(asked: Question, store: Store, folder: Path, progress: Progress) -> P
         copy = stage / "bundle"
         for name in [*bundle.read(folder).files, bundle.MANIFEST]:
             link(folder / name, copy / name)
-        base, adapters = recipe.path(recipe.base(adapter.base).path), [(recipe.path(adapter.path), 1.0)]
-        dtype = adapter.projection_dtype
+        base, dtype = recipe.path(recipe.base(adapter.base).path), adapter.projection_dtype
+        adapters = [(recipe.path(adapter.path), None)]
         with _one_thread():
             golden_vectors.ask(copy, base, adapters, projection_dtype=dtype, progress=progress)
         (copy / GOLDEN).rename(stage / GOLDEN)
