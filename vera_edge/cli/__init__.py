@@ -164,6 +164,6 @@ def _end_without_memory() -> NoReturn:
 def main() -> None:
     """Put a VeRA adapter, and the quantized model it was trained on, onto a small device.
 
-    Exit codes: 0 done, 2 the input or the request is at fault (one sentence says how), 3 a limit was broken or
-    can't be decided, or a check failed.
+    Exit codes: 0 done, 2 the input or the request is at fault (one sentence says how), 3 a limit was broken
+    or can't be decided, or a check failed.
     """
