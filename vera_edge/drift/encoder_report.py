@@ -13,6 +13,21 @@ from vera_edge.drift.result import FORMAT, Artefact, Outcome, TextFacts, Verdict
 from vera_edge.drift.verdict import FAIL_RETAINED, WARN_RETAINED
 
 Measured = EmbeddingDrift | ClassDrift | LabelDrift | ValueDrift
+# By what is measured: limit -> the figure that it bounds. `min_retained` goes with each.
+LIMITS: Mapping[type[Measured], Mapping[str, str]] = {
+    EmbeddingDrift: {
+        "min_cosine": "cosine",
+        "min_rank_correlation": "rank_correlation",
+        "min_overlap": "overlap",
+    },
+    ClassDrift: {"max_kl": "kl", "min_top1": "agreement"},
+    LabelDrift: {"max_kl": "kl", "min_top1": "agreement"},
+    ValueDrift: {
+        "max_relative_error": "relative_error",
+        "max_largest_error": "largest_error",
+        "min_rank_correlation": "rank_correlation",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -49,21 +64,10 @@ class EncoderReport:
     @property
     def figures(self) -> dict[str, Estimate | None]:
         """What a limit may be set on, by the limit's name."""
-        found: dict[str, Estimate | None] = {}
-        if self.embeddings is not None:
-            found["min_cosine"] = self.embeddings.cosine
-            found["min_rank_correlation"] = self.embeddings.rank_correlation
-            found["min_overlap"] = self.embeddings.overlap
-        if self.classes is not None:
-            found["max_kl"] = self.classes.kl
-            found["min_top1"] = self.classes.agreement
-        if self.labels is not None:
-            found["max_kl"] = self.labels.kl
-            found["min_top1"] = self.labels.agreement
-        if self.values is not None:
-            found["max_relative_error"] = self.values.relative_error
-            found["max_largest_error"] = self.values.largest_error
-            found["min_rank_correlation"] = self.values.rank_correlation
+        measured = self.measured
+        found: dict[str, Estimate | None] = {
+            limit: getattr(measured, name) for limit, name in LIMITS[type(measured)].items()
+        }
         return found | {"min_retained": self.retained}
 
     @property
