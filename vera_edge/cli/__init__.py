@@ -1,7 +1,7 @@
 """The command line: the only place that imports click, and the only one that prints.
 
-A command parses its words, calls one function of the library and shows the result object. Commands are
-loaded when they are called, so that `vera-edge --help` stays quick.
+A command parses its words, calls the library and shows what it gives. Commands are loaded when they are
+called, so that `vera-edge --help` stays quick.
 """
 
 from __future__ import annotations
