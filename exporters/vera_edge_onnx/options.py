@@ -54,7 +54,7 @@ def is_exact(request: ExportRequest, encoder: bool = False) -> bool:
         and not request.corrections
         and weights.runs_as(request) == weights.kind(plan)
         and set(beside(request, encoder).values()) == {"fp32"}
-        and all(weights.is_exact(step) for step in plan.steps)
+        and all(weights.is_exact(request, step) for step in plan.steps)
     )
 
 

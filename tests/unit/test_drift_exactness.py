@@ -65,6 +65,7 @@ EXACT: list[tuple[str, str, dict[str, str]]] = [
     ("fp32", "fp32", {}),
     ("bf16", "fp32", {}),
     ("int8", "fp32", {}),
+    ("int8", "same", {"head": "fp32", "projections": "fp32", "accuracy_level": "0"}),
 ]
 ROUNDED: list[tuple[str, str, dict[str, str], str]] = [
     ("fp32", "nf4", {}, "is fp32 in the base and was quantized to nf4"),
@@ -77,8 +78,9 @@ ROUNDED: list[tuple[str, str, dict[str, str], str]] = [
     ("fp32", "fp32", {"projections": "fp16"}, "its projections are stored as fp16"),
     ("nf4", "nf4", {"vectors": "fp16"}, "its adapter's vectors are stored as fp16"),
     ("nf4", "nf4", {"run": "int8"}, "stored as int8"),
-    ("nf4", "nf4", {"run": "int8", "head": "fp32", "projections": "fp32"}, "multiplied with is rounded"),
+    ("nf4", "nf4", {"run": "int8", "head": "fp32", "projections": "fp32"}, "its weights run as int8"),
     ("int8", "same", {"head": "fp32", "projections": "fp32"}, "multiplied with is rounded"),
+    ("nf4", "int8", {"head": "fp32", "projections": "fp32", "accuracy_level": "0"}, "was quantized to int8"),
 ]
 
 
@@ -101,6 +103,28 @@ def test_what_was_rounded_says_so_and_is_refused(
     with pytest.raises(MismatchError, match=f"isn't the model as trained: .*{says}"):
         models.open_trained(out)
     assert distance(bases, base, out) > 1e-9
+
+
+@pytest.mark.parametrize("to", ["gptq", "awq", "w4a16"])
+def test_a_base_of_integers_is_exact_only_without_rounded_inputs(
+    tiny_llama: tiny.TinyLlama, bases: Bases, tmp_path: Path, cli: Cli, to: str
+) -> None:
+    _, adapter = bases("fp32")
+    base = tmp_path / "base"
+    words = ("merge", tiny_llama.fp32, adapter, "--to", to, "--method", "rtn", "--block-size", 32, "-o", base)
+    assert cli(*words).exit_code == 0
+    options = {"head": "fp32", "projections": "fp32"}
+    for more, exact in (({"accuracy_level": "0"}, True), (dict[str, str](), False)):
+        out = tmp_path / str(exact)
+        pairs = [(adapter, 1.0)]
+        target.export(base, pairs, out, mode="branch", weights="same", options={**options, **more},
+                      projection_dtype="float32")  # fmt: skip
+        assert bundle.read(out).exact is exact
+        checkpoint, read = Checkpoint.open(base), adapters.read(adapter)
+        projections = provenance.resolve(read, checkpoint, "float32").projections
+        ids = exported.tokens()
+        trained = open_reference(checkpoint, [(read, 1.0)], projections).logits(ids)
+        assert (exported.divergence(trained, Session.open(out).logits(ids)) < 1e-9) is exact
 
 
 def test_the_manifest_says_how_everything_beside_the_linears_is_stored(bases: Bases, tmp_path: Path) -> None:

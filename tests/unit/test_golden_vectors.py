@@ -120,7 +120,9 @@ def test_several_adapters_of_a_branch_are_asked_one_by_one(
     golden_vectors.ask(folder, tiny_llama.nf4, asked, {"max_kl": 1e-7, "min_top1": 1.0}, PROMPTS)
     result = validate(folder)
     assert result.passed, result.checks
-    assert [one.adapter for one in result.drift] == [None, "default", "other"]
+    assert [one.adapter for one in result.drift] == [None, "default", "other"] and not result.notes
+    golden_vectors.ask(folder, tiny_llama.nf4, asked[:1], {"max_kl": 1e-7}, PROMPTS)
+    assert validate(folder).notes == ("there are no golden vectors of adapter other: not judged",)
 
 
 def test_other_projections_than_the_bundles_are_refused(

@@ -71,10 +71,10 @@ def rank_correlation(reference: Array, candidate: Array) -> float:
     """Spearman's, of n figures each: (n,).
 
     Where only one side's are all the same it is 0, for its order is lost; where both are, there is none to
-    lose: 1. Not a number where a figure isn't.
+    lose: 1. And 0 of a single figure, which has no order that could be told.
     """
-    if not (np.isfinite(reference).all() and np.isfinite(candidate).all()):
-        return float("nan")
+    if len(reference) < 2:
+        return 0.0
     ranks = [average_ranks(side) for side in (reference, candidate)]
     flat = [bool(np.ptp(side) == 0) for side in ranks]
     if any(flat):

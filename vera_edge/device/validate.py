@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge import bundle
+from vera_edge.bundle import Manifest
 from vera_edge.device import checks, facts, golden, validate_encoder
 from vera_edge.device.checks import Check, Held
 from vera_edge.device.decoding import Steps
@@ -141,7 +142,10 @@ def validate(
         facts.device_facts() | {"threads": model.graph.threads},
         peak,
         round(time.monotonic() - began, 3),
-        _notes(set(held), known.here),
+        (
+            *_notes(set(held), known.here),
+            *_unasked(manifest, [one.adapter for one in (*drift, *encoder_drift)]),
+        ),
         tuple(encoder_drift),
     )
 
@@ -153,6 +157,13 @@ def _notes(held: set[str], known: Collection[str]) -> tuple[str, ...]:
     if not held - set(unheld):
         notes.append("the bundle sets no drift limit that a device can hold: drift was measured, not judged")
     return tuple(notes)
+
+
+def _unasked(manifest: Manifest, asked: Collection[str | None]) -> list[str]:
+    """A note where a branch has adapters that no golden vectors are of."""
+    names = manifest.adapters if manifest.mode == "branch" else ()
+    left = [name for name in names if name not in asked]
+    return [f"there are no golden vectors of adapter {', '.join(left)}: not judged"] if left else []
 
 
 def _measure(

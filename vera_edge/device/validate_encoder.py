@@ -12,7 +12,7 @@ from vera_edge.device.checks import Check, Held
 from vera_edge.device.encoder import CLASSES, EMBEDDINGS, Encoder
 from vera_edge.device.golden import log_softmax
 from vera_edge.device.golden_encoder import Case, Float32
-from vera_edge.errors import BundleError
+from vera_edge.errors import BundleError, DataError
 from vera_edge.progress import Progress
 
 _CLASSES = Held(frozenset({"max_kl", "min_top1"}), frozenset({"min_retained"}))
@@ -100,6 +100,8 @@ def _drift(encoder: Encoder, adapter: str | None, cases: Sequence[Case]) -> Enco
             f"{encoder.manifest.folder} gives {ours.shape[1]} values and its golden vectors hold "
             f"{theirs.shape[1]}; export the bundle again"
         )
+    if not np.isfinite(ours).all():
+        raise DataError(f"{encoder.manifest.folder} gives NaN or infinity for a text of its golden vectors")
     return EncoderDrift(adapter, len(cases), **_figures(encoder.answers, theirs, ours))
 
 

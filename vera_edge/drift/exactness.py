@@ -37,4 +37,10 @@ def _inexact(manifest: Manifest) -> str:
             return f"{step.get('module')} is {source} in the base and was quantized to {result}"
     if manifest.exact is None:
         return "its manifest, an older one, doesn't say whether all of it is exact (export it again)"
-    return f"what its {manifest.weights} weights are multiplied with is rounded"
+    if "run" in manifest.options:
+        return f"its weights run as {manifest.options['run']}"
+    if manifest.options.get("accuracy_level", "4") != "0":
+        return (
+            f"what its {manifest.weights} weights are multiplied with is rounded (without --accuracy-level 0)"
+        )
+    return f"not all of its {manifest.weights} weights are the base's own"
