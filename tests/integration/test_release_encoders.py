@@ -98,6 +98,8 @@ def test_an_encoder_is_released_whole(inputs: Path, tmp_path: Path, cli: Cli, ki
     assert again.exit_code == 0 and again.stderr.count("unchanged") == 4
     summary = (tmp_path / "out" / "SUMMARY.md").read_text()
     assert summary.count("| ok |") == 4
+    if kind != "embeddings":  # one kind stands for all: nothing of it is told apart there
+        return
     rebuilt = cli("release", "rebuild", tmp_path / "out" / "a" / "onnx-branch-fp32", "--inputs", folder)
     assert rebuilt.exit_code == 0, rebuilt.stdout + rebuilt.stderr
 

@@ -132,6 +132,7 @@ def validate(
     else:
         known = HELD
         drift, found = _measure(model, held, progress)
+    asked = [*(one.adapter for one in drift), *(one.adapter for one in encoder_drift)]
     files = f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB, all as listed"
     peak = facts.peak_rss()
     memory = [checks.memory(peak, max_memory)] if max_memory is not None else []
@@ -144,7 +145,7 @@ def validate(
         round(time.monotonic() - began, 3),
         (
             *_notes(set(held), known.here),
-            *_unasked(manifest, [one.adapter for one in (*drift, *encoder_drift)]),
+            *_unasked(manifest, asked),
         ),
         tuple(encoder_drift),
     )
