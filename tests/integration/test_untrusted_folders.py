@@ -247,15 +247,16 @@ def test_a_model_that_asks_for_kernels_of_a_repository_runs_without_them(
 
 
 NO_NETWORK = """
-import socket, sys, traceback
+import json, socket, sys, traceback
 def refused(*words, **more):
     with open({log!r}, "a") as stream:
         stream.write("".join(traceback.format_stack()))
     raise OSError("this test has no network")
 socket.socket.connect = socket.socket.connect_ex = refused
 socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refused
-from vera_edge.__main__ import main
-main()
+from vera_edge.cli import main
+for words in json.loads(sys.argv[1]):
+    main(words, standalone_mode=False)
 """
 
 
@@ -278,18 +279,20 @@ def test_no_command_looks_anything_up_on_a_network(
     script.write_text(NO_NETWORK.format(log=str(log)))
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join([*tiny.TEXT.splitlines(), *tiny_encoder.TEXTS] * 4))
-    for words in (
+    quick = ["--data", text, "--tokens", 512, "--window", 32]
+    lines: list[list[object]] = [
         ["export", base, adapter, "-o", out, "--mode", "branch"],
         ["export", base, adapter, "-o", tmp_path / "int4", "--weights", "int4"],
         ["merge", base, adapter, "-o", tmp_path / "merged", "--to", "fp32"],
         ["golden", out, base, adapter],
-        ["drift", adapter, out, "--base", base, "--data", text, "--tokens", "512", "--window", "32"],
-        ["drift", adapter, tmp_path / "merged", "--base", base, "--data", text, "--tokens", "512",
-         "--window", "32"],
-        ["drift", base, base, "--data", text, "--tokens", "512", "--window", "32"],
+        ["drift", adapter, out, "--base", base, *quick],
+        ["drift", adapter, tmp_path / "merged", "--base", base, *quick],
+        ["drift", base, base, *quick],
         ["validate", out],
-    ):  # fmt: skip
-        command = [sys.executable, str(script), *map(str, words)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert not log.exists(), f"{words[0]}: {log.read_text()[-3000:]}"
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    ]
+    words = json.dumps([[str(word) for word in line] for line in lines])
+    done = subprocess.run(
+        [sys.executable, str(script), words], env=environment, capture_output=True, text=True, check=False
+    )
+    assert not log.exists(), log.read_text()[-3000:]
+    assert done.returncode == 0, done.stdout + done.stderr
