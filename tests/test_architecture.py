@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A part (a module or a package of vera_edge) imports only from parts above it, or from within itself.
 ORDER = (
+    "import_path",
     "errors",
     "progress",
     "quiet",
@@ -76,6 +77,7 @@ ORDER = (
     "cli",
 )
 DEVICE_PARTS = {
+    "import_path",
     "errors",
     "progress",
     "cores",

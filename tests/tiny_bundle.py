@@ -117,6 +117,7 @@ def branch(base: Path, folder: Path, batched: bool = False) -> Path:
         adapters=entries,
         default_adapter="first",
         projection={"digest": DIGEST},
+        exact=True,
         requires={"onnxruntime": "1.22"},
     )
     bundle.write(folder, facts)

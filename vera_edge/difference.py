@@ -16,7 +16,7 @@ from vera_edge.bundle import Manifest
 from vera_edge.tensors import Float32
 
 _FIELDS = (
-    *("kind", "mode", "weights", "model", "default_adapter", "golden"),
+    *("kind", "mode", "weights", "options", "exact", "model", "default_adapter", "golden"),
     *("limits", "requires", "cpu", "tools"),
 )
 _DRIFT = "evidence/drift.json"

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, chdir, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from typing import Any, Literal, TypeVar, get_args
 
+from vera_edge import import_path
 from vera_edge.errors import PlanError, VeraEdgeError
 
 T = TypeVar("T")
@@ -109,7 +112,8 @@ def _in_processes(
             min(workers, len(waiting)), get_context("spawn"), initializer=_start_worker, initargs=(shared,)
         )
         try:
-            futures = {pool.submit(_call, work, items[index]): index for index in waiting}
+            with _safe_children():  # which start here
+                futures = {pool.submit(_call, work, items[index]): index for index in waiting}
             for future in as_completed(futures):
                 result = future.result()
                 waiting.remove(futures[future])
@@ -120,6 +124,22 @@ def _in_processes(
             pool.shutdown(cancel_futures=True)
         return
     raise VeraEdgeError(f"a worker process died {_TRIES} times over; is the machine short of memory?")
+
+
+@contextmanager
+def _safe_children() -> Iterator[None]:
+    """Let Python processes that start meanwhile import nothing from the folder that they start in."""
+    added = import_path.child_environment()
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _in_threads(
@@ -142,18 +162,22 @@ def _on_ray(
     except ImportError:
         raise PlanError("the Ray engine needs the package ray; install vera-edge[ray]") from None
 
-    started = not ray.is_initialized()
-    if started:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
-        except ConnectionError as cause:
-            raise PlanError(f"no Ray cluster answers at {address}: {cause}") from None
-    try:
+    with ExitStack() as held:
+        if not ray.is_initialized():
+            _start_ray(ray, address, held.enter_context(tempfile.TemporaryDirectory(prefix="vera-edge-ray-")))
+            held.callback(ray.shutdown)
         yield from _collect(ray, work, shared, items, in_flight or len(items))
-    finally:
-        if started:
-            ray.shutdown()
+
+
+def _start_ray(ray: Any, address: str | None, empty: str) -> None:
+    """Join the cluster at `address`, or start one. Ray's workers import from the folder it is started in
+    before any other: an `empty` one."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        with _safe_children(), chdir(empty):
+            ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level="error")
+    except ConnectionError as cause:
+        raise PlanError(f"no Ray cluster answers at {address}: {cause}") from None
 
 
 def _collect(

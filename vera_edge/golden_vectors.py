@@ -5,20 +5,26 @@ The device part only reads and compares them; this is where they are made, with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vera_edge import bundle, provenance, tasks, trained_base
+from vera_edge.adapter import Adapter
 from vera_edge.bundle import Manifest
-from vera_edge.device import golden, golden_encoder
+from vera_edge.checkpoint import Checkpoint
+from vera_edge.device import golden, golden_encoder, validate, validate_encoder
 from vera_edge.device.chat import Text
 from vera_edge.device.encoder import CLASSES, Encoder
 from vera_edge.device.golden import PROMPTS, Reference
 from vera_edge.errors import BundleError, DataError, MismatchError, PlanError
 from vera_edge.files import read_json
 from vera_edge.progress import Progress, silent
+from vera_edge.projection import Projections
 from vera_edge.side_files import VOCABULARIES
 from vera_edge.trained_as import TrainedAs
+
+_NEW_TOKENS = 16
 
 
 def attach(
@@ -27,7 +33,7 @@ def attach(
     reference: str,
     limits: Mapping[str, float] | None = None,
     prompts: Sequence[str] = PROMPTS,
-    new_tokens: int = 16,
+    new_tokens: int = _NEW_TOKENS,
     progress: Progress = silent,
 ) -> Manifest:
     """Write golden vectors into the bundle `folder` and list them, with `limits`, in its manifest.
@@ -38,18 +44,29 @@ def attach(
     """
     manifest = bundle.verify(folder, progress=progress)
     _check_names(manifest, references)
-    config = read_json(folder / "genai_config.json", BundleError)
+    made = _answers(manifest, references, reference, prompts, new_tokens, progress)
+    return _put(manifest, lambda: golden.write(folder, made), limits, progress)
+
+
+def _answers(
+    manifest: Manifest,
+    references: Mapping[str | None, Reference],
+    reference: str,
+    prompts: Sequence[str],
+    new_tokens: int,
+    progress: Progress,
+) -> golden.Golden:
+    config = read_json(manifest.folder / "genai_config.json", BundleError)
     ends = config.get("model", {}).get("eos_token_id", [])
-    made = golden.make(
+    return golden.make(
         references,
-        Text(folder),
+        Text(manifest.folder),
         reference,
         prompts,
         frozenset(ends if isinstance(ends, list) else [ends]),
         new_tokens,
         progress=progress,
     )
-    return _put(manifest, lambda: golden.write(folder, made), limits, progress)
 
 
 def attach_to_encoder(
@@ -97,7 +114,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 def ask(
     folder: Path,
     base: Path,
-    adapter_paths: Sequence[tuple[Path, float]],
+    adapter_paths: Sequence[tuple[Path, float | None]],
     limits: Mapping[str, float] | None = None,
     prompts: Sequence[str] | None = None,
     projection_dtype: str | None = None,
@@ -105,47 +122,118 @@ def ask(
     trained_as: TrainedAs | None = None,
     tell: Callable[[str], None] = lambda note: None,
 ) -> Manifest:
-    """Open the model as trained from `base` and `adapter_paths` and `attach` what it says to `folder`.
+    """Open the model as trained from `base` and `adapter_paths` and write what it says to `folder`.
 
-    prompts: or the texts of an encoder; None takes the built-in ones. One adapter of a branch bundle at a
-    time, or all that were merged, each with its weight. trained_as: how the base was loaded in training.
-    tell: is given sentences for a person to read.
-    Raises MismatchError when the bundle was made of another base or another adapter, OutputError when it is
-    signed, PlanError on a limit that nothing keeps.
+    adapter_paths: of a branch bundle one or more of its adapters, of a merged one all that were merged. Each
+    has the weight that the bundle has it at; None takes that one. prompts: or the texts of an encoder; None
+    takes the built-in ones. trained_as: how the base was loaded in training. tell: is given sentences for a
+    person to read. Raises MismatchError when the bundle was made of another base, of another adapter or
+    weight, or with other projections, OutputError when it is signed, PlanError on a limit that nothing can be
+    held to.
     """
-    from vera_edge.reference import open_reference
-
     bundle.check_limits(limits or {}, "options")
     manifest = bundle.read(folder)
     bundle.check_unsigned(folder, "make golden vectors first")
     own = folder if any((folder / name).is_file() for name in VOCABULARIES) else None
-    checkpoint, read = trained_base.read(base, adapter_paths, own, trained_as)  # the bundle's tokenizer
+    weighted = [(path, 1.0) for path, _ in adapter_paths]
+    checkpoint, trained = trained_base.read(base, weighted, own, trained_as)  # the bundle's tokenizer
     if checkpoint.digest != manifest.base["digest"]:
         raise MismatchError(
             f"{folder} was made of another base than {base}; name the one it was exported from"
         )
-    names = {entry["digest"]: name for name, entry in manifest.adapters.items()}
-    for found, _ in read:
-        if found.digest not in names:
-            raise MismatchError(
-                f"{folder} wasn't made of {found.path}; name the adapter it was exported with"
-            )
-    branch = manifest.mode == "branch"
-    if not read or (branch and len(read) > 1) or (not branch and len(read) != len(names)):
-        raise PlanError(f"name {'one adapter' if branch else 'every merged adapter'} of {folder}")
-    resolved = provenance.resolve_for_command(read[0][0], checkpoint, projection_dtype)
-    for note in resolved.notes:
+    read = [(adapter, asked) for (adapter, _), (_, asked) in zip(trained, adapter_paths, strict=True)]
+    named = _named(manifest, read)
+    found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    for note in dict.fromkeys(note for one in found for note in one.notes):
         tell(note)
+    _check_projections(manifest, [one.projections for one in found])
+    encoder = Encoder.open(folder) if manifest.kind == "encoder" else None
+    _check_measured(limits or {}, encoder)
+    asked = _asked(manifest, checkpoint, named, found[0].projections, encoder)
+    weights = ", ".join(f"{weight:g}" for _, _, weight in named if weight != 1)
     what = "the base's exact values in float32 with the adapter unmerged, in torch"
-    views: dict[str | None, bool] = {None: False, names[read[0][0].digest]: True} if branch else {None: True}
-    if manifest.kind == "encoder":
-        classes = Encoder.open(folder).gives == CLASSES
-        trained = open_reference(
-            checkpoint, read, resolved.projections, tasks.of(checkpoint.config).auto_class
+    what += f", at weight {weights}" if weights else ""
+    if encoder is not None:
+        texts = prompts or golden_encoder.TEXTS
+        cases = tuple(
+            case for calls in asked for case in golden_encoder.make(calls, encoder, texts, progress)
         )
-        asked = {name: trained if on else trained.adapter_off() for name, on in views.items()}
-        calls = {name: one.classify if classes else one.hidden for name, one in asked.items()}
-        return attach_to_encoder(folder, calls, what, limits, prompts or golden_encoder.TEXTS, progress)
-    trained = open_reference(checkpoint, read, resolved.projections)
-    references = {name: trained if on else trained.adapter_off() for name, on in views.items()}
-    return attach(folder, references, what, limits, prompts or PROMPTS, progress=progress)
+        return _put(encoder.manifest, lambda: golden_encoder.write(folder, cases, what), limits, progress)
+    manifest = bundle.verify(folder, progress=progress)
+    parts = [_answers(manifest, one, what, prompts or PROMPTS, _NEW_TOKENS, progress) for one in asked]
+    made = golden.Golden(what, tuple(case for part in parts for case in part.cases))
+    return _put(manifest, lambda: golden.write(folder, made), limits, progress)
+
+
+def _named(
+    manifest: Manifest, read: Sequence[tuple[Adapter, float | None]]
+) -> list[tuple[str, Adapter, float]]:
+    """Each adapter with its name and weight in the bundle. Raises MismatchError where one isn't in it so."""
+    left, found = dict(manifest.adapters), []
+    for adapter, asked in read:
+        same = {
+            name: float(entry.get("weight", 1.0))
+            for name, entry in left.items()
+            if entry["digest"] == adapter.digest
+        }
+        if not same:
+            raise MismatchError(
+                f"{manifest.folder} wasn't made of {adapter.path}; name the adapter it was exported with"
+            )
+        name = next((name for name, weight in same.items() if asked in (None, weight)), None)
+        if name is None:
+            weights = " and ".join(f"{weight:g}" for weight in same.values())
+            raise MismatchError(
+                f"{manifest.folder} has {adapter.path} at weight {weights}, not {asked}; ask at that"
+            )
+        found.append((name, adapter, same[name]))
+        del left[name]
+    branch = manifest.mode == "branch"
+    if not found or (left and not branch):
+        raise PlanError(
+            f"name {'one adapter or more' if branch else 'every merged adapter'} of {manifest.folder}"
+        )
+    return found
+
+
+def _check_projections(manifest: Manifest, projections: Sequence[Projections]) -> None:
+    made_with = manifest.projection or (manifest.plan or {}).get("projection")
+    digests = {one.digest for one in projections}
+    if len(digests) > 1 or (isinstance(made_with, dict) and {made_with.get("digest")} != digests):
+        raise MismatchError(
+            f"{manifest.folder} was made with other projections than these; give --projection-dtype as when "
+            "it was exported"
+        )
+
+
+def _check_measured(limits: Mapping[str, float], encoder: Encoder | None) -> None:
+    """Raise PlanError for a limit on what isn't measured of this kind of model."""
+    held = validate.HELD if encoder is None else validate_encoder.HELD[encoder.answers]
+    if unknown := sorted(set(limits) - held.here - held.elsewhere):
+        raise PlanError(
+            f"options: {unknown[0]} isn't measured of this kind of model; set {', '.join(sorted(held.here))}"
+        )
+
+
+def _asked(
+    manifest: Manifest,
+    checkpoint: Checkpoint,
+    named: Sequence[tuple[str, Adapter, float]],
+    projections: Projections,
+    encoder: Encoder | None,
+) -> Iterator[dict[str | None, Any]]:
+    """What to ask, by name in the bundle: one model at a time, of a branch bundle the base with the first."""
+    from vera_edge.reference import open_reference
+
+    branch = manifest.mode == "branch"
+    task = tasks.of(checkpoint.config).auto_class
+    for number, group in enumerate([[one] for one in named] if branch else [named]):
+        pairs = [(adapter, weight) for _, adapter, weight in group]
+        trained = open_reference(checkpoint, pairs, projections, task)
+        views: dict[str | None, Any] = {None: trained.adapter_off()} if branch and not number else {}
+        views[group[0][0] if branch else None] = trained
+        if encoder is not None:
+            views = {
+                name: one.classify if encoder.gives == CLASSES else one.hidden for name, one in views.items()
+            }
+        yield views

@@ -18,9 +18,13 @@ from vera_edge.errors import CheckpointError
 from vera_edge.formats import checks
 from vera_edge.quiet import first_line, quiet
 from vera_edge.side_files import SideFiles
+from vera_edge.trained_as.config import without_kernels
 
 # What a decoder's exporter reads beside the weights, where it's there.
 _JSON = ("tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json")
+
+# For every `from_pretrained`: neither a network nor code that comes with a model, and no question about it.
+LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
@@ -59,7 +63,7 @@ def loaded(
     cls: Any, config: Any, checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], **options: Any
 ) -> Any:
     """A model of class `cls` in float32 with these tensors and no others; raises CheckpointError."""
-    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True, **LOCAL}
     with quiet():
         try:
             model, loading = cls.from_pretrained(None, config=config, state_dict=tensors, **options)
@@ -78,9 +82,14 @@ def loaded(
     return model
 
 
-def config_of(checkpoint: Checkpoint) -> Any:
-    """Its transformers config; raises CheckpointError when transformers knows none like it."""
-    facts = checks.without_quantization(checkpoint.config)
+def config_of(checkpoint: Checkpoint, quantized: bool = False) -> Any:
+    """Its transformers config; raises CheckpointError when transformers knows none like it.
+
+    quantized: with its quantization_config, for weights as they are stored.
+    """
+    facts = without_kernels(checkpoint.config)
+    if not quantized:
+        facts = checks.without_quantization(facts)
     model_type = facts.get("model_type")
     if model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(

@@ -21,6 +21,9 @@ SIGNATURE = "model.sig"  # signs the manifest too, so the manifest can't list it
 UNLISTED = frozenset({MANIFEST, SIGNATURE})
 KINDS = ("decoder", "encoder")
 MODES = ("merged", "branch")
+NO_ADAPTER = (
+    "none"  # how a command line asks for the base alone, so no name of an adapter that can be swapped
+)
 VECTOR_DTYPES = ("float32", "float16")
 VNNI = "vnni"  # what a graph may ask of an x86 processor, see device/int8_products.py
 CPU_NEEDS = (VNNI,)
@@ -46,7 +49,7 @@ class FileEntry:
 class Facts:
     """What the exporter knows and the files alone don't tell.
 
-    `weights` is the stored weight format ("fp32", "int8", "int4", "nf4"); its options are in `plan`.
+    `weights` is the stored format of most linears ("fp32", "int8", "int4", "nf4"); `plan` has each one's.
     `model` is the ONNX graph. `base` holds at least `digest`; `adapters` maps a name to at least `file` (an
     .onnx_adapter of the bundle, or null once it is merged) and `digest`. `default_adapter` is what runs
     when nothing else is asked for. `projection` is the ProjectionSpec with the `digest` of A and B.
@@ -62,6 +65,10 @@ class Facts:
     `source` names (see device/expansion.py). Installing makes it.
     `checked` says on what sequences the float graph was held against the model before it was published; None
     in a bundle of a version that didn't.
+    `options` are those of the exporter that the plan doesn't hold, by name: what `head`, `projections` and
+    `vectors` are stored as ("fp32", "fp16", "int8", "int4"), and the others that were given. `exact` says
+    whether the graph with its adapter beside it holds the very values of the model as trained; None when that
+    isn't recorded.
     """
 
     kind: str
@@ -78,6 +85,8 @@ class Facts:
     vector_dtype: str = VECTOR_DTYPES[0]
     generated: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     plan: Mapping[str, Json] | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    exact: bool | None = None
     limits: Mapping[str, float] = field(default_factory=dict)
     golden: str | None = None
     requires: Mapping[str, str] = field(default_factory=dict)
@@ -237,6 +246,8 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
     "vector_dtype": (lambda value: value in VECTOR_DTYPES, f"isn't one of {', '.join(VECTOR_DTYPES)}"),
     "generated": (_is_map, "isn't an object of files"),
     "plan": (lambda value: value is None or _is_map(value), "isn't an object"),
+    "options": (lambda value: _is_map(value, _is_text), "isn't an object of options"),
+    "exact": (lambda value: value is None or isinstance(value, bool), "isn't true or false"),
     "limits": (lambda value: _is_map(value, _is_number), "isn't an object of numbers"),
     "golden": (lambda value: value is None or _is_text(value), "isn't a file name"),
     "requires": (lambda value: _is_map(value, _is_version), "isn't an object of version numbers"),
@@ -253,7 +264,17 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
 
 # Fields that came after format 1 was first written; a manifest without them means their defaults.
 _OPTIONAL = frozenset(
-    {"checked", "cpu", "generated", "model_version", "trained_names", "vectors", "vector_dtype"}
+    {
+        "checked",
+        "cpu",
+        "exact",
+        "generated",
+        "model_version",
+        "options",
+        "trained_names",
+        "vector_dtype",
+        "vectors",
+    }
 )
 
 

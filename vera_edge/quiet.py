@@ -1,11 +1,14 @@
-"""Other libraries at work: their talk kept off the terminal, their errors cut to a line."""
+"""Other libraries at work: kept off the network, their talk off the terminal, their errors cut to a line."""
 
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_OFFLINE = "HF_HUB_OFFLINE"
 
 
 def first_line(cause: Exception) -> str:
@@ -14,8 +17,26 @@ def first_line(cause: Exception) -> str:
 
 
 @contextmanager
+def offline() -> Iterator[None]:
+    """Keep huggingface_hub, and what looks things up through it, off the network in this process."""
+    from huggingface_hub import constants
+
+    # The variable is read once, when the package is imported; it is for processes that start meanwhile.
+    before, constant = os.environ.get(_OFFLINE), constants.HF_HUB_OFFLINE
+    os.environ[_OFFLINE], constants.HF_HUB_OFFLINE = "1", True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = constant
+        if before is None:
+            os.environ.pop(_OFFLINE, None)
+        else:
+            os.environ[_OFFLINE] = before
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers', PEFT's and bitsandbytes' bars and advice off the terminal while they load."""
+    """Keep transformers, PEFT and bitsandbytes off the network, and their talk off the terminal."""
     import transformers
 
     theirs = transformers.utils.logging
@@ -27,7 +48,7 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with offline(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -27,7 +27,7 @@ from vera_edge.adapter import Adapter
 from vera_edge.alignment import as_loaded
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, CheckpointError, MismatchError
-from vera_edge.loading import config_of, loaded
+from vera_edge.loading import LOCAL, config_of, loaded
 from vera_edge.projection import Projections
 from vera_edge.quiet import first_line, quiet
 
@@ -318,10 +318,13 @@ def load_as_stored(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausal
     Those kernels have a noise of their own (a mean KL of about 2e-4 on SmolLM2). Raises CheckpointError when
     transformers can't load it.
     """
-    options = {"dtype": torch.float32, "device_map": "cpu", "local_files_only": True, "use_safetensors": True}
+    config = config_of(checkpoint, quantized=True)
+    options = {"dtype": torch.float32, "device_map": "cpu", "use_safetensors": True, **LOCAL}
     with quiet():
         try:
-            model = getattr(transformers, auto_class).from_pretrained(checkpoint.path, **options)
+            model = getattr(transformers, auto_class).from_pretrained(
+                checkpoint.path, config=config, **options
+            )
         except Exception as cause:  # of transformers, and of whatever package reads the format
             raise CheckpointError(f"transformers can't load {checkpoint.path}: {first_line(cause)}") from None
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))

@@ -14,8 +14,11 @@ import onnx_ir as ir
 import transformers
 
 from vera_edge.errors import TargetError
+from vera_edge.quiet import offline
 
 FILENAME = "model.onnx"
+# Some versions of the builder run a model's own code unless told, and use the token of who is logged in.
+_LOCAL = {"hf_remote": "false", "hf_token": "false"}
 
 
 def build(source: Path, out: Path, architecture: str, options: Mapping[str, str]) -> ir.Model:
@@ -27,7 +30,7 @@ def build(source: Path, out: Path, architecture: str, options: Mapping[str, str]
         from onnxruntime_genai.models.builder import create_model, parse_extra_options
 
         cache = str(out / "cache")
-        extra = [f"{key}={value}" for key, value in options.items()]
+        extra = [f"{key}={value}" for key, value in ({**_LOCAL, **options}).items()]
         try:
             prepared = parse_extra_options(None, str(source), str(out), "fp32", "cpu", cache, extra)
             create_model(None, str(source), str(out), "fp32", "cpu", cache, **prepared)
@@ -47,13 +50,13 @@ def build(source: Path, out: Path, architecture: str, options: Mapping[str, str]
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the builder's talk and bars off the terminal, and transformers off the network."""
-    kept: dict[str, Any] = {name: os.environ.get(name) for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE")}
+    bars = os.environ.get("TQDM_DISABLE")
     level, verbosity = logging.root.manager.disable, transformers.logging.get_verbosity()
     handlers, root_level = list(logging.root.handlers), logging.root.level
-    os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
+    os.environ["TQDM_DISABLE"] = "1"
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with offline(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logging.disable(level)
@@ -61,11 +64,10 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         logging.root.handlers[:] = handlers
         logging.root.setLevel(root_level)
-        for name, value in kept.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        if bars is None:
+            os.environ.pop("TQDM_DISABLE", None)
+        else:
+            os.environ["TQDM_DISABLE"] = bars
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from vera_edge.loading import config_of
 from vera_edge.target import Export, ExportRequest
 from vera_edge_genai import configs, held
 from vera_edge_genai.drawing import Drawing, draw
-from vera_edge_onnx import adapters, branch, generated, groups, head, joining, options, seed, sites, weights
+from vera_edge_onnx import adapters, branch, generated, groups, head, joining, options, sites, weights
 from vera_edge_onnx.expanded import Shipped, ship
 from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.parity import Checked
@@ -165,12 +165,10 @@ def _weave(
     if kind == "fp16":
         for site in inner:
             weaver.narrow_weight(site.node)
-    quantized = "fp32" if seed.wanted(request) else weights.beside(kind)
-    dtype = request.options.get(options.PROJECTIONS, "fp16" if kind == "fp16" else quantized)
-    vectors = adapters.vector_dtype(request)
-    branch.weave(weaver, inner, bases, adapted, request.projections, dtype, vectors)
+    dtypes, vectors = options.beside(request), adapters.vector_dtype(request)
+    projections = dtypes.get(options.PROJECTIONS, "fp32")
+    branch.weave(weaver, inner, bases, adapted, request.projections, projections, vectors)
     if ends is not None:
-        dtype = request.options.get(options.HEAD, weights.beside(kind))
-        head.store(weaver, ends, dtype, weights.head_block(plan))
+        head.store(weaver, ends, dtypes[options.HEAD], weights.head_block(plan))
     weights.set_accuracy(request, model)
     return weaver.finish(), shipped

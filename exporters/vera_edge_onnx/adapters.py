@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vera_edge import packing
+from vera_edge.bundle import NO_ADAPTER
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.files import canonical_json, sha256_bytes
 from vera_edge.packing import Piece
@@ -34,11 +35,13 @@ def vector_dtype(request: ExportRequest) -> str:
 
 
 def check(request: ExportRequest) -> None:
-    """Raise TargetError when a side-branch can't carry all that an adapter trained, PlanError on its dtype.
+    """Raise TargetError when a side-branch can't carry what an adapter trained, PlanError on dtype or name.
 
     PEFT saves the weight of an output head beside its vectors; a copy of the base's changes nothing.
     """
     vector_dtype(request)
+    if request.plan.mode == "branch":
+        names(request)
     for adapter, _ in request.adapters if request.plan.mode == "branch" else ():
         trained = {
             name for name, saved in adapter.modules_to_save.items() if not _is_base(request, name, saved)
@@ -75,14 +78,35 @@ def base_digest(request: ExportRequest) -> str:
     return digest if not whole else sha256_bytes(canonical_json([digest, whole]))
 
 
+def names(request: ExportRequest) -> list[str]:
+    """What each adapter is called in the manifest: the first of a branch "default", others by their folders.
+
+    Merged, one whose folder's name is another's gets a number. Raises PlanError where a name that is asked
+    for at run time would mean two things.
+    """
+    found: list[str] = []
+    branch = request.plan.mode == "branch"
+    for adapter, _ in request.adapters:
+        name, number = "default" if branch and not found else adapter.name, 1
+        if branch and name in found:
+            raise PlanError(f"two adapters are called {name}; rename the folder of one of them")
+        if branch and name == NO_ADAPTER:
+            raise PlanError(
+                f"an adapter can't be called {name}, by which one asks for the base alone; rename the folder "
+                f"{adapter.path}"
+            )
+        while name in found:
+            number += 1
+            name = f"{adapter.name[:60]}-{number}"
+        found.append(name)
+    return found
+
+
 def write(request: ExportRequest, stage: Path, layout: Sequence[Piece]) -> dict[str, str]:
     """One file for each adapter, name -> file within `stage`; the first is called default."""
     files: dict[str, str] = {}
     version, dtype = model_version(request, layout), vector_dtype(request)
-    for number, (adapter, weight) in enumerate(request.adapters):
-        name = adapter.name if number else "default"
-        if name in files:
-            raise PlanError(f"two adapters are called {name}; rename the folder of one of them")
+    for name, (adapter, weight) in zip(names(request), request.adapters, strict=True):
         files[name] = f"adapters/{name}.onnx_adapter"
         packing.write(stage / files[name], packing.vectors(adapter, layout, weight, dtype), version)
     return files

@@ -25,6 +25,7 @@ from optimum.exporters.tasks import TasksManager
 from vera_edge import tasks
 from vera_edge.checkpoint import Checkpoint
 from vera_edge.errors import TargetError
+from vera_edge.quiet import offline
 from vera_edge.reference import load_dense
 from vera_edge_onnx.classes import ENCODER_OF
 from vera_edge_onnx.weaver import Weaver
@@ -228,11 +229,12 @@ def _module(node: ir.Node) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's talk off the terminal."""
+    """Keep the exporter off the network, and its talk off the terminal."""
     level, verbosity = logging.root.manager.disable, transformers.logging.get_verbosity()
     logging.disable(logging.WARNING)
     try:
         with (
+            offline(),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
             warnings.catch_warnings(),

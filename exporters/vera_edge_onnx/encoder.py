@@ -34,7 +34,6 @@ from vera_edge_onnx import (
     options,
     parity,
     ranges,
-    seed,
     sites,
     tokenizer_config,
     transformers_js,
@@ -211,14 +210,13 @@ def _weave(
             if all(results[part.module] == "fp16" for part in site.parts):
                 weaver.narrow_weight(site.node)
     adapted = adapters.sizes(request) if plan.mode == "branch" else {}
-    dtype = request.options.get(options.PROJECTIONS, "fp32" if seed.wanted(request) else weights.beside(kind))
+    dtypes = options.beside(request, encoder=True)
     stored, vectors = weights.stored(request, found, seen), adapters.vector_dtype(request)
     shipped = ship(request, found, stored)
-    branch.weave(weaver, found, stored, adapted, request.projections, dtype, vectors)
+    projections = dtypes.get(options.PROJECTIONS, "fp32")
+    branch.weave(weaver, found, stored, adapted, request.projections, projections, vectors)
     by_row = any(step.activations != plans.FLOAT for step in plan.steps)
-    embeddings.store(
-        weaver, request.options.get(options.HEAD, weights.beside(kind, four_bit="int4")), BLOCK, by_row
-    )
+    embeddings.store(weaver, dtypes[options.HEAD], BLOCK, by_row)
     weights.set_accuracy(request, model)
     return weaver.finish(), shipped
 

@@ -12,7 +12,7 @@ from vera_edge.bundle import Facts
 from vera_edge.files import canonical_json, sha256_bytes
 from vera_edge.packing import Piece
 from vera_edge.target import ExportRequest
-from vera_edge_onnx import adapters
+from vera_edge_onnx import adapters, options
 from vera_edge_onnx.weights import runs_as
 
 _TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
@@ -61,7 +61,7 @@ def facts(
     """
     plan, branch, overlay = request.plan, bool(files), request.checkpoint.overlay
     whole = overlay.digests if overlay is not None else {}
-    names = list(files) if branch else [adapter.name for adapter, _ in request.adapters]
+    names = adapters.names(request)
     spec = request.projections.spec.to_dict() | {"digest": request.projections.digest}
     return Facts(
         kind=model_kind,
@@ -85,6 +85,8 @@ def facts(
         vector_dtype=adapters.vector_dtype(request),
         requires=_REQUIRES,
         plan=plan.to_dict(),
+        options={**request.options, **options.beside(request, model_kind == "encoder")},
+        exact=options.is_exact(request, model_kind == "encoder"),
         tools=tools(model_kind),
     )
 

@@ -1,4 +1,4 @@
-"""The options that an export to ONNX takes, and those that would change nothing: refused, not ignored."""
+"""The options of an export to ONNX, what they come to, and those that would change nothing: refused."""
 
 from __future__ import annotations
 
@@ -30,6 +30,32 @@ def check(request: ExportRequest, target: str) -> None:
             "an accuracy level is for products with integers in blocks (MatMulNBits), which this export has "
             "none of; leave it out, or add --weights int8"
         )
+
+
+def beside(request: ExportRequest, encoder: bool = False) -> dict[str, str]:
+    """What the ends, and of a branch the projections and vectors, are stored as, by option."""
+    kind = weights.runs_as(request)
+    own = weights.beside(kind, four_bit="int4" if encoder else "int8")
+    found = {HEAD: request.options.get(HEAD, own)}
+    if request.plan.mode == "branch":
+        as_given = seed.wanted(request) and (encoder or kind != "fp16")
+        usual = "fp32" if as_given else weights.beside(kind)
+        found[PROJECTIONS] = request.options.get(PROJECTIONS, usual)
+        found[adapters.VECTORS] = request.options.get(adapters.VECTORS, "fp32")
+    return found
+
+
+def is_exact(request: ExportRequest, encoder: bool = False) -> bool:
+    """Whether the graph, its adapter beside it, holds every value of the model as trained, and no other."""
+    plan = request.plan
+    return (
+        plan.mode == "branch"
+        and not request.requantized
+        and not request.corrections
+        and weights.runs_as(request) == weights.kind(plan)
+        and set(beside(request, encoder).values()) == {"fp32"}
+        and all(weights.is_exact(request, step) for step in plan.steps)
+    )
 
 
 def _has_integer_products(request: ExportRequest) -> bool:

@@ -60,6 +60,25 @@ def stored_as(step: Step) -> str:
     return found
 
 
+def is_exact(request: ExportRequest, step: Step) -> bool:
+    """Whether a linear of the graph multiplies with the very values that the checkpoint's weight has.
+
+    With integers only at accuracy level 0: what they are multiplied with is rounded too otherwise.
+    """
+    stored = stored_as(step)
+    if step.activations != FLOAT or (stored != "fp32" and not step.copies):
+        return False
+    if stored in INTEGERS:
+        own = request.checkpoint.load(step.module) if request.options.get(ACCURACY) == "0" else None
+        return own is not None and _stays(own, step)
+    return stored == "fp32" or stored in _BNB4
+
+
+def _stays(own: Weight, step: Step) -> bool:
+    """Whether a weight's own integers can be those of the graph's blocks."""
+    return isinstance(own, HoldsIntegers) or (isinstance(own, Int8Weight) and not step.shape[1] % BLOCK)
+
+
 def runs_as(request: ExportRequest) -> str:
     """What most linears of the graph that runs are; with the option `run` other than what is shipped.
 
@@ -167,7 +186,7 @@ def _blocks(request: ExportRequest, step: Step, part: Part, rows: Float32) -> tu
     if isinstance(own, HoldsIntegers):
         whole, order = integers.of_checkpoint(own.integers(), step.module)
         return _cut(whole, part), order
-    if isinstance(own, Int8Weight) and not step.shape[1] % BLOCK:
+    if isinstance(own, Int8Weight) and _stays(own, step):
         return _rowwise(own, part), None
     grid = grid_of(step, exported=True)
     assert grid is not None

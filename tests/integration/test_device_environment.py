@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests import tiny
+from tests import foreign_code, tiny, tiny_bundle
 from tests.tiny_bundle import TinyBundles
 from vera_edge import bundle, target
 from vera_edge.device.session import Session
@@ -64,6 +65,19 @@ def test_every_module_of_the_device_part_imports_and_loads_nothing_heavy(fresh: 
     assert Path(file).is_relative_to(fresh.parent)  # the wheel's, not the checkout's
     assert {"numpy", "onnxruntime", "tokenizers"} <= set(modules)
     assert not set(modules) & set(HEAVY)
+
+
+def test_its_command_runs_no_code_of_the_bundle_that_one_stands_in(
+    fresh: Path, tiny_bundles: TinyBundles, tmp_path: Path
+) -> None:
+    """The command as pip installed it, and the module; test_untrusted_folders has every command."""
+    folder = foreign_code.plant(Path(shutil.copytree(tiny_bundles.fp32, tmp_path / "b")), tmp_path / "marks")
+    tiny_bundle.rewrite(folder)
+    for launch in ([fresh / "vera-edge"], [fresh / "python", "-m", "vera_edge"]):
+        for words in (["verify", "."], ["bench", ".", "--rounds", "1", "--prompt", "2", "--new", "2"]):
+            done = call([*launch, *words], folder)
+            assert done.returncode == 0, done.stderr
+    assert foreign_code.marks_in(tmp_path / "marks") == []
 
 
 def test_it_verifies_and_runs_a_bundle(fresh: Path, tiny_bundles: TinyBundles, tmp_path: Path) -> None:

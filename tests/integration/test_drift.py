@@ -135,6 +135,8 @@ def test_a_dense_base_against_its_16_bit_copy_has_no_effect_to_retain(
     report = json.loads(found.stdout)
     assert report["effect"] is None and report["retained"] is None and report["outcomes"] == []
     assert 0 < report["fidelity"]["kl"]["mean"]["value"] < 1e-3
+    undecided = cli("drift", tiny_llama.fp32, tiny_llama.bf16, *QUICK, "--min-retained", 0.5)
+    assert undecided.exit_code == 3 and "min_retained (undecided)" in undecided.stderr
 
 
 def test_a_bitsandbytes_artefact_runs_in_its_own_kernels(
@@ -342,6 +344,9 @@ def _bad(case: str, tmp: Path, base: Path, adapter: Path, merged: Path, bundle: 
 
         Tokenizer(models.BPE({"a": 0}, [])).save(str(tmp / "other" / "tokenizer.json"))
         return [adapter, tmp / "other"]
+    if case == "limits of encoders":
+        (tmp / "drift.toml").write_text("[limits]\nmax_relative_error = 1\n")
+        return [adapter, merged, "--limits", tmp / "drift.toml"]
     if case == "limits":
         (tmp / "drift.toml").write_text("[limits]\nmax_klx = 1\n")
         return [adapter, merged, "--limits", tmp / "drift.toml"]
@@ -370,6 +375,7 @@ def _bad(case: str, tmp: Path, base: Path, adapter: Path, merged: Path, bundle: 
         ("vocabulary", "vocabulary of 384 tokens and the artefact one of 380"),
         ("tokenizer", "split the same text differently"),
         ("limits", "no limit 'max_klx'"),
+        ("limits of encoders", "it is measured of encoders"),
         ("no reference", "none isn't a folder"),
         ("no artefact", "none isn't a folder"),
         ("adapter as artefact", "is an adapter, not an artefact"),

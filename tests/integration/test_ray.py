@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts.soak_merge import contents
-from tests import tiny
+from tests import foreign_code, tiny
 from tests.conftest import Cli
 from tests.integration.test_release_faults import recipe
 from vera_edge import merge
@@ -23,6 +23,12 @@ def slow_square(item: tuple[Path, int]) -> int:
     (folder / f"begun-{number}").touch()
     time.sleep(0.5)
     return number * number
+
+
+def size_of(number: int) -> int:
+    import numpy
+
+    return int(numpy.zeros(number).size)
 
 
 def refuse(number: int) -> int:
@@ -54,6 +60,20 @@ def test_a_killed_node_costs_time_and_nothing_else(cluster: Any, tmp_path: Path)
 def test_an_error_of_ours_passes_through(cluster: Any) -> None:
     with pytest.raises(PlanError, match="refused on a worker"):
         list(Engine("ray", address=cluster.address).map(refuse, [1]))
+
+
+def test_workers_import_nothing_from_the_folder_that_ray_is_started_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray puts that folder first on its workers' path."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    foreign_code.plant(folder, tmp_path / "marks")
+    monkeypatch.chdir(folder)
+    assert dict(Engine("ray").map(size_of, [1, 2])) == {0: 1, 1: 2}
+    assert foreign_code.marks_in(tmp_path / "marks") == []
+    assert Path.cwd() == folder
 
 
 def test_merges_on_a_cluster_that_loses_a_node(

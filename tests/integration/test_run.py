@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import tiny_bundle
 from tests.conftest import Cli, CliProcess
 from tests.tiny_bundle import TinyBundles, rewrite
 from vera_edge import bundle
@@ -158,3 +159,21 @@ def test_a_token_that_the_model_lacks_is_one_sentence(
     done = cli_process("run", folder, "<|new|>", "--raw", "--max-tokens", 1)
     assert done.returncode == 2 and "ONNX Runtime fails on" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_an_adapter_that_is_called_none_is_not_taken_for_the_base(
+    tiny_bundles: TinyBundles, tmp_path: Path, cli: Cli
+) -> None:
+    """A bundle from elsewhere may have one: exports don't (see test_export_decoder)."""
+    folder = shutil.copytree(tiny_bundles.branch, tmp_path / "b")
+    (folder / "adapters" / "second.onnx_adapter").rename(folder / "adapters" / "none.onnx_adapter")
+    entry = {"file": "adapters/none.onnx_adapter", "digest": tiny_bundle.DIGEST}
+    tiny_bundle.rewrite(folder, adapters={"first": bundle.read(folder).adapters["first"], "none": entry})
+    words = ("run", folder, PROMPT, "--raw", "--max-tokens", 4, "--adapter")
+    refused = cli(*words, "none")
+    assert refused.exit_code == 2 and "give its file" in refused.stderr
+    named = cli(*words, folder / "adapters" / "none.onnx_adapter")
+    assert (
+        named.exit_code == 0
+        and named.stdout == cli(*words[:1], tiny_bundles.branch, *words[2:], "second").stdout
+    )

@@ -283,7 +283,16 @@ def test_only_what_came_later_may_be_missing(tmp_path: Path) -> None:
             continue
         (tmp_path / bundle.MANIFEST).write_bytes(sound)
         rewrite(tmp_path, lambda value, key=key: value.pop(key))
-        if key in ("checked", "cpu", "generated", "model_version", "trained_names", "vectors"):
+        if key in (
+            "checked",
+            "cpu",
+            "exact",
+            "generated",
+            "model_version",
+            "options",
+            "trained_names",
+            "vectors",
+        ):
             assert not getattr(bundle.verify(tmp_path), key)
         elif key == "vector_dtype":
             assert bundle.verify(tmp_path).vector_dtype == "float32"
@@ -318,7 +327,17 @@ def test_the_schema_names_every_field() -> None:
     schema = json.loads((Path(bundle.__file__).with_name("bundle.schema.json")).read_bytes())
     facts = {key.name for key in dataclasses.fields(bundle.Facts)}
     assert set(schema["properties"]) == facts | {"format", "digest", "files"}
-    optional = {"checked", "cpu", "generated", "model_version", "trained_names", "vectors", "vector_dtype"}
+    optional = {
+        "checked",
+        "cpu",
+        "exact",
+        "generated",
+        "model_version",
+        "options",
+        "trained_names",
+        "vectors",
+        "vector_dtype",
+    }
     assert set(schema["required"]) == set(schema["properties"]) - optional
     assert schema["properties"]["format"]["const"] == bundle.FORMAT
     pattern = re.compile(schema["properties"]["files"]["propertyNames"]["pattern"])

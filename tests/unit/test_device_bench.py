@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
+from tests import foreign_code, tiny_bundle
 from tests.conftest import Cli
 from tests.tiny_bundle import TinyBundles
 from vera_edge.device.bench import FIGURES, bench, ratio_of_medians
@@ -56,6 +58,18 @@ def test_what_cannot_be_measured_gets_one_sentence(tiny_bundles: TinyBundles, tm
         bench(tiny_bundles.fp32, prompt=300, rounds=1)
     with pytest.raises(BundleError, match="isn't a folder"):
         bench(tiny_bundles.fp32, against=tmp_path / "none")
+
+
+def test_a_round_runs_nothing_of_the_bundle_that_it_is_started_in(
+    tiny_bundles: TinyBundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(tiny_bundles.fp32, tmp_path / "bundle")
+    foreign_code.plant(folder, tmp_path / "marks")
+    tiny_bundle.rewrite(folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    assert bench(Path(), rounds=1, prompt=2, new=2).measured
+    assert foreign_code.marks_in(tmp_path / "marks") == []
 
 
 def test_the_ratio_and_its_interval() -> None:

@@ -14,6 +14,12 @@ from sklearn.neighbors import NearestNeighbors
 
 from vera_edge.drift import encoders
 from vera_edge.drift.encoders import calibration_error, compare_classes, compare_embeddings
+from vera_edge.drift.labels_and_values import (
+    compare_labels,
+    compare_values,
+    label_distances,
+    value_distances,
+)
 from vera_edge.errors import DataError, MismatchError
 
 Float32 = npt.NDArray[np.float32]
@@ -128,6 +134,83 @@ def test_without_labels_there_is_agreement_but_no_accuracy() -> None:
     reference, moved, _ = _classes()
     found = compare_classes(reference, moved)
     assert found.accuracy is None and found.flips is None and 0 < found.agreement.value < 1
+
+
+def test_embeddings_that_collapse_have_lost_all_order() -> None:
+    reference, _, _ = _embeddings()
+    collapsed = np.tile(reference[:1], (len(reference), 1))
+    assert compare_embeddings(reference, collapsed).rank_correlation.value == 0
+    assert compare_embeddings(collapsed, reference).rank_correlation.value == 0
+    assert compare_embeddings(collapsed, 3 * collapsed).rank_correlation.value == 1
+
+
+def test_one_logit_is_no_choice_between_classes() -> None:
+    """Its softmax is 1 whatever it is, so that any two models would agree."""
+    values = np.random.default_rng(0).standard_normal((20, 1)).astype(np.float32)
+    for call in (compare_classes, encoders.class_distances):
+        with pytest.raises(DataError, match="compare it as a value"):
+            call(values, -50 * values + 3)
+
+
+def test_values_are_compared_by_their_errors_and_their_order() -> None:
+    rng = np.random.default_rng(5)
+    reference = (7 + 3 * rng.standard_normal((80, 1))).astype(np.float32)
+    moved = (reference + rng.standard_normal(reference.shape)).astype(np.float32)
+    found = compare_values(reference, moved)
+    errors = np.abs(moved.astype(float) - reference) / np.std(reference.astype(float))
+    assert found.relative_error.value == pytest.approx(errors.mean(), rel=1e-9)
+    assert found.relative_error.standard_error == pytest.approx(scipy.stats.sem(errors)[0], rel=1e-9)
+    assert found.largest_error.value == pytest.approx(errors.max(), rel=1e-9)
+    truth = scipy.stats.spearmanr(reference[:, 0], moved[:, 0])
+    assert found.rank_correlation.value == pytest.approx(truth.statistic, rel=1e-9)
+    bounds = scipy.stats.bootstrap(
+        (reference[:, 0], moved[:, 0]), lambda x, y: scipy.stats.spearmanr(x, y).statistic,
+        paired=True, vectorized=False, method="percentile", n_resamples=2000, random_state=0,
+    ).confidence_interval  # fmt: skip
+    assert found.rank_correlation.low == pytest.approx(bounds.low, abs=0.02)
+    assert found.rank_correlation.high == pytest.approx(bounds.high, abs=0.02)
+    same = compare_values(reference, reference)
+    assert same.largest_error.value == 0
+    assert (same.rank_correlation.low, same.rank_correlation.value) == (1, 1)
+    other = compare_values(reference, -50 * reference + 3)
+    assert other.rank_correlation.high == -1 and other.relative_error.low > 10
+    np.testing.assert_allclose(value_distances(reference, moved), errors[:, 0], rtol=1e-9)
+
+
+def test_of_several_values_one_that_is_lost_is_seen() -> None:
+    rng = np.random.default_rng(6)
+    reference = rng.standard_normal((40, 3)).astype(np.float32)
+    moved = reference.copy()
+    moved[:, 1] = 0
+    found = compare_values(reference, moved)
+    assert found.rank_correlation.value == found.rank_correlation.high == 0
+
+
+def test_labels_are_compared_each_by_itself() -> None:
+    rng = np.random.default_rng(7)
+    reference = (2 * rng.standard_normal((60, 4))).astype(np.float32)
+    moved = (reference + rng.standard_normal(reference.shape)).astype(np.float32)
+    found = compare_labels(reference, moved)
+    p, q = (scipy.special.expit(side.astype(float)) for side in (reference, moved))
+    truth = (scipy.special.rel_entr(p, q) + scipy.special.rel_entr(1 - p, 1 - q)).sum(1)
+    np.testing.assert_allclose(label_distances(reference, moved), truth, rtol=1e-6)
+    assert found.kl.value == pytest.approx(truth.mean(), rel=1e-6)
+    same = (p > 0.5) == (q > 0.5)
+    assert found.label_agreement.value == pytest.approx(same.mean())
+    assert found.agreement.value == pytest.approx(same.all(1).mean()) and 0 < found.agreement.value < 1
+    # What a softmax over the labels can't see: all of them moved together.
+    assert compare_labels(reference, reference + 5).kl.low > 0.5
+
+
+def test_bad_answers_are_refused() -> None:
+    values = np.ones((5, 2), np.float32)
+    for compare in (compare_values, compare_labels):
+        with pytest.raises(MismatchError, match="logits of shape"):
+            compare(values, values[:, :1])
+        with pytest.raises(DataError, match="too few"):
+            compare(values[:2], values[:2])
+        with pytest.raises(DataError, match="artefact gives logits that aren't finite"):
+            compare(values, values * np.float32(np.nan))
 
 
 def test_bad_vectors_are_refused() -> None:

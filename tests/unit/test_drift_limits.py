@@ -104,6 +104,23 @@ def test_without_an_adapter_nothing_can_be_retained_and_nothing_is_asked() -> No
     limits.raise_when_exceeded(report)
 
 
+@pytest.mark.parametrize("given", [0.9, 0.5, -9.0])
+def test_a_limit_that_was_given_is_undecided_without_an_adapter(tmp_path: Path, given: float) -> None:
+    """Also where it is what would have been the default."""
+    path = tmp_path / "drift.toml"
+    path.write_text(f"[limits]\nmin_retained = {given}\n")
+    for bounds in (
+        {"min_retained": given},
+        limits.gather(None, {"min_retained": given}),
+        limits.gather(path, {"min_retained": None}),
+    ):
+        report = limits.hold(make_report(adapter=False), bounds)
+        assert [outcome.state for outcome in report.outcomes] == ["undecided"] and not report.passed
+        assert "has no adapter whose effect" in report.outcomes[0].sentence
+        with pytest.raises(DriftExceeded, match=r"min_retained \(undecided\)"):
+            limits.raise_when_exceeded(report)
+
+
 def test_an_adapter_without_effect_fails_closed() -> None:
     report = make_report()
     report = replace(report, retained=None, verdict=replace(report.verdict, level="undecided"))
@@ -195,6 +212,35 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path, content: str) -> No
     path = tmp_path / "baseline.json"
     path.write_text(content)
     with pytest.raises(PlanError, match=r"baseline\.json"):
+        baseline.read(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [
+        ("candidate", "name", None),
+        ("candidate", "name", 3),
+        ("candidate", "bytes", "many"),
+        ("candidate", "bytes", True),
+        ("text", "source", None),
+        ("text", "sha256", None),
+        ("fidelity", "flips", {"value": "0.1"}),
+        ("fidelity", "flips", {"value": float("nan")}),
+        ("fidelity", "kl", {"mean": {"value": 1.0}, "quantiles": []}),
+    ],
+)
+def test_what_is_read_of_a_report_is_there_before_anything_is_measured(
+    tmp_path: Path, where: str, key: str, value: object
+) -> None:
+    """Left out where the value is None; it would be missed only after hours of measuring."""
+    report = make_report().to_dict()
+    if value is None:
+        del report[where][key]
+    else:
+        report[where][key] = value
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps(report))
+    with pytest.raises(PlanError, match="isn't a report that `vera-edge drift --json` printed"):
         baseline.read(path)
 
 

@@ -7,6 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,3 +180,14 @@ def test_png_plots() -> None:
     for png in found.values():
         assert png.startswith(b"\x89PNG") and int.from_bytes(png[16:20]) == 1600
     assert set(plots.render(make_report())) == {"kl_histogram.png", "kl_by_position.png"}
+
+
+def test_plots_are_not_drawn_as_a_folder_says(tmp_path: Path) -> None:
+    """matplotlib reads a matplotlibrc from where one stands, which may ask for LaTeX."""
+    import matplotlib
+
+    report = make_report()
+    truth = plots.render(report)
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 20\naxes.grid: False\n")
+    with matplotlib.rc_context(fname=tmp_path / "matplotlibrc"):
+        assert plots.render(report) == truth

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import foreign_code
 from vera_edge.engine import Engine
 from vera_edge.errors import PlanError, VeraEdgeError
 
@@ -63,3 +64,17 @@ def test_engines_that_cannot_be(kind: str, workers: int) -> None:
 def test_a_clusters_address_is_for_a_cluster() -> None:
     with pytest.raises(PlanError, match="it needs --engine ray"):
         Engine(address="10.0.0.1:6379")
+
+
+def test_workers_import_nothing_from_the_folder_they_start_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`multiprocessing` starts them by `python -c`, which looks there first."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    foreign_code.plant(folder, tmp_path / "marks")
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    assert dict(Engine(workers=2).map(square, range(3))) == {0: 0, 1: 1, 2: 4}
+    assert foreign_code.marks_in(tmp_path / "marks") == []
+    assert "PYTHONSAFEPATH" not in os.environ

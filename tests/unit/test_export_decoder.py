@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -318,6 +319,12 @@ def test_several_adapters_are_packed_side_by_side(
         tiny_llama.fp32, [(float_adapter, 1.0), (second, 0.5)], tmp_path / "out", mode="branch"
     )
     assert sorted(result.adapters) == ["default", "second"]
+    for name, match in (
+        ("none", "one asks for the base alone"),
+        ("default", "two adapters are called default"),
+    ):
+        pair = [(float_adapter, 1.0), (Path(shutil.copytree(second, tmp_path / name)), 1.0)]
+        refused(PlanError, match, tmp_path / "refused", tiny_llama.fp32, pair, mode="branch")
     ids = exported.tokens()
     for name, source in (("default", float_adapter), ("second", second)):
         truth = exported.peft_logits(tiny_llama.fp32, source, ids)

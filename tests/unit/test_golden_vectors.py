@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import exported as exported_folders
 from tests import tiny
 from tests.conftest import Cli
-from vera_edge import bundle, golden_vectors, target
+from vera_edge import adapter as adapters
+from vera_edge import bundle, golden_vectors, provenance, target
+from vera_edge.checkpoint import Checkpoint
 from vera_edge.device.session import Session
 from vera_edge.device.validate import validate
 from vera_edge.errors import DataError, MismatchError, OutputError, PlanError
+from vera_edge.reference import Reference, open_reference
 
 PROMPTS = ("The adapter", "Merge the two in float32, then quantize again")
 
@@ -58,6 +62,75 @@ def test_another_base_or_adapter_is_refused(
         golden_vectors.ask(exported, tiny_llama.nf4, [])
     with pytest.raises(MismatchError, match="no adapter 'other'"):
         golden_vectors.attach(exported, {"other": Session.open(exported)}, "x")
+
+
+@pytest.mark.parametrize("mode", ["merged", "branch"])
+def test_the_reference_has_the_weight_that_the_bundle_has(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli, mode: str
+) -> None:
+    """At another weight it would be another model, which a bundle that does its work fails."""
+    folder, tight = tmp_path / "half", {"max_kl": 1e-7, "min_top1": 1.0}
+    target.export(tiny_llama.nf4, [(tiny_adapter, 0.5)], folder, mode=mode, weights="fp32")
+    made = cli("golden", folder, tiny_llama.nf4, tiny_adapter, "--max-kl", 1e-7, "--min-top1", 1)
+    assert made.exit_code == 0, made.stderr
+    assert "at weight 0.5" in json.loads((folder / "golden.json").read_text())["reference"]
+    result = validate(folder)
+    assert result.passed, result.checks
+    with pytest.raises(MismatchError, match=r"at weight 0\.5, not 1\.0"):
+        golden_vectors.ask(folder, tiny_llama.nf4, [(tiny_adapter, 1.0)], tight, PROMPTS)
+    golden_vectors.ask(folder, tiny_llama.nf4, [(tiny_adapter, 0.5)], tight, PROMPTS)
+    assert validate(folder).passed
+    # The other model is told apart by these limits: PEFT's own, at weight 1.
+    ids = exported_folders.tokens()
+    whole = trained(tiny_llama.nf4, tiny_adapter).logits(ids)
+    assert exported_folders.divergence(whole, Session.open(folder).logits(ids)) > 1e-4
+
+
+def trained(base: Path, adapter: Path) -> Reference:
+    checkpoint = Checkpoint.open(base)
+    read = adapters.read(adapter)
+    return open_reference(checkpoint, [(read, 1.0)], provenance.resolve(read, checkpoint).projections)
+
+
+def test_several_merged_adapters_are_asked_each_at_its_weight(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Two folders of one name too: the manifest tells them apart."""
+    other = tiny.make_adapter(tiny_llama.nf4, tmp_path / tiny_adapter.name, vectors_seed=9)
+    folder, pairs = tmp_path / "both", [(tiny_adapter, 0.25), (other, -0.75)]
+    target.export(tiny_llama.nf4, pairs, folder, mode="merged", weights="fp32")
+    weights = {entry["digest"]: entry["weight"] for entry in bundle.read(folder).adapters.values()}
+    assert sorted(weights.values()) == [-0.75, 0.25]
+    made = cli("golden", folder, tiny_llama.nf4, other, tiny_adapter, "--max-kl", 1e-7)
+    assert made.exit_code == 0, made.stderr
+    assert validate(folder).passed
+    with pytest.raises(PlanError, match="name every merged adapter"):
+        golden_vectors.ask(folder, tiny_llama.nf4, [(other, None)])
+    with pytest.raises(MismatchError, match=r"at weight -0\.75, not 0\.25"):
+        golden_vectors.ask(folder, tiny_llama.nf4, [(other, 0.25), (tiny_adapter, -0.75)])
+
+
+def test_several_adapters_of_a_branch_are_asked_one_by_one(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    other = tiny.make_adapter(tiny_llama.nf4, tmp_path / "other", vectors_seed=9)
+    folder, pairs = tmp_path / "both", [(tiny_adapter, 1.0), (other, -0.5)]
+    target.export(tiny_llama.nf4, pairs, folder, mode="branch", weights="nf4")
+    asked = [(tiny_adapter, None), (other, None)]
+    golden_vectors.ask(folder, tiny_llama.nf4, asked, {"max_kl": 1e-7, "min_top1": 1.0}, PROMPTS)
+    result = validate(folder)
+    assert result.passed, result.checks
+    assert [one.adapter for one in result.drift] == [None, "default", "other"] and not result.notes
+    golden_vectors.ask(folder, tiny_llama.nf4, asked[:1], {"max_kl": 1e-7}, PROMPTS)
+    assert validate(folder).notes == ("there are no golden vectors of adapter other: not judged",)
+
+
+def test_other_projections_than_the_bundles_are_refused(
+    exported: Path, tiny_llama: tiny.TinyLlama, tiny_adapter: Path
+) -> None:
+    asked = (exported, tiny_llama.nf4, [(tiny_adapter, 1.0)])
+    with pytest.raises(MismatchError, match="was made with other projections than these"):
+        golden_vectors.ask(*asked, prompts=PROMPTS, projection_dtype="bfloat16")
 
 
 def test_the_command_says_what_it_wrote(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +69,43 @@ def test_every_kind_of_base_is_whole(
         with monkeypatch.context() as changed:
             changed.setattr(type(checkpoint.tensors), "read", None)
             check_complete(checkpoint)
+
+
+OFFLINE = """
+import socket, sys
+asked = []
+def refused(*words, **more):
+    asked.append(words)
+    raise OSError("this test has no network")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refused
+import huggingface_hub
+from vera_edge.loading import offline, quiet
+from vera_edge_genai import build
+from vera_edge_onnx import drawing
+def look_up():
+    try:
+        huggingface_hub.HfApi().model_info("nobody/nothing")
+    except Exception:
+        pass
+    return len(asked)
+with offline():
+    within = look_up()
+with quiet():
+    loading = look_up()
+with build._quiet():  # while the GenAI builder works, and transformers' exporter
+    building = look_up()
+with drawing._quiet():
+    exporting = look_up()
+print(within, loading, building, exporting, huggingface_hub.is_offline_mode(), look_up() > 0)
+"""
+
+
+def test_nothing_is_looked_up_while_a_model_loads(tmp_path: Path) -> None:
+    """huggingface_hub reads its variable once, at import, so that setting it later has no effect."""
+    environment = {key: value for key, value in os.environ.items() if "OFFLINE" not in key}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE], env=environment | {"HF_HOME": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    # Outside it is as it was before: the last look-up tried.
+    assert done.stdout.split() == ["0"] * 4 + ["False", "True"], done.stdout + done.stderr

@@ -1,7 +1,7 @@
 """The command line: the only place that imports click, and the only one that prints.
 
-A command parses its words, calls one function of the library and shows the result object. Commands are
-loaded when they are called, so that `vera-edge --help` stays quick.
+A command parses its words, calls the library and shows what it gives. Commands are loaded when they are
+called, so that `vera-edge --help` stays quick.
 """
 
 from __future__ import annotations
@@ -187,6 +187,6 @@ def _end_without_memory() -> NoReturn:
 def main() -> None:
     """Put a VeRA adapter, and the quantized model it was trained on, onto a small device.
 
-    Exit codes: 0 done, 2 the input or the request is at fault (one sentence says how), 3 a drift limit
-    was broken.
+    Exit codes: 0 done, 2 the input or the request is at fault (one sentence says how), 3 a limit was broken
+    or can't be decided, or a check failed.
     """

@@ -102,7 +102,8 @@ def drift(
 ) -> None:
     """Measure how far ARTEFACT is from the model as trained.
 
-    REFERENCE is the adapter's folder, a base folder with --adapter, or a branch export with float weights.
+    REFERENCE is the adapter's folder, a base folder with --adapter, or a branch export that holds the values
+    of the model as trained exactly: with fp32 weights, or those of an NF4 or FP4 base as they are.
     Fidelity is the KL divergence from the reference to the artefact, effect the one from the reference to the
     base without the adapter: an artefact whose fidelity isn't far below the effect has lost the adapter.
 
@@ -131,6 +132,7 @@ def drift(
         by_layer=by_layer,
         text_only=any((report, plots, baseline)),
         trained_as=trained_as,
+        limits=tuple(bounds),
     )
     with show.progress_bar(quiet) as progress:
         found = limits.hold(assess_any(request, progress), bounds)
@@ -166,8 +168,7 @@ def _show(found: DriftReport | EncoderReport) -> None:
 def _encoder_figures(found: EncoderReport) -> Table:
     """Every estimate of the artefact, beside the base's."""
     table = Table("", "artefact", "95 % interval", "base", box=None, pad_edge=False)
-    own = found.embeddings or found.classes
-    for name, estimate in vars(own).items():
+    for name, estimate in vars(found.measured).items():
         if isinstance(estimate, Estimate):
             beside = getattr(found.effect, name, None)
             base = f"{beside.value:.4f}" if isinstance(beside, Estimate) else ""

@@ -31,6 +31,15 @@ from vera_edge.trained_as import TrainedAs
 @click.option("--max-kl", type=float, help="Limit to put into the bundle: mean KL divergence in nats.")
 @click.option("--min-top1", type=float, help="Limit to put into the bundle: top-1 agreement, 0 to 1.")
 @click.option("--min-cosine", type=float, help="Limit for embeddings: mean cosine with the reference's.")
+@click.option(
+    "--max-relative-error",
+    type=float,
+    help="Limit for a reranker or regression: mean error, in standard deviations of the reference's values.",
+)
+@click.option("--max-largest-error", type=float, help="The same: the largest error.")
+@click.option(
+    "--min-rank-correlation", type=float, help="The same: Spearman's rank correlation over the texts."
+)
 @click.option("--projection-dtype", help="What the projections were rounded to, when it can't be told.")
 @trained_as_option
 @json_option
@@ -40,25 +49,25 @@ def golden(
     base: Path,
     adapters: tuple[Path, ...],
     prompts: Path | None,
-    max_kl: float | None,
-    min_top1: float | None,
-    min_cosine: float | None,
     projection_dtype: str | None,
     trained_as: TrainedAs | None,
     as_json: bool,
     quiet: bool,
+    **asked: float | None,
 ) -> None:
-    """Ask the model as trained (BASE with ADAPTERS) and add its answers to BUNDLE, to validate it by."""
+    """Ask the model as trained (BASE with ADAPTERS) and add its answers to BUNDLE, to validate it by.
+
+    Each adapter is asked at the weight that BUNDLE has it at.
+    """
     from vera_edge import golden_vectors
 
-    asked = {"max_kl": max_kl, "min_top1": min_top1, "min_cosine": min_cosine}
     limits = {name: value for name, value in asked.items() if value is not None}
     lines = golden_vectors.read_prompts(prompts) if prompts else None
     with progress_bar(quiet or as_json) as progress:
         manifest = golden_vectors.ask(
             bundle,
             base,
-            [(path, 1.0) for path in adapters],
+            [(path, None) for path in adapters],
             limits or None,
             lines,
             projection_dtype,

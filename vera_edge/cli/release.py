@@ -90,7 +90,7 @@ def make(
             chosen,
             store,
             progress,
-            lambda one: click.echo(_line(one), err=True),
+            _say,
             fresh=not resume,
         )
     for note in dict.fromkeys(note for result in made.results for note in result.notes):
@@ -100,6 +100,12 @@ def make(
     else:
         click.echo(releases.summary(made))
     made.raise_when_incomplete()
+
+
+def _say(result: Result) -> None:
+    click.echo(_line(result), err=True)
+    if result.trace:  # a bug: what is needed to find it
+        click.echo(result.trace, err=True)
 
 
 def _line(result: Result) -> str:

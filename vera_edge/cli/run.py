@@ -79,13 +79,16 @@ def run(
     if prompt == "-" and sys.stdin is None:
         raise click.UsageError("there is no standard input to read the prompt from")
     text = sys.stdin.read() if prompt == "-" else prompt
-    if read(bundle).kind == "encoder":
+    manifest = read(bundle)
+    from vera_edge.device.opened import named
+
+    if manifest.kind == "encoder":
         _refuse_sampling(click.get_current_context())
-        _encode(bundle, text, _adapter(adapter), threads, fast, as_json)
+        _encode(bundle, text, named(adapter, manifest), threads, fast, as_json)
         return
     from vera_edge.device.session import Session
 
-    session = Session.open(bundle, _adapter(adapter), threads=threads, deep=not fast)
+    session = Session.open(bundle, named(adapter, manifest), threads=threads, deep=not fast)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}] if system else text
     generation = session.generate(messages, raw=raw, **sampling)  # type: ignore[arg-type]
     pieces = []
@@ -124,10 +127,3 @@ def _encode(
         return
     for label, share in found.items():
         out().print(f"{share:.4f}  {label}")
-
-
-def _adapter(word: str) -> str | Path | None:
-    """`none`, a name of the bundle, or a file: what holds a slash or ends in .onnx_adapter."""
-    if word == "none":
-        return None
-    return Path(word) if "/" in word or "\\" in word or word.endswith(".onnx_adapter") else word

@@ -16,6 +16,15 @@ from vera_edge.errors import DriftExceeded
 if TYPE_CHECKING:
     from vera_edge.device.validate import Validation
 
+_FIGURES = {
+    "cosine": "cosine",
+    "cosine_min": "least",
+    "kl": "mean KL",
+    "same_top1": "same answer",
+    "relative_error": "error",
+    "largest_error": "largest",
+    "rank_correlation": "rank correlation",
+}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -39,6 +48,9 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
 @click.option("--max-kl", type=float, help="Replace the bundle's limit on the mean KL divergence (nats).")
 @click.option("--min-top1", type=float, help="Replace the bundle's limit on top-1 agreement (0 to 1).")
 @click.option("--min-cosine", type=float, help="Replace the limit on an encoder's mean cosine.")
+@click.option("--max-relative-error", type=float, help="Replace that on the mean error of values.")
+@click.option("--max-largest-error", type=float, help="Replace that on their largest error.")
+@click.option("--min-rank-correlation", type=float, help="Replace that on their rank correlation.")
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
 @json_option
 @quiet_option
@@ -46,17 +58,14 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
 def validate(
     bundle: Path,
     max_memory: int | None,
-    max_kl: float | None,
-    min_top1: float | None,
-    min_cosine: float | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
+    **limits: float | None,
 ) -> None:
     """Run BUNDLE's golden vectors on this device and hold them to its limits; exit 3 when one is broken."""
     from vera_edge.device.validate import validate as run
 
-    limits = {"max_kl": max_kl, "min_top1": min_top1, "min_cosine": min_cosine}
     with progress_bar(quiet or as_json) as progress:
         result = run(bundle, threads, max_memory, limits, progress)
     if as_json:
@@ -92,9 +101,9 @@ def _drift(result: Validation) -> Table:
 
 
 def _encoder_drift(result: Validation) -> Table:
-    table = Table("adapter", "texts", "cosine", "least", "mean KL", "same class")
-    for row in result.encoder_drift:
-        figures = (row.cosine, row.cosine_min, row.kl, row.same_top1)
-        words = ("-" if value is None else f"{value:.4g}" for value in figures)
-        table.add_row(row.adapter or "(base)", str(row.texts), *words)
+    rows = result.encoder_drift
+    shown = {name: title for name, title in _FIGURES.items() if getattr(rows[0], name) is not None}
+    table = Table("adapter", "texts", *shown.values())
+    for row in rows:
+        table.add_row(row.adapter or "(base)", str(row.texts), *(f"{getattr(row, n):.4g}" for n in shown))
     return table

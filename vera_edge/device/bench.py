@@ -7,6 +7,7 @@ wanders slows both alike; the ratio is that of medians, with a bootstrap interva
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge import bundle as bundles
+from vera_edge import import_path
 from vera_edge.device.facts import device_facts
 from vera_edge.errors import BundleError, DataError
 from vera_edge.progress import Progress, silent
@@ -124,9 +126,12 @@ def bench(
 def _round(folder: Path, prompt: int, new: int, threads: int) -> dict[str, Any]:
     """One round in a process of its own."""
     words = [str(folder), str(prompt), str(new), str(threads)]
-    command = [sys.executable, "-m", "vera_edge.device.bench_round", *words]
+    command = [sys.executable, "-P", "-m", "vera_edge.device.bench_round", *words]
+    environment = os.environ | import_path.child_environment()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_LIMIT, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_LIMIT, check=False, env=environment
+        )
         result: dict[str, Any] = json.loads(done.stdout)
     except subprocess.TimeoutExpired:
         raise BundleError(f"{folder} took over an hour for one round; give fewer tokens") from None

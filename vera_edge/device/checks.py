@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,28 @@ class Check:
     name: str
     passed: bool
     detail: str
+
+
+@dataclass(frozen=True)
+class Held:
+    """The limits on one kind of model: those that a device can hold, and those that `vera-edge drift` holds,
+    for which the reference's whole answers are needed."""
+
+    here: frozenset[str]
+    elsewhere: frozenset[str]
+
+
+def unheld(limits: Collection[str], given: Collection[str], held: Held) -> list[Check]:
+    """A failure for each of `limits` that nothing can be held to: no model of this kind is measured so, or it
+    was `given` for this very run and can't be held on a device."""
+    found = []
+    for name in sorted(set(limits) - held.here):
+        if name not in held.elsewhere:
+            what = f"{name} isn't measured of this kind of model, but {', '.join(sorted(held.here))}"
+            found.append(Check("limits", False, what))
+        elif name in given:
+            found.append(Check("limits", False, f"{name} can't be held on a device; `vera-edge drift` does"))
+    return found
 
 
 def use(model: Opened, adapter: str | None) -> None:

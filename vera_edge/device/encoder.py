@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.bundle import Manifest
-from vera_edge.device import pooling
+from vera_edge.device import answers, pooling
 from vera_edge.device.chat import Text
 from vera_edge.device.graph import Graph, first_line
 from vera_edge.device.opened import AdapterChoice, Opened, open_graph
@@ -40,8 +40,9 @@ class Encoded:
 class Encoder(Opened):
     """An open encoder bundle. Several threads may use it at once; `swap` changes what begins afterwards.
 
-    gives: EMBEDDINGS or CLASSES. labels: the classes' names, in the order of the probabilities. longest: the
-    tokens of a text that are read, the rest is cut off.
+    gives: EMBEDDINGS or CLASSES. labels: the classes' names, in the order of the probabilities. answers: what
+    it gives more closely, EMBEDDINGS or one of `device.answers`. longest: the tokens of a text that are read,
+    the rest is cut off.
     """
 
     def __init__(self, manifest: Manifest, graph: Graph, text: Text) -> None:
@@ -53,8 +54,10 @@ class Encoder(Opened):
         self.text, self.pooling = text, pooling.read(manifest.folder, hidden)
         config = read_json(manifest.folder / "config.json", BundleError)
         self.labels = _labels(config, size) if self.gives == CLASSES else ()
-        self._multiple = config.get("problem_type") == "multi_label_classification" or len(self.labels) == 1
-        self._raw = config.get("problem_type") == "regression"
+        problem = config.get("problem_type")
+        self._multiple = problem == "multi_label_classification" or len(self.labels) == 1
+        self._raw = problem == "regression"
+        self.answers = answers.kind(problem, len(self.labels)) if self.gives == CLASSES else EMBEDDINGS
         self.longest = _longest(config, text, self.pooling)
         text.tokenizer.enable_truncation(self.longest)
         self._padding = _padding(config, text)

@@ -16,6 +16,19 @@ from vera_edge.errors import BundleError, MismatchError
 AdapterChoice = str | Path | None
 
 
+def named(word: str, manifest: Manifest) -> AdapterChoice:
+    """What a command line means by `word`: "none", a name of the bundle, or a file, which holds a slash or
+    ends in .onnx_adapter. Raises MismatchError for "none" where the bundle has an adapter of that name."""
+    if word == bundle.NO_ADAPTER:
+        if word in manifest.adapters and manifest.mode == "branch":
+            raise MismatchError(
+                f"{manifest.folder} has an adapter that is called {word}, which is also how one asks for the "
+                f"base alone; give its file, {manifest.folder / manifest.adapters[word]['file']}"
+            )
+        return None
+    return Path(word) if "/" in word or "\\" in word or word.endswith(".onnx_adapter") else word
+
+
 class Opened:
     """An open bundle. `swap` changes the adapter for what begins afterwards; the weights aren't touched."""
 

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge import bundle
+from vera_edge.bundle import Manifest
 from vera_edge.device import checks, facts, golden, validate_encoder
-from vera_edge.device.checks import Check
+from vera_edge.device.checks import Check, Held
 from vera_edge.device.decoding import Steps
 from vera_edge.device.encoder import Encoder
 from vera_edge.device.golden import Case, Divergence, Golden
@@ -38,7 +39,23 @@ _STATISTICS: Mapping[str, Callable[[Float64], float]] = {
     "max_kl_p90": lambda kl: float(np.quantile(kl, 0.9)),
     "max_kl_p99": lambda kl: float(np.quantile(kl, 0.99)),
 }
-_HOLDS = frozenset({*_STATISTICS, "min_top1", "min_greedy"})
+HELD = Held(
+    frozenset({*_STATISTICS, "min_top1", "min_greedy"}),
+    frozenset(
+        {
+            "max_kl_p99.9",
+            "max_reverse_kl",
+            "min_top5",
+            "max_flips",
+            "max_right_to_wrong",
+            "max_perplexity_ratio",
+            "max_delta_p_rms",
+            "max_logit_rms",
+            "min_cosine",
+            "min_retained",
+        }
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -115,20 +132,26 @@ def validate(
     drift: list[Drift] = []
     encoder_drift: list[EncoderDrift] = []
     if isinstance(model, Encoder):
+        known = validate_encoder.HELD[model.answers]
         encoder_drift, found = validate_encoder.measure(model, held, progress)
     else:
+        known = HELD
         drift, found = _measure(model, held, progress)
+    asked = [*(one.adapter for one in drift), *(one.adapter for one in encoder_drift)]
     files = f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB, all as listed"
     peak = facts.peak_rss()
     memory = [checks.memory(peak, max_memory)] if max_memory is not None else []
     return Validation(
         manifest.digest,
-        (Check("files", True, files), *products, *found, *memory),
+        (Check("files", True, files), *products, *checks.unheld(held, given, known), *found, *memory),
         tuple(drift),
         facts.device_facts() | {"threads": model.graph.threads},
         peak,
         round(time.monotonic() - began, 3),
-        _notes(set(held), validate_encoder.HOLDS if encoder else _HOLDS),
+        (
+            *_notes(set(held), known.here),
+            *_unasked(manifest, asked),
+        ),
         tuple(encoder_drift),
     )
 
@@ -140,6 +163,13 @@ def _notes(held: set[str], known: Collection[str]) -> tuple[str, ...]:
     if not held - set(unheld):
         notes.append("the bundle sets no drift limit that a device can hold: drift was measured, not judged")
     return tuple(notes)
+
+
+def _unasked(manifest: Manifest, asked: Collection[str | None]) -> list[str]:
+    """A note where a branch has adapters that no golden vectors are of."""
+    names = manifest.adapters if manifest.mode == "branch" else ()
+    left = [name for name in names if name not in asked]
+    return [f"there are no golden vectors of adapter {', '.join(left)}: not judged"] if left else []
 
 
 def _measure(

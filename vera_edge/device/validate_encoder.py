@@ -7,15 +7,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vera_edge.device import checks, golden_encoder
-from vera_edge.device.checks import Check
-from vera_edge.device.encoder import CLASSES, Encoder
+from vera_edge.device import answers, checks, golden_encoder
+from vera_edge.device.checks import Check, Held
+from vera_edge.device.encoder import CLASSES, EMBEDDINGS, Encoder
 from vera_edge.device.golden import log_softmax
 from vera_edge.device.golden_encoder import Case, Float32
-from vera_edge.errors import BundleError
+from vera_edge.errors import BundleError, DataError
 from vera_edge.progress import Progress
 
-HOLDS = frozenset({"min_cosine", "max_kl", "min_top1"})
+_CLASSES = Held(frozenset({"max_kl", "min_top1"}), frozenset({"min_retained"}))
+# By what an encoder answers.
+HELD: Mapping[str, Held] = {
+    EMBEDDINGS: Held(
+        frozenset({"min_cosine"}), frozenset({"min_rank_correlation", "min_overlap", "min_retained"})
+    ),
+    answers.CLASS: _CLASSES,
+    answers.LABELS: _CLASSES,
+    answers.VALUES: Held(
+        frozenset({"max_relative_error", "max_largest_error", "min_rank_correlation"}),
+        frozenset({"min_retained"}),
+    ),
+}
 # Other kernels run for many rows than for few; of what they give, this share of its scale may differ.
 _BATCH_ERROR = 0.01
 
@@ -25,8 +37,10 @@ class EncoderDrift:
     """Divergence from the reference over the texts of one adapter.
 
     cosine, cosine_min: mean and least over the texts' embeddings. kl, same_top1: mean KL divergence (nats) of
-    the class distributions, and the share of texts whose class is the same. None where the model gives the
-    other.
+    the classes or labels, and the share of texts whose class, or every label, is the same. relative_error,
+    largest_error: mean and largest difference of values, in standard deviations of the reference's;
+    rank_correlation: Spearman's of them over the texts, the least where there are several. None where the
+    model gives something else.
     """
 
     adapter: str | None
@@ -35,6 +49,9 @@ class EncoderDrift:
     cosine_min: float | None = None
     kl: float | None = None
     same_top1: float | None = None
+    relative_error: float | None = None
+    largest_error: float | None = None
+    rank_correlation: float | None = None
 
 
 def measure(
@@ -83,13 +100,32 @@ def _drift(encoder: Encoder, adapter: str | None, cases: Sequence[Case]) -> Enco
             f"{encoder.manifest.folder} gives {ours.shape[1]} values and its golden vectors hold "
             f"{theirs.shape[1]}; export the bundle again"
         )
-    if encoder.gives == CLASSES:
+    if not np.isfinite(ours).all():
+        raise DataError(f"{encoder.manifest.folder} gives NaN or infinity for a text of its golden vectors")
+    return EncoderDrift(adapter, len(cases), **_figures(encoder.answers, theirs, ours))
+
+
+def _figures(kind: str, theirs: Float32, ours: Float32) -> dict[str, float]:
+    """The figures of EncoderDrift that there are for this kind of answers: (n, size) of both."""
+    if kind == EMBEDDINGS:
+        cosine = _cosine(ours, theirs)
+        return {"cosine": float(cosine.mean()), "cosine_min": float(cosine.min())}
+    if kind == answers.VALUES:
+        errors = answers.relative_errors(theirs, ours)
+        ranks = [answers.rank_correlation(theirs[:, at], ours[:, at]) for at in range(theirs.shape[1])]
+        return {
+            "relative_error": float(errors.mean()),
+            "largest_error": float(errors.max()),
+            "rank_correlation": float(np.min(ranks)),
+        }
+    if kind == answers.LABELS:
+        divergence = answers.label_divergence(theirs, ours)
+        same = answers.same_labels(theirs, ours).all(axis=1)
+    else:
         log_p, log_q = log_softmax(theirs), log_softmax(ours)
-        kl = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-        same = (ours.argmax(axis=1) == theirs.argmax(axis=1)).mean()
-        return EncoderDrift(adapter, len(cases), kl=float(kl.mean()), same_top1=float(same))
-    cosine = _cosine(ours, theirs)
-    return EncoderDrift(adapter, len(cases), float(cosine.mean()), float(cosine.min()))
+        divergence = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+        same = ours.argmax(axis=1) == theirs.argmax(axis=1)
+    return {"kl": float(divergence.mean()), "same_top1": float(same.mean())}
 
 
 def _cosine(ours: Float32, theirs: Float32) -> Float32:
@@ -103,7 +139,14 @@ def _cosine(ours: Float32, theirs: Float32) -> Float32:
 def _limits(drift: EncoderDrift, limits: Mapping[str, float], branch: bool) -> list[Check]:
     """The limits that a device can hold, against this adapter's figures."""
     who = drift.adapter or ("base" if branch else "model")
-    figures = {"min_cosine": drift.cosine, "max_kl": drift.kl, "min_top1": drift.same_top1}
+    figures = {
+        "min_cosine": drift.cosine,
+        "max_kl": drift.kl,
+        "min_top1": drift.same_top1,
+        "max_relative_error": drift.relative_error,
+        "max_largest_error": drift.largest_error,
+        "min_rank_correlation": drift.rank_correlation,
+    }
     found = []
     for name, bound in sorted(limits.items()):
         value = figures.get(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from vera_edge import tasks, versions
-from vera_edge.drift import models, windows
+from vera_edge.drift import limits, models, windows
 from vera_edge.drift.continuations import continue_both
 from vera_edge.drift.encoder_assess import assess_encoder
 from vera_edge.drift.encoder_report import EncoderReport
@@ -34,7 +34,8 @@ class Request:
     data: a text file or "built-in". exact: run a bitsandbytes checkpoint on exact values, not in its kernels.
     tokenizer: a folder whose tokenizer reads the text for the reference, where an export was given another.
     samples: how many prompts both models continue. by_layer: measure layer by layer too.
-    text_only: refuse a model that gives embeddings or classes, before it is measured.
+    text_only: refuse a model that gives embeddings or classes, before it is measured. limits: names of those
+         that the report will be held to; what isn't measured of the model is refused before it is measured.
     trained_as: how the reference's base was loaded in training.
     """
 
@@ -52,6 +53,7 @@ class Request:
     by_layer: bool = False
     text_only: bool = False
     trained_as: TrainedAs | None = None
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,7 @@ def _open(request: Request, progress: Progress) -> _Opened:
     given = (request.base, request.adapters, request.projection_dtype)
     trained = models.open_trained(request.reference, *given, request.trained_as, request.tokenizer)
     progress("opening the models", 1, 2)
-    digests = [adapter.digest for adapter, _ in trained.adapters]
-    candidate = models.open_candidate(request.candidate, request.exact, digests)
+    candidate = models.open_candidate(request.candidate, request.exact, trained.digests)
     progress("opening the models", 2, 2)
     if _gives_text(trained) and candidate.gives != tasks.TEXT:
         raise MismatchError(f"{request.candidate} gives no text, and {request.reference} does")
@@ -113,6 +114,7 @@ def _open(request: Request, progress: Progress) -> _Opened:
 
 def _assess_text(request: Request, opened: _Opened, progress: Progress) -> DriftReport:
     trained, candidate, text = opened.trained, opened.candidate, opened.text
+    limits.check_text(request.limits)
     if request.by_layer:
         # torch is only there when the models' layers are.
         from vera_edge.drift import layers

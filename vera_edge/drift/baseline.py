@@ -6,6 +6,7 @@ the figures are compared themselves, with a tolerance, not their intervals.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,22 +25,31 @@ _FIGURES: Mapping[str, tuple[str, Callable[[_Figures], float], float]] = {
     "kl_p99": ("KL's 99 % quantile", lambda r: r["fidelity"]["kl"]["quantiles"]["p99"], 1e-5),
     "top1": ("top-1 disagreement", lambda r: 1.0 - r["fidelity"]["same_top1"]["value"], 1e-3),
     "flips": ("share of flips", lambda r: r["fidelity"]["flips"]["value"], 1e-3),
-    "bytes": ("bytes on disk", lambda r: float(r["candidate"]["bytes"]), 0.0),
+    "bytes": ("bytes on disk", lambda r: r["candidate"]["bytes"], 0.0),
 }
 
 
 def read(path: Path) -> dict[str, Any]:
-    """An earlier report, as `vera-edge drift --json` printed it. Raises PlanError when it isn't one."""
+    """An earlier report of a text model, as `vera-edge drift --json` printed it.
+
+    Raises PlanError when it isn't one, or lacks something that is read of it later.
+    """
     value = read_json(path, PlanError)
     try:
         if value["format"] != FORMAT:
             raise PlanError(f"{path} has report format {value['format']}, not {FORMAT}; measure it again")
-        for _, figure, _ in _FIGURES.values():
-            float(figure(value))
-        {key: value["text"][key] for key in ("sha256", "tokens", "window")}
+        sound = all(_is_number(figure(value)) for _, figure, _ in _FIGURES.values())
+        sound = sound and isinstance(value["candidate"]["name"], str)
+        sound = sound and all(key in value["text"] for key in ("sha256", "tokens", "window", "source"))
+        if not sound:
+            raise ValueError("a figure that is none")
     except (KeyError, TypeError, ValueError):
         raise PlanError(f"{path} isn't a report that `vera-edge drift --json` printed") from None
     return value
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def hold(report: DriftReport, earlier: Mapping[str, Any]) -> DriftReport:

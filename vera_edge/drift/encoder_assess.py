@@ -16,13 +16,16 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from vera_edge import tasks
+from vera_edge.device import answers
 from vera_edge.device.pooling import Pooling
-from vera_edge.drift import encoders, token_classes
+from vera_edge.drift import encoders, labels_and_values, token_classes
 from vera_edge.drift.encoder_report import EncoderReport, judge
+from vera_edge.drift.labels_and_values import MIN_TEXTS, LabelDrift, ValueDrift
 from vera_edge.drift.models import Candidate, Trained
 from vera_edge.drift.result import TextFacts
 from vera_edge.drift.windows import Text, beyond, check_ids
 from vera_edge.errors import DataError, MismatchError
+from vera_edge.files import read_json
 from vera_edge.progress import Progress
 from vera_edge.trained_text import vocabulary_size
 
@@ -66,7 +69,8 @@ def assess_encoder(
     reference = outputs(trained.runner, trained.pooling, "the reference")
     found = outputs(candidate.runner, candidate.pooling, "the artefact")
     base = outputs(trained.base, trained.pooling, "the base") if trained.base is not None else None
-    compare, distances = _MEASURES[gives]
+    kind = _kind(trained, candidate, reference[0].shape[-1]) if gives == tasks.CLASSES else gives
+    compare, distances = _MEASURES[kind]
     measured = compare(reference, found)
     lost = distances(reference, found)
     effect = distances(reference, base) if base is not None else None
@@ -79,6 +83,8 @@ def assess_encoder(
         text=TextFacts(text.source, text.sha256, tokens, len(texts), max(len(ids) for ids in texts)),
         embeddings=measured if isinstance(measured, encoders.EmbeddingDrift) else None,
         classes=measured if isinstance(measured, encoders.ClassDrift) else None,
+        labels=measured if isinstance(measured, LabelDrift) else None,
+        values=measured if isinstance(measured, ValueDrift) else None,
         effect=compare(reference, base) if base is not None else None,
         retained=kept,
         verdict=judge(float(lost.mean()), float(effect.mean()) if effect is not None else None, kept),
@@ -87,10 +93,28 @@ def assess_encoder(
     )
 
 
+def _kind(trained: Trained, candidate: Candidate, width: int) -> str:
+    """What the logits of both are, of `answers`; raises MismatchError when they aren't of one kind."""
+    assert trained.checkpoint is not None
+    asked = trained.checkpoint.config.get("problem_type")
+    told = (
+        read_json(candidate.folder / "config.json", MismatchError)
+        if candidate.checkpoint is None
+        else candidate.checkpoint.config
+    ).get("problem_type")
+    kinds = [answers.kind(problem, width) for problem in (asked, told)]
+    if kinds[0] != kinds[1]:
+        raise MismatchError(
+            f"{candidate.artefact.path} has the problem_type {told!r} and {trained.artefact.path} {asked!r}: "
+            f"one gives {kinds[1]}, the other {kinds[0]}; give artefacts of one model"
+        )
+    return kinds[0]
+
+
 def cut_texts(text: Text, tokenizer: Tokenizer, longest: int) -> list[Int64]:
     """Token ids of at most 500 paragraphs spread over `text`. Raises DataError when there are too few."""
     paragraphs = [part for part in re.split(r"\n\s*\n", text.content) if part.strip()]
-    if len(paragraphs) < encoders.MIN_TEXTS:
+    if len(paragraphs) < MIN_TEXTS:
         raise DataError(
             f"{text.source} holds {len(paragraphs)} paragraphs, too few to compare; part texts by empty lines"
         )
@@ -136,7 +160,9 @@ def _stacked(measure: Callable[[Float32, Float32], Any]) -> Callable[[list[Float
 
 _MEASURES: Mapping[str, tuple[Callable[..., Any], Callable[..., Float64]]] = {
     tasks.EMBEDDINGS: (_stacked(encoders.compare_embeddings), _stacked(encoders.embedding_distances)),
-    tasks.CLASSES: (_stacked(encoders.compare_classes), _stacked(encoders.class_distances)),
+    answers.CLASS: (_stacked(encoders.compare_classes), _stacked(encoders.class_distances)),
+    answers.LABELS: (_stacked(labels_and_values.compare_labels), _stacked(labels_and_values.label_distances)),
+    answers.VALUES: (_stacked(labels_and_values.compare_values), _stacked(labels_and_values.value_distances)),
     tasks.TOKEN_CLASSES: (token_classes.compare_rows, token_classes.row_distances),
     tasks.SPANS: (token_classes.compare_rows, token_classes.row_distances),
 }

@@ -8,16 +8,35 @@ from typing import Any
 
 from vera_edge.drift.comparison import Estimate
 from vera_edge.drift.encoders import ClassDrift, EmbeddingDrift
+from vera_edge.drift.labels_and_values import LabelDrift, ValueDrift
 from vera_edge.drift.result import FORMAT, Artefact, Outcome, TextFacts, Verdict
 from vera_edge.drift.verdict import FAIL_RETAINED, WARN_RETAINED
+
+Measured = EmbeddingDrift | ClassDrift | LabelDrift | ValueDrift
+# By what is measured: limit -> the figure that it bounds. `min_retained` goes with each.
+LIMITS: Mapping[type[Measured], Mapping[str, str]] = {
+    EmbeddingDrift: {
+        "min_cosine": "cosine",
+        "min_rank_correlation": "rank_correlation",
+        "min_overlap": "overlap",
+    },
+    ClassDrift: {"max_kl": "kl", "min_top1": "agreement"},
+    LabelDrift: {"max_kl": "kl", "min_top1": "agreement"},
+    ValueDrift: {
+        "max_relative_error": "relative_error",
+        "max_largest_error": "largest_error",
+        "min_rank_correlation": "rank_correlation",
+    },
+}
 
 
 @dataclass(frozen=True)
 class EncoderReport:
-    """One artefact against the model as trained; one of `embeddings` and `classes` is set.
+    """One artefact against the model as trained; one of `embeddings`, `classes`, `labels`, `values` is set.
 
     effect: the same figures of the base without the adapter, None without one. retained: the share of what
-    the adapter changes (1 - cosine, or KL of the classes) that the artefact keeps.
+    the adapter changes (1 - cosine, KL of classes or labels, relative error of values) that the artefact
+    keeps.
     """
 
     reference: Artefact
@@ -26,7 +45,9 @@ class EncoderReport:
     text: TextFacts
     embeddings: EmbeddingDrift | None
     classes: ClassDrift | None
-    effect: EmbeddingDrift | ClassDrift | None
+    labels: LabelDrift | None
+    values: ValueDrift | None
+    effect: Measured | None
     retained: Estimate | None
     verdict: Verdict
     notes: tuple[str, ...] = ()
@@ -34,16 +55,19 @@ class EncoderReport:
     tools: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def measured(self) -> Measured:
+        """The figures of the artefact."""
+        found = self.embeddings or self.classes or self.labels or self.values
+        assert found is not None
+        return found
+
+    @property
     def figures(self) -> dict[str, Estimate | None]:
         """What a limit may be set on, by the limit's name."""
-        found: dict[str, Estimate | None] = {}
-        if self.embeddings is not None:
-            found["min_cosine"] = self.embeddings.cosine
-            found["min_rank_correlation"] = self.embeddings.rank_correlation
-            found["min_overlap"] = self.embeddings.overlap
-        if self.classes is not None:
-            found["max_kl"] = self.classes.kl
-            found["min_top1"] = self.classes.agreement
+        measured = self.measured
+        found: dict[str, Estimate | None] = {
+            limit: getattr(measured, name) for limit, name in LIMITS[type(measured)].items()
+        }
         return found | {"min_retained": self.retained}
 
     @property

@@ -1,7 +1,8 @@
 """Drift of models that give vectors or classes instead of text. numpy only.
 
 For embeddings what counts is retrieval: whether texts stay as near to each other as they were. For
-classifiers it is the answer, how it flips, and whether the confidence still means what it says.
+classifiers it is the answer, how it flips, and whether the confidence still means what it says; those that
+give labels that hold together, or values, are in labels_and_values.py.
 
     cosine            of a text's two embeddings, reference and artefact
     rank_correlation  Spearman's, of one text's similarities to all others under both models
@@ -20,9 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.device.answers import rank_correlation
 from vera_edge.drift import bootstrap
 from vera_edge.drift.comparison import Estimate
-from vera_edge.drift.metrics import compare, log_softmax
+from vera_edge.drift.labels_and_values import MIN_TEXTS, mean_over_texts
+from vera_edge.drift.metrics import TokenMetrics, compare, log_softmax
 from vera_edge.errors import DataError, MismatchError
 
 Float32 = npt.NDArray[np.float32]
@@ -30,7 +33,6 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 NEAREST = 10
-MIN_TEXTS = 3
 _BINS = 15
 _ROWS = 256
 
@@ -77,11 +79,11 @@ def compare_embeddings(reference: Float32, candidate: Float32, nearest: int = NE
     return EmbeddingDrift(
         texts=len(reference),
         nearest=nearest,
-        cosine=_estimate(cosine),
+        cosine=mean_over_texts(cosine),
         cosine_minimum=float(cosine.min()),
         cosine_p1=float(np.quantile(cosine, 0.01)),
-        rank_correlation=_estimate(ranks),
-        overlap=_estimate(overlap),
+        rank_correlation=mean_over_texts(ranks),
+        overlap=mean_over_texts(overlap),
     )
 
 
@@ -94,7 +96,13 @@ def embedding_distances(reference: Float32, candidate: Float32) -> Float64:
 
 def class_distances(reference: Float32, candidate: Float32) -> Float64:
     """KL divergence, nats, of each text's two class distributions (n,). Raises as `compare_classes`."""
-    return compare(reference, candidate, reference.argmax(axis=1).astype(np.int64)).kl
+    return _compared(reference, candidate, reference.argmax(axis=1).astype(np.int64)).kl
+
+
+def _compared(reference: Float32, candidate: Float32, truth: Int64) -> TokenMetrics:
+    if reference.ndim == 2 and reference.shape[1] < 2:
+        raise DataError("one logit is no choice between classes; compare it as a value (compare_values)")
+    return compare(reference, candidate, truth)
 
 
 def _sides(reference: Float32, candidate: Float32) -> tuple[tuple[str, Float32], tuple[str, Float32]]:
@@ -128,43 +136,35 @@ def _retrieval(reference: Float64, candidate: Float64, nearest: int) -> tuple[Fl
             (side[rows] @ side.T)[others].reshape(len(rows), count - 1) for side in (reference, candidate)
         )
         for index, row in enumerate(rows):
-            ranks[row] = np.corrcoef(_average_ranks(a[index]), _average_ranks(b[index]))[0, 1]
+            ranks[row] = rank_correlation(a[index], b[index])
             best = (set(np.argsort(-side[index], kind="stable")[:nearest].tolist()) for side in (a, b))
             overlap[row] = len(set.intersection(*best)) / nearest
-    # Similarities that are all the same have no order to keep.
-    return np.nan_to_num(ranks, nan=1.0), overlap
-
-
-def _average_ranks(values: Float64) -> Float64:
-    """Ranks from 0, equal values sharing the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    ranks: Float64 = (ends - (counts + 1) / 2.0)[inverse]
-    return ranks
+    return ranks, overlap
 
 
 def compare_classes(reference: Float32, candidate: Float32, labels: Int64 | None = None) -> ClassDrift:
     """Compare class logits (n, classes) of the same n texts; `labels` (n,) are the true classes.
 
-    Raises MismatchError when shapes differ, DataError when logits aren't finite or there are too few texts.
+    Raises MismatchError when shapes differ, DataError when logits aren't finite, there are too few texts, or
+    only one class.
     """
     if len(reference) < MIN_TEXTS:
         raise DataError(f"{len(reference)} texts are too few to compare classes; give at least {MIN_TEXTS}")
     truth = reference.argmax(axis=1).astype(np.int64) if labels is None else labels
-    found = compare(reference, candidate, truth)
-    agreement = _estimate(found.same_top1.astype(np.float64))
+    found = _compared(reference, candidate, truth)
+    agreement = mean_over_texts(found.same_top1.astype(np.float64))
     if labels is None:
         nothing = (None,) * 7
-        return ClassDrift(len(reference), _estimate(found.kl), agreement, *nothing)
+        return ClassDrift(len(reference), mean_over_texts(found.kl), agreement, *nothing)
     lost = found.reference_right & ~found.right
     won = found.right & ~found.reference_right
     return ClassDrift(
         texts=len(reference),
-        kl=_estimate(found.kl),
+        kl=mean_over_texts(found.kl),
         agreement=agreement,
-        right_to_wrong=_estimate(lost.astype(np.float64)),
-        wrong_to_right=_estimate(won.astype(np.float64)),
-        flips=_estimate((lost | won).astype(np.float64)),
+        right_to_wrong=mean_over_texts(lost.astype(np.float64)),
+        wrong_to_right=mean_over_texts(won.astype(np.float64)),
+        flips=mean_over_texts((lost | won).astype(np.float64)),
         reference_accuracy=float(found.reference_right.mean()),
         accuracy=float(found.right.mean()),
         reference_calibration=calibration_error(reference, labels),
@@ -179,16 +179,6 @@ def calibration_error(logits: Float32, labels: Int64) -> float:
     bins = np.minimum((confidence * _BINS).astype(np.int64), _BINS - 1)
     gaps = np.bincount(bins, right - confidence, _BINS)
     return float(np.abs(gaps).sum() / len(labels))
-
-
-def _estimate(values: Float64) -> Estimate:
-    """Mean of per-text values with its standard error and bootstrap interval."""
-    low, high = bootstrap.interval(bootstrap.totals(values[:, None])[:, 0] / len(values))
-    error = float(values.std(ddof=1) / np.sqrt(len(values)))
-    return Estimate(float(values.mean()), error, low, high)
-
-
-estimate = _estimate  # for what isn't one row of logits a text (token_classes)
 
 
 def retained(lost: Float64, effect: Float64) -> Estimate | None:

@@ -1,13 +1,14 @@
 """Limits on drift: read them, hold a report to them, compare it with an earlier one. It fails closed.
 
 A limit is kept only when the whole 95 % interval lies on its good side, broken when the whole interval lies
-on the other, and undecided in between or with too few windows for an interval: that fails too, and says so.
+on the other, and undecided in between, with too few windows for an interval, or where it is about an adapter
+and there is none: that fails too, and says so.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,11 +61,19 @@ METRICS: Mapping[str, _Metric] = {
     "max_logit_rms": _Metric("RMS of the logits' error", _of(lambda c: c.logit_rms)),
     "min_cosine": _Metric("logit cosine", _of(lambda c: c.logit_cosine)),
     "min_overlap": _Metric("top-k overlap of retrieval", None),
-    "min_rank_correlation": _Metric("rank correlation of retrieval", None),
+    "min_rank_correlation": _Metric("rank correlation", None),
+    "max_relative_error": _Metric("mean error in standard deviations of the reference", None),
+    "max_largest_error": _Metric("largest error in standard deviations of the reference", None),
     "min_retained": _Metric("retained effect", lambda report: report.retained),
 }
+
+
+class Usual(float):
+    """A bound that nobody gave: held where it can be, and left out where there is nothing to hold it to."""
+
+
 # Held unless told otherwise, wherever there is an adapter: less than half of it kept is a failed release.
-DEFAULTS: Mapping[str, float] = {"min_retained": FAIL_RETAINED}
+DEFAULTS: Mapping[str, float] = {"min_retained": Usual(FAIL_RETAINED)}
 
 
 def read_limits(path: Path) -> dict[str, float]:
@@ -97,14 +106,24 @@ def gather(path: Path | None, options: Mapping[str, float | None]) -> dict[str, 
     return {**DEFAULTS, **(read_limits(path) if path else {}), **check_limits(given, "options")}
 
 
-def hold(report: Report, limits: Mapping[str, float]) -> Report:
-    """`report` with an Outcome for each of `limits`. `min_retained` without an adapter has none.
+def check_text(names: Iterable[str]) -> None:
+    """Raise PlanError for a limit on what isn't measured of models that give text."""
+    for name in names:
+        if METRICS[name].read is None:
+            raise PlanError(f"{name} can't be held: it is measured of encoders, and this model gives text")
 
-    Raises PlanError for a limit on what this kind of report doesn't measure.
+
+def hold(report: Report, limits: Mapping[str, float]) -> Report:
+    """`report` with an Outcome for each of `limits`: a default one without an adapter has none.
+
+    One that was given and can't be decided is "undecided", which fails. Raises PlanError for a limit on what
+    this kind of report doesn't measure.
     """
-    asked = dict(limits)
-    if report.effect is None:
-        asked.pop("min_retained", None)
+    asked = {
+        name: bound
+        for name, bound in limits.items()
+        if report.effect is not None or not isinstance(bound, Usual)
+    }
     outcomes = tuple(_outcome(report, name, bound) for name, bound in asked.items())
     return replace(report, outcomes=report.outcomes + outcomes)
 
@@ -116,6 +135,8 @@ def _outcome(report: DriftReport | EncoderReport, name: str, bound: float) -> Ou
     if found is None or (name == "min_retained" and report.verdict.level == "undecided"):
         value = found.value if found else 0.0
         words = "the adapter changes too little on this text to tell what is retained; measure on other text"
+        if report.effect is None:
+            words = "the reference has no adapter whose effect could be retained; leave the limit out"
         return Outcome(
             name, bound, value, None, None, "undecided", f"{metric.words} can't be decided: {words}"
         )
@@ -146,8 +167,8 @@ def _figure(report: DriftReport | EncoderReport, name: str, metric: _Metric) -> 
                 f"{name} can't be held: of this model only {', '.join(report.figures)} are measured"
             )
         return report.figures[name]
-    if metric.read is None:
-        raise PlanError(f"{name} can't be held: it is measured of encoders, and this model gives text")
+    check_text([name])
+    assert metric.read is not None
     return metric.read(report)
 
 

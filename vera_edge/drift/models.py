@@ -17,6 +17,7 @@ import numpy.typing as npt
 from vera_edge import adapter as adapters
 from vera_edge import bundle, provenance, tasks, trained_base
 from vera_edge.checkpoint import Checkpoint
+from vera_edge.drift.exactness import unlike_trained
 from vera_edge.drift.reading import (
     check_measurable,
     context_of,
@@ -25,7 +26,7 @@ from vera_edge.drift.reading import (
     tokenizer_of,
 )
 from vera_edge.drift.result import Artefact
-from vera_edge.errors import CheckpointError, DataError, MismatchError
+from vera_edge.errors import CheckpointError, DataError, MismatchError, PlanError
 from vera_edge.formats import checks
 from vera_edge.projection import Projections
 from vera_edge.trained_as import TrainedAs
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from vera_edge.device.pooling import Pooling
     from vera_edge.target import Runner
     from vera_edge.tasks import Task
-
-# Branch exports whose base weights are exactly the trained base's, and so can stand for it.
-_EXACT_WEIGHTS = ("fp32", "nf4", "fp4")
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class Trained:
     checkpoint: Checkpoint | None = None
     adapters: tuple[tuple[adapters.Adapter, float], ...] = ()
     projections: Projections | None = None
+    digests: tuple[str, ...] = ()  # of the adapters that run
     tokenizer: Tokenizer | None = None
     pooling: Pooling | None = None
 
@@ -98,15 +97,28 @@ def open_trained(
     """The model as trained from an adapter folder, a base folder (with `adapter_paths`), or a branch export.
 
     trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer reads the text,
-    instead of the adapters' or the base's.
-    Raises a VeraEdgeError of the part that is at fault.
+    instead of the adapters' or the base's. An export has its base, adapter and projections in it, and takes
+    no others. Raises a VeraEdgeError of the part that is at fault.
     """
     if (path / bundle.MANIFEST).is_file():
-        if trained_as is not None:
-            raise MismatchError(f"{path} is an export, whose base is as it is; leave --trained-as out")
+        given = {
+            "base": base,
+            "adapter": adapter_paths or None,
+            "projection-dtype": projection_dtype,
+            "trained-as": trained_as,
+        }
+        if named := [name for name, value in given.items() if value is not None]:
+            raise PlanError(
+                f"the reference {path} is an export, which has its own base, adapter and projections in it; "
+                f"leave --{named[0]} out, or give the adapter or base folder as the reference"
+            )
         return _trained_export(path)
     if (path / adapters.CONFIG_NAME).is_file():
         adapter_paths = [(path, 1.0), *adapter_paths]
+    elif base is not None:
+        raise PlanError(f"the reference {path} is no adapter, but a base itself; leave --base out")
+    if projection_dtype is not None and not adapter_paths:
+        raise PlanError("--projection-dtype is for an adapter, and the reference has none; leave it out")
     base = base_folder(path, base)
     checkpoint, read = trained_base.read(base, adapter_paths, tokenizer, trained_as)
     return _trained_checkpoint(checkpoint, read, projection_dtype)
@@ -156,6 +168,7 @@ def _trained_checkpoint(
         checkpoint=checkpoint,
         adapters=read,
         projections=projections,
+        digests=tuple(adapter.digest for adapter, _ in read),
         tokenizer=tokenizer_of(checkpoint),
         pooling=pooling_of(checkpoint),
     )
@@ -167,10 +180,10 @@ def _trained_export(path: Path) -> Trained:
     manifest = bundle.read(path)
     if manifest.kind == "encoder":
         raise MismatchError(f"{path} gives no text, and can't be the reference; give the adapter folder")
-    if manifest.mode != "branch" or manifest.weights not in _EXACT_WEIGHTS:
+    if fault := unlike_trained(manifest):
         raise MismatchError(
-            f"{path} is a {manifest.mode} export with {manifest.weights} weights, which isn't the model as "
-            "trained; give the adapter folder, or a branch export with fp32 or nf4 weights"
+            f"{path} isn't the model as trained: {fault}; give the adapter folder, or a branch export with "
+            "fp32 weights, or with those of an NF4 or FP4 base as they are"
         )
     session = Session.open(path)
     kind = f"branch export, {manifest.weights} weights, adapter on"
@@ -182,6 +195,7 @@ def _trained_export(path: Path) -> Trained:
         base_artefact=_artefact(path, f"branch export, {manifest.weights} weights, adapter off"),
         folder=path,
         context=session.decoder.context,
+        digests=(manifest.adapters[manifest.default_adapter or ""]["digest"],),
         tokenizer=exported_tokenizer(path),
     )
 
@@ -247,12 +261,14 @@ def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ())
 
 def _candidate_export(path: Path, trained: Sequence[str]) -> Candidate:
     manifest = bundle.read(path)
-    own = {entry["digest"]: name for name, entry in manifest.adapters.items()}
-    found = [own[digest] for digest in trained if digest in own]
+    own = {name: entry["digest"] for name, entry in manifest.adapters.items()}
     notes: tuple[str, ...] = ()
-    if own and trained and len(found) < len(trained):
-        notes = (f"{path} wasn't made with the reference's adapter, but with {', '.join(own.values())}",)
-    adapter = found[0] if found and manifest.mode == "branch" else "default"
+    if own and not set(trained) <= set(own.values()):
+        notes = (f"{path} wasn't made with the reference's adapter, but with {', '.join(own)}",)
+    # The default one first, where several names stand for the same adapter.
+    names = sorted(own, key=lambda name: name != manifest.default_adapter)
+    found = [name for name in names if own[name] in trained] if manifest.mode == "branch" else []
+    adapter = found[0] if found else "default"
     kind = f"{manifest.mode} export, {manifest.weights} weights, ONNX Runtime"
     if manifest.kind == "encoder":
         from vera_edge.drift.exported_encoder import ExportedEncoder

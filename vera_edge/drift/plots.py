@@ -19,13 +19,15 @@ _WORST_LAYERS = 20
 
 def render(report: DriftReport, beside: Sequence[Mapping[str, Any]] = ()) -> dict[str, bytes]:
     """File name -> PNG, 1600 x 1000 pixels; a plot without data is left out. No display is needed."""
-    figures = {
-        "kl_histogram.png": _histogram(report),
-        "kl_by_position.png": _positions(report),
-        "layers.png": _layers(report),
-        "size_against_drift.png": _sizes(report, beside),
-    }
-    return {name: _png(figure) for name, figure in figures.items() if figure is not None}
+    # Not as a matplotlibrc in the working folder says, which may be an artefact's: it can ask for LaTeX.
+    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+        figures = {
+            "kl_histogram.png": _histogram(report),
+            "kl_by_position.png": _positions(report),
+            "layers.png": _layers(report),
+            "size_against_drift.png": _sizes(report, beside),
+        }
+        return {name: _png(figure) for name, figure in figures.items() if figure is not None}
 
 
 def _blank(title: str, x: str, y: str) -> tuple[Figure, Any]:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.drift.encoders import MIN_TEXTS, ClassDrift, estimate
+from vera_edge.drift.encoders import ClassDrift
+from vera_edge.drift.labels_and_values import MIN_TEXTS, mean_over_texts
 from vera_edge.drift.metrics import TokenMetrics, compare
 from vera_edge.errors import DataError, MismatchError
 
@@ -30,7 +31,7 @@ def compare_rows(reference: Sequence[Float32], candidate: Sequence[Float32]) -> 
     agreement = np.array([one.same_top1.mean() for one in found])
     kl = np.array([one.kl.mean() for one in found])
     nothing = (None,) * 7
-    return ClassDrift(len(found), estimate(kl), estimate(agreement), *nothing)
+    return ClassDrift(len(found), mean_over_texts(kl), mean_over_texts(agreement), *nothing)
 
 
 def row_distances(reference: Sequence[Float32], candidate: Sequence[Float32]) -> Float64:

@@ -11,7 +11,7 @@ from vera_edge.errors import PlanError
 from vera_edge.formats import checks
 from vera_edge.merge.tying import scales_by_tying
 from vera_edge.plan import DENSE, Plan, Step
-from vera_edge.trained_as.config import with_dtype, without_local_code
+from vera_edge.trained_as.config import with_dtype, without_kernels, without_local_code
 
 _TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # Output heads that transformers leaves unquantized by itself; their tensor is absent when they're tied.
@@ -23,7 +23,8 @@ def merged_config(plan: Plan, checkpoint: Checkpoint, untied: bool) -> dict[str,
 
     Raises PlanError when the plan mixes quantized formats, which no config can describe.
     """
-    given = {key: value for key, value in checkpoint.config.items() if key != NAMED_WEIGHTS}
+    plain = without_kernels(checkpoint.config)
+    given = {key: value for key, value in plain.items() if key != NAMED_WEIGHTS}
     quantization, same = _quantization_config(plan, checkpoint)
     config = checks.with_quantization(given, quantization) if same else checks.without_quantization(given)
     if plan.others in _TORCH_NAMES:

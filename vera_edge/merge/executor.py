@@ -123,7 +123,7 @@ def _job(merge: Merge, force: bool, max_shard_bytes: int, resources: Resources) 
     tidy(merge.out)
     check_output(merge.out, force, merge.inputs)
     key = key_of(merge.plan, merge.requantized, max_shard_bytes)
-    folder = files_of(merge.out, key)
+    folder = files_of(merge.out.absolute(), key)  # a worker may stand elsewhere
     return Job(key, *facts, merge.requantized, folder, max_shard_bytes, resources.in_flight or 1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib.resources import files
+from typing import Any
 
 import jinja2
 
@@ -16,6 +17,17 @@ from vera_edge.release.job import Job
 _TITLES = {
     "kl_by_position.svg": "Mean KL by position",
     "kl_histogram.svg": "Share of tokens by KL divergence",
+}
+_MEASURED = ("embeddings", "classes", "labels", "values")
+# Of embeddings, classes, labels and values, all against the model as trained.
+_ENCODER_FIGURES = {
+    "cosine": "mean cosine with the model as trained",
+    "rank_correlation": "rank correlation with the model as trained",
+    "overlap": "nearest texts that are the same",
+    "kl": "mean KL from the model as trained, nats",
+    "agreement": "texts with the same answer",
+    "relative_error": "mean error in the reference's standard deviations",
+    "largest_error": "largest error in the reference's standard deviations",
 }
 _RUNTIMES = {"onnx": "ONNX Runtime", "genai": "ONNX Runtime GenAI"}
 
@@ -52,7 +64,17 @@ def render(
 
 def _figures(evidence: Evidence) -> list[tuple[str, str]]:
     report = json.loads(evidence.report)
-    fidelity, text = report["fidelity"], report["text"]
+    figures = _of_text(report, evidence) if "fidelity" in report else _of_encoder(report)
+    if evidence.retained is not None:
+        figures.insert(2, ("share of the effect kept", f"{evidence.retained:.1%}"))
+    text = report["text"]
+    texts = "" if "fidelity" in report else f"{text['windows']} texts, "
+    figures.append(("measured on", f"{texts}{text['tokens']} tokens of {text['source']}"))
+    return figures
+
+
+def _of_text(report: Mapping[str, Any], evidence: Evidence) -> list[tuple[str, str]]:
+    fidelity = report["fidelity"]
     figures = [
         ("mean KL from the model as trained", f"{evidence.kl:.3g} nats"),
         ("top-1 agreement", f"{fidelity['same_top1']['value']:.1%}"),
@@ -61,7 +83,16 @@ def _figures(evidence: Evidence) -> list[tuple[str, str]]:
     ]
     if report["effect"] is not None:
         figures.insert(1, ("the adapter's effect", f"{report['effect']['kl']['mean']['value']:.3g} nats"))
-    if evidence.retained is not None:
-        figures.insert(2, ("share of the effect kept", f"{evidence.retained:.1%}"))
-    figures.append(("measured on", f"{text['tokens']} tokens of {text['source']}"))
+    return figures
+
+
+def _of_encoder(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each estimate, with the base's where there is one: what would be left without the adapter."""
+    measured = next(report[name] for name in _MEASURED if report[name] is not None)
+    figures = []
+    for name, words in _ENCODER_FIGURES.items():
+        if name in measured:
+            figures.append((words, f"{measured[name]['value']:.4g}"))
+            if report["effect"] is not None:
+                figures.append((f"{words}, without the adapter", f"{report['effect'][name]['value']:.4g}"))
     return figures

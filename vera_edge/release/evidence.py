@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge import bundle, golden_vectors
+from vera_edge.checkpoint import Checkpoint
 from vera_edge.device.golden import FILE as GOLDEN
-from vera_edge.drift import assess, charts, limits, svg, windows
+from vera_edge.drift import assess, charts, limits, measurable, svg, windows
+from vera_edge.drift.encoder_report import EncoderReport
 from vera_edge.drift.result import DriftReport
 from vera_edge.errors import VeraEdgeError
 from vera_edge.files import canonical_json, read_json
@@ -20,7 +22,6 @@ from vera_edge.progress import Progress
 from vera_edge.release.cache import Store, key_of, link
 from vera_edge.release.inputs import Inputs
 from vera_edge.release.job import Job
-from vera_edge.release.recipe import LimitsEntry
 
 REPORT = "drift.json"
 PLOTS = {"kl_histogram.svg": charts.kl_histogram, "kl_by_position.svg": charts.kl_by_position}
@@ -31,15 +32,16 @@ _DIGITS = 4
 class Evidence:
     """The measured drift (`report`, canonical JSON), and whether every gate was passed.
 
-    `plots`: SVG files of it by name. `breaches`: a sentence for each gate that wasn't. `kl` in nats;
-    `retained` is a share, None when the adapter has no effect on the text that could be retained.
+    `plots`: SVG files of it by name. `breaches`: a sentence for each gate that wasn't. `kl` in nats, None
+    where none is measured (embeddings, values); `retained` is a share, None when the adapter has no effect on
+    the text that could be retained.
     """
 
     report: bytes
     plots: Mapping[str, bytes]
     breaches: tuple[str, ...]
     verdict: str
-    kl: float
+    kl: float | None
     retained: float | None
     limits: Mapping[str, float]
 
@@ -66,7 +68,7 @@ def question(job: Job, inputs: Inputs) -> Question:
     """What the recipe asks. Raises a VeraEdgeError when its text or limits can't be used."""
     entry = job.recipe.file.limits
     text = job.recipe.text(entry.data)
-    bounds = limits.gather(None, _bounds(entry))
+    bounds = limits.gather(None, entry.bounds)
     facts = {
         "export": key_of(inputs.facts),
         "limits": bounds,
@@ -76,6 +78,12 @@ def question(job: Job, inputs: Inputs) -> Question:
         "window": entry.window,
     }
     return Question(job, text, bounds, facts)
+
+
+def check(asked: Question) -> None:
+    """Before the export: raise a VeraEdgeError when drift isn't measured of such a base, or not so."""
+    recipe, adapter = asked.job.recipe, asked.job.adapter
+    measurable.check(Checkpoint.open(recipe.path(recipe.base(adapter.base).path)), asked.bounds)
 
 
 def measure(asked: Question, store: Store, folder: Path, progress: Progress) -> Evidence:
@@ -95,11 +103,13 @@ def measure(asked: Question, store: Store, folder: Path, progress: Progress) -> 
             trained_as=recipe.base(adapter.base).spec,
         )
         with _one_thread():
-            report = limits.hold(assess.assess(request, progress), asked.bounds)
+            report = limits.hold(assess.assess_any(request, progress), asked.bounds)
         (stage / REPORT).write_bytes(canonical_json(_portable(report, entry.data)))
-        for name, draw in PLOTS.items():
-            if chart := draw(report):
-                (stage / name).write_bytes(svg.as_file(chart))
+        if isinstance(report, DriftReport):
+            drawn = {name: draw(report) for name, draw in PLOTS.items()}
+            for name, chart in drawn.items():
+                if chart:
+                    (stage / name).write_bytes(svg.as_file(chart))
 
     found, _ = store.build(asked.facts, make)
     return read(found, asked)
@@ -113,7 +123,7 @@ def golden(asked: Question, store: Store, folder: Path, progress: Progress) -> P
         copy = stage / "bundle"
         for name in [*bundle.read(folder).files, bundle.MANIFEST]:
             link(folder / name, copy / name)
-        base, trained = recipe.base(adapter.base), [(recipe.path(adapter.path), 1.0)]
+        base, trained = recipe.base(adapter.base), [(recipe.path(adapter.path), None)]
         with _one_thread():
             golden_vectors.ask(
                 copy,
@@ -143,11 +153,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _bounds(entry: LimitsEntry) -> dict[str, float | None]:
-    return {"max_kl": entry.max_kl, "min_top1": entry.min_top1, "min_retained": entry.min_retained}
-
-
-def _portable(report: DriftReport, data: str) -> dict[str, Any]:
+def _portable(report: DriftReport | EncoderReport, data: str) -> dict[str, Any]:
     """The report without this machine's names and paths, its figures rounded beyond what is reproducible."""
     value = _rounded(report.to_dict())
     for side, name in (("reference", "as trained"), ("candidate", "bundle"), ("base", "base")):
@@ -167,6 +173,14 @@ def _rounded(value: Any) -> Any:
     return value
 
 
+def _divergence(report: Mapping[str, Any]) -> float | None:
+    """The mean KL of a report's dict, where there is one."""
+    if "fidelity" in report:
+        return float(report["fidelity"]["kl"]["mean"]["value"])
+    answered = report["classes"] or report["labels"]
+    return None if answered is None else float(answered["kl"]["value"])
+
+
 def read(folder: Path, asked: Question) -> Evidence:
     """The answer in a folder. Raises VeraEdgeError when it isn't there or isn't one."""
     value = read_json(folder / REPORT, VeraEdgeError)
@@ -176,7 +190,7 @@ def read(folder: Path, asked: Question) -> Evidence:
         plots={name: (folder / name).read_bytes() for name in PLOTS if (folder / name).is_file()},
         breaches=tuple(o["sentence"] for o in value["outcomes"] if o["state"] != "kept"),
         verdict=value["verdict"]["sentence"],
-        kl=value["fidelity"]["kl"]["mean"]["value"],
+        kl=_divergence(value),
         retained=None if retained is None else retained["value"],
         limits=asked.bounds,
     )

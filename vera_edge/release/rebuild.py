@@ -50,8 +50,11 @@ def rebuild(folder: Path, inputs: Path, progress: Progress = silent) -> Rebuilt:
         adapter, variant = recipe.jobs[0]
         job = Job(recipe, adapter, variant, place / "out", place / "store")
         inputs_of.check(job, _materials(statement, folder))
-        result = work.run(job, progress)
-        if result.state in ("failed", "stopped"):
+        try:
+            result = work.run_alone(job, progress)
+        except VeraEdgeError as cause:
+            raise VeraEdgeError(f"{folder} can't be made again: {cause}") from None
+        if result.state == "stopped":
             raise VeraEdgeError(f"{folder} can't be made again: {result.message}")
         new = bundle.read(job.out / job.name)
     names = sorted(old.files.keys() | new.files.keys())

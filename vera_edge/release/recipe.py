@@ -68,14 +68,28 @@ class AdapterEntry(Table):
 
 
 class LimitsEntry(Table):
-    """[limits]: the text that drift is measured on, and what may not be exceeded. Units as in `drift`."""
+    """[limits]: the text that drift is measured on, and what may not be exceeded. Units as in `drift`.
+
+    Which limits there are depends on what a model gives; tokens and window are for those that give text.
+    """
 
     data: Line = windows.BUILT_IN
     max_kl: float | None = Field(default=None, ge=0, strict=False)
     min_top1: float | None = Field(default=None, ge=0, le=1, strict=False)
     min_retained: float | None = Field(default=None, le=1, strict=False)
+    min_cosine: float | None = Field(default=None, le=1, strict=False)
+    min_overlap: float | None = Field(default=None, ge=0, le=1, strict=False)
+    min_rank_correlation: float | None = Field(default=None, le=1, strict=False)
+    max_relative_error: float | None = Field(default=None, ge=0, strict=False)
+    max_largest_error: float | None = Field(default=None, ge=0, strict=False)
     tokens: int = Field(default=4096, ge=64)
     window: int = Field(default=256, ge=16)
+
+    @property
+    def bounds(self) -> dict[str, float | None]:
+        """Every limit by its name, None where it isn't given."""
+        names = (name for name in type(self).model_fields if name.startswith(("max_", "min_")))
+        return {name: getattr(self, name) for name in names}
 
     @model_validator(mode="after")
     def _holds_a_window(self) -> LimitsEntry:

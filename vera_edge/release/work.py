@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -44,9 +45,10 @@ LOCKS = ".locks"
 class Result:
     """What became of a job.
 
-    state: "built", "unchanged", "stopped" (a gate was not passed) or "failed" (an input is at fault).
-    size: bytes of the bundle; kl: mean KL from the reference, nats; retained: share of the effect kept.
-    seconds: what this run spent on each stage. notes: sentences of this run for a person to read.
+    state: "built", "unchanged", "stopped" (a gate was not passed) or "failed" (an input is at fault, or we
+    are: then `trace` says where). size: bytes of the bundle; kl: mean KL from the reference, nats; retained:
+    share of the effect kept. seconds: what this run spent on each stage. notes: sentences of this run for a
+    person to read.
     """
 
     name: str
@@ -58,15 +60,16 @@ class Result:
     retained: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
+    trace: str = field(default="", compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a JSON object, without what isn't known or is of this run only."""
-        facts = {key: value for key, value in vars(self).items() if key not in ("seconds", "notes")}
+        facts = {key: value for key, value in vars(self).items() if key not in ("seconds", "notes", "trace")}
         return {key: value for key, value in facts.items() if value not in (None, "")}
 
 
 def run(job: Job, progress: Progress = silent) -> Result:
-    """Do one job. An input at fault or a gate not passed ends in a Result, not in an error."""
+    """Do one job. Whatever it ends in is a Result, never an error, so that the other jobs go on."""
     work = _Work(job, progress)
     try:
         result = work.run()
@@ -77,7 +80,15 @@ def run(job: Job, progress: Progress = silent) -> Result:
         result = Result(
             job.name, "failed", f"{name} can't be used: {cause.strerror or cause}; mend that first"
         )
+    except Exception as cause:  # a bug, ours or a library's
+        message = f"{type(cause).__name__}: {' '.join(str(cause).split()) or 'no message'}"
+        result = Result(job.name, "failed", message, trace="".join(traceback.format_exception(cause)))
     return replace(result, seconds=work.seconds, notes=work.notes)
+
+
+def run_alone(job: Job, progress: Progress = silent) -> Result:
+    """Do one job, and let its errors through."""
+    return _Work(job, progress).run()
 
 
 class _Work:
@@ -100,6 +111,7 @@ class _Work:
                     with only_one(self._lock):
                         self._tidy()
                 return found
+            evidence.check(asked)
         self._check_outcome()
         with self._timed("export"):
             exported = artefact.export(job, store, inputs, progress)
@@ -109,7 +121,7 @@ class _Work:
             self._reject(measured)
             return self._result("stopped", measured, message="; ".join(measured.breaches))
         golden = None
-        if job.recipe.file.release.golden and exported.kind == "decoder":
+        if job.recipe.file.release.golden:
             with self._timed("golden"):
                 golden = evidence.golden(asked, store, exported.folder, progress)
         with self._timed("bundle"), only_one(self._lock):

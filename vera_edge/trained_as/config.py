@@ -54,3 +54,16 @@ def without_local_code(config: Mapping[str, Any]) -> dict[str, Any]:
     named = config.get("auto_map")
     local = isinstance(named, Mapping) and any("--" not in str(value) for value in named.values())
     return {key: value for key, value in config.items() if not (local and key == "auto_map")}
+
+
+def without_kernels(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without what says how a runtime computes, those of nested models included.
+
+    transformers saves no such thing, but reads it, and takes the name of a repository for code to fetch and
+    run.
+    """
+    return {
+        key: without_kernels(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if not key.endswith(("attn_implementation", "experts_implementation", "_implementation_internal"))
+    }
