@@ -187,6 +187,8 @@ def _class_of(config: Mapping[str, Any], adapter: Adapter) -> str:
     task = _BY_PEFT.get(str(kind).removeprefix("TaskType."))
     if task is None or _does(base, task) or _is_of_another_type(base, config):
         return base
+    if task.gives == TEXT and not _is_known(config):
+        return base  # a model of its own code, whose weights can be merged all the same
     return _class_for(task, config, f"{adapter.path} was trained for {task.name} (task_type {task.peft})")
 
 
@@ -203,6 +205,13 @@ def _is_of_another_type(name: str, config: Mapping[str, Any]) -> bool:
 
     found = getattr(getattr(transformers, name, None), "config_class", None)
     return found is not None and found.model_type != config.get("model_type")
+
+
+def _is_known(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has models of this type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return config.get("model_type") in CONFIG_MAPPING_NAMES
 
 
 def _class_for(task: Task, config: Mapping[str, Any], why: str) -> str:

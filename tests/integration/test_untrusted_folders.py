@@ -84,10 +84,11 @@ def hostile(
     config = json.loads((adapter / "adapter_config.json").read_text())
     own = {"base_model_name_or_path": str(base), "auto_mapping": {"parent_library": "modeling_x"}}
     (adapter / "adapter_config.json").write_text(json.dumps(config | own))
+    floats = foreign_code.name_own_code(shutil.copytree(tiny_llama.fp32, made.folder("float")))
     out = made.folder("bundle")
     target.export(base, [(adapter, 1.0)], out, mode="branch", weights="nf4")
     golden_vectors.ask(out, base, [(adapter, 1.0)], {"max_kl": 1e-3}, PROMPTS)
-    for folder in (base, adapter, out):
+    for folder in (base, floats, adapter, out):
         foreign_code.plant(folder, made.marks)
     bundle.write(out, bundle.change(bundle.read(out)))
     (made.root / "text.txt").write_text(tiny.TEXT * 8)
@@ -108,6 +109,7 @@ def hostile(
 COMMAND_LINES: Mapping[str, tuple[str, str]] = {
     "inspect": ("adapter", ". --base {root}/base"),
     "projections": ("adapter", ". --base {root}/base"),
+    "quantize": ("float", ". -o {new} --to nf4 --like {root}/adapter"),
     "plan": ("base", ". {root}/adapter -o {new}.json --max-size 10MB --method rtn --formats int8,fp32"),
     "merge": ("base", ". {root}/adapter -o {new} --to fp32"),
     "export": ("base", ". {root}/adapter -o {new} --weights int8"),

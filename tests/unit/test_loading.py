@@ -79,7 +79,7 @@ def refused(*words, **more):
     raise OSError("this test has no network")
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = refused
 import huggingface_hub
-from vera_edge.loading import offline, quiet
+from vera_edge.quiet import offline, quiet
 from vera_edge_genai import build
 from vera_edge_onnx import drawing
 def look_up():
