@@ -17,7 +17,7 @@ from tests.families import Family
 from vera_edge import bundle, golden_vectors, target
 from vera_edge.device.encoder import Encoder
 from vera_edge.device.validate import validate
-from vera_edge.errors import PlanError
+from vera_edge.errors import BundleError, PlanError
 
 VALUES = {"max_relative_error": 1e-3, "max_largest_error": 1e-2, "min_rank_correlation": 0.999}
 CLASSES = {"max_kl": 1e-5, "min_top1": 1.0}
@@ -171,7 +171,7 @@ def test_artefacts_whose_logits_stand_for_something_else_are_refused(tmp_path: P
 def test_heads_that_answer_for_every_token_are_not_judged_on_a_device(
     tmp_path: Path, cli: Cli, model: str, measured: int
 ) -> None:
-    """Refused in a sentence, rather than passed by figures that mean nothing; drift measures tags and spans."""
+    """Refused, rather than passed by figures that mean nothing; drift measures tags and spans."""
     made = Family(model, tiny_encoder.EMBEDDINGS.targets, tiny_encoder.EMBEDDINGS.config)
     base, adapter = tiny_encoder.make(made, tmp_path)
     out = tmp_path / "out"
