@@ -25,9 +25,11 @@ import numpy as np
 
 from scripts.bench_turns import PROMPT, say, write_section
 from scripts.prepare_demo import cache_folder, prepare
-from vera_edge import bundle, packing, target
+from vera_edge.bundle import contents as bundle
 from vera_edge.cores import available_cores
-from vera_edge.device.facts import processor
+from vera_edge.device.check.facts import processor
+from vera_edge.exporting import onnx_adapter as packing
+from vera_edge.exporting import target
 
 Swaps = Callable[[Path, list[Path], int], tuple[list[float], float]]
 
@@ -115,7 +117,7 @@ def _genai(folder: Path, files: list[Path], swaps: int) -> tuple[list[float], fl
 
 def _device(folder: Path, files: list[Path], swaps: int) -> tuple[list[float], float]:
     """The same in vera_edge.device, which holds the active adapter only."""
-    from vera_edge.device.session import Session
+    from vera_edge.device.runtime.session import Session
 
     session = Session.open(folder, None)
     tokens = np.arange(100, 100 + PROMPT, dtype=np.int64)

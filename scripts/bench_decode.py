@@ -21,9 +21,9 @@ from pathlib import Path
 from scripts import bench_llama_cpp, demo_model
 from scripts.bench_turns import Row, Worker, footnote, genai, measure, say, table, write_section
 from scripts.prepare_demo import ROOT, Demo, cache_folder, prepare
-from vera_edge import target
 from vera_edge.cores import available_cores
-from vera_edge.drift.models import folder_bytes
+from vera_edge.exporting import target
+from vera_edge.measuring.models import folder_bytes
 
 BUILDER, LLAMA_CPP, PEFT = "GenAI's builder, int4", "llama.cpp, Q4_0", "torch, PEFT on NF4"
 

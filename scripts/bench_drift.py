@@ -25,9 +25,11 @@ from scripts.bench_drift_peers import peers
 from scripts.bench_drift_rows import Bench, Remembered, Row, Way
 from scripts.bench_drift_ways import more, short
 from scripts.prepare_demo import Demo, cache_folder, prepare
-from vera_edge import adapter, provenance, reference
-from vera_edge.checkpoint import Checkpoint
-from vera_edge.drift import windows
+from vera_edge.adapters import vera as adapter
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.reference import model as reference
+from vera_edge.text import windows
+from vera_edge.trained import provenance
 
 CODE_TOKENS = 1024
 

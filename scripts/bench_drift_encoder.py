@@ -10,16 +10,18 @@ import numpy as np
 from scripts import demo_encoder
 from scripts.demo_encoder import DemoEncoder
 from scripts.prepare_demo import Demo
-from vera_edge import merge, target
-from vera_edge.device.encoder import Encoded, Encoder
-from vera_edge.drift import encoders, models, windows
-from vera_edge.drift.assess import Request, assess_any
-from vera_edge.drift.encoder_assess import cut_texts
-from vera_edge.drift.encoder_report import EncoderReport
-from vera_edge.drift.encoders import EmbeddingDrift
-from vera_edge.drift.models import folder_bytes
-from vera_edge.reference import Reference
-from vera_edge.weight_rounding import Rounding, merge_to_folder
+from vera_edge import merging as merge
+from vera_edge.device.runtime.encoder import Encoded, Encoder
+from vera_edge.exporting import target
+from vera_edge.measuring import encoders, models
+from vera_edge.measuring.assess import Request, assess_any
+from vera_edge.measuring.encoder_assess import cut_texts
+from vera_edge.measuring.encoder_report import EncoderReport
+from vera_edge.measuring.encoders import EmbeddingDrift
+from vera_edge.measuring.models import folder_bytes
+from vera_edge.reference.model import Reference
+from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
+from vera_edge.text import windows
 
 EXPORTS = (("fp32", "float"), ("int8", "float"), ("int8", "dynamic"), ("int8", "static"))
 ROWS = tuple((to, method) for to in ("nf4", "int8") for method in ("rtn", "hqq", "search", "gptq"))

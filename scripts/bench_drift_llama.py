@@ -16,9 +16,9 @@ from gguf import GGUFReader, GGUFWriter, quants
 from scripts import bench_llama_cpp
 from scripts.bench_drift_rows import Made
 from scripts.prepare_demo import Demo
-from vera_edge import merge
+from vera_edge import merging as merge
 from vera_edge.precision.trained import trained_model
-from vera_edge.reference import Reference
+from vera_edge.reference.model import Reference
 
 _LAYER = {
     "self_attn.q_proj": "attn_q",

@@ -26,10 +26,10 @@ import torch
 
 from scripts.bench_drift_rows import Made, Way
 from scripts.prepare_demo import Demo
-from vera_edge import merge
-from vera_edge.drift.models import folder_bytes
+from vera_edge import merging as merge
+from vera_edge.measuring.models import folder_bytes
 from vera_edge.precision.trained import trained_model
-from vera_edge.reference import Reference
+from vera_edge.reference.model import Reference
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.drift import evaluate
-from vera_edge.drift.windows import Windows
-from vera_edge.files import canonical_json, sha256_bytes, write_atomic
-from vera_edge.target import Runner
+from vera_edge.exporting.target import Runner
+from vera_edge.measuring import evaluate
+from vera_edge.storage.files import canonical_json, sha256_bytes, write_atomic
+from vera_edge.text.windows import Windows
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]

@@ -16,15 +16,17 @@ from typing import Any
 
 from scripts.bench_drift_rows import Bench, Made, Way
 from scripts.prepare_demo import ROOT, Demo
-from vera_edge import merge, reference, target
-from vera_edge.checkpoint import Checkpoint
-from vera_edge.device.session import Session
-from vera_edge.drift.models import folder_bytes
-from vera_edge.plan import Plan
+from vera_edge import merging as merge
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.device.runtime.session import Session
+from vera_edge.exporting import target
+from vera_edge.measuring.models import folder_bytes
+from vera_edge.plans.plan import Plan
 from vera_edge.precision import Request
 from vera_edge.precision.choose import choose
 from vera_edge.precision.sizes import step_bytes
-from vera_edge.weight_rounding import Rounding, merge_to_folder
+from vera_edge.reference import model as reference
+from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
 
 # bitsandbytes' NF4 in blocks of 64 with double-quantized absmax: 8 bits a block, 32 for each 256 blocks.
 NF4_BITS = 4 + 8 / 64 + 32 / 64 / 256

@@ -34,10 +34,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from vera_edge.cores import available_cores
-from vera_edge.files import canonical_json
 from vera_edge.requantize.gram import one_blas_thread
-from vera_edge.shards import Shards, ShardWriter
-from vera_edge.tensors import Float32, RawTensor, float32_to_bf16
+from vera_edge.storage.files import canonical_json
+from vera_edge.storage.shards import Shards, ShardWriter
+from vera_edge.storage.tensors import Float32, RawTensor, float32_to_bf16
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHARD_BYTES = 500_000_000
@@ -153,7 +153,7 @@ print(json.dumps(facts))
 """
 OURS = """
 from pathlib import Path
-from vera_edge import merge
+from vera_edge import merging as merge
 from vera_edge.engine import Engine
 if __name__ == '__main__':
     base, adapter, out = map(Path, sys.argv[1:4])
@@ -238,7 +238,7 @@ def product_limit(size: Size, rank: int) -> float:
 
 def make(size: Size, rank: int, folder: Path, sources: list[str]) -> None:
     """The adapter, and the bases that aren't there yet, each put in its place when it is whole."""
-    from vera_edge import merge
+    from vera_edge import merging as merge
 
     dense, adapter = folder / "bf16", folder / "adapter"
     if not all((folder / source).exists() for source in sources) and not dense.exists():

@@ -29,7 +29,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from scripts.prepare_demo import Demo, prepare
-from vera_edge.release.run import release
+from vera_edge.releasing.run import release
 
 RECIPE = """\
 [release]
@@ -201,7 +201,7 @@ def _releases(folder: Path, recipe: Path, count: int) -> Found:
 
 def _verify(bundle: Path) -> None:
     """`verify` beside one thread's SHA-256 of the same bytes, in one process, both from the page cache."""
-    from vera_edge import bundle as bundles
+    from vera_edge.bundle import contents as bundles
 
     files = [path for path in bundle.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from vera_edge import merge as merging
-from vera_edge.adapter import Vectors
-from vera_edge.calibration import Sees
-from vera_edge.drift import windows
-from vera_edge.reference import load_dense, oriented
+from vera_edge import merging
+from vera_edge.adapters.vera import Vectors
+from vera_edge.reference.calibration import Sees
+from vera_edge.reference.model import load_dense, oriented
 from vera_edge.requantize import CodesFolder, Effort, Grid, bnb_grid, int8_rows, int_blocks
-from vera_edge.tensors import Float32
-from vera_edge.writeback import Calibration, Recovered, write_back
+from vera_edge.rounding.writeback import Calibration, Recovered, write_back
+from vera_edge.storage.tensors import Float32
+from vera_edge.text import windows
 
 NF4, INT4, INT2 = bnb_grid("nf4"), *(int_blocks(bits, 32, symmetric=False) for bits in (4, 2))
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vera_edge import bundle, chunks
+from vera_edge.bundle import chunks
+from vera_edge.bundle import contents as bundle
 
 
 def transfer(old: Path, new: Path) -> tuple[int, int]:

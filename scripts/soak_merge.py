@@ -21,7 +21,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vera_edge.merge import stage
+from vera_edge.merging import stage
 
 
 @dataclass(frozen=True)

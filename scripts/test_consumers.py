@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from scripts import demo_encoder, prepare_demo
-from vera_edge import frozen_graph, target
-from vera_edge.device.chat import Text
+from vera_edge.device.runtime.chat import Text
+from vera_edge.exporting import frozen_graph, target
 
 HERE = Path(__file__).resolve().parent / "consumers"
 PROMPT, COUNT = "The for statement is used to", 24

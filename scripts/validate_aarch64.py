@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.prepare_demo import ROOT, cache_folder
-from vera_edge import bundle
+from vera_edge.bundle import contents as bundle
 from vera_edge.errors import OutputError, VeraEdgeError
 
 NEEDED = {
@@ -64,7 +64,7 @@ stop 0
 # Draws A and B anew; the digest is that of their values.
 DIGEST = """
 from pathlib import Path
-from vera_edge import bundle
+from vera_edge.bundle import contents as bundle
 from vera_edge.device import projections
 print(projections.draw(bundle.read(Path("bundle"))).digest)
 """

@@ -1,7 +1,7 @@
 """The settings of a decoder's config that change what it computes, and what an export does with each.
 
 A setting is carried (the graph computes what transformers does) or refused with a sentence; the table in the
-docs is made of these cases, and tests/unit/test_export_parity.py draws each one.
+docs is made of these cases, and tests/unit/exporters/test_parity.py draws each one.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.device.session import Session
+from vera_edge.device.runtime.session import Session
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

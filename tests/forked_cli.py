@@ -42,8 +42,8 @@ HEAVY = (
     "cyclonedx.output.json",
     "vera_edge_genai",
     "vera_edge.cli.release",
-    "vera_edge.release.run",
-    "vera_edge.drift.models",
+    "vera_edge.releasing.run",
+    "vera_edge.measuring.models",
     "vera_edge.reference",
 )
 _CHANGES = {

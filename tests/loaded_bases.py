@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tests import tiny
-from vera_edge.checkpoint import Checkpoint
-from vera_edge.tensors import RawTensor, TensorFolder
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.storage.tensors import RawTensor, TensorFolder
 
 # Options of BitsAndBytesConfig by the words of --trained-as that stand for them.
 OPTIONS: Mapping[str, dict[str, Any]] = {

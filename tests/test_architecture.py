@@ -15,83 +15,36 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A part (a module or a package of vera_edge) imports only from parts above it, or from within itself.
+# A room (a package of vera_edge, or a module beside them) imports only from rooms above it, or from within.
 ORDER = (
     "import_path",
     "errors",
     "progress",
-    "quiet",
-    "versions",
     "cores",
-    "engine",
-    "files",
-    "shard_index",
-    "tensors",
-    "shards",
-    "side_files",
-    "trained_files",
-    "tokenizer",
-    "overlay",
-    "projection",
-    "wrapper_names",
-    "adapter",
+    "versions",
+    "quiet",
+    "parallel",
+    "storage",
+    "adapters",
     "formats",
     "requantize",
-    "correction",
-    "trained_as",
-    "checkpoint",
-    "alignment",
+    "text",
     "tasks",
-    "model_class",
-    "fit",
-    "trained_text",
-    "trained_base",
-    "training_record",
-    "peft_rounding",
-    "provenance",
-    "lora",
-    "plan",
-    "merge",
-    "quantize",
-    "inspection",
-    "loading",
+    "base",
+    "trained",
+    "plans",
+    "merging",
     "reference",
-    "layers",
-    "calibration",
-    "target",
-    "manifest",
     "bundle",
-    "packing",
-    "signing",
-    "chunks",
     "device",
-    "frozen_graph",
-    "golden_vectors",
-    "drift",
-    "recover",
-    "writeback",
-    "weight_rounding",
+    "exporting",
+    "measuring",
+    "rounding",
     "precision",
-    "difference",
-    "release",
+    "releasing",
     "cli",
 )
-DEVICE_PARTS = {
-    "import_path",
-    "errors",
-    "progress",
-    "cores",
-    "files",
-    "shard_index",
-    "tensors",
-    "projection",
-    "formats",
-    "manifest",
-    "bundle",
-    "signing",
-    "chunks",
-    "device",
-}
+DEVICE_ROOMS = {"import_path", "errors", "progress", "cores", "storage", "adapters", "formats", "bundle", "device"}
 NOT_ON_THE_DEVICE = {
     "torch",
     "transformers",
@@ -141,8 +94,8 @@ def imports(module: str) -> frozenset[str]:
     return frozenset(found)
 
 
-def part(module: str) -> str:
-    """`vera_edge.drift.metrics` -> `drift`."""
+def room(module: str) -> str:
+    """`vera_edge.measuring.metrics` -> `measuring`."""
     return module.split(".")[1]
 
 
@@ -154,15 +107,15 @@ def ours(module: str) -> Iterator[str]:
     return (name for name in imports(module) if name.startswith("vera_edge."))
 
 
-def test_every_part_has_its_place_in_the_order() -> None:
-    unknown = {part(name) for name in core()} - set(ORDER)
+def test_every_room_has_its_place_in_the_order() -> None:
+    unknown = {room(name) for name in core()} - set(ORDER)
     assert not unknown, f"{sorted(unknown)}: give them a place in ORDER (and in ARCHITECTURE.md)"
 
 
 @pytest.mark.parametrize("module", sorted(core()))
 def test_a_module_imports_only_from_above(module: str) -> None:
-    place = ORDER.index(part(module))
-    wrong = [name for name in ours(module) if ORDER.index(part(name)) > place]
+    place = ORDER.index(room(module))
+    wrong = [name for name in ours(module) if ORDER.index(room(name)) > place]
     assert not wrong, f"{module} imports {wrong}, which lie below it"
 
 
@@ -181,10 +134,10 @@ def test_only_the_command_line_imports_click(module: str) -> None:
     assert not {name for name in imports(module) if name.split(".")[0] in ("click", "rich")}
 
 
-@pytest.mark.parametrize("module", sorted(name for name in core() if part(name) in DEVICE_PARTS))
+@pytest.mark.parametrize("module", sorted(name for name in core() if room(name) in DEVICE_ROOMS))
 def test_what_runs_on_the_device_reaches_nothing_heavy(module: str) -> None:
     assert not {name.split(".")[0] for name in imports(module)} & NOT_ON_THE_DEVICE
-    assert not {part(name) for name in ours(module)} - DEVICE_PARTS
+    assert not {room(name) for name in ours(module)} - DEVICE_ROOMS
 
 
 @pytest.mark.parametrize("module", sorted(core()))
@@ -193,8 +146,8 @@ def test_the_core_never_imports_an_exporter(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", sorted(name for name in modules() if name.startswith("vera_edge_")))
-def test_an_exporter_leaves_the_command_line_and_the_drift_alone(module: str) -> None:
-    assert not {part(name) for name in ours(module)} & {"cli", "drift", "release"}
+def test_an_exporter_leaves_the_command_line_and_what_measures_alone(module: str) -> None:
+    assert not {room(name) for name in ours(module)} & {"cli", "measuring", "releasing"}
 
 
 @pytest.mark.parametrize("module", sorted(modules()))
@@ -214,6 +167,6 @@ def test_help_loads_no_library_that_takes_time() -> None:
     assert not loaded_by(code) & NOT_FOR_HELP
 
 
-@pytest.mark.parametrize("module", sorted(name for name in core() if part(name) == "device"))
+@pytest.mark.parametrize("module", sorted(name for name in core() if room(name) == "device"))
 def test_importing_the_device_part_loads_nothing_heavy(module: str) -> None:
     assert not loaded_by(f"import {module}") & NOT_ON_THE_DEVICE

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tests import tiny
-from vera_edge import bundle
+from vera_edge.bundle import contents as bundle
 
 RANK = 8
 LAYERS = 2
@@ -204,8 +204,8 @@ def rewrite(folder: Path, **changes: Any) -> None:
 
 def with_golden(bundles: TinyBundles, source: Path, folder: Path, limits: dict[str, float]) -> Path:
     """A copy of a bundle with golden vectors by torch, for the base and every adapter it can swap to."""
-    from vera_edge.device import golden
-    from vera_edge.device.chat import Text
+    from vera_edge.device.check import golden
+    from vera_edge.device.runtime.chat import Text
 
     shutil.copytree(source, folder)
     references: dict[str | None, golden.Reference] = {None: TorchRunner(tiny.load(bundles.base))}

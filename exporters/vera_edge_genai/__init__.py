@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from vera_edge_genai.export import GenaiExporter
+from vera_edge_onnx.decoder.export import GenaiExporter
 
 EXPORTER = GenaiExporter()

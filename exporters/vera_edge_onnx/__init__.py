@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from vera_edge import tasks
 from vera_edge.errors import TargetError
-from vera_edge.target import Export, ExportRequest, find
+from vera_edge.exporting.target import Export, ExportRequest, find
+from vera_edge.tasks import task as tasks
 from vera_edge_onnx.classes import ENCODER_OF
 
 
@@ -22,7 +22,7 @@ class OnnxExporter:
             raise TargetError(f"{request.checkpoint.path / 'config.json'} names no architecture to export")
         if tasks.is_decoder(name) and name not in ENCODER_OF:
             return find("genai").export(request)
-        from vera_edge_onnx import encoder
+        from vera_edge_onnx.encoder import export as encoder
 
         return encoder.export(request, self.name, name)
 

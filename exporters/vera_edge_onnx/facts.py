@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import vera_edge
-from vera_edge import tasks
-from vera_edge.alignment import trained_names
-from vera_edge.bundle import Facts
-from vera_edge.files import canonical_json, sha256_bytes
-from vera_edge.packing import Piece
-from vera_edge.target import ExportRequest
-from vera_edge_onnx import adapters, options
-from vera_edge_onnx.weights import runs_as
+from vera_edge.bundle.contents import Facts
+from vera_edge.exporting.onnx_adapter import Piece
+from vera_edge.exporting.target import ExportRequest
+from vera_edge.storage.files import canonical_json, sha256_bytes
+from vera_edge.tasks import task as tasks
+from vera_edge.trained.alignment import trained_names
+from vera_edge_onnx import options
+from vera_edge_onnx.branch import adapters
+from vera_edge_onnx.weights.stored import runs_as
 
 _TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 # The oldest ONNX Runtime that knows every operator, and adapters, as they are written here.

@@ -14,16 +14,17 @@ from typing import Any
 
 import onnx_ir as ir
 
-from vera_edge import bundle
-from vera_edge.bundle import Facts, Manifest
-from vera_edge.device import generated, int8_products
+from vera_edge.bundle import contents as bundle
+from vera_edge.bundle.contents import Facts, Manifest
+from vera_edge.device.runtime import generated, int8_products
 from vera_edge.errors import TargetError
-from vera_edge.files import sha256_file
+from vera_edge.exporting.target import ExportRequest
 from vera_edge.progress import Progress
-from vera_edge.target import ExportRequest
-from vera_edge_onnx import seed, storage
-from vera_edge_onnx.expanded import SHIPPED, Shipped
-from vera_edge_onnx.weaver import Range
+from vera_edge.storage.files import sha256_file
+from vera_edge_onnx.branch import seed
+from vera_edge_onnx.graph import storage
+from vera_edge_onnx.graph.weaver import Range
+from vera_edge_onnx.weights.expanded import SHIPPED, Shipped
 
 
 @dataclass(frozen=True)

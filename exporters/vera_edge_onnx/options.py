@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from vera_edge.errors import PlanError
-from vera_edge.plan import FLOAT
-from vera_edge.target import ExportRequest
-from vera_edge_onnx import adapters, seed, weights
+from vera_edge.exporting.target import ExportRequest
+from vera_edge.plans.plan import FLOAT
+from vera_edge_onnx.branch import adapters, seed
+from vera_edge_onnx.weights import stored as weights
 
 HEAD, PROJECTIONS = "head", "projections"
 _KNOWN = (HEAD, PROJECTIONS, weights.ACCURACY, weights.RUN, seed.OPTION, adapters.VECTORS)

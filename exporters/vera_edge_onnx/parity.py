@@ -18,12 +18,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
-from vera_edge.device.graph import first_line
+from vera_edge.device.runtime.graph import first_line
 from vera_edge.errors import CheckpointError, TargetError
-from vera_edge.target import ExportRequest
-from vera_edge_onnx import adapters, branch
-from vera_edge_onnx.sites import Site
-from vera_edge_onnx.weaver import Weaver
+from vera_edge.exporting.target import ExportRequest
+from vera_edge_onnx.branch import adapters, branch
+from vera_edge_onnx.graph.sites import Site
+from vera_edge_onnx.graph.weaver import Weaver
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]

@@ -11,7 +11,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
-from vera_edge_onnx.storage import more_file
+from vera_edge_onnx.graph.storage import more_file
 
 KEY = "transformers.js_config"
 

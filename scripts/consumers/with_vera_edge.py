@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import vera_edge
-from vera_edge import bundle
-from vera_edge.device.session import Session
+from vera_edge.bundle import contents as bundle
+from vera_edge.device.runtime.session import Session
 
 
 def main(folder: str, prompt: str, count: str, adapter: str | None = None) -> None:

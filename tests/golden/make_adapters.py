@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 from tests import peft_cases, tiny
-from vera_edge.projection import Projections, ProjectionSpec
+from vera_edge.adapters.projection import Projections, ProjectionSpec
 
 ADAPTERS = Path(__file__).parent / "adapters"
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vera_edge.projection import ROUNDINGS, Projections, ProjectionSpec
+from vera_edge.adapters.projection import ROUNDINGS, Projections, ProjectionSpec
 
 TARGET = Path(__file__).parent / "projections.json"
 # (seed, rank, in_max, out_max): sizes of one, rank larger than a side, sides of SmolLM2 and of a 7B model,

@@ -13,7 +13,7 @@ import pytest
 from tests import tiny_bundle
 from tests.conftest import Cli, CliProcess
 from tests.tiny_bundle import TinyBundles
-from vera_edge import bundle
+from vera_edge.bundle import contents as bundle
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_too_little_memory_is_said_in_one_sentence(released: Path, spare: int) -
     code = (
         "import re, resource, sys\n"
         "from pathlib import Path\n"
-        "import vera_edge.cli.run, vera_edge.device.session\n"
+        "import vera_edge.cli.run, vera_edge.device.runtime.session\n"
         "held = int(re.search(r'VmSize:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
         "limit = (held + int(sys.argv[1])) * 1024\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
@@ -127,7 +127,7 @@ def test_install_needs_no_more_than_the_standard_library(released: Path, tmp_pat
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from vera_edge.device.install import install\n"
+        "from vera_edge.device.deploy.install import install\n"
         "install(Path(sys.argv[1]), Path(sys.argv[2]))\n"
         "assert not {'numpy', 'onnxruntime', 'torch', 'click'} & set(sys.modules)\n"
     )

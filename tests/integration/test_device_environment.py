@@ -12,8 +12,9 @@ import pytest
 
 from tests import foreign_code, tiny, tiny_bundle
 from tests.tiny_bundle import TinyBundles
-from vera_edge import bundle, target
-from vera_edge.device.session import Session
+from vera_edge.bundle import contents as bundle
+from vera_edge.device.runtime.session import Session
+from vera_edge.exporting import target
 
 LIMIT = 200e6  # bytes
 HEAVY = ("torch", "transformers", "peft", "onnx", "onnx_ir", "bitsandbytes", "onnxruntime_genai", "optimum")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from scripts.prepare_demo import Demo
-from vera_edge import golden_vectors, target
-from vera_edge.device.session import Session
+from vera_edge.device.runtime.session import Session
+from vera_edge.exporting import golden_vectors, target
 
 pytestmark = pytest.mark.real
 PROMPT = "What is the capital of France?"

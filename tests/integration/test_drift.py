@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from scripts.prepare_demo import Demo
 from tests import exported, tiny, tiny_bundle
 from tests.conftest import Cli
-from vera_edge import adapter as adapters
-from vera_edge import provenance
-from vera_edge.checkpoint import Checkpoint
-from vera_edge.drift import models
+from vera_edge.adapters import vera as adapters
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.measuring import models
+from vera_edge.trained import provenance
 
 torch.set_num_threads(1)
 QUICK = ("--tokens", 512, "--window", 32)

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from tests import tiny
-from vera_edge import bundle
-from vera_edge.device import install
-from vera_edge.release import recipe
+from vera_edge.bundle import contents as bundle
+from vera_edge.device.deploy import install
+from vera_edge.releasing import recipe
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -10,8 +10,8 @@ import pytest
 from scripts import demo_encoder
 from tests import exported
 from tests.conftest import Cli
-from vera_edge import bundle
-from vera_edge.device.encoder import Encoder
+from vera_edge.bundle import contents as bundle
+from vera_edge.device.runtime.encoder import Encoder
 
 SENTENCES = ["An adapter of kilobytes, swapped in milliseconds.", "Merge, then quantize again."]
 

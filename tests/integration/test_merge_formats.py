@@ -10,9 +10,10 @@ import pytest
 
 from scripts.prepare_demo import Demo
 from tests.conftest import Cli
-from vera_edge import formats, side_files
-from vera_edge.checkpoint import Checkpoint
-from vera_edge.tensors import RawTensor, write_header
+from vera_edge import formats
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.storage import side_files
+from vera_edge.storage.tensors import RawTensor, write_header
 
 pytestmark = [
     pytest.mark.real,

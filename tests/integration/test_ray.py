@@ -13,9 +13,9 @@ from scripts.soak_merge import contents
 from tests import foreign_code, tiny
 from tests.conftest import Cli
 from tests.integration.test_release_faults import recipe
-from vera_edge import merge
-from vera_edge.engine import Engine
+from vera_edge import merging as merge
 from vera_edge.errors import PlanError
+from vera_edge.parallel import Engine
 
 
 def slow_square(item: tuple[Path, int]) -> int:

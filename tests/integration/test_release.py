@@ -16,10 +16,11 @@ import pytest
 
 from tests import tiny
 from tests.conftest import Cli
-from tests.unit.test_signing import make_key
-from vera_edge import bundle, signing
-from vera_edge.files import canonical_json
-from vera_edge.signing import Trust
+from tests.unit.bundle.test_signing import make_key
+from vera_edge.bundle import contents as bundle
+from vera_edge.bundle import signing
+from vera_edge.bundle.signing import Trust
+from vera_edge.storage.files import canonical_json
 
 RECIPE = """
 [release]
@@ -67,7 +68,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def released(inputs: Path, store: Path) -> Path:
-    from vera_edge.release.run import release
+    from vera_edge.releasing.run import release
 
     out = inputs.parent / "out"
     made = release(inputs / "r.toml", out, store=store)

@@ -14,8 +14,9 @@ from tests import tiny_encoder
 from tests.conftest import Cli
 from tests.families import FAMILIES, Family
 from tests.tiny_encoder import TEXTS
-from vera_edge import bundle, target
-from vera_edge.device.encoder import Encoder
+from vera_edge.bundle import contents as bundle
+from vera_edge.device.runtime.encoder import Encoder
+from vera_edge.exporting import target
 
 HEAD = '[release]\nname = "tiny"\n'
 LIMITS = '[limits]\ndata = "t.txt"\n'

@@ -18,8 +18,8 @@ import pytest
 
 from tests import tiny
 from tests.conftest import ROOT, Cli
-from vera_edge import bundle
-from vera_edge.files import PARTIAL_MARK
+from vera_edge.bundle import contents as bundle
+from vera_edge.storage.files import PARTIAL_MARK
 
 NAME = "onnx-branch-nf4"
 VARIANT = (

@@ -13,8 +13,8 @@ import pytest
 from tests import tiny_bundle
 from tests.conftest import Cli, CliProcess
 from tests.tiny_bundle import TinyBundles, rewrite
-from vera_edge import bundle
-from vera_edge.device.session import Session
+from vera_edge.bundle import contents as bundle
+from vera_edge.device.runtime.session import Session
 
 PROMPT = "The adapter scales each row"
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "peft", "bitsandbytes", "onnxruntime_genai", "scipy"}

@@ -19,9 +19,9 @@ from transformers import BitsAndBytesConfig
 
 from tests import tiny, tiny_encoder
 from tests.conftest import Cli
-from vera_edge import projection
-from vera_edge.tensors import Float32
-from vera_edge.training_record import ASSUMED
+from vera_edge.adapters import projection
+from vera_edge.storage.tensors import Float32
+from vera_edge.trained.record import ASSUMED
 
 TOKENS = torch.arange(3, 63)[None] * 5 % 384
 WORDS = "nf4,double,compute=bf16"
@@ -202,7 +202,7 @@ def two_ways(
     request: pytest.FixtureRequest, tiny_llama: tiny.TinyLlama, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TwoWays, str]:
     """Both, and the words for it; the adapter's projections aren't saved."""
-    from vera_edge import quantize
+    from vera_edge.merging import quantize
 
     root = tmp_path_factory.mktemp("two-ways")
     shutil.copytree(tiny_llama.bf16, root / "floats" / "base")
@@ -260,7 +260,7 @@ def test_the_same_bytes_either_way(
 @pytest.mark.parametrize("kind", ["embeddings", "classes"])
 def test_the_same_bytes_of_an_encoder(kind: str, tmp_path: Path, cli: Cli) -> None:
     """Its pooler and its classifier are quantized too, as transformers has it."""
-    from vera_edge import quantize
+    from vera_edge.merging import quantize
 
     family = tiny_encoder.EMBEDDINGS if kind == "embeddings" else tiny_encoder.classifier()
     base, adapter = tiny_encoder.make(family, tmp_path)
@@ -273,7 +273,7 @@ def test_the_same_bytes_of_an_encoder(kind: str, tmp_path: Path, cli: Cli) -> No
 
 
 def test_the_same_bytes_of_conv1d(tiny_gpt2: Path, tiny_gpt2_adapter: Path, tmp_path: Path, cli: Cli) -> None:
-    from vera_edge import quantize
+    from vera_edge.merging import quantize
 
     saved = quantize.to_folder(tiny_gpt2, tmp_path / tiny_gpt2.name, quantize.Asked("fp4")).folder
     for name, folder, more in (("one", saved, ()), ("other", tiny_gpt2, ("--trained-as", "fp4"))):

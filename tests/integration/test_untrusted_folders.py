@@ -17,10 +17,11 @@ import pytest
 
 from tests import foreign_code, tiny, tiny_encoder
 from tests.conftest import ROOT
-from tests.unit.test_signing import make_key
-from vera_edge import bundle, golden_vectors, target
+from tests.unit.bundle.test_signing import make_key
+from vera_edge.bundle import contents as bundle
 from vera_edge.cli import COMMANDS
-from vera_edge.device import install
+from vera_edge.device.deploy import install
+from vera_edge.exporting import golden_vectors, target
 
 RECIPE = """
 [release]

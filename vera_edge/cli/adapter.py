@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from vera_edge.base.trained_as import TrainedAs
 from vera_edge.cli.show import (
     FOLDER,
     force_option,
@@ -15,7 +16,6 @@ from vera_edge.cli.show import (
     projection_dtype_option,
     trained_as_option,
 )
-from vera_edge.trained_as import TrainedAs
 
 
 @click.group()
@@ -37,7 +37,7 @@ def pack(adapter: Path, bundle: Path, output: Path, weight: float, force: bool, 
     Refused when rank, seed, projections, layers or shapes aren't the bundle's: ONNX Runtime would run such a
     file without a word.
     """
-    from vera_edge.packing import pack_folder
+    from vera_edge.exporting.onnx_adapter import pack_folder
 
     packed = pack_folder(adapter, bundle, output, weight, force)
     if as_json:
@@ -58,7 +58,7 @@ def freeze(adapter: str, bundle: Path, name: str | None, force: bool, as_json: b
     ADAPTER is a name of the bundle or an .onnx_adapter file. The weights are shared with the bundle's own
     graph. Transformers.js opens it by its model_file_name, Optimum by its file_name. Freeze before signing.
     """
-    from vera_edge.frozen_graph import freeze as write
+    from vera_edge.exporting.frozen_graph import freeze as write
 
     file = adapter.endswith(".onnx_adapter")
     chosen = Path(adapter) if file else adapter
@@ -74,7 +74,7 @@ def freeze(adapter: str, bundle: Path, name: str | None, force: bool, as_json: b
 @json_option
 def list_adapters(bundle: Path, as_json: bool) -> None:
     """List the adapters of BUNDLE; the default one is marked."""
-    from vera_edge import bundle as bundles
+    from vera_edge.bundle import contents as bundles
 
     manifest = bundles.read(bundle)
     if as_json:
@@ -92,7 +92,7 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
 @json_option
 def diff(old: Path, new: Path, as_json: bool) -> None:
     """Compare two PEFT adapters: what differs, and by how much, layer by layer."""
-    from vera_edge.difference import compare_adapters
+    from vera_edge.releasing.difference import compare_adapters
 
     found = compare_adapters(old, new)
     if as_json:
@@ -122,7 +122,7 @@ def to_lora(
     as_json: bool,
 ) -> None:
     """Write ADAPTER as a LoRA adapter that computes exactly the same, for tools that know only LoRA."""
-    from vera_edge import lora
+    from vera_edge.trained import to_lora as lora
 
     made = lora.to_lora(adapter, output, base, projection_dtype, force, trained_as)
     for note in made.notes:

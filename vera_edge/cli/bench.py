@@ -12,7 +12,7 @@ from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_ba
 from vera_edge.cli.trust import checks_signature
 
 if TYPE_CHECKING:
-    from vera_edge.device.bench import Bench, Spread
+    from vera_edge.device.check.bench import Bench, Spread
 
 _WORDS = {
     "load": "load, s",
@@ -57,7 +57,7 @@ def bench(
     quiet: bool,
 ) -> None:
     """Measure BUNDLE on this device: load, first token, prefill, decode, memory, energy where it is told."""
-    from vera_edge.device.bench import bench as measure
+    from vera_edge.device.check.bench import bench as measure
 
     with progress_bar(quiet or as_json) as progress:
         result = measure(bundle, against, threads, rounds, prompt, new, progress)

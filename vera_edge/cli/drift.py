@@ -9,11 +9,11 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
+from vera_edge.base.trained_as import TrainedAs
 from vera_edge.cli import show
-from vera_edge.drift.comparison import Comparison, Estimate
-from vera_edge.drift.encoder_report import EncoderReport
-from vera_edge.drift.result import DriftReport
-from vera_edge.trained_as import TrainedAs
+from vera_edge.measuring.comparison import Comparison, Estimate
+from vera_edge.measuring.encoder_report import EncoderReport
+from vera_edge.measuring.result import DriftReport
 
 _STATES = {"kept": "green", "broken": "red", "undecided": "yellow"}
 _LEVELS = {"faithful": "green", "degraded": "yellow", "lost": "red", "undecided": "yellow"}
@@ -109,9 +109,9 @@ def drift(
 
     Exit code 3 when a limit is broken or can't be decided.
     """
-    from vera_edge.drift import baseline as baselines
-    from vera_edge.drift import limits, outputs
-    from vera_edge.drift.assess import Request, assess_any
+    from vera_edge.measuring import baseline as baselines
+    from vera_edge.measuring import limits, outputs
+    from vera_edge.measuring.assess import Request, assess_any
 
     bounds = limits.gather(limits_file, options)
     earlier = baselines.read(baseline) if baseline else None

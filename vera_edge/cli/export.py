@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from vera_edge import plan as plans
-from vera_edge import target as targets
+from vera_edge.base.trained_as import TrainedAs
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
@@ -27,8 +26,9 @@ from vera_edge.cli.show import (
     trained_as_option,
     weight_option,
 )
-from vera_edge.trained_as import TrainedAs
-from vera_edge.weight_rounding import Rounding
+from vera_edge.exporting import target as targets
+from vera_edge.plans import plan as plans
+from vera_edge.rounding.weight_rounding import Rounding
 
 STORED = ("fp32", "fp16", "int8", "int4")
 

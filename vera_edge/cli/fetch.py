@@ -21,7 +21,7 @@ def fetch(source: str, output: Path, have: Path | None, force: bool, as_json: bo
 
     Any static server will do. With --have only the chunks that the older version lacks are transferred.
     """
-    from vera_edge.device.fetch import fetch as fetch_bundle
+    from vera_edge.device.deploy.fetch import fetch as fetch_bundle
 
     with progress_bar(quiet or as_json) as progress:
         found = fetch_bundle(source, output, have, force, progress)
@@ -47,7 +47,7 @@ def fetch(source: str, output: Path, have: Path | None, force: bool, as_json: bo
 @json_option
 def diff(old: Path, new: Path, as_json: bool) -> None:
     """Say what changed from the bundle OLD to NEW: facts, drift, plan, files, bytes to transfer."""
-    from vera_edge.difference import compare_bundles
+    from vera_edge.releasing.difference import compare_bundles
 
     found = compare_bundles(old, new)
     if as_json:

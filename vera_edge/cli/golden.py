@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from vera_edge.base.trained_as import TrainedAs
 from vera_edge.cli.show import (
     FOLDER,
     json_option,
@@ -15,7 +16,6 @@ from vera_edge.cli.show import (
     quiet_option,
     trained_as_option,
 )
-from vera_edge.trained_as import TrainedAs
 
 
 @click.command()
@@ -59,7 +59,7 @@ def golden(
 
     Each adapter is asked at the weight that BUNDLE has it at.
     """
-    from vera_edge import golden_vectors
+    from vera_edge.exporting import golden_vectors
 
     limits = {name: value for name, value in asked.items() if value is not None}
     lines = golden_vectors.read_prompts(prompts) if prompts else None

@@ -8,6 +8,7 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from vera_edge.base.trained_as import TrainedAs
 from vera_edge.cli.show import (
     FOLDER,
     json_option,
@@ -18,8 +19,7 @@ from vera_edge.cli.show import (
     trained_as_option,
 )
 from vera_edge.errors import MismatchError
-from vera_edge.inspection import Cost, Inspection, Kind, inspect_folder
-from vera_edge.trained_as import TrainedAs
+from vera_edge.trained.inspection import Cost, Inspection, Kind, inspect_folder
 
 
 @click.command()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from vera_edge import bundle
+from vera_edge.bundle import contents as bundle
+from vera_edge.bundle.signing import Trust
 from vera_edge.cli.show import (
     FOLDER,
     force_option,
@@ -18,11 +19,10 @@ from vera_edge.cli.show import (
     warn_of_int8,
 )
 from vera_edge.cli.trust import check_signature, checks_signature, takes_trust
-from vera_edge.device.install import Accept, Installed, make_patch
-from vera_edge.device.install import install as install_bundle
-from vera_edge.device.install import rollback as roll_back
+from vera_edge.device.deploy.install import Accept, Installed, make_patch
+from vera_edge.device.deploy.install import install as install_bundle
+from vera_edge.device.deploy.install import rollback as roll_back
 from vera_edge.errors import DriftExceeded
-from vera_edge.signing import Trust
 
 _validate_option = click.option(
     "--validate",
@@ -97,7 +97,7 @@ def _accept(validated: bool) -> Accept | None:
         return None
 
     def accept(folder: Path) -> None:
-        from vera_edge.device.validate import validate
+        from vera_edge.device.check.validate import validate
 
         result = validate(folder)
         if failed := [check for check in result.checks if not check.passed]:

@@ -8,8 +8,8 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vera_edge import merge as merging
-from vera_edge import plan as plans
+from vera_edge import merging
+from vera_edge.base.trained_as import TrainedAs
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
@@ -30,12 +30,12 @@ from vera_edge.cli.show import (
     weight_option,
 )
 from vera_edge.cores import available_cores
-from vera_edge.engine import Engine
 from vera_edge.formats import block_option
-from vera_edge.plan import Plan
+from vera_edge.parallel import Engine
+from vera_edge.plans import plan as plans
+from vera_edge.plans.plan import Plan
 from vera_edge.precision import parse_size
-from vera_edge.trained_as import TrainedAs
-from vera_edge.weight_rounding import Rounding, merge_to_folders
+from vera_edge.rounding.weight_rounding import Rounding, merge_to_folders
 
 _SHOWN = 5
 

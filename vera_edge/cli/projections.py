@@ -8,8 +8,9 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vera_edge import adapter as adapters
-from vera_edge import projection, trained_base
+from vera_edge.adapters import projection
+from vera_edge.adapters import vera as adapters
+from vera_edge.base.trained_as import TrainedAs
 from vera_edge.cli.show import (
     FOLDER,
     force_option,
@@ -20,10 +21,10 @@ from vera_edge.cli.show import (
     projection_dtype_option,
     trained_as_option,
 )
-from vera_edge.files import check_output
-from vera_edge.provenance import Provenance, resolve_for_command
-from vera_edge.provenance import verify as verify_saved
-from vera_edge.trained_as import TrainedAs
+from vera_edge.storage.files import check_output
+from vera_edge.trained import model as trained_base
+from vera_edge.trained.provenance import Provenance, resolve_for_command
+from vera_edge.trained.provenance import verify as verify_saved
 
 
 @click.command()

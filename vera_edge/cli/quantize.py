@@ -8,8 +8,8 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vera_edge import quantize as quantizing
 from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, progress_bar, quiet_option
+from vera_edge.merging import quantize as quantizing
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

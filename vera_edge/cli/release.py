@@ -10,8 +10,8 @@ import click
 from vera_edge.cli import show
 
 if TYPE_CHECKING:
-    from vera_edge.release.job import Job
-    from vera_edge.release.work import Result
+    from vera_edge.releasing.job import Job
+    from vera_edge.releasing.work import Result
 
 
 class _RecipeGroup(click.Group):
@@ -76,8 +76,8 @@ def make(
     Work that is done already, in this or another release, isn't done again. Exit code 3 when a gate stopped a
     bundle, 2 when an input is at fault; the other bundles are published all the same.
     """
-    from vera_edge.engine import Engine
-    from vera_edge.release import run as releases
+    from vera_edge.parallel import Engine
+    from vera_edge.releasing import run as releases
 
     if dry_run:
         _show_plan(releases.plan(recipe, out, store)[1], as_json)
@@ -137,7 +137,7 @@ def rebuild(bundle: Path, inputs: Path, as_json: bool, quiet: bool) -> None:
     Exit code 3 when they differ.
     """
     from vera_edge.errors import DriftExceeded
-    from vera_edge.release import rebuild as rebuilding
+    from vera_edge.releasing import rebuild as rebuilding
 
     with show.progress_bar(quiet or as_json) as progress:
         found = rebuilding.rebuild(bundle, inputs, progress)

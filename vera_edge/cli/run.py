@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from vera_edge.bundle import read
+from vera_edge.bundle.contents import read
 from vera_edge.cli.show import FOLDER, json_option, out, print_json
 
 _PYTHON = {"True": "true", "False": "false", "None": "null"}  # as a person may write them
@@ -80,13 +80,13 @@ def run(
         raise click.UsageError("there is no standard input to read the prompt from")
     text = sys.stdin.read() if prompt == "-" else prompt
     manifest = read(bundle)
-    from vera_edge.device.opened import named
+    from vera_edge.device.runtime.opened import named
 
     if manifest.kind == "encoder":
         _refuse_sampling(click.get_current_context())
         _encode(bundle, text, named(adapter, manifest), threads, fast, as_json)
         return
-    from vera_edge.device.session import Session
+    from vera_edge.device.runtime.session import Session
 
     session = Session.open(bundle, named(adapter, manifest), threads=threads, deep=not fast)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}] if system else text
@@ -113,7 +113,7 @@ def _refuse_sampling(ctx: click.Context) -> None:
 def _encode(
     bundle: Path, text: str, adapter: str | Path | None, threads: int | None, fast: bool, as_json: bool
 ) -> None:
-    from vera_edge.device.encoder import EMBEDDINGS, Encoder
+    from vera_edge.device.runtime.encoder import EMBEDDINGS, Encoder
 
     encoder = Encoder.open(bundle, adapter, threads=threads, deep=not fast)
     if encoder.gives == EMBEDDINGS:

@@ -25,10 +25,10 @@ from rich.progress import (
 from rich.text import Text
 
 from vera_edge import progress as progress_protocol
-from vera_edge.manifest import Manifest
+from vera_edge.bundle.manifest import Manifest
 
 if TYPE_CHECKING:
-    from vera_edge.trained_as import TrainedAs
+    from vera_edge.base.trained_as import TrainedAs
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -46,7 +46,7 @@ projection_dtype_option: Callable[[F], F] = click.option(
 def _trained_as(ctx: click.Context, param: click.Parameter, value: str | None) -> TrainedAs | None:
     if value is None:
         return None
-    from vera_edge.trained_as import parse  # numpy comes with it
+    from vera_edge.base.trained_as import parse  # numpy comes with it
 
     return parse(value)
 
@@ -140,7 +140,7 @@ def print_json(value: Mapping[str, Any]) -> None:
 def warn_of_int8(manifest: Manifest) -> None:
     """Warn of a bundle whose int8 products overflow on this processor."""
     if manifest.needs_vnni:  # what most don't: the runtime takes a while to load
-        from vera_edge.device import int8_products
+        from vera_edge.device.runtime import int8_products
 
         int8_products.warn(manifest)
 

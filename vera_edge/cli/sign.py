@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from vera_edge import bundle as bundles
-from vera_edge import signing
+from vera_edge.bundle import contents as bundles
+from vera_edge.bundle import signing
 from vera_edge.cli.show import FOLDER, out, progress_bar, quiet_option
 
 

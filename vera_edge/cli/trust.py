@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from vera_edge import signing
+from vera_edge.bundle import signing
 from vera_edge.cli.show import FOLDER, err
 
 

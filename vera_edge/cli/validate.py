@@ -14,7 +14,7 @@ from vera_edge.cli.trust import checks_signature
 from vera_edge.errors import DriftExceeded
 
 if TYPE_CHECKING:
-    from vera_edge.device.validate import Validation
+    from vera_edge.device.check.validate import Validation
 
 _FIGURES = {
     "cosine": "cosine",
@@ -64,7 +64,7 @@ def validate(
     **limits: float | None,
 ) -> None:
     """Run BUNDLE's golden vectors on this device and hold them to its limits; exit 3 when one is broken."""
-    from vera_edge.device.validate import validate as run
+    from vera_edge.device.check.validate import validate as run
 
     with progress_bar(quiet or as_json) as progress:
         result = run(bundle, threads, max_memory, limits, progress)

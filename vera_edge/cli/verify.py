@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vera_edge import bundle as bundles
+from vera_edge.bundle import contents as bundles
 from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option, warn_of_int8
 from vera_edge.cli.trust import checks_signature
 

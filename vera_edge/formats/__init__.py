@@ -27,7 +27,7 @@ from vera_edge.formats.weight import (
     rounder,
     row_chunks,
 )
-from vera_edge.tensors import TensorFolder
+from vera_edge.storage.tensors import TensorFolder
 
 __all__ = [
     "FORMATS",

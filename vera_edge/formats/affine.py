@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from vera_edge.errors import PlanError
 from vera_edge.formats.weight import row_chunks
-from vera_edge.tensors import Bytes, Float32
+from vera_edge.storage.tensors import Bytes, Float32
 
 _TINIEST = 2.0**-100
 

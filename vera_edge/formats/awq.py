@@ -19,7 +19,7 @@ from vera_edge.errors import FormatError, PlanError
 from vera_edge.formats import affine, bitpack, checks
 from vera_edge.formats.affine import Grid, Integers
 from vera_edge.formats.weight import Layout, StoredLinear
-from vera_edge.tensors import Bytes, Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import Bytes, Float32, RawTensor, TensorFolder
 
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 _WIDTH = 8  # outputs in a word

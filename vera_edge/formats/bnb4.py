@@ -20,7 +20,7 @@ from vera_edge.formats.codes4 import LEVELS, block_codes, levels_of, nearest_cod
 from vera_edge.formats.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from vera_edge.formats.nested import Nested, quantize_absmax
 from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear
-from vera_edge.tensors import DTYPES, FLOATS, Bytes, Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import DTYPES, FLOATS, Bytes, Float32, RawTensor, TensorFolder
 
 STATE = ".weight.quant_state.bitsandbytes__"
 STORAGES = {"U8": "uint8", "BF16": "bfloat16", "F16": "float16", "F32": "float32"}

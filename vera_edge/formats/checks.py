@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge.errors import CheckpointError, FormatError, PlanError
-from vera_edge.tensors import Float32, TensorFolder
+from vera_edge.storage.tensors import Float32, TensorFolder
 
 SCALES = frozenset({"F16", "BF16", "F32"})
 

@@ -23,7 +23,7 @@ from vera_edge.formats.affine import Grid, Integers
 from vera_edge.formats.ct_schemes import Scheme
 from vera_edge.formats.fp8 import BlockFloat8, quantize_blocks
 from vera_edge.formats.weight import Layout, StoredLinear, Weight
-from vera_edge.tensors import Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder
 
 _PACKED = ("weight_packed", "weight_shape")
 _ZERO_DTYPES = frozenset({"I8", "U8", "I16", "I32", "I64"})

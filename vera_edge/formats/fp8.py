@@ -16,7 +16,7 @@ import numpy as np
 from vera_edge.errors import FormatError, PlanError
 from vera_edge.formats import affine, checks, float8
 from vera_edge.formats.weight import Layout, StoredLinear, row_chunks
-from vera_edge.tensors import Bytes, Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import Bytes, Float32, RawTensor, TensorFolder
 
 _SUFFIXES = {"weight": ".weight", "weight_scale_inv": ".weight_scale_inv"}
 

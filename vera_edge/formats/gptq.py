@@ -22,7 +22,7 @@ from vera_edge.errors import CheckpointError, FormatError, PlanError
 from vera_edge.formats import affine, bitpack, checks
 from vera_edge.formats.affine import Grid, Integers
 from vera_edge.formats.weight import Layout, StoredLinear
-from vera_edge.tensors import Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder
 
 _BITS = (2, 3, 4, 8)
 _VERSIONS = ("gptq", "gptq_v2")

@@ -21,7 +21,7 @@ from vera_edge.errors import CheckpointError, FormatError
 from vera_edge.formats import checks
 from vera_edge.formats.readonly import ReadOnly
 from vera_edge.formats.weight import StoredLinear
-from vera_edge.tensors import Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder
 
 # packing -> (bits, codes in a word, dtype of a word)
 _PACKINGS = {

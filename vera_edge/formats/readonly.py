@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from vera_edge.errors import PlanError
 from vera_edge.formats.weight import Layout, StoredLinear, Weight
-from vera_edge.tensors import Float32
+from vera_edge.storage.tensors import Float32
 
 
 class ReadOnly:

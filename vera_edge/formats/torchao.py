@@ -24,7 +24,7 @@ from vera_edge.formats import affine, checks
 from vera_edge.formats.fp8 import BlockFloat8
 from vera_edge.formats.readonly import ReadOnly
 from vera_edge.formats.weight import StoredLinear, Weight
-from vera_edge.tensors import Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder
 
 _CLASSES = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Float8Tensor")
 _PARTS = ("qdata", "scale", "zero_point", "act_quant_scale", "act_quant_zero_point")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.tensors import Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder
 
 # Rows are handled in pieces of about this many values: temporaries stay in the processor's cache, and small
 # beside the weight.

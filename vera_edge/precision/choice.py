@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vera_edge.plan import Plan
+from vera_edge.plans.plan import Plan
 from vera_edge.precision.units import Unit
 
 

@@ -10,15 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vera_edge import merge, tasks
-from vera_edge import plan as plans
-from vera_edge import target as targets
-from vera_edge import tokenizer as tokenizers
-from vera_edge.drift import windows
+from vera_edge import merging as merge
+from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import PlanError
-from vera_edge.files import PARTIAL_MARK, output_error, staged_folder
-from vera_edge.merge import Prepared
-from vera_edge.plan import DENSE, SAME, Plan, Step
+from vera_edge.exporting import target as targets
+from vera_edge.merging import Prepared
+from vera_edge.plans import plan as plans
+from vera_edge.plans.plan import DENSE, SAME, Plan, Step
 from vera_edge.precision.choice import Choice
 from vera_edge.precision.codes import Rounded
 from vera_edge.precision.replay import Replay
@@ -29,7 +27,10 @@ from vera_edge.precision.trial import Trials
 from vera_edge.precision.units import Sensitivities, bytes_of, heads_of
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import CodesFolder
-from vera_edge.trained_as import TrainedAs
+from vera_edge.storage.files import PARTIAL_MARK, output_error, staged_folder
+from vera_edge.tasks import task as tasks
+from vera_edge.text import tokenizer as tokenizers
+from vera_edge.text import windows
 
 
 def choose(

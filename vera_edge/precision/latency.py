@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.cores import available_cores
-from vera_edge.plan import DENSE, Step
-from vera_edge.weight_rounding import BLOCK
+from vera_edge.plans.plan import DENSE, Step
+from vera_edge.rounding.weight_rounding import BLOCK
 
 # More than the last level of most caches, and as much as a small model's layers of one shape.
 _BYTES = 64 << 20

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from vera_edge.errors import DataError
-from vera_edge.layers import stack_of
+from vera_edge.exporting.target import Runner
 from vera_edge.progress import Progress, silent
-from vera_edge.target import Runner
+from vera_edge.reference.layers import stack_of
 
 Int64 = npt.NDArray[np.int64]
 

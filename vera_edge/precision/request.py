@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import get_args
 
 from vera_edge.errors import PlanError
-from vera_edge.plan import Mode
+from vera_edge.plans.plan import Mode
 from vera_edge.requantize import METHODS
-from vera_edge.weight_rounding import BUILT_IN, TOKENS
+from vera_edge.rounding.weight_rounding import BUILT_IN, TOKENS
 
 FORMATS = ("int4", "int8", "nf4", "fp4", "fp32")
 TARGETS = ("onnx", "genai")

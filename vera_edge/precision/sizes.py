@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from vera_edge.errors import PlanError
-from vera_edge.plan import DENSE, Step
+from vera_edge.plans.plan import DENSE, Step
 from vera_edge.requantize import Grid, int_blocks
-from vera_edge.weight_rounding import BLOCK, grid_of
+from vera_edge.rounding.weight_rounding import BLOCK, grid_of
 
 HEADS = ("fp32", "int8", "int4")
 _FLOAT = 4

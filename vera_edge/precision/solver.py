@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from vera_edge.errors import PlanError
-from vera_edge.merge import Prepared
-from vera_edge.plan import SAME, Plan
+from vera_edge.merging import Prepared
+from vera_edge.plans.plan import SAME, Plan
 from vera_edge.precision.choice import Choice, FrontPoint, Trial
 from vera_edge.precision.codes import INTEGER, Rounded
 from vera_edge.precision.knapsack import Front, front
@@ -20,7 +20,7 @@ from vera_edge.precision.request import Request, split
 from vera_edge.precision.trial import Trials
 from vera_edge.precision.units import ENDS, Unit, ends_change
 from vera_edge.progress import Progress
-from vera_edge.weight_rounding import Rounding
+from vera_edge.rounding.weight_rounding import Rounding
 
 # Units together lose more than the sum of each alone; a measured factor takes this one's place.
 FIRST_FACTOR = 1.25

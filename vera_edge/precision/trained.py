@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vera_edge import merge
+from vera_edge import merging as merge
 from vera_edge.errors import PlanError
-from vera_edge.merge import Prepared
-from vera_edge.reference import load_dense, oriented
+from vera_edge.merging import Prepared
+from vera_edge.reference.model import load_dense, oriented
 
 
 def check_adapters(ready: Prepared) -> None:

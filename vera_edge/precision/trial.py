@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_edge import target as targets
-from vera_edge.device.session import Session
-from vera_edge.merge import Prepared
-from vera_edge.plan import Plan
+from vera_edge.device.runtime.session import Session
+from vera_edge.exporting import target as targets
+from vera_edge.exporting.target import ExportRequest, stored_options
+from vera_edge.merging import Prepared
+from vera_edge.plans.plan import Plan
 from vera_edge.precision.replay import Replay
 from vera_edge.progress import Progress
 from vera_edge.requantize import Codes
-from vera_edge.target import ExportRequest, stored_options
-from vera_edge.weight_rounding import Rounding
+from vera_edge.rounding.weight_rounding import Rounding
 
 
 @dataclass(frozen=True)

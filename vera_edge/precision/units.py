@@ -22,7 +22,7 @@ from vera_edge.precision.replay import Change, Replay, rounded
 from vera_edge.precision.request import split
 from vera_edge.precision.sizes import HEADS, matrix_bytes, step_bytes
 from vera_edge.progress import Progress
-from vera_edge.weight_rounding import BLOCK
+from vera_edge.rounding.weight_rounding import BLOCK
 
 ENDS = "embeddings"
 

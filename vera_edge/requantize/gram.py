@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController
 
 from vera_edge.cores import available_cores
 from vera_edge.errors import DataError
-from vera_edge.tensors import Float32
+from vera_edge.storage.tensors import Float32
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 T = TypeVar("T")

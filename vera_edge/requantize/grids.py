@@ -22,7 +22,7 @@ from vera_edge.formats.bnb4 import Bnb4Weight
 from vera_edge.formats.bnb8 import Int8Weight
 from vera_edge.formats.codes4 import LEVELS, pack
 from vera_edge.formats.nested import Nested
-from vera_edge.tensors import Bytes, Float32
+from vera_edge.storage.tensors import Bytes, Float32
 
 # Cells of the table that finds the nearest level; a value this near to a bound may go to either side.
 _CELLS = 1 << 14

@@ -15,7 +15,7 @@ from vera_edge.requantize.hqq import half_quadratic
 from vera_edge.requantize.refit import NestedScales, Normal
 from vera_edge.requantize.rtn import range_scales
 from vera_edge.requantize.search import search
-from vera_edge.tensors import Bytes, Float32
+from vera_edge.storage.tensors import Bytes, Float32
 
 METHODS = ("rtn", "search", "hqq", "gptq")
 

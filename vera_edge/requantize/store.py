@@ -12,9 +12,9 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
 from vera_edge.errors import OutputError
-from vera_edge.files import output_error
 from vera_edge.formats.nested import BLOCKSIZE, Nested, code_book
 from vera_edge.requantize.grids import Codes, Grid
+from vera_edge.storage.files import output_error
 
 
 @dataclass(frozen=True)

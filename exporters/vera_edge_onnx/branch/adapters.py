@@ -1,0 +1,112 @@
+"""What a request's adapters touch, and their files beside a graph with side-branches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vera_edge.bundle.contents import NO_ADAPTER
+from vera_edge.errors import PlanError, TargetError
+from vera_edge.exporting import onnx_adapter as packing
+from vera_edge.exporting.onnx_adapter import Piece
+from vera_edge.exporting.target import ExportRequest
+from vera_edge.storage.files import canonical_json, sha256_bytes
+from vera_edge.storage.tensors import FLOATS, RawTensor
+
+VECTORS = "vectors"
+_DTYPES = {"fp32": "float32", "fp16": "float16"}
+
+
+def vector_dtype(request: ExportRequest) -> str:
+    """The dtype of the graph's inputs for the vectors, and of the files that bring them.
+
+    Raises PlanError for another one than these two, or where there are no vectors.
+    """
+    asked = request.options.get(VECTORS, "fp32")
+    if asked not in _DTYPES:
+        raise PlanError(f"vectors can't be stored as {asked!r}; choose from {', '.join(_DTYPES)}")
+    if VECTORS in request.options and request.plan.mode != "branch":
+        raise PlanError(
+            "a merged adapter leaves no vectors to store; leave vectors out, or add --mode branch"
+        )
+    return _DTYPES[asked]
+
+
+def check(request: ExportRequest) -> None:
+    """Raise TargetError when a side-branch can't carry what an adapter trained, PlanError on dtype or name.
+
+    PEFT saves the weight of an output head beside its vectors; a copy of the base's changes nothing.
+    """
+    vector_dtype(request)
+    if request.plan.mode == "branch":
+        names(request)
+    for adapter, _ in request.adapters if request.plan.mode == "branch" else ():
+        trained = {
+            name for name, saved in adapter.modules_to_save.items() if not _is_base(request, name, saved)
+        }
+        if more := sorted([*adapter.biases, *trained]):
+            raise TargetError(
+                f"{adapter.path} also trained {more[0]}, which a side-branch doesn't carry; use --mode merged"
+            )
+
+
+def _is_base(request: ExportRequest, name: str, saved: RawTensor) -> bool:
+    tensors = request.checkpoint.tensors
+    if name not in tensors or tensors[name].dtype not in FLOATS or saved.dtype not in FLOATS:
+        return False
+    return np.array_equal(tensors.float32(name), saved.float32())
+
+
+def sizes(request: ExportRequest) -> dict[str, int]:
+    """Output features of every module that an adapter touches, in the order of their names."""
+    modules = sorted({module for adapter, _ in request.adapters for module in adapter.vectors})
+    return {module: request.checkpoint.linear(module).out_features for module in modules}
+
+
+def model_version(request: ExportRequest, layout: Sequence[Piece]) -> int:
+    """The model version of every adapter that is packed for this export."""
+    return packing.model_version(base_digest(request), request.projections.digest, layout)
+
+
+def base_digest(request: ExportRequest) -> str:
+    """Of the base's tensors, and of those of an adapter's that a graph holds since the base lacks them."""
+    overlay = request.checkpoint.overlay
+    whole = {} if overlay is None else overlay.digests
+    digest = request.checkpoint.digest
+    return digest if not whole else sha256_bytes(canonical_json([digest, whole]))
+
+
+def names(request: ExportRequest) -> list[str]:
+    """What each adapter is called in the manifest: the first of a branch "default", others by their folders.
+
+    Merged, one whose folder's name is another's gets a number. Raises PlanError where a name that is asked
+    for at run time would mean two things.
+    """
+    found: list[str] = []
+    branch = request.plan.mode == "branch"
+    for adapter, _ in request.adapters:
+        name, number = "default" if branch and not found else adapter.name, 1
+        if branch and name in found:
+            raise PlanError(f"two adapters are called {name}; rename the folder of one of them")
+        if branch and name == NO_ADAPTER:
+            raise PlanError(
+                f"an adapter can't be called {name}, by which one asks for the base alone; rename the folder "
+                f"{adapter.path}"
+            )
+        while name in found:
+            number += 1
+            name = f"{adapter.name[:60]}-{number}"
+        found.append(name)
+    return found
+
+
+def write(request: ExportRequest, stage: Path, layout: Sequence[Piece]) -> dict[str, str]:
+    """One file for each adapter, name -> file within `stage`; the first is called default."""
+    files: dict[str, str] = {}
+    version, dtype = model_version(request, layout), vector_dtype(request)
+    for name, (adapter, weight) in zip(names(request), request.adapters, strict=True):
+        files[name] = f"adapters/{name}.onnx_adapter"
+        packing.write(stage / files[name], packing.vectors(adapter, layout, weight, dtype), version)
+    return files

@@ -1,0 +1,1 @@
+"""Decoders: drawn by ONNX Runtime GenAI's model builder, completed, held against the model, and written."""

@@ -1,0 +1,179 @@
+"""Exports a decoder as a folder that ONNX Runtime GenAI and plain ONNX Runtime open as it is.
+
+GenAI's builder draws the graph from a float32 copy of the model; then each linear gets the weight it is to be
+stored with, the side-branches are woven in, and the folder is described in its manifest.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import onnx_ir as ir
+
+from vera_edge import merging as merge
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.device.runtime.decoding import ROPE_KIND, ROPE_SWITCH
+from vera_edge.errors import TargetError
+from vera_edge.exporting.target import Export, ExportRequest
+from vera_edge.plans import plan as plans
+from vera_edge.reference.loading import config_of
+from vera_edge.storage.files import staged_folder
+from vera_edge.tasks import task as tasks
+from vera_edge_onnx import generated, options
+from vera_edge_onnx.branch import adapters, branch
+from vera_edge_onnx.decoder import configs, held
+from vera_edge_onnx.decoder.drawing import Drawing, draw
+from vera_edge_onnx.facts import describe, facts
+from vera_edge_onnx.graph import groups, joining, sites
+from vera_edge_onnx.graph.weaver import Range, Weaver
+from vera_edge_onnx.parity import Checked
+from vera_edge_onnx.weights import head
+from vera_edge_onnx.weights import stored as weights
+from vera_edge_onnx.weights.expanded import Shipped, ship
+
+MODEL = "onnx/model.onnx"
+
+
+class GenaiExporter:
+    """Decoders, through ONNX Runtime GenAI's model builder."""
+
+    @property
+    def name(self) -> str:
+        return "genai"
+
+    def export(self, request: ExportRequest) -> Export:
+        """Write `request.out`, whole or not at all.
+
+        Raises TargetError when the model or the adapter can't be exported this way, PlanError on an option
+        that isn't known.
+        """
+        architecture = check(request)
+        branched = request.plan.mode == "branch"
+        with staged_folder(request.out, request.force) as stage:
+            with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
+                work = request.drawn or Path(scratch)
+                drawing, found, checked = _float_graph(request, architecture, work)
+                model = drawing.model
+                layout = groups.layout(found, adapters.sizes(request)) if branched else ()
+                shared, shipped = _weave(request, model, found)
+                model.metadata_props.update(describe(request))
+                apart = generated.save(request, stage, model, MODEL, shared, shipped)
+                configs.copy(work / "float", drawing.folder, stage, MODEL, quiet=branched)
+            files = adapters.write(request, stage, layout) if branched else {}
+            described = replace(facts(request, MODEL, files, layout), checked=checked.to_dict())
+            manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
+        return Export(
+            target=self.name,
+            folder=request.out,
+            model=request.out / MODEL,
+            size=manifest.size,
+            plan=request.plan,
+            adapters={name: request.out / file for name, file in files.items()},
+            notes=_notes(model),
+        )
+
+
+def _notes(model: ir.Model) -> tuple[str, ...]:
+    """What a person should know of the graph before it runs elsewhere."""
+    if model.metadata_props.get(ROPE_KIND) != "longrope":
+        return ()
+    switch = model.metadata_props[ROPE_SWITCH]
+    return (
+        f"past {switch} tokens all keys are rotated by other factors (longrope): a runtime that isn't "
+        "vera-edge's must be given the whole text anew there",
+    )
+
+
+def check(request: ExportRequest) -> str:
+    """The architecture's name; raises before any work is done when the request can't be met."""
+    checkpoint = request.checkpoint
+    if any(step.activations != plans.FLOAT for step in request.plan.steps):
+        raise TargetError(
+            "a decoder's int8 products round what they read by themselves (MatMulNBits at accuracy level 4); "
+            "leave --activations out"
+        )
+    name = tasks.architecture(checkpoint.config)
+    if not name:
+        raise TargetError(f"{checkpoint.path / 'config.json'} names no architecture to export")
+    if not tasks.is_decoder(name):
+        raise TargetError(
+            f"{name} isn't a decoder, and only decoders can be exported; merge the adapter "
+            "(vera-edge merge) and export the result with a tool that takes it"
+        )
+    options.check(request, "genai")
+    return name
+
+
+def _float_graph(
+    request: ExportRequest, architecture: str, work: Path
+) -> tuple[Drawing, tuple[sites.Site, ...], Checked]:
+    """The float32 graph, merged or the base's own; its linear layers; what it was compared on."""
+    checkpoint, adapted = request.checkpoint, adapters.sizes(request)
+    merged = request.plan.mode == "merged"
+    summed, projections = (request.adapters if merged else ()), request.projections
+    floats = plans.make(checkpoint, summed, "merged", "fp32", projections=projections)
+    if not (work / "float").is_dir():
+        merge.write(floats, checkpoint, summed, projections, work / "float", request.progress)
+    copy = Checkpoint.open(work / "float")
+    config = config_of(copy)
+    shapes = {module: linear.shape for module, linear in copy.linears.items()}
+    for fuse in (True, False):
+        request.progress("drawing the graph", 0, 1)
+        drawing = draw(copy.path, config, architecture, work / f"graph-{fuse}".lower(), fuse)
+        found = sites.find(drawing.model, shapes, copy.dequantize)
+        # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
+        if merged or not any(_is_partial(site, adapted) for site in found):
+            break
+    sites.check_covered(found, {module: shapes[module] for module in adapted}, "adapted")
+    checked = held.hold(request, drawing, found)
+    return drawing, joining.join(drawing.model, found, partial(_fit_together, request, adapted)), checked
+
+
+def _fit_together(request: ExportRequest, adapted: Mapping[str, int], found: tuple[sites.Site, ...]) -> bool:
+    """Whether sites can be one product, all adapted or none."""
+    modules = {part.module for site in found for part in site.parts}
+    steps = [step for step in request.plan.steps if step.module in modules]
+    return (
+        len(steps) == len(modules)
+        and weights.can_join(request, steps)
+        and (request.plan.mode == "merged" or len({module in adapted for module in modules}) == 1)
+    )
+
+
+def _is_partial(site: sites.Site, adapted: Mapping[str, int]) -> bool:
+    return len({part.module in adapted for part in site.parts}) > 1
+
+
+def _is_adapted(site: sites.Site, adapted: Mapping[str, int]) -> bool:
+    return any(part.module in adapted for part in site.parts)
+
+
+def _weave(
+    request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...]
+) -> tuple[dict[str, Range], Shipped]:
+    """Store each weight as the plan says and add the side-branches.
+
+    Returns which bytes are shared, and what is shipped in 4 bits to be expanded.
+    """
+    weaver, plan, kind = Weaver(model), request.plan, weights.runs_as(request)
+    adapted = adapters.sizes(request) if plan.mode == "branch" else {}
+    ends = head.find(model)
+    if ends is not None and any(site.node is ends.head and _is_adapted(site, adapted) for site in found):
+        ends = None  # a head with a side-branch is a linear like any other
+    inner = tuple(site for site in found if ends is None or site.node is not ends.head)
+    bases = weights.stored(request, inner)
+    shipped = ship(request, inner, bases)
+    if kind == "fp16":
+        for site in inner:
+            weaver.narrow_weight(site.node)
+    dtypes, vectors = options.beside(request), adapters.vector_dtype(request)
+    projections = dtypes.get(options.PROJECTIONS, "fp32")
+    branch.weave(weaver, inner, bases, adapted, request.projections, projections, vectors)
+    if ends is not None:
+        head.store(weaver, ends, dtypes[options.HEAD], weights.head_block(plan))
+    weights.set_accuracy(request, model)
+    return weaver.finish(), shipped

@@ -1,0 +1,107 @@
+"""Refuses a decoder whose graph isn't the model: on the model itself, and on a small copy of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import MappingProxyType
+
+import transformers
+
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.exporting import onnx_adapter as packing
+from vera_edge.exporting.target import ExportRequest
+from vera_edge.reference.model import Reference, open_reference
+from vera_edge.storage.files import canonical_json, write_atomic
+from vera_edge_onnx.branch import adapters
+from vera_edge_onnx.decoder import parity, replica
+from vera_edge_onnx.decoder.drawing import Drawing, draw
+from vera_edge_onnx.graph import groups, sites
+from vera_edge_onnx.parity import Checked, Differs, Feeds, opened, refusal, save, woven
+
+_RECORD = "checked.json"
+
+
+def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]) -> Checked:
+    """What `drawing` was compared on. Raises TargetError, naming the first layer that differs, else.
+
+    found: its linear layers. Merged, it must be the model with its adapters, unmerged in PEFT; with
+    side-branches to come, the base.
+    """
+    record = drawing.folder / _RECORD
+    if record.is_file():  # of an earlier export of the same graph
+        return Checked.from_dict(json.loads(record.read_bytes()))
+    request.progress("comparing the graph with the model", 0, 1)
+    bounds = parity.bounds_of(drawing.config, drawing.windows)
+    shrinkable = _is_whole(drawing)
+    lengths = parity.lengths_of(drawing.config, bounds, shrinkable)
+    merged = request.plan.mode == "merged"
+    adapted = request.adapters if merged else request.adapters[:1]
+    reference = open_reference(request.checkpoint, adapted, request.projections)
+    _compare(drawing, reference if merged else reference.adapter_off(), lengths, found)
+    if not merged:
+        _compare_branch(request, drawing, reference, found)
+    del reference
+    checked = Checked(lengths.longest, bounds)
+    if not lengths.reached and shrinkable:
+        checked = Checked(lengths.longest, bounds, _hold_replica(drawing))
+    write_atomic(record, canonical_json(checked.to_dict()))
+    return checked
+
+
+def _compare_branch(
+    request: ExportRequest, drawing: Drawing, reference: Reference, found: tuple[sites.Site, ...]
+) -> None:
+    """Hold the graph with side-branches, the first adapter's vectors in them, against the model with it."""
+    graph = woven(request, drawing.model, found)
+    branched = replace(drawing, model=graph, file="branched.onnx")
+    save(graph, branched.path)
+    adapter, weight = request.adapters[0]
+    layout = groups.layout(found, adapters.sizes(request))
+    vectors = packing.vectors(adapter, layout, weight)
+    lengths = parity.lengths_of(drawing.config, {})
+    _compare(branched, reference, lengths, found, " with its adapter beside it", vectors)
+
+
+def _is_whole(drawing: Drawing) -> bool:
+    """Whether the model is a text model and nothing else, so that a small copy of it can be made."""
+    cls = getattr(transformers, drawing.architecture, None)
+    return cls is not None and type(drawing.config) is cls.config_class
+
+
+def _hold_replica(drawing: Drawing) -> Checked:
+    """What a small copy of the model was compared on, drawn by the same code."""
+    folder = drawing.folder.with_name(f"{drawing.folder.name}-small")
+    config = replica.shrunk(drawing.config)
+    model = replica.write(config, drawing.architecture, drawing.source, folder)
+    small = draw(folder, config, drawing.architecture, folder / "graph", fuse_qkv=True)
+    bounds = parity.bounds_of(small.config, small.windows)
+    lengths = parity.lengths_of(small.config, bounds)
+    copy = Checkpoint.open(folder)
+    shapes = {module: linear.shape for module, linear in copy.linears.items()}
+    found = sites.find(small.model, shapes, copy.dequantize)
+    reference = Reference(model, config.vocab_size, has_adapter=False)
+    _compare(small, reference, lengths, found, ", seen on a small copy of the model")
+    return Checked(lengths.longest, bounds)
+
+
+def _compare(
+    drawing: Drawing,
+    reference: Reference,
+    lengths: parity.Lengths,
+    found: tuple[sites.Site, ...],
+    how: str = "",
+    vectors: Feeds = MappingProxyType({}),
+) -> None:
+    try:
+        parity.compare(opened(drawing.path), reference, lengths, vectors)
+    except Differs as cause:
+        raise refusal(
+            cause,
+            drawing.model,
+            found,
+            drawing.folder / "compared.onnx",
+            reference.model,
+            lambda feeds: reference.logits(feeds["input_ids"][0]),
+            f"what {drawing.architecture} computes{how}",
+        ) from None

@@ -1,0 +1,125 @@
+"""The two ends of a language model: the table of token embeddings and the head that gives the logits.
+
+Often they are one matrix (tied embeddings). Quantized, it is stored once all the same: `MatMulNBits` and
+`GatherBlockQuantized` read the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from vera_edge.errors import PlanError
+from vera_edge.formats.blocks import SIZES, quantize
+from vera_edge.storage.tensors import Float32
+from vera_edge_onnx.graph.weaver import MICROSOFT, Range, Weaver, leading
+from vera_edge_onnx.weights.linear import Blocks
+
+DTYPES = ("fp32", "fp16", "int8", "int4")
+_NAME = "lm_head.weight"
+_TABLE = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The head's MatMul, weight (hidden, vocabulary), and the Gather of the embeddings, (vocabulary, hidden).
+
+    tied: the Gather reads the head's weight through a Transpose.
+    """
+
+    head: ir.Node
+    gather: ir.Node | None
+    tied: bool
+
+
+def find(model: ir.Model) -> Ends | None:
+    """The ends of a decoder graph; None when the logits don't come from a plain product."""
+    node = next((value.producer() for value in model.graph.outputs if value.name == "logits"), None)
+    while node is not None and node.op_type in ("Add", "Mul", "Div", "Tanh", "Cast"):
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if (
+        node is None
+        or node.op_type != "MatMul"
+        or node.inputs[1] is None
+        or node.inputs[1].const_value is None
+    ):
+        return None
+    ids = next((value for value in model.graph.inputs if value.name == "input_ids"), None)
+    gathers = [user for user in ids.consumers() if user.op_type == "Gather"] if ids is not None else []
+    gather = gathers[0] if len(gathers) == 1 else None
+    table = gather.inputs[0] if gather is not None else None
+    transpose = table.producer() if table is not None else None
+    tied = transpose is not None and transpose.inputs[0] is node.inputs[1]
+    return Ends(node, gather, tied)
+
+
+def store(weaver: Weaver, ends: Ends, dtype: str, block: int) -> None:
+    """Store head and embeddings as `dtype`: "fp32" (as they are), "fp16", "int8" or "int4".
+
+    The lookup has no short blocks: where `block` doesn't divide the hidden size, the largest that is smaller
+    and does is taken; without one they are left as they are.
+    """
+    if dtype not in DTYPES:
+        raise PlanError(f"the head can't be stored as {dtype!r}; choose from {', '.join(DTYPES)}")
+    head, gather = ends.head.inputs[1], ends.gather.inputs[0] if ends.gather is not None else None
+    assert head is not None and head.const_value is not None
+    if dtype == "fp16":
+        weaver.narrow(head, _first_use(weaver, head))
+        if not ends.tied and gather is not None and gather.const_value is not None:
+            weaver.narrow(gather, _first_use(weaver, gather))
+    if dtype in ("fp32", "fp16"):
+        return
+    weight: Float32 = head.const_value.numpy().T
+    fitting = [size for size in SIZES if size <= block and not weight.shape[1] % size]
+    if not fitting:
+        return
+    block = fitting[-1]
+    blocks = quantized(weight, dtype, block)
+    x = ends.head.inputs[0]
+    assert x is not None
+    if ends.gather is not None:
+        if ends.tied:
+            look_up(weaver, ends.gather, blocks, _NAME)
+        elif gather is not None and gather.const_value is not None:
+            look_up(weaver, ends.gather, quantized(gather.const_value.numpy(), dtype, block), _TABLE)
+    product = blocks.product(weaver, x, _NAME, "/lm_head", ends.head)
+    weaver.take_over(ends.head, product)
+
+
+def quantized(weight: Float32, dtype: str, block: int) -> Blocks:
+    """A float matrix as "int8" or "int4" in blocks along its rows."""
+    bits = int(dtype.removeprefix("int"))
+    return Blocks(quantize(weight, bits, block, symmetric=bits == 8))
+
+
+def look_up(
+    weaver: Weaver, gather: ir.Node, blocks: Blocks, name: str, node: str = "/model/embed_tokens"
+) -> None:
+    """Replace a Gather by one that dequantizes the rows it takes; `node`: its name without the operator."""
+    ids, rows = gather.inputs[1], blocks.shape[0]
+    assert ids is not None
+    codes, *others = blocks.arrays(name).items()
+    table = weaver.initializer(f"{codes[0]}.rows", codes[1].reshape(rows, -1))
+    if name == _NAME:
+        weaver.shared[f"{codes[0]}.rows"] = Range(codes[0])
+    inputs = [weaver.initializer(*other) for other in others]
+    shape = (*leading(gather.outputs[0]), blocks.shape[1])
+    found = weaver.node(
+        "GatherBlockQuantized",
+        [table, ids, *inputs],
+        f"{node}/GatherBlockQuantized",
+        shape,
+        before=gather,
+        domain=MICROSOFT,
+        bits=blocks.form.bits,
+        block_size=blocks.form.block,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    weaver.take_over(gather, found)
+
+
+def _first_use(weaver: Weaver, value: ir.Value) -> ir.Node:
+    users = set(value.consumers())
+    return next(node for node in weaver.model.graph if node in users)

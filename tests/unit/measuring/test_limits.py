@@ -1,0 +1,251 @@
+"""Limits: what is kept, what is broken, what can't be decided and so fails; files that hold them."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vera_edge.errors import DriftExceeded, MismatchError, PlanError
+from vera_edge.measuring import baseline, junit, limits
+from vera_edge.measuring.evaluate import measure
+from vera_edge.measuring.result import Artefact, DriftReport, TextFacts
+from vera_edge.measuring.verdict import judge
+from vera_edge.text.windows import Text, Windows
+
+VOCAB = 31
+Make = Callable[..., DriftReport]
+
+
+class _Table:
+    """Bigram logits."""
+
+    def __init__(self, table: np.ndarray) -> None:
+        self.table, self.vocab_size = table.astype(np.float32), VOCAB
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        return np.asarray(self.table[tokens])
+
+
+def make_report(share: float = 0.3, windows: int = 12, adapter: bool = True, seed: int = 0) -> DriftReport:
+    """A measured report of an artefact `share` of the way from the model as trained to its base."""
+    rng = np.random.default_rng(seed)
+    trained = 2 * rng.standard_normal((VOCAB, VOCAB))
+    base = trained + rng.standard_normal((VOCAB, VOCAB))
+    cut = Windows(Text("t.txt", "", "ab"), tuple(rng.integers(0, VOCAB, 64) for _ in range(windows)), 64)
+    between = _Table((1 - share) * trained + share * base)
+    found = measure(_Table(trained), between, cut, base=_Table(base) if adapter else None)
+    side = Artefact("model", "out/model", "checkpoint, int4", 1000)
+    text = TextFacts("t.txt", "ab", cut.scored, windows, 64)
+    sides = (replace(side, name="adapter"), side, side if adapter else None)
+    return DriftReport(*sides, text, found.fidelity, found.effect, found.noise, found.retained, judge(found))
+
+
+def _state(report: DriftReport, **bounds: float) -> str:
+    held = limits.hold(report, bounds)
+    assert len(held.outcomes) == 1
+    return held.outcomes[0].state
+
+
+def test_every_limit_is_kept_or_broken_when_it_lies_clear_of_its_interval() -> None:
+    report = make_report()
+    for name, metric in limits.METRICS.items():
+        if metric.read is None:
+            continue  # measured of encoders
+        found = metric.read(report)
+        assert found is not None
+        wide = abs(found.value) + 1.0
+        kept, broken = (found.value + wide, found.value - wide)
+        if name.startswith("min_"):
+            kept, broken = broken, kept
+        assert _state(report, **{name: kept}) == "kept", name
+        assert _state(report, **{name: broken}) == "broken", name
+
+
+@pytest.mark.parametrize("name", ["min_overlap", "min_rank_correlation"])
+def test_a_limit_on_what_is_not_measured_of_text_models_is_refused(name: str) -> None:
+    with pytest.raises(PlanError, match="measured of encoders"):
+        limits.hold(make_report(), {name: 0.5})
+
+
+def test_a_bound_inside_the_interval_is_undecided_and_fails() -> None:
+    report = make_report()
+    held = limits.hold(report, {"max_kl": report.fidelity.kl.mean.value * 1.0001})
+    assert held.outcomes[0].state == "undecided" and not held.passed
+    assert "the interval lies on both sides" in held.outcomes[0].sentence
+    with pytest.raises(DriftExceeded, match=r"max_kl \(undecided\)"):
+        limits.raise_when_exceeded(held)
+
+
+def test_too_few_windows_decide_nothing_however_good_they_look() -> None:
+    report = make_report(share=0.0, windows=7)
+    held = limits.hold(report, {"max_kl": 1.0})
+    assert held.outcomes[0].state == "undecided"
+    assert "7 windows of the 8 needed; give more text" in held.outcomes[0].sentence
+    assert limits.hold(make_report(share=0.0, windows=8), {"max_kl": 1.0}).passed
+
+
+def test_by_default_half_of_the_effect_must_be_retained() -> None:
+    defaults = limits.gather(None, {"max_kl": None})
+    assert defaults == {"min_retained": 0.5}
+    assert limits.hold(make_report(share=0.3), defaults).passed
+    lost = limits.hold(make_report(share=0.95), defaults)
+    assert [outcome.state for outcome in lost.outcomes] == ["broken"]
+
+
+def test_without_an_adapter_nothing_can_be_retained_and_nothing_is_asked() -> None:
+    report = limits.hold(make_report(adapter=False), limits.DEFAULTS)
+    assert report.outcomes == () and report.passed
+    limits.raise_when_exceeded(report)
+
+
+@pytest.mark.parametrize("given", [0.9, 0.5, -9.0])
+def test_a_limit_that_was_given_is_undecided_without_an_adapter(tmp_path: Path, given: float) -> None:
+    """Also where it is what would have been the default."""
+    path = tmp_path / "drift.toml"
+    path.write_text(f"[limits]\nmin_retained = {given}\n")
+    for bounds in (
+        {"min_retained": given},
+        limits.gather(None, {"min_retained": given}),
+        limits.gather(path, {"min_retained": None}),
+    ):
+        report = limits.hold(make_report(adapter=False), bounds)
+        assert [outcome.state for outcome in report.outcomes] == ["undecided"] and not report.passed
+        assert "has no adapter whose effect" in report.outcomes[0].sentence
+        with pytest.raises(DriftExceeded, match=r"min_retained \(undecided\)"):
+            limits.raise_when_exceeded(report)
+
+
+def test_an_adapter_without_effect_fails_closed() -> None:
+    report = make_report()
+    report = replace(report, retained=None, verdict=replace(report.verdict, level="undecided"))
+    held = limits.hold(report, limits.DEFAULTS)
+    assert held.outcomes[0].state == "undecided" and "changes too little" in held.outcomes[0].sentence
+
+
+def test_options_go_over_the_file_and_the_file_over_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "drift.toml"
+    path.write_text('[limits]\nmax_kl = 0.02\nmin_retained = 0.9\n"max_kl_p99.9" = 1\n')
+    found = limits.gather(path, {"max_kl": 0.01, "min_top1": None})
+    assert found == {"min_retained": 0.9, "max_kl": 0.01, "max_kl_p99.9": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[limits]\nmax_k = 1\n", "no limit 'max_k'; known are max_kl"),
+        ("[limits]\nmax_kl = true\n", "True where a number belongs"),
+        ('[limits]\nmax_kl = "low"\n', "'low' where a number belongs"),
+        ("[limits]\nmax_kl = nan\n", "nan where a finite number belongs"),
+        ("[limits]\nmax_kl = inf\n", "inf where a finite number belongs"),
+        ("[limits]\nmax_kl = -0.1\n", "max_kl is -0.1, which nothing can keep"),
+        ("[limits]\nmin_top1 = 99\n", "min_top1 is 99, which nothing can keep"),
+        ("max_kl = 1\n", "must hold one table"),
+        ("[limits\n", "can't be read as TOML"),
+    ],
+)
+def test_a_limits_file_that_is_wrong_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "drift.toml"
+    path.write_text(content)
+    with pytest.raises(PlanError, match=message):
+        limits.read_limits(path)
+
+
+def test_a_missing_limits_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="is missing"):
+        limits.read_limits(tmp_path / "none.toml")
+
+
+def test_junit_shows_each_limit_as_a_test() -> None:
+    report = limits.hold(make_report(), {"max_kl": 1e-9, "min_top1": 0.0})
+    suites = ET.fromstring(junit.render(report))
+    cases = {case.get("name"): case for case in suites.iter("testcase")}
+    assert suites.get("tests") == "3" and suites.get("failures") == "1"
+    assert set(cases) == {"measured", "max_kl", "min_top1"}
+    failure = cases["max_kl"].find("failure")
+    assert failure is not None and failure.get("type") == "broken"
+    assert failure.get("message") == report.outcomes[0].sentence
+    assert cases["min_top1"].find("failure") is None
+    assert junit.render(report) == junit.render(report)
+
+
+def _earlier(tmp_path: Path, report: DriftReport) -> Path:
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps(report.to_dict()))
+    return path
+
+
+def test_the_same_artefact_keeps_its_own_baseline(tmp_path: Path) -> None:
+    report = make_report()
+    held = baseline.hold(report, baseline.read(_earlier(tmp_path, report)))
+    assert held.passed and len(held.outcomes) == 5
+
+
+def test_a_release_that_drifts_further_than_the_last_is_broken(tmp_path: Path) -> None:
+    earlier = baseline.read(_earlier(tmp_path, make_report(share=0.2)))
+    held = baseline.hold(make_report(share=0.3), earlier)
+    states = {outcome.limit: outcome.state for outcome in held.outcomes}
+    assert states["baseline_kl"] == "broken" and states["baseline_bytes"] == "kept"
+    assert baseline.hold(make_report(share=0.1), earlier).passed
+
+
+def test_a_release_that_grew_is_broken(tmp_path: Path) -> None:
+    report = make_report()
+    grown = replace(report, candidate=replace(report.candidate, bytes=1200))
+    held = baseline.hold(grown, baseline.read(_earlier(tmp_path, report)))
+    assert [o.limit for o in held.outcomes if o.state == "broken"] == ["baseline_bytes"]
+
+
+def test_a_baseline_of_other_text_is_refused(tmp_path: Path) -> None:
+    earlier = baseline.read(_earlier(tmp_path, make_report(windows=10)))
+    with pytest.raises(MismatchError, match="measure both on the same text"):
+        baseline.hold(make_report(windows=12), earlier)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"format": 1}', '{"format": 1, "fidelity": []}', "[]", "x"])
+def test_a_file_that_is_no_report_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "baseline.json"
+    path.write_text(content)
+    with pytest.raises(PlanError, match=r"baseline\.json"):
+        baseline.read(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "value"),
+    [
+        ("candidate", "name", None),
+        ("candidate", "name", 3),
+        ("candidate", "bytes", "many"),
+        ("candidate", "bytes", True),
+        ("text", "source", None),
+        ("text", "sha256", None),
+        ("fidelity", "flips", {"value": "0.1"}),
+        ("fidelity", "flips", {"value": float("nan")}),
+        ("fidelity", "kl", {"mean": {"value": 1.0}, "quantiles": []}),
+    ],
+)
+def test_what_is_read_of_a_report_is_there_before_anything_is_measured(
+    tmp_path: Path, where: str, key: str, value: object
+) -> None:
+    """Left out where the value is None; it would be missed only after hours of measuring."""
+    report = make_report().to_dict()
+    if value is None:
+        del report[where][key]
+    else:
+        report[where][key] = value
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps(report))
+    with pytest.raises(PlanError, match="isn't a report that `vera-edge drift --json` printed"):
+        baseline.read(path)
+
+
+def test_a_baseline_of_another_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    path.write_text('{"format": 99}')
+    with pytest.raises(PlanError, match="format 99, not 1; measure it again"):
+        baseline.read(path)

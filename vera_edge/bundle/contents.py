@@ -1,0 +1,216 @@
+"""The bundle: an exported folder, and its manifest `vera_edge.json`: what is in it and how it was made.
+
+The manifest lists every other file with its size and SHA-256, and is canonical JSON that carries its own
+digest, so one changed byte anywhere is found. It isn't a signature: who can write the folder can write a new
+manifest. docs/bundle.md specifies the format, bundle.schema.json beside this file is its JSON Schema.
+Standard library only: a device reads it before anything else is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from vera_edge.bundle.manifest import (
+    FIELDS,
+    KINDS,
+    MANIFEST,
+    MODES,
+    NO_ADAPTER,
+    SIGNATURE,
+    UNLISTED,
+    Facts,
+    FileEntry,
+    Json,
+    Manifest,
+    check_limits,
+    parse,
+)
+from vera_edge.errors import BundleError, OutputError
+from vera_edge.progress import Progress, silent
+from vera_edge.storage.files import (
+    canonical_json,
+    read_json,
+    safe_join,
+    sha256_bytes,
+    sha256_file,
+    write_atomic,
+)
+
+__all__ = [
+    "FORMAT",
+    "KINDS",
+    "MANIFEST",
+    "MODES",
+    "NO_ADAPTER",
+    "SIGNATURE",
+    "Facts",
+    "FileEntry",
+    "Manifest",
+    "add",
+    "as_json",
+    "change",
+    "check_limits",
+    "read",
+    "verify",
+    "write",
+]
+
+FORMAT = 1
+# Two spaces: a key of the manifest itself. One always comes after it: "files" and "format" do.
+_DIGEST_LINE = re.compile(rb'^  "digest": "[0-9a-f]*",\n', re.MULTILINE)
+_MAX_MANIFEST = 16 << 20  # bytes
+_QUICK = 64 << 20  # bytes
+
+
+def write(
+    folder: Path,
+    facts: Facts,
+    progress: Progress = silent,
+    known: Mapping[str, FileEntry] = MappingProxyType({}),
+) -> Manifest:
+    """Hash every file of `folder`, write its manifest atomically and return it as `read` does.
+
+    A manifest that is there already is replaced. known: files that were hashed on their way into the folder.
+    Raises BundleError when `facts` contradict the files or the folder holds a link, OutputError when the
+    manifest can't be written.
+    """
+    apart = UNLISTED | facts.generated.keys()
+    names = sorted(name for name in _walk(folder) if name not in apart)
+    entries: dict[str, Json] = {}
+    for done, name in enumerate(names):
+        progress("hashing the bundle", done, len(names))
+        path = safe_join(folder, name)
+        sha256 = known[name].sha256 if name in known else sha256_file(path)
+        entries[name] = {"size": path.stat().st_size, "sha256": sha256}
+    value = {"format": FORMAT, "files": entries, "digest": ""} | {key: getattr(facts, key) for key in FIELDS}
+    text = canonical_json(value)
+    text = text.replace(b'\n  "digest": ""', f'\n  "digest": "{_digest(text)}"'.encode(), 1)
+    manifest = parse(json.loads(text), folder, folder / MANIFEST)
+    write_atomic(folder / MANIFEST, text)
+    return manifest
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of `folder`, checked in itself; whether the files match is `verify`'s question.
+
+    Raises BundleError when it is missing, damaged, of a newer format, or names a path outside the folder.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"{folder} isn't a folder; give the folder that `vera-edge export` wrote")
+    if not path.exists() and (folder / "current").is_dir():
+        raise BundleError(f"{folder} is where bundles are installed; give {folder}/current, which runs")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise BundleError(f"{path} isn't a plain file; copy the bundle again")
+    if path.is_file() and path.stat().st_size > _MAX_MANIFEST:
+        raise BundleError(
+            f"{path} is over {_MAX_MANIFEST >> 20} MiB, which no manifest is; copy the bundle again"
+        )
+    value = read_json(path, BundleError)
+    version: Json = value.get("format")
+    if type(version) is int and version > FORMAT:
+        raise BundleError(f"{path} has bundle format {version}, newer than {FORMAT}; update vera-edge")
+    if type(version) is not int or version != FORMAT:
+        raise BundleError(f"{path} has no bundle format that vera-edge knows ({version!r}); export again")
+    try:
+        text = path.read_bytes()
+        sound = canonical_json(value) == text and value.get("digest") == _digest(text)
+    except (ValueError, RecursionError):  # NaN, lone surrogates, nesting: nothing that `write` writes
+        sound = False
+    if not sound:
+        raise BundleError(f"{path} was changed after it was written; copy or download the bundle again")
+    return parse(value, folder, path)
+
+
+def change(manifest: Manifest, **changes: Json) -> Facts:
+    """The facts of `manifest` with some of them changed, to write it anew."""
+    return Facts(**{key: getattr(manifest, key) for key in FIELDS} | changes)
+
+
+def check_unsigned(folder: Path, advice: str) -> None:
+    """Raise OutputError when a bundle is signed: what is added to it would make the signature wrong."""
+    if (folder / SIGNATURE).exists():
+        raise OutputError(f"{folder} is signed, so nothing can be added to it; {advice}")
+
+
+def add(
+    manifest: Manifest,
+    name: str,
+    write_file: Callable[[], object],
+    progress: Progress = silent,
+    known: Mapping[str, FileEntry] = MappingProxyType({}),
+    **changes: Json,
+) -> Manifest:
+    """Let `write_file` make or replace the file `name` and list it; when that fails the bundle is as it was.
+
+    known: see `write`. changes: of the manifest's facts.
+    """
+    path = safe_join(manifest.folder, name)
+    before = path.read_bytes() if path.is_file() else None
+    try:
+        write_file()
+        return write(manifest.folder, change(manifest, **changes), progress, known)
+    except BaseException:
+        path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+        raise
+
+
+def verify(folder: Path, deep: bool = True, progress: Progress = silent, complete: bool = False) -> Manifest:
+    """Check that `folder` holds exactly the listed files, in size and in SHA-256.
+
+    Without `deep` the content of files over 64 MiB isn't read: quick enough to come before every run.
+    Generated files are checked where they are there, and must be there when it is to be `complete`.
+    Raises BundleError naming the first file that is missing, damaged, a link, or not listed.
+    """
+    manifest = read(folder)
+    present = set(_walk(folder)) - UNLISTED
+    drawn = manifest.drawn
+    if missing := sorted(manifest.files.keys() - present):
+        raise BundleError(f"{folder / missing[0]} is missing; copy or download the bundle again")
+    if complete and (missing := sorted(drawn.keys() - present)):
+        raise BundleError(f"{folder / missing[0]} isn't made yet; `vera-edge install` makes it")
+    if extra := sorted(present - manifest.files.keys() - drawn.keys()):
+        raise BundleError(f"{folder / extra[0]} isn't listed in {MANIFEST}; remove it or export again")
+    entries = dict(manifest.files) | {name: entry for name, entry in drawn.items() if name in present}
+    sizes = {name: (folder / name).stat().st_size for name in entries}
+    for name, entry in entries.items():
+        if sizes[name] != entry.size:
+            raise BundleError(
+                f"{folder / name} holds {sizes[name]} bytes and the manifest says {entry.size}; copy it again"
+            )
+    done, total = 0, sum(sizes.values())
+    for name, entry in entries.items():
+        progress("verifying the bundle", done, total)
+        if (deep or entry.size <= _QUICK) and sha256_file(folder / name) != entry.sha256:
+            raise BundleError(f"{folder / name} is damaged: its SHA-256 isn't the manifest's; copy it again")
+        done += entry.size
+    return manifest
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Names of all files under `folder`, with forward slashes; raises BundleError on links and devices."""
+    for top, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            path = Path(top, name)
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise BundleError(f"{path} is a link or a device; a bundle holds plain files only")
+        for name in names:
+            yield Path(top, name).relative_to(folder).as_posix()
+
+
+def _digest(text: bytes) -> str:
+    """The digest of a manifest in canonical JSON: of all of it but the line that holds the digest."""
+    return sha256_bytes(_DIGEST_LINE.sub(b"", text, count=1))
+
+
+def as_json(manifest: Manifest) -> dict[str, Json]:
+    """The manifest as the JSON object it was read from, without the digest that covers it."""
+    files = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in manifest.files.items()}
+    return {"format": FORMAT, "files": files} | {key: getattr(manifest, key) for key in FIELDS}

@@ -1,0 +1,310 @@
+"""The manifest of a bundle as an object: its fields, what must hold for each, and what names may be.
+
+docs/bundle.md specifies the format, bundle.schema.json beside this file is its JSON Schema. Standard library
+only: a device reads it before anything else is imported.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from vera_edge.errors import BundleError, PlanError
+from vera_edge.storage.files import safe_join
+
+MANIFEST = "vera_edge.json"
+SIGNATURE = "model.sig"  # signs the manifest too, so the manifest can't list it
+UNLISTED = frozenset({MANIFEST, SIGNATURE})
+KINDS = ("decoder", "encoder")
+MODES = ("merged", "branch")
+NO_ADAPTER = (
+    "none"  # how a command line asks for the base alone, so no name of an adapter that can be swapped
+)
+VECTOR_DTYPES = ("float32", "float16")
+VNNI = "vnni"  # what a graph may ask of an x86 processor, see device/runtime/int8_products.py
+CPU_NEEDS = (VNNI,)
+_MAX_FILES = 10_000
+_MAX_SIZE = 1 << 53  # the largest integer every JSON reader keeps exact
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_VERSION = re.compile(r"[0-9]+(\.[0-9]+){0,3}")
+
+# What a JSON reader hands over; the manifest's free-form records keep this type.
+Json: TypeAlias = Any
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle: its size in bytes and the hex SHA-256 of its content."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the exporter knows and the files alone don't tell.
+
+    `weights` is the stored format of most linears ("fp32", "int8", "int4", "nf4"); `plan` has each one's.
+    `model` is the ONNX graph. `base` holds at least `digest`; `adapters` maps a name to at least `file` (an
+    .onnx_adapter of the bundle, or null once it is merged) and `digest`. `default_adapter` is what runs
+    when nothing else is asked for. `projection` is the ProjectionSpec with the `digest` of A and B.
+    `limits` are the drift limits that `validate` holds the device to; `golden` is the file of golden
+    vectors. `requires` maps a runtime's distribution name to the oldest version that runs the graph, `cpu`
+    lists what an x86 processor must have to give the right values ("vnni"), None when that isn't recorded.
+    `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
+    `trained_names` maps a module of the base to what PEFT calls it, where that's another name.
+    `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py),
+    `vector_dtype` ("float32", "float16") is that of the graph's inputs for them.
+    `generated` maps a file that isn't shipped, since others determine it, to its `size`, its `sha256` and how
+    it is made: from `projection` (see device/runtime/projections.py), or from the weights in the file that
+    its `source` names (see device/runtime/expansion.py). Installing makes it.
+    `checked` says on what sequences the float graph was held against the model before it was published; None
+    in a bundle of a version that didn't.
+    `options` are those of the exporter that the plan doesn't hold, by name: what `head`, `projections` and
+    `vectors` are stored as ("fp32", "fp16", "int8", "int4"), and the others that were given. `exact` says
+    whether the graph with its adapter beside it holds the very values of the model as trained; None when that
+    isn't recorded.
+    """
+
+    kind: str
+    mode: str
+    weights: str
+    base: Mapping[str, Json]
+    model: str = "onnx/model.onnx"
+    adapters: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
+    default_adapter: str | None = None
+    projection: Mapping[str, Json] | None = None
+    model_version: int | None = None
+    trained_names: Mapping[str, str] = field(default_factory=dict)
+    vectors: Sequence[tuple[str, int, int]] = ()
+    vector_dtype: str = VECTOR_DTYPES[0]
+    generated: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
+    plan: Mapping[str, Json] | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    exact: bool | None = None
+    limits: Mapping[str, float] = field(default_factory=dict)
+    golden: str | None = None
+    requires: Mapping[str, str] = field(default_factory=dict)
+    cpu: Sequence[str] | None = None
+    tools: Mapping[str, str] = field(default_factory=dict)
+    checked: Mapping[str, Json] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Facts):
+    """A manifest that was read and found sound. `digest` covers every file's digest: it names the bundle."""
+
+    folder: Path
+    files: Mapping[str, FileEntry]
+    digest: str
+
+    def path(self, name: str) -> Path:
+        """Where the file `name` lies; raises BundleError when the manifest lists it neither way."""
+        if name not in self.files and name not in self.generated:
+            raise BundleError(f"{self.folder / MANIFEST} lists no file {name!r}; export the bundle again")
+        return safe_join(self.folder, name)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files that are shipped."""
+        return sum(entry.size for entry in self.files.values())
+
+    @property
+    def drawn(self) -> Mapping[str, FileEntry]:
+        """The generated files."""
+        return {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in self.generated.items()}
+
+    @property
+    def needs_vnni(self) -> bool:
+        """Whether its int8 products may overflow on x86 without VNNI, as far as the manifest tells.
+
+        Bundles that don't record it came before exports took care: those with int8 activations need it.
+        """
+        if self.cpu is not None:
+            return VNNI in self.cpu
+        steps: Json = (self.plan or {}).get("steps")
+        return isinstance(steps, list) and any(_rounds_activations(step) for step in steps)
+
+    @property
+    def expanded(self) -> Mapping[str, Mapping[str, Json]]:
+        """Those of the generated files that are made from shipped weights."""
+        return {name: entry for name, entry in self.generated.items() if "source" in entry}
+
+
+def _rounds_activations(step: Json) -> bool:
+    """Whether a plan's step says that the layer reads int8."""
+    options = step.get("options") if isinstance(step, dict) else None
+    return isinstance(options, dict) and options.get("activations", "float") != "float"
+
+
+def _is_count(value: Json) -> bool:
+    return type(value) is int and 0 <= value < _MAX_SIZE
+
+
+def _is_hash(value: Json) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def parse(value: Mapping[str, Json], folder: Path, path: Path) -> Manifest:
+    """A Manifest out of the JSON object, every field's type and meaning checked. Unknown keys are ignored."""
+
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise BundleError(f"{path}: {what}; export the bundle again")
+
+    listed: Json = value.get("files")
+    generated: Json = value.get("generated", {})
+    need(_is_map(listed) and 0 < len(listed) <= _MAX_FILES, "files isn't an object of 1 to 10000 files")
+    need(_is_map(generated) and len(generated) <= _MAX_FILES, "generated isn't an object of files")
+    taken = set(UNLISTED)
+    files = _parse_files(listed, folder, taken, need)
+    _parse_files(generated, folder, taken, need)
+    for entry in generated.values():
+        need(
+            value.get("projection") is not None or entry.get("source") in files,
+            "generated files without a projection or a listed source",
+        )
+    for key, (holds, what) in FIELDS.items():
+        need(key in value or key in _OPTIONAL, f"{key} is missing")
+        need(key not in value or holds(value[key]), f"{key} {what}")
+    need(value["model"] in files, "model names no listed file")
+    need(value["golden"] is None or value["golden"] in files, "golden names no listed file")
+    _check_adapters(value, files, need)
+    facts = {key: value[key] for key in FIELDS if key in value}
+    return Manifest(folder=folder, files=files, digest=value["digest"], **facts)
+
+
+def check_limits(limits: Mapping[str, float], where: str) -> None:
+    """Raise PlanError, naming `where`, for a limit that no figure can keep.
+
+    That is one that isn't finite, a "max_" below 0, a "min_" above 1: what has a least is a share or cosine.
+    """
+    for name, bound in limits.items():
+        if not math.isfinite(bound):
+            raise PlanError(f"{where}: {name} is {bound!r} where a finite number belongs")
+        if name.startswith("max_") and bound < 0:
+            raise PlanError(f"{where}: {name} is {bound:g}, which nothing can keep; give 0 or more")
+        if name.startswith("min_") and bound > 1:
+            raise PlanError(f"{where}: {name} is {bound:g}, which nothing can keep; give 1 or less")
+
+
+def _is_int32(value: Json) -> bool:
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def _is_piece(value: Json) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 3 or not _is_text(value[0]):
+        return False
+    start, stop = value[1:]
+    return _is_count(start) and _is_count(stop) and start < stop
+
+
+def _is_map(value: Json, holds: Callable[[Json], bool] = lambda _: True) -> bool:
+    return isinstance(value, dict) and all(holds(item) for item in value.values())
+
+
+def _is_text(value: Json) -> bool:
+    return isinstance(value, str)
+
+
+def _has_digest(value: Json) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("digest"), str)
+
+
+def _is_version(text: Json) -> bool:
+    return isinstance(text, str) and _VERSION.fullmatch(text) is not None
+
+
+def _is_number(value: Json) -> bool:
+    return type(value) in (int, float)
+
+
+# field of Facts -> (what must hold, what to say when it doesn't)
+FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
+    "kind": (lambda value: value in KINDS, f"isn't one of {', '.join(KINDS)}"),
+    "mode": (lambda value: value in MODES, f"isn't one of {', '.join(MODES)}"),
+    "weights": (_is_text, "isn't the name of a weight format"),
+    "base": (_has_digest, "isn't an object with a digest"),
+    "model": (_is_text, "isn't a file name"),
+    "adapters": (lambda value: _is_map(value, _has_digest), "isn't an object of adapters with digests"),
+    "default_adapter": (lambda value: value is None or _is_text(value), "isn't the name of an adapter"),
+    "projection": (lambda value: value is None or _has_digest(value), "isn't an object with a digest"),
+    "model_version": (
+        lambda value: value is None or _is_int32(value),
+        "isn't an integer from 1 to 2**31 - 1",
+    ),
+    "trained_names": (lambda value: _is_map(value, _is_text), "isn't an object of names"),
+    "vectors": (
+        lambda value: isinstance(value, list | tuple) and all(_is_piece(item) for item in value),
+        "isn't a list of [module, start, stop]",
+    ),
+    "vector_dtype": (lambda value: value in VECTOR_DTYPES, f"isn't one of {', '.join(VECTOR_DTYPES)}"),
+    "generated": (_is_map, "isn't an object of files"),
+    "plan": (lambda value: value is None or _is_map(value), "isn't an object"),
+    "options": (lambda value: _is_map(value, _is_text), "isn't an object of options"),
+    "exact": (lambda value: value is None or isinstance(value, bool), "isn't true or false"),
+    "limits": (lambda value: _is_map(value, _is_number), "isn't an object of numbers"),
+    "golden": (lambda value: value is None or _is_text(value), "isn't a file name"),
+    "requires": (lambda value: _is_map(value, _is_version), "isn't an object of version numbers"),
+    "cpu": (
+        lambda value: (
+            value is None or (isinstance(value, list | tuple) and all(item in CPU_NEEDS for item in value))
+        ),
+        f"isn't a list of what vera-edge knows ({', '.join(CPU_NEEDS)})",
+    ),
+    "tools": (lambda value: _is_map(value, _is_text), "isn't an object of versions"),
+    "checked": (lambda value: value is None or _is_map(value), "isn't an object"),
+}
+
+
+# Fields that came after format 1 was first written; a manifest without them means their defaults.
+_OPTIONAL = frozenset(
+    {
+        "checked",
+        "cpu",
+        "exact",
+        "generated",
+        "model_version",
+        "options",
+        "trained_names",
+        "vector_dtype",
+        "vectors",
+    }
+)
+
+
+def _parse_files(
+    value: Json, folder: Path, taken: set[str], need: Callable[[bool, str], None]
+) -> dict[str, FileEntry]:
+    """The entries of an object of files. `taken`: names in lower case that are given away already."""
+    files: dict[str, FileEntry] = {}
+    for name, entry in value.items():
+        need(len(name) <= 512 and name.isprintable(), f"the file name {name[:80]!r} isn't a plain name")
+        safe_join(folder, name)
+        # Windows and macOS hold names that differ in case as one file.
+        need(
+            name.casefold() not in taken,
+            f"the file {name!r} is listed twice, or is the manifest or its signature",
+        )
+        taken.add(name.casefold())
+        sound = isinstance(entry, dict) and _is_count(entry.get("size")) and _is_hash(entry.get("sha256"))
+        need(sound, f"the entry of {name!r} has no size and sha256")
+        files[name] = FileEntry(entry["size"], entry["sha256"])
+    return files
+
+
+def _check_adapters(
+    value: Mapping[str, Json], files: Mapping[str, FileEntry], need: Callable[[bool, str], None]
+) -> None:
+    for name, entry in value["adapters"].items():
+        need(PLAIN_NAME.fullmatch(name) is not None, f"the adapter name {name[:80]!r} isn't a plain name")
+        file = entry.get("file")
+        need(file is None or (_is_text(file) and file in files), f"adapter {name} names no listed file")
+        need(file is not None or value["mode"] == "merged", f"adapter {name} of a branch bundle has no file")
+    default = value["default_adapter"]
+    need(default is None or default in value["adapters"], f"default_adapter {default!r} isn't an adapter")

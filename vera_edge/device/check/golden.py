@@ -1,0 +1,235 @@
+"""Golden vectors: what the model as trained answers to a few prompts, carried in the bundle.
+
+Made where the reference can run, read where it can't. Each case is a prompt and the reference's greedy
+continuation; for every position it holds the reference's `k` most likely next tokens and their
+log-probabilities. From these and a candidate's logits follows the KL divergence over k + 1 outcomes: the k
+tokens, and "any other". By the data-processing inequality it is never above the full KL divergence, and it is
+near it when the k tokens hold most of the probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.device.runtime.chat import Text
+from vera_edge.errors import BundleError, DataError
+from vera_edge.progress import Progress, silent
+from vera_edge.storage.files import canonical_json, read_json, write_atomic
+
+Array = npt.NDArray[Any]
+Float64 = npt.NDArray[np.float64]
+Tokens = npt.NDArray[np.int64]
+
+FILE = "golden.json"
+FORMAT = 1
+_ROWS = 8  # positions handled at once: float64 over a large vocabulary stays a few megabytes
+_MAX_CASES, _MAX_LENGTH, _MAX_K = 256, 4096, 1024
+PROMPTS = (
+    "What is the capital of France?",
+    "Write a short letter to a friend about the weather today.",
+    "Explain why the sky is blue to a child of six.",
+    "List three things to check before a long drive.",
+    "A train leaves at 9:40 and arrives at 12:05. How long is the journey?",
+    "Write a Python function that returns the largest number of a list.",
+)
+
+
+class Reference(Protocol):
+    """What gives the reference's logits: (n,) token ids to (n, vocab) float32."""
+
+    def logits(self, tokens: Tokens) -> npt.NDArray[np.float32]: ...
+
+
+@runtime_checkable
+class Continues(Protocol):
+    """A reference that continues a text faster than by all its logits again for every token."""
+
+    def greedy(self, tokens: Tokens, count: int, ends: Sequence[int]) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt, its greedy continuation by the reference, and the reference's best guesses all along.
+
+    adapter: a name of the bundle, or None for the base alone. tokens: (n,) prompt and continuation; the
+    first `prompt` of them are the prompt. ids, log_p: (n, k), row i about token i + 1, most likely first.
+    """
+
+    adapter: str | None
+    tokens: Tokens
+    prompt: int
+    ids: npt.NDArray[np.int64]
+    log_p: Float64
+
+    @property
+    def continuation(self) -> list[int]:
+        """The reference's greedy continuation."""
+        return [int(token) for token in self.tokens[self.prompt :]]
+
+
+@dataclass(frozen=True)
+class Golden:
+    """The cases of a bundle. `reference` says in a sentence what they were made with."""
+
+    reference: str
+    cases: tuple[Case, ...]
+
+
+def make(
+    references: Mapping[str | None, Reference],
+    text: Text,
+    reference: str,
+    prompts: Sequence[str] = PROMPTS,
+    ends: frozenset[int] = frozenset(),
+    new_tokens: int = 16,
+    k: int = 32,
+    progress: Progress = silent,
+) -> Golden:
+    """Ask each of `references` (by adapter name, None for the base) for its answers to `prompts`.
+
+    text: the bundle's own, so that token ids are those of the device. ends: tokens after which the
+    continuation stops. Six prompts of 40 tokens and 16 new ones at k = 32 are about 200 KB for each adapter.
+    """
+    cases: list[Case] = []
+    total = len(references) * len(prompts)
+    for adapter, runner in references.items():
+        for prompt in prompts:
+            progress("making golden vectors", len(cases), total)
+            tokens = text.prompt(prompt, raw=not text.has_template)
+            cases.append(_case(adapter, runner, tokens, ends, new_tokens, k))
+    return Golden(reference, tuple(cases))
+
+
+def _case(
+    adapter: str | None, runner: Reference, prompt: Tokens, ends: frozenset[int], new_tokens: int, k: int
+) -> Case:
+    if isinstance(runner, Continues):
+        tokens = np.append(prompt, np.array(runner.greedy(prompt, new_tokens, sorted(ends)), np.int64))
+    else:
+        tokens = _continued(runner, prompt, ends, new_tokens)
+    logits = runner.logits(tokens)
+    k = min(k, logits.shape[1])
+    log_p = np.concatenate([log_softmax(logits[at : at + _ROWS]) for at in range(0, len(logits), _ROWS)])
+    ids = np.argsort(-log_p, axis=1, kind="stable")[:, :k]
+    return Case(adapter, tokens, len(prompt), ids, np.take_along_axis(log_p, ids, axis=1))
+
+
+def _continued(runner: Reference, tokens: Tokens, ends: frozenset[int], count: int) -> Tokens:
+    for _ in range(count):
+        chosen = int(runner.logits(tokens)[-1].argmax())
+        tokens = np.append(tokens, chosen)
+        if chosen in ends:
+            break
+    return tokens
+
+
+def write(folder: Path, golden: Golden) -> str:
+    """Write golden.json into `folder`, before its manifest is written; returns the file's name."""
+    cases = [
+        {
+            "adapter": case.adapter,
+            "tokens": case.tokens.tolist(),
+            "prompt": case.prompt,
+            # One string for each position keeps a file of tens of thousands of numbers small and readable.
+            "ids": [" ".join(map(str, row)) for row in case.ids.tolist()],
+            "log_p": [" ".join(f"{value:.5f}" for value in row) for row in case.log_p.tolist()],
+        }
+        for case in golden.cases
+    ]
+    value = {"format": FORMAT, "reference": golden.reference, "cases": cases}
+    write_atomic(folder / FILE, canonical_json(value))
+    return FILE
+
+
+def read(path: Path, vocab_size: int) -> Golden:
+    """Read golden vectors, checking every size and range. Raises BundleError when they are malformed."""
+    value = read_json(path, BundleError)
+    if value.get("format") != FORMAT:
+        raise BundleError(
+            f"{path} has format {value.get('format')!r} and vera-edge reads {FORMAT}; update it"
+        )
+    try:
+        entries = value["cases"]
+        if not 0 < len(entries) <= _MAX_CASES:
+            raise ValueError(f"{len(entries)} cases")
+        cases = tuple(_parse(entry, vocab_size) for entry in entries)
+        return Golden(str(value["reference"]), cases)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as cause:
+        raise BundleError(f"{path} is malformed ({cause}); export the bundle again") from None
+
+
+def _parse(entry: Mapping[str, Any], vocab_size: int) -> Case:
+    adapter = entry["adapter"]
+    if adapter is not None and not isinstance(adapter, str):
+        raise ValueError("an adapter's name isn't text")
+    tokens = np.array(entry["tokens"], np.int64)
+    ids = np.array([row.split() for row in entry["ids"]], np.int64)
+    log_p = np.array([row.split() for row in entry["log_p"]], np.float64)
+    prompt = entry["prompt"]
+    count = len(tokens)
+    sound = (
+        tokens.ndim == 1
+        and type(prompt) is int
+        and 0 < prompt <= count <= _MAX_LENGTH
+        and ids.ndim == 2
+        and ids.shape == log_p.shape
+        and ids.shape[0] == count
+        and 0 < ids.shape[1] <= min(_MAX_K, vocab_size)
+        and min(tokens.min(), ids.min()) >= 0
+        and max(tokens.max(), ids.max()) < vocab_size
+        and np.isfinite(log_p).all()
+        and log_p.max() <= 0
+    )
+    if not sound:
+        raise ValueError("sizes or values that contradict each other")
+    return Case(adapter, tokens, prompt, ids, log_p)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A candidate against a case's rows: `kl` (n,) in nats over k + 1 outcomes, `same_top1` (n,)."""
+
+    kl: Float64
+    same_top1: npt.NDArray[np.bool_]
+
+
+def compare(case: Case, start: int, logits: Array) -> Divergence:
+    """Candidate logits (m, vocab) against rows `start` to `start + m` of a case.
+
+    Raises DataError when the logits hold NaN or infinity.
+    """
+    count = len(logits)
+    ids, log_p = case.ids[start : start + count], case.log_p[start : start + count]
+    kl, same = np.empty(count), np.empty(count, np.bool_)
+    for at in range(0, count, _ROWS):
+        part = slice(at, at + _ROWS)
+        log_q = log_softmax(logits[part])
+        if not np.isfinite(log_q).all():
+            raise DataError(f"the model gives NaN or infinity at position {start + at} of a golden case")
+        kl[part] = _kl(log_p[part], np.take_along_axis(log_q, ids[part], axis=1))
+        same[part] = log_q.argmax(axis=1) == ids[part, 0]
+    return Divergence(kl, same)
+
+
+def _kl(log_p: Float64, log_q: Float64) -> Float64:
+    """sum p (ln p - ln q) over the k listed tokens and the rest taken as one; shapes (m, k) -> (m,)."""
+    p, q = np.exp(log_p), np.exp(log_q)
+    # Log-probabilities are rounded to 5 decimals, so the rest may come out a little below nothing.
+    rest_p = np.maximum(1 - p.sum(axis=1), 1e-9)
+    rest_q = np.maximum(1 - q.sum(axis=1), 1e-9)
+    total: Float64 = (p * (log_p - log_q)).sum(axis=1) + rest_p * (np.log(rest_p) - np.log(rest_q))
+    return np.maximum(total, 0)
+
+
+def log_softmax(logits: Array) -> Float64:
+    """Log-probabilities (m, vocab) in float64."""
+    values = logits.astype(np.float64)
+    values -= values.max(axis=1, keepdims=True)
+    values -= np.log(np.exp(values).sum(axis=1, keepdims=True))
+    return values

@@ -1,0 +1,1 @@
+"""A bundle opened in ONNX Runtime: text token by token, embeddings and classes, adapters swapped."""

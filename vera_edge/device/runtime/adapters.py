@@ -1,0 +1,84 @@
+"""The vectors of an .onnx_adapter, checked against the graph that will take them.
+
+ONNX Runtime checks neither that a file brings every vector of the graph (one with half of them runs silently
+as something between adapter and base) nor the model version in it, so both are checked here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from vera_edge.device.runtime.graph import Graph, Port, first_line
+from vera_edge.errors import AdapterError, MismatchError
+
+Array = npt.NDArray[Any]
+Vectors = Mapping[str, Array]
+_MARK = b"TORT"  # the flatbuffer's file identifier, at bytes 4 to 8
+
+
+def load(path: Path, graph: Graph, model_version: int | None = None) -> Vectors:
+    """The vectors in `path` by the graph's input names, in the graph's dtypes and shapes.
+
+    `model_version` is what the file must carry, when the bundle says. Raises AdapterError when the file can't
+    be read or holds NaN or infinity, MismatchError when it doesn't fit the graph.
+    """
+    found, version = _read(path)
+    if model_version is not None and version != model_version:
+        raise MismatchError(
+            f"{path} was made for another base or another projection (model version {version}, this bundle "
+            f"has {model_version}); pack the adapter for this bundle"
+        )
+    advice = "it was made for another export; pack the adapter for this bundle"
+    if missing := sorted(graph.vectors.keys() - found.keys()):
+        raise MismatchError(
+            f"{path} lacks {len(missing)} of the graph's {len(graph.vectors)} vectors ({missing[0]}); "
+            + advice
+        )
+    if extra := sorted(found.keys() - graph.vectors.keys()):
+        raise MismatchError(f"{path} holds {extra[0]}, which isn't a vector of the graph; {advice}")
+    return {name: _fit(found[name], port, path, advice) for name, port in graph.vectors.items()}
+
+
+def version(path: Path) -> int:
+    """The model version that `path` carries. Raises AdapterError when the file can't be read."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Array], int]:
+    try:
+        with path.open("rb") as stream:
+            mark = stream.read(8)[4:]
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing; name an .onnx_adapter file") from None
+    except OSError as cause:
+        raise AdapterError(f"{path} can't be read: {cause.strerror}") from None
+    if mark != _MARK:
+        raise AdapterError(
+            f"{path} isn't an .onnx_adapter; `vera-edge adapter pack` makes one of a PEFT folder"
+        )
+    try:
+        adapter = onnxruntime.AdapterFormat.read_adapter(str(path))
+        # Copies: the values outlive the file's mapping, which may be replaced under us.
+        arrays = {name: np.array(value.numpy()) for name, value in adapter.get_parameters().items()}
+    except Exception as cause:  # onnxruntime's classes share no base but Exception
+        raise AdapterError(f"{path} is damaged ({first_line(cause)}); copy it again") from None
+    return arrays, adapter.get_model_version()
+
+
+def _fit(array: Array, port: Port, path: Path, advice: str) -> Array:
+    # A free axis is the batch: one row here, repeated or stacked by who runs several.
+    shape = tuple(size if isinstance(size, int) else 1 for size in port.shape)
+    if array.dtype != port.dtype or [n for n in array.shape if n != 1] != [n for n in shape if n != 1]:
+        raise MismatchError(
+            f"{port.name} in {path} is {array.dtype} {list(array.shape)} and the graph takes {port.dtype} "
+            f"{list(shape)}; {advice}"
+        )
+    if not np.isfinite(array).all():
+        raise AdapterError(f"{port.name} in {path} holds NaN or infinity; the adapter is broken")
+    return np.ascontiguousarray(array.reshape(shape))

@@ -1,0 +1,240 @@
+"""One step of a decoder: tokens in, logits out, and a KV cache that is never copied.
+
+The cache is allocated once for the longest sequence; each layer's present output is bound to the very buffer
+of its past input, which GroupQueryAttention recognises and appends to in place. Pages that no token
+has reached yet cost no memory, since the system maps them when they are first written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.device.runtime.adapters import Vectors
+from vera_edge.device.runtime.graph import Graph, Port, bind, first_line
+from vera_edge.errors import BundleError
+from vera_edge.storage.files import read_json
+
+Array = npt.NDArray[Any]
+Float32 = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.int64]
+# Logits of one chunk of a prompt: bounds memory whatever the vocabulary.
+_CHUNK_BYTES = 24 << 20
+_MAX_CHUNK = 256
+# The graph input that tells how long a sequence is that is fed in pieces, where its rotary embedding asks.
+ROPE_LENGTH = "rope_sequence_length"
+# In the graph's metadata: how its rotary embedding depends on that length, and past how many tokens.
+ROPE_KIND, ROPE_SWITCH = "vera_edge.rope", "vera_edge.rope_switch"
+
+
+@dataclass(frozen=True)
+class RopeSwitch:
+    """A rotary embedding that rotates sequences of more than `length` tokens otherwise, all their keys.
+
+    recompute: whether a text that grows past it is fed anew, as transformers does it for longrope. With
+    dynamic scaling it keeps its keys, and only what is fed afterwards is rotated by the new length.
+    """
+
+    length: int
+    recompute: bool
+
+    @classmethod
+    def of(cls, graph: Graph) -> RopeSwitch | None:
+        """What the graph says; None when the length changes nothing. Raises BundleError when it's garbled."""
+        if ROPE_LENGTH not in graph.options:
+            return None
+        kind, length = (graph.metadata.get(key, "") for key in (ROPE_KIND, ROPE_SWITCH))
+        if kind not in ("longrope", "dynamic") or not length.isdecimal():
+            raise BundleError(
+                f"{graph.path} takes {ROPE_LENGTH} and doesn't say why; export the bundle again"
+            )
+        return cls(int(length), kind == "longrope")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What a decoder's folder and graph say: sizes, the longest context, the tokens that end a text.
+
+    rope: how the length of a sequence changes its rotary embedding; None where it doesn't.
+    """
+
+    graph: Graph
+    vocab_size: int
+    context: int
+    ends: frozenset[int]
+    caches: tuple[tuple[Port, Port], ...]  # (past input, present output), keys and values of every layer
+    kv_shape: tuple[int, int]  # (heads, head size)
+    rope: RopeSwitch | None = None
+
+    @classmethod
+    def open(cls, folder: Path, graph: Graph) -> Decoder:
+        """Read genai_config.json and match it with the graph. Raises BundleError when they disagree."""
+        path = folder / "genai_config.json"
+        config = read_json(path, BundleError)
+        try:
+            model, search = config["model"], config["search"]
+            heads = int(model["decoder"]["num_key_value_heads"])
+            size, context = int(model["decoder"]["head_size"]), int(model["context_length"])
+            vocab, layers = int(model["vocab_size"]), int(model["decoder"]["num_hidden_layers"])
+            ends = model["eos_token_id"]
+            shared = search.get("past_present_share_buffer") is True
+            if not shared:
+                raise BundleError(
+                    f"{path} doesn't let past and present share a buffer; export the bundle again"
+                )
+            if min(heads, size, context, vocab, layers) < 1:
+                raise ValueError("a size below 1")
+            end_ids = frozenset(int(token) for token in (ends if isinstance(ends, list) else [ends]))
+        except (KeyError, TypeError, ValueError, AttributeError) as cause:
+            raise BundleError(f"{path} lacks or garbles {cause}; export the bundle again") from None
+        ports, rope = _cache_ports(graph, layers), RopeSwitch.of(graph)
+        decoder = cls(graph, vocab, context, end_ids, ports, (heads, size), rope)
+        logits = graph.outputs.get("logits")
+        if logits is None or logits.shape[-1] != vocab:
+            raise BundleError(f"{graph.path} has no logits over the {vocab} tokens that {path.name} promises")
+        return decoder
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt that are fed at once."""
+        return max(1, min(_MAX_CHUNK, _CHUNK_BYTES // (4 * self.vocab_size)))
+
+    def cache(self, capacity: int, rows: int = 1) -> list[Array]:
+        """Empty caches for `rows` sequences of `capacity` tokens at most: (rows, heads, capacity, size)."""
+        heads, size = self.kv_shape
+        return [np.zeros((rows, heads, capacity, size), past.dtype) for past, _ in self.caches]
+
+
+def _cache_ports(graph: Graph, layers: int) -> tuple[tuple[Port, Port], ...]:
+    pairs = []
+    for layer in range(layers):
+        for part in ("key", "value"):
+            past, present = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+            if past not in graph.inputs or present not in graph.outputs:
+                raise BundleError(f"{graph.path} has no {past} or no {present}; export the bundle again")
+            pairs.append((graph.inputs[past], graph.outputs[present]))
+    known = {"input_ids", "attention_mask", "position_ids"} | {past.name for past, _ in pairs}
+    strange = sorted(graph.inputs.keys() - known)
+    if "input_ids" not in graph.inputs or strange:
+        what = f"takes {strange[0]}" if strange else "takes no input_ids"
+        raise BundleError(f"{graph.path} isn't a decoder that vera-edge can feed: it {what}")
+    return tuple(pairs)
+
+
+class Steps:
+    """Feeds tokens to a decoder and keeps its cache: one row, or several rows a token at a time.
+
+    Not for several threads at once; make one for each sequence or batch.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: Sequence[Array],
+        vectors: Vectors,
+        lengths: Sequence[int] | None = None,
+        whole: int = 0,
+    ) -> None:
+        """`cache` is from `Decoder.cache` and holds `lengths` tokens per row; `vectors` of the adapter.
+
+        whole: how long the sequence is known to become, for rotary embeddings that depend on it.
+        """
+        self._decoder, self._graph = decoder, decoder.graph
+        self._cache, self._vectors = list(cache), dict(vectors)  # alive as long as they are bound
+        rows, _, self.capacity, _ = cache[0].shape
+        self.lengths = np.array(lengths if lengths is not None else [0] * rows, np.int64)
+        self._mask, self._whole = np.ones((1, self.capacity), np.int64), whole
+        self._binding = self._graph.binding()
+        self._bound: dict[str, Array] = {}
+        for (past, present), array in zip(decoder.caches, self._cache, strict=True):
+            bind(self._binding, past, array)
+            bind(self._binding, present, array, output=True)
+        for name, array in self._vectors.items():
+            bind(self._binding, self._graph.vectors[name], array)
+
+    @property
+    def rows(self) -> int:
+        return len(self.lengths)
+
+    def feed(self, tokens: Tokens) -> Array:
+        """Append `tokens` (rows, n) and return logits (rows, n, vocab) in the graph's dtype.
+
+        The array is overwritten by the next call. With several rows n must be 1. Raises BundleError when
+        ONNX Runtime fails.
+        """
+        rows, count = tokens.shape
+        assert rows == self.rows and (rows == 1 or count == 1)
+        starts = self.lengths.copy()
+        self.lengths += count
+        assert self.lengths.max() <= self.capacity
+        self._set("input_ids", tokens)
+        self._bind_input("attention_mask", self._attention_mask())
+        if "position_ids" in self._graph.inputs:
+            self._set("position_ids", starts[:, None] + np.arange(count))
+        if self._decoder.rope is not None:
+            self._set(ROPE_LENGTH, np.array([max(self._whole, int(self.lengths.max()))]))
+        logits = self._output(count)
+        try:
+            self._graph.session.run_with_iobinding(self._binding)
+        except Exception as cause:  # onnxruntime's classes share no base but Exception
+            raise BundleError(f"ONNX Runtime fails on {self._graph.path}: {first_line(cause)}") from None
+        return logits
+
+    def prefill(self, tokens: Tokens) -> Array:
+        """Feed a prompt (n,) to the single row, chunk by chunk, and return its last logits (vocab,)."""
+        self._whole = max(self._whole, int(self.lengths.max()) + len(tokens))
+        for _, logits in self.chunks(tokens):
+            last = logits
+        return last[-1]
+
+    def append(self, text: Tokens) -> Array:
+        """Feed the last token of `text` (n,), whose others the single row holds; its logits (vocab,).
+
+        All of it is fed anew where the rotary embedding now rotates every key otherwise.
+        """
+        rope, before = self._decoder.rope, max(self._whole, len(text) - 1)
+        if rope is not None and rope.recompute and before <= rope.length < len(text):
+            self.lengths[:] = 0
+            return self.prefill(text)
+        return self.feed(text[None, -1:])[0, 0]
+
+    def chunks(self, tokens: Tokens) -> Iterator[tuple[int, Array]]:
+        """Feed `tokens` (n,) to the single row; yields (start, logits (m, vocab)), valid until the next."""
+        for start in range(0, len(tokens), self._decoder.chunk):
+            yield start, self.feed(tokens[None, start : start + self._decoder.chunk])[0]
+
+    def _attention_mask(self) -> Array:
+        total = int(self.lengths.max())
+        if self.rows == 1:
+            return self._mask[:, :total]
+        return (np.arange(total) < self.lengths[:, None]).astype(np.int64)
+
+    def _set(self, name: str, values: Array) -> None:
+        """Copy small inputs into a bound buffer, so that a step of the same shape binds nothing anew."""
+        bound = self._bound.get(name)
+        if bound is None or bound.shape != values.shape:
+            self._bind_input(name, np.array(values, self._port(name).dtype, order="C"))
+        else:
+            bound[...] = values
+
+    def _port(self, name: str) -> Port:
+        return self._graph.options[name] if name in self._graph.options else self._graph.inputs[name]
+
+    def _bind_input(self, name: str, array: Array) -> None:
+        if name in self._graph.inputs or name in self._graph.options:
+            self._bound[name] = array
+            bind(self._binding, self._port(name), array)
+
+    def _output(self, count: int) -> Array:
+        bound = self._bound.get("logits")
+        if bound is None or bound.shape[1] != count:
+            port = self._graph.outputs["logits"]
+            bound = np.empty((self.rows, count, self._decoder.vocab_size), port.dtype)
+            self._bound["logits"] = bound
+            bind(self._binding, port, bound, output=True)
+        return bound

@@ -1,0 +1,180 @@
+"""Nodes and initializers of an ONNX file, read without the onnx package, which no device has.
+
+Wire format: https://protobuf.dev/programming-guides/encoding/; field numbers: onnx.proto,
+https://github.com/onnx/onnx/blob/main/onnx/onnx.proto. What isn't asked for is skipped, unread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.errors import BundleError
+from vera_edge.storage.files import safe_join
+
+INT8 = 3  # TensorProto.DataType
+_EXTERNAL = 1  # TensorProto.DataLocation
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator: its type, and the names of what it reads and gives."""
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Initializer:
+    """A constant. dtype: as TensorProto numbers it. raw: its bytes; else `place`: keys of external data."""
+
+    dtype: int
+    shape: tuple[int, ...]
+    raw: Any
+    place: dict[str, str]
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What a graph holds, that of its subgraphs too. Initializers are by name."""
+
+    path: Path
+    nodes: list[Node] = field(default_factory=list)
+    initializers: dict[str, Initializer] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> OnnxFile:
+        """The graph in `path`. Raises BundleError when it isn't one."""
+        found = cls(path)
+        try:
+            whole: Any = memoryview(np.memmap(path, np.uint8, "r").data)
+            for number, value in _fields(whole):
+                if number == 7:  # ModelProto.graph
+                    found._add_graph(value)
+        except (ValueError, IndexError, TypeError) as cause:
+            raise BundleError(f"{path} isn't an ONNX graph ({cause}); export the bundle again") from None
+        return found
+
+    def int8(self, name: str) -> npt.NDArray[np.int8] | None:
+        """The values of an int8 initializer; None when the file they are in isn't there.
+
+        Raises BundleError when they aren't as many as its shape says.
+        """
+        one = self.initializers[name]
+        try:
+            values = self._values(one)
+            return None if values is None else values.reshape(one.shape)
+        except (ValueError, OverflowError, TypeError) as cause:
+            raise BundleError(f"{self.path} holds no sound {name} ({cause}); copy the bundle again") from None
+
+    def _values(self, one: Initializer) -> npt.NDArray[np.int8] | None:
+        if not one.place:
+            return np.frombuffer(one.raw, np.int8)
+        path = safe_join(self.path.parent, one.place.get("location", ""))
+        if not path.is_file():
+            return None
+        start = int(one.place.get("offset", 0))
+        return np.memmap(path, np.int8, "r")[start : start + math.prod(one.shape)]
+
+    def _add_graph(self, graph: Any) -> None:
+        for number, value in _fields(graph):
+            if number == 1:  # GraphProto.node
+                self._add_node(value)
+            elif number == 5:  # GraphProto.initializer
+                name, one = _initializer(value)
+                self.initializers[name] = one
+
+    def _add_node(self, data: Any) -> None:
+        texts: dict[int, list[str]] = {1: [], 2: [], 4: [""]}  # NodeProto.input, output, op_type
+        for number, value in _fields(data):
+            if number in texts:
+                texts[number].append(_text(value))
+            elif number == 5:  # NodeProto.attribute
+                for part, inner in _fields(value):
+                    if part in (6, 11):  # AttributeProto.g, graphs
+                        self._add_graph(inner)
+        self.nodes.append(Node(texts[4][-1], tuple(texts[1]), tuple(texts[2])))
+
+
+def _initializer(data: Any) -> tuple[str, Initializer]:
+    name, dtype, raw, external = "", 0, b"", False
+    shape: list[int] = []
+    values: list[int] = []
+    place: dict[str, str] = {}
+    for number, value in _fields(data):
+        if number == 1:  # TensorProto.dims
+            shape += _numbers(value)
+        elif number == 2:  # data_type
+            dtype = value
+        elif number == 5:  # int32_data, which holds int8 too
+            values += _numbers(value)
+        elif number == 8:  # name
+            name = _text(value)
+        elif number == 9:  # raw_data
+            raw = value
+        elif number == 13:  # external_data
+            entry = {part: _text(inner) for part, inner in _fields(value)}
+            place[entry[1]] = entry[2]
+        elif number == 14:  # data_location
+            external = value == _EXTERNAL
+    if dtype == INT8 and values:
+        raw = np.array(values, np.uint64).astype(np.int8).tobytes()
+    return name, Initializer(dtype, tuple(shape), raw, place if external else {})
+
+
+def _fields(data: Any) -> Iterator[tuple[int, Any]]:
+    """Number and value of each field: an int, or the bytes of a string, a message or packed numbers."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        wire, value = key & 7, None
+        if wire == _VARINT:
+            value, at = _varint(data, at)
+        elif wire == _BYTES:
+            size, at = _varint(data, at)
+            value, at = data[at : at + size], at + size
+        elif wire in (_FIXED64, _FIXED32):
+            at += 8 if wire == _FIXED64 else 4
+        else:
+            raise ValueError(f"a field of wire type {wire}")
+        if at > len(data):
+            raise ValueError("it ends within a field")
+        if value is not None:
+            yield key >> 3, value
+
+
+def _varint(data: Any, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, low bits first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & 0xFFFF_FFFF_FFFF_FFFF, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")
+
+
+def _numbers(value: Any) -> list[int]:
+    """A repeated number: one of them, or packed."""
+    if isinstance(value, int):
+        return [value]
+    found, at = [], 0
+    while at < len(value):
+        number, at = _varint(value, at)
+        found.append(number)
+    return found
+
+
+def _text(value: Any) -> str:
+    return bytes(value).decode("utf-8", "replace")

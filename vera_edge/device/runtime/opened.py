@@ -1,0 +1,130 @@
+"""A bundle's graph and the adapter that runs in it: what decoders and encoders have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+
+from vera_edge.bundle import contents as bundle
+from vera_edge.bundle.contents import Manifest
+from vera_edge.device.check import facts
+from vera_edge.device.runtime import adapters, generated, int8_products
+from vera_edge.device.runtime.adapters import Vectors
+from vera_edge.device.runtime.graph import Graph, release
+from vera_edge.errors import BundleError, MismatchError
+
+AdapterChoice = str | Path | None
+
+
+def named(word: str, manifest: Manifest) -> AdapterChoice:
+    """What a command line means by `word`: "none", a name of the bundle, or a file, which holds a slash or
+    ends in .onnx_adapter. Raises MismatchError for "none" where the bundle has an adapter of that name."""
+    if word == bundle.NO_ADAPTER:
+        if word in manifest.adapters and manifest.mode == "branch":
+            raise MismatchError(
+                f"{manifest.folder} has an adapter that is called {word}, which is also how one asks for the "
+                f"base alone; give its file, {manifest.folder / manifest.adapters[word]['file']}"
+            )
+        return None
+    return Path(word) if "/" in word or "\\" in word or word.endswith(".onnx_adapter") else word
+
+
+class Opened:
+    """An open bundle. `swap` changes the adapter for what begins afterwards; the weights aren't touched."""
+
+    def __init__(self, manifest: Manifest, graph: Graph) -> None:
+        self.manifest, self.graph = manifest, graph
+        self._active: tuple[AdapterChoice, Vectors] = (None, {})
+
+    @property
+    def adapter(self) -> AdapterChoice:
+        """What runs now: a name of the bundle, a file, None for the base alone, "default" when merged."""
+        return self._active[0]
+
+    @property
+    def vectors(self) -> Vectors:
+        """The active adapter's vectors by graph input; empty for the base alone and for merged bundles."""
+        return self._active[1]
+
+    def swap(self, adapter: AdapterChoice) -> None:
+        """Change the adapter: "default", a name of the bundle, an .onnx_adapter file, None for the base.
+
+        Raises AdapterError or MismatchError when it can't be used; then the active one stays.
+        """
+        self._active = self._choose(adapter)
+
+    def _choose(self, adapter: AdapterChoice) -> tuple[AdapterChoice, Vectors]:
+        named = self.manifest.adapters
+        if self.manifest.mode == "merged":
+            if adapter != "default":
+                raise MismatchError(
+                    f"the adapter is merged into {self.manifest.folder} and can't be changed; export with "
+                    "--mode branch to swap adapters"
+                )
+            return adapter, {}
+        if adapter == "default":
+            adapter = self.manifest.default_adapter
+        if adapter is None:
+            return None, {}
+        if isinstance(adapter, str) and adapter not in named:
+            raise MismatchError(
+                f"{self.manifest.folder} has no adapter named {adapter!r}, only: {', '.join(named) or 'none'}"
+            )
+        path = adapter if isinstance(adapter, Path) else self.manifest.path(named[adapter]["file"])
+        return adapter, adapters.load(path, self.graph, self._model_version(path))
+
+    def _model_version(self, path: Path) -> int | None:
+        """The model version that a file must carry: the manifest's, else that of the own adapters."""
+        if self.manifest.model_version is not None:
+            return self.manifest.model_version
+        for entry in self.manifest.adapters.values():
+            own = self.manifest.path(entry["file"])
+            if own != path:
+                return adapters.version(own)
+        return None
+
+
+def open_graph(
+    folder: Path, kind: str, threads: int | None = None, deep: bool = True
+) -> tuple[Manifest, Graph]:
+    """Verify a bundle of this `kind` and open its graph. What it leaves to be generated is made in memory.
+
+    deep: read every byte first, as `vera-edge verify` does, and not only of files up to 64 MiB. Raises
+    BundleError when the bundle is damaged, foreign, of another kind, or needs a newer runtime or more memory.
+    Warns (BundleWarning) when other programs would get wrong values from it on this processor.
+    """
+    manifest = bundle.verify(folder, deep=deep)
+    if manifest.kind != kind:
+        hint = {
+            "encoder": "an encoder, which generates no text; open it as vera_edge.Encoder",
+            "decoder": "a decoder, which gives text; open it as vera_edge.Session",
+        }[manifest.kind]
+        raise BundleError(f"{folder} holds {hint}")
+    _check_runtime(manifest)
+    _check_memory(manifest)
+    exact = int8_products.must_be_exact(manifest)
+    return manifest, Graph(manifest.path(manifest.model), threads, generated.in_memory(manifest), exact)
+
+
+def _check_memory(manifest: Manifest) -> None:
+    """Refuse what can't fit: libraries in C++ and Rust end the process when memory runs out."""
+    within = Path(manifest.model).parent
+    sizes = {name: entry.size for name, entry in (*manifest.files.items(), *manifest.drawn.items())}
+    needed = sum(size for name, size in sizes.items() if Path(name).parent == within)
+    free = facts.free_memory()
+    if free is not None and free < needed:
+        raise BundleError(
+            f"{manifest.folder} holds a model of {needed / 1e6:.1f} MB and this process may take "
+            f"{free / 1e6:.1f} MB of memory; free some, or take a smaller bundle"
+        )
+
+
+def _check_runtime(manifest: Manifest) -> None:
+    needed = manifest.requires.get("onnxruntime")
+    if needed is None:
+        return
+    if release(onnxruntime.__version__) < release(needed):
+        raise BundleError(
+            f"{manifest.folder} needs onnxruntime {needed} or newer, not {onnxruntime.__version__}; update it"
+        )

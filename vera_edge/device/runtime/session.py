@@ -1,0 +1,155 @@
+"""A bundle opened on the device: one class for text, logits and adapters."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.bundle.contents import Manifest
+from vera_edge.device.runtime.batch import Batch
+from vera_edge.device.runtime.chat import Text
+from vera_edge.device.runtime.decoding import Decoder, Steps
+from vera_edge.device.runtime.generate import Generation
+from vera_edge.device.runtime.graph import Graph
+from vera_edge.device.runtime.opened import AdapterChoice, Opened, open_graph
+from vera_edge.device.runtime.sampling import Sampling
+from vera_edge.device.runtime.template import Message
+from vera_edge.errors import DataError
+
+Float32 = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.int64]
+GREEDY = Sampling()
+
+
+class Session(Opened):
+    """An open decoder bundle.
+
+    One session serves several threads at once: each generation has a cache and a random stream of its own,
+    and keeps the adapter that was set when it began. `swap` changes the adapter for what begins afterwards.
+    """
+
+    def __init__(self, manifest: Manifest, graph: Graph, decoder: Decoder, text: Text) -> None:
+        super().__init__(manifest, graph)
+        self.decoder, self.text, self.vocab_size = decoder, text, decoder.vocab_size
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path | str,
+        adapter: AdapterChoice = "default",
+        *,
+        threads: int | None = None,
+        deep: bool = True,
+    ) -> Session:
+        """Verify the bundle in `folder` and open it. Projections it doesn't bring are drawn in memory.
+
+        adapter: "default" is the one the bundle names, another string a name of the bundle, a Path an
+        .onnx_adapter file, None the base alone. deep: read every byte first, as `vera-edge verify` does;
+        without it the content of files over 64 MiB isn't looked at. Raises BundleError when the bundle is
+        damaged or foreign, AdapterError or MismatchError when the adapter can't be used.
+        """
+        manifest, graph = open_graph(Path(folder), "decoder", threads, deep)
+        session = cls(manifest, graph, Decoder.open(manifest.folder, graph), Text(manifest.folder))
+        session.swap(adapter)
+        return session
+
+    def logits(self, tokens: Tokens) -> Float32:
+        """Teacher-forced logits (n, vocab) of one sequence (n,): row i predicts token i + 1."""
+        out = np.empty((len(tokens), self.vocab_size), np.float32)
+        for start, chunk in self.logit_chunks(tokens):
+            out[start : start + len(chunk)] = chunk
+        return out
+
+    def logit_chunks(self, tokens: Tokens) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+        """The same as `logits` in pieces (start, (m, vocab)) of at most 24 MiB, each valid until the next."""
+        tokens = self._checked(tokens)
+        cache = self.decoder.cache(len(tokens))
+        steps = Steps(self.decoder, cache, self._active[1], whole=len(tokens))
+        yield from steps.chunks(tokens)
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message] | Tokens,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> Generation:
+        """Text for `prompt`, as an iterator of pieces; Sampling has the options, Generation the result.
+
+        prompt: a string (the user's one message, or as it is when `raw` or the model has no chat template),
+        messages with roles, or token ids (n,). tools (JSON schemas), documents and template_args, such as
+        {"enable_thinking": False}: what the chat template reads beside the messages; see ChatTemplate.render.
+        Raises DataError when the prompt is empty or too long, or when the template doesn't read an argument.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        if max_tokens < 0:
+            raise DataError(f"max_tokens is {max_tokens}; it must be 0 or more")
+        given = {"tools": tools, "documents": documents}
+        arguments = {name: value for name, value in given.items() if value is not None}
+        tokens = self._tokens(prompt, raw, {**(template_args or {}), **arguments})
+        return Generation(self.decoder, self.text, tokens, self._active[1], sampling, max_tokens, stop)
+
+    async def stream(self, prompt: str | Sequence[Message] | Tokens, **options: Any) -> AsyncIterator[str]:
+        """`generate` for asyncio: each piece is computed in a thread, so the event loop stays free."""
+        generation = self.generate(prompt, **options)
+        while (piece := await asyncio.to_thread(next, generation, None)) is not None:
+            yield piece
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[Message] | Tokens],
+        adapters: Sequence[AdapterChoice] | None = None,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling = GREEDY,
+        stop: str | Sequence[str] = (),
+        raw: bool = False,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> Batch:
+        """Text for several prompts at once, as an iterator of (row, piece); see Batch.
+
+        adapters: one for each row, as for `swap`, which needs a graph with a batch axis on its vectors; by
+        default all rows run the active one. template_args: as for `generate`, tools and documents among them.
+        Raises MismatchError when the graph can't.
+        """
+        vectors = [self._active[1]] * len(prompts)
+        if adapters is not None:
+            loaded = {choice: self._choose(choice)[1] for choice in set(adapters)}
+            vectors = [loaded[choice] for choice in adapters]
+        if len(vectors) != len(prompts) or not prompts:
+            raise DataError(f"{len(vectors)} adapters for {len(prompts)} prompts; give one for each prompt")
+        tokens = [self._tokens(prompt, raw, template_args or {}) for prompt in prompts]
+        return Batch(self.decoder, self.text, tokens, vectors, sampling, max_tokens, stop)
+
+    def _tokens(
+        self, prompt: str | Sequence[Message] | Tokens, raw: bool, arguments: Mapping[str, Any]
+    ) -> Tokens:
+        if isinstance(prompt, np.ndarray):
+            if arguments:
+                raise DataError(
+                    f"{next(iter(arguments))} is for a chat template, and the prompt is token ids"
+                )
+            return self._checked(prompt)
+        return self.text.prompt(prompt, raw or not self.text.has_template, arguments)
+
+    def _checked(self, tokens: Tokens) -> Tokens:
+        if tokens.ndim != 1 or not 0 < len(tokens) <= self.decoder.context:
+            raise DataError(f"tokens of shape {list(tokens.shape)}: 1 to {self.decoder.context} in a row fit")
+        if tokens.min() < 0 or tokens.max() >= self.vocab_size:
+            raise DataError(f"a token id is outside the vocabulary of {self.vocab_size}")
+        return np.ascontiguousarray(tokens, np.int64)

@@ -1,0 +1,298 @@
+"""What an export target is: an Exporter that turns a Plan into a folder, a Runner that gives logits.
+
+Exporters live outside this package and are found by entry point (group `vera_edge.exporters`), those in this
+repository through the same door as anybody else's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.adapters.projection import Projections
+from vera_edge.adapters.vera import Adapter
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.base.trained_as import TrainedAs
+from vera_edge.errors import PlanError, TargetError
+from vera_edge.formats.blocks import SIZES, check_kind
+from vera_edge.plans import plan as plans
+from vera_edge.plans.plan import ACTIVATIONS, FLOAT, Plan
+from vera_edge.progress import Progress, silent
+from vera_edge.requantize import Codes
+from vera_edge.requantize.correction import Correction
+from vera_edge.storage.files import check_output
+from vera_edge.storage.tensors import Float32
+from vera_edge.trained import model as trained_base
+from vera_edge.trained import provenance
+from vera_edge.trained.text_settings import with_fast_tokenizer
+
+GROUP = "vera_edge.exporters"
+BUILT_IN = "built-in"
+WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "int2", "nf4", "fp4")  # what linears can be asked to be
+_BLOCKS = {"int8": 8, "int4": 4, "int2": 2}
+
+
+class Runner(Protocol):
+    """Something that gives a model's logits."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def logits(self, tokens: npt.NDArray[np.int64]) -> Float32:
+        """Teacher-forced logits (n, vocab_size) of one sequence of n token ids."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """Everything an exporter needs.
+
+    adapters: each with its weight, which scales its delta. options: what the target alone understands; the
+    targets here take `projections` ("fp32", "fp16", "int8", "int4") and `head` ("fp32", "fp16", "int8",
+    "int4"): how projections and embeddings are stored; `accuracy_level` ("4": activations are rounded to
+    int8, "0": float32); `vectors` ("fp32", "fp16"): what a branch takes its adapter's vectors as; `origin`
+    ("baked", "seed"): whether the projections are in the files, or drawn on the device; `run` ("int8"): what
+    4-bit weights are expanded to there.
+    requantized: by module, weights of the plan's formats that were rounded with care (merged where the plan
+    merges); the exporter rounds the others itself. text: what ranges of activations are calibrated on, a
+    UTF-8 file or "built-in".
+    drawn: a folder for the graph before its weights are rounded, which the next export of the same inputs in
+    the same mode takes from there; None where nothing is to be kept. corrections: by module, what its output
+    gets beside the rounded weight's.
+    """
+
+    checkpoint: Checkpoint
+    adapters: Sequence[tuple[Adapter, float]]
+    projections: Projections
+    plan: Plan
+    out: Path
+    options: Mapping[str, str] = field(default_factory=dict)
+    force: bool = False
+    progress: Progress = silent
+    requantized: Mapping[str, Codes] = field(default_factory=dict)
+    drawn: Path | None = None
+    text: str = BUILT_IN
+    corrections: Mapping[str, Correction] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A folder that was exported. `model` is the file a runtime opens; `notes` are for a person to read."""
+
+    target: str
+    folder: Path
+    model: Path
+    size: int
+    plan: Plan
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as a JSON object."""
+        return {
+            "target": self.target,
+            "folder": str(self.folder),
+            "model": str(self.model),
+            "size": self.size,
+            "mode": self.plan.mode,
+            "weights": self.plan.weights,
+            "adapters": {name: str(path) for name, path in self.adapters.items()},
+            "notes": list(self.notes),
+        }
+
+
+class Rounded(NamedTuple):
+    """What rounding gave. codes: by module. notes: sentences for a person to read.
+
+    adapters: those to export, with their weights; vectors may have been refitted to the rounded base.
+    corrections: by module, what its output is to get beside.
+    """
+
+    codes: Mapping[str, Codes]
+    notes: tuple[str, ...]
+    adapters: Sequence[tuple[Adapter, float]]
+    corrections: Mapping[str, Correction] = MappingProxyType({})
+
+
+class Rounding(Protocol):
+    """Rounds the weights of a plan before the exporter sees them; see `weight_rounding.Rounding`."""
+
+    @property
+    def text(self) -> str:
+        """What is calibrated on: a UTF-8 file, or "built-in"."""
+
+    def codes(
+        self,
+        checkpoint: Checkpoint,
+        adapters: Sequence[tuple[Adapter, float]],
+        projections: Projections,
+        plan: Plan,
+        out: Path,
+        progress: Progress,
+    ) -> AbstractContextManager[Rounded]:
+        """The weights rounded; codes are kept beside `out` while the context lasts."""
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """A target."""
+
+    @property
+    def name(self) -> str: ...
+
+    def export(self, request: ExportRequest) -> Export:
+        """Write `request.out`, whole or not at all. Raises TargetError when the model can't be exported."""
+
+
+def names() -> tuple[str, ...]:
+    """The installed targets."""
+    return tuple(sorted(entry_points(group=GROUP).names))
+
+
+def find(name: str) -> Exporter:
+    """The target called `name`; raises TargetError when there is none, or its extra isn't installed."""
+    found = [point for point in entry_points(group=GROUP) if point.name == name]
+    if not found:
+        raise TargetError(f"no export target is called {name!r}; installed: {', '.join(names()) or 'none'}")
+    try:
+        exporter = found[0].load()
+    except ImportError as cause:
+        raise TargetError(
+            f"export target {name} needs the package {cause.name}; "
+            "install the extra: pip install 'vera-edge[build]'"
+        ) from cause
+    if not isinstance(exporter, Exporter):
+        raise TargetError(f"{found[0].value} isn't an Exporter; reinstall the package that registers it")
+    return exporter
+
+
+def stored_options(plan: Plan) -> dict[str, str]:
+    """What a plan says of the exporter's own options: how head and projections are stored."""
+    return {name: str(plan.options[name]) for name in ("head", "projections") if name in plan.options}
+
+
+def in_blocks(plan: Plan, block: str | None, symmetric: str | None) -> Plan:
+    """`plan` with integer blocks of another size, or symmetric or not; raises PlanError when it has none."""
+    if block is None and symmetric is None:
+        return plan
+    if symmetric not in (None, "true", "false") or not (block is None or block.isdecimal()):
+        raise PlanError(
+            f"a block is a number of inputs and symmetric true or false, not {block!r} and {symmetric!r}"
+        )
+    changed: dict[str, Any] = {} if block is None else {"block": int(block)}
+    if symmetric is not None:
+        changed["symmetric"] = symmetric == "true"
+    steps = []
+    for step in plan.steps:
+        if step.result in _BLOCKS and not step.copies:
+            check_kind(_BLOCKS[step.result], changed.get("block", SIZES[0]))
+            step = replace(step, options={**step.options, **changed})
+        steps.append(step)
+    if tuple(steps) == plan.steps:
+        raise PlanError("only weights that are quantized to int8, int4 or int2 have blocks to choose")
+    return replace(plan, steps=tuple(steps))
+
+
+def with_activations(plan: Plan, activations: str) -> Plan:
+    """`plan` with int8 linears that read activations of this kind, one of `plan.ACTIVATIONS`.
+
+    Raises PlanError for another kind, and where there is no int8 linear, or one in blocks.
+    """
+    if activations not in ACTIVATIONS:
+        raise PlanError(f"activations can't be {activations!r}; choose from {', '.join(ACTIVATIONS)}")
+    if activations == FLOAT:
+        return plan
+    changed = [step for step in plan.steps if step.result == "int8"]
+    if not changed:
+        raise PlanError(
+            f"{activations} activations go with int8 weights, and this plan has none; add --weights int8"
+        )
+    if any("block" in step.options or "symmetric" in step.options for step in changed):
+        raise PlanError(
+            f"weights beside {activations} activations have one scale for each row and no zero point; leave "
+            "block and symmetric out"
+        )
+    steps = [
+        replace(step, options={**step.options, "activations": activations}) if step.result == "int8" else step
+        for step in plan.steps
+    ]
+    return replace(plan, steps=tuple(steps))
+
+
+def export(
+    base: Path,
+    adapter_paths: Sequence[tuple[Path, float]],
+    out: Path,
+    target: str = "onnx",
+    mode: str = "merged",
+    weights: str = "fp32",
+    options: Mapping[str, str] | None = None,
+    projection_dtype: str | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+    rounding: Rounding | None = None,
+    made: Plan | None = None,
+    trained_as: TrainedAs | None = None,
+    tokenizer: Path | None = None,
+) -> Export:
+    """Read base and adapters, plan, and export to `out`.
+
+    base, adapter_paths, out: folders; each adapter with its weight.
+    options: the target's own; `block` (16, 32, 64, 128 or 256) and `symmetric` ("true", "false"), which say
+    how int8, int4 and int2 weights are quantized, and `activations` ("float", "dynamic", "static"), what an
+    encoder's int8 linears read, go into the plan.
+    mode: "merged", or "branch": the base keeps its weights, the adapter runs beside it and can be swapped.
+    weights: the stored format of the linears. projection_dtype: see `provenance.resolve`.
+    rounding: how weights are rounded to 4 and 8 bits, and the text to calibrate on; None: to nearest, by the
+    exporter, and the built-in text.
+    made: a plan for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
+    trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer is taken, instead of
+    the adapters' or the base's.
+    Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
+    """
+    check_output(out, force, (base, *(path for path, _ in adapter_paths)))
+    exporter = find(target)
+    if not adapter_paths:
+        raise PlanError("give at least one adapter to export")
+    checkpoint, read = trained_base.read(base, adapter_paths, tokenizer, trained_as)
+    plans.check_together(read)
+    found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    projections = plans.check_projections(read, [one.projections for one in found])
+    if made is not None:
+        plans.check_made_for(made, checkpoint, read, projections)
+    from vera_edge.reference.loading import check_complete  # imports torch
+
+    checkpoint = with_fast_tokenizer(checkpoint)
+    check_complete(checkpoint)
+    options = dict(options or {})
+    plan = made or plans.make(checkpoint, read, mode, weights, projections=projections)
+    plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
+    plan = with_activations(plan, options.pop("activations", FLOAT))
+    said = [note for one in found for note in (one.how, *one.notes)]
+    notes = tuple(dict.fromkeys([*said, *checkpoint.notes]))
+    facts = (checkpoint, read, projections, plan, out)
+    nothing = Rounded({}, (), read)
+    with rounding.codes(*facts, progress) if rounding else nullcontext(nothing) as rounded:
+        chosen = {**stored_options(plan), **options}
+        request = ExportRequest(
+            checkpoint,
+            rounded.adapters,
+            projections,
+            plan,
+            out,
+            chosen,
+            force,
+            progress,
+            rounded.codes,
+            text=rounding.text if rounding else BUILT_IN,
+            corrections=rounded.corrections,
+        )
+        exported = exporter.export(request)
+    return replace(exported, notes=(*notes, *rounded.notes, *exported.notes))

@@ -1,0 +1,193 @@
+"""The whole of `vera-edge drift` as one call: open, measure, judge, gather what a report shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from vera_edge import versions
+from vera_edge.base.trained_as import TrainedAs
+from vera_edge.errors import DataError, MismatchError
+from vera_edge.measuring import limits, models
+from vera_edge.measuring.continuations import continue_both
+from vera_edge.measuring.encoder_assess import assess_encoder
+from vera_edge.measuring.encoder_report import EncoderReport
+from vera_edge.measuring.evaluate import Measurement, check_vocabularies, measure
+from vera_edge.measuring.models import Candidate, Trained
+from vera_edge.measuring.result import DriftReport, TextFacts, WorstText
+from vera_edge.measuring.verdict import judge
+from vera_edge.progress import Progress, silent
+from vera_edge.tasks import task as tasks
+from vera_edge.text import windows
+from vera_edge.text.windows import Text, Windows
+
+_CONTEXT_SHOWN = 24
+_TOOLS = ("vera-edge", "numpy", "onnxruntime", "tokenizers", "torch", "transformers", "peft", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare with what, and on what.
+
+    reference: an adapter folder (its base from `base` or its config), a base folder (with `adapters`, each
+        with its weight), or a branch export. candidate: a merged or exported folder.
+    data: a text file or "built-in". exact: run a bitsandbytes checkpoint on exact values, not in its kernels.
+    tokenizer: a folder whose tokenizer reads the text for the reference, where an export was given another.
+    samples: how many prompts both models continue. by_layer: measure layer by layer too.
+    text_only: refuse a model that gives embeddings or classes, before it is measured. limits: names of those
+         that the report will be held to; what isn't measured of the model is refused before it is measured.
+    trained_as: how the reference's base was loaded in training.
+    """
+
+    reference: Path
+    candidate: Path
+    data: str = windows.BUILT_IN
+    base: Path | None = None
+    adapters: tuple[tuple[Path, float], ...] = ()
+    projection_dtype: str | None = None
+    tokenizer: Path | None = None
+    tokens: int = windows.TOKENS
+    window: int = windows.WINDOW
+    exact: bool = False
+    samples: int = 0
+    by_layer: bool = False
+    text_only: bool = False
+    trained_as: TrainedAs | None = None
+    limits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Both sides, the text, and the tokenizer that reads it for both."""
+
+    trained: Trained
+    candidate: Candidate
+    text: Text
+    tokenizer: Tokenizer
+
+
+def assess(request: Request, progress: Progress = silent) -> DriftReport:
+    """Measure a text model's `request.candidate` against it as trained. Limits are `drift.limits`' business.
+
+    Raises a VeraEdgeError in one sentence when an input is at fault.
+    """
+    return _assess_text(request, _open(request, progress), progress)
+
+
+def assess_any(request: Request, progress: Progress = silent) -> DriftReport | EncoderReport:
+    """`assess`, and for models that give embeddings or classes what is measured of those."""
+    opened = _open(request, progress)
+    if _gives_text(opened.trained):
+        return _assess_text(request, opened, progress)
+    if request.by_layer or request.text_only:
+        raise DataError(
+            f"{request.reference} gives no text: layers, HTML report, plots and baselines are for models "
+            "that do; use --json or --junit"
+        )
+    return assess_encoder(
+        opened.trained, opened.candidate, opened.text, opened.tokenizer, versions.installed(_TOOLS), progress
+    )
+
+
+def _gives_text(trained: Trained) -> bool:
+    return trained.task.gives == tasks.TEXT
+
+
+def _open(request: Request, progress: Progress) -> _Opened:
+    text = windows.read_text(request.data)
+    progress("opening the models", 0, 2)
+    given = (request.base, request.adapters, request.projection_dtype)
+    trained = models.open_trained(request.reference, *given, request.trained_as, request.tokenizer)
+    progress("opening the models", 1, 2)
+    candidate = models.open_candidate(request.candidate, request.exact, trained.digests)
+    progress("opening the models", 2, 2)
+    if _gives_text(trained) and candidate.gives != tasks.TEXT:
+        raise MismatchError(f"{request.candidate} gives no text, and {request.reference} does")
+    check_vocabularies(trained.runner, candidate.runner)
+    sides = ((trained.folder, trained.tokenizer), (candidate.folder, candidate.tokenizer))
+    having = [(folder, tokenizer) for folder, tokenizer in sides if tokenizer is not None]
+    windows.check_alike(text, having)
+    # The reference's, or the artefact's where the reference's folder has none.
+    tokenizer = having[0][1] if having else windows.open_tokenizer(trained.folder)
+    return _Opened(trained, candidate, text, tokenizer)
+
+
+def _assess_text(request: Request, opened: _Opened, progress: Progress) -> DriftReport:
+    trained, candidate, text = opened.trained, opened.candidate, opened.text
+    limits.check_text(request.limits)
+    if request.by_layer:
+        # torch is only there when the models' layers are.
+        from vera_edge.measuring import layers
+
+        layers.check(trained, candidate)
+    vocabulary = trained.runner.vocab_size
+    cut = windows.make(text, opened.tokenizer, vocabulary, request.tokens, request.window)
+    _check_context(cut, trained, candidate)
+    found = measure(
+        trained.runner, candidate.runner, cut, base=trained.base, noise=trained.noise, progress=progress
+    )
+    by_layer = layers.by_layer(trained, candidate, cut, progress) if request.by_layer else ()
+    samples = continue_both(
+        trained.runner, candidate.runner, cut, opened.tokenizer, request.samples, progress
+    )
+    return DriftReport(
+        reference=trained.artefact,
+        candidate=candidate.artefact,
+        base=trained.base_artefact,
+        text=TextFacts(text.source, text.sha256, cut.scored, len(cut.tokens), cut.window),
+        fidelity=found.fidelity,
+        effect=found.effect,
+        noise=found.noise,
+        retained=found.retained,
+        verdict=judge(found),
+        notes=(
+            *trained.notes,
+            *candidate.notes,
+            *windows.beyond(opened.tokenizer, vocabulary),
+            *_text_notes(found, vocabulary),
+        ),
+        worst=_worst(found, cut, opened.tokenizer),
+        generations=samples,
+        layers=by_layer,
+        tools=versions.installed(_TOOLS),
+    )
+
+
+def _check_context(cut: Windows, trained: Trained, candidate: Candidate) -> None:
+    for context in (trained.context, candidate.context):
+        if context is not None and cut.window > context:
+            raise DataError(
+                f"a window of {cut.window} tokens is longer than the model's context of {context}"
+            )
+
+
+def _text_notes(found: Measurement, vocabulary: int) -> list[str]:
+    perplexity = found.fidelity.reference_perplexity.value
+    if perplexity < vocabulary:
+        return []
+    return [
+        f"the reference's perplexity on this text is {perplexity:.0f}, worse than guessing among "
+        f"{vocabulary} tokens: the tokenizer or the text may not be the model's"
+    ]
+
+
+def _worst(found: Measurement, cut: Windows, tokenizer: Tokenizer) -> tuple[WorstText, ...]:
+    def text(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+    shown = []
+    for token in found.fidelity.worst:
+        ids = cut.tokens[token.window].tolist()
+        start = max(0, token.position + 1 - _CONTEXT_SHOWN)
+        shown.append(
+            WorstText(
+                before=text(ids[start : token.position + 1]),
+                truth=text([ids[token.position + 1]]),
+                reference_choice=text([token.reference_choice]),
+                choice=text([token.choice]),
+                kl=token.kl,
+            )
+        )
+    return tuple(shown)

@@ -1,0 +1,101 @@
+"""Runs reference, artefact and their yardsticks over the same windows, one window at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vera_edge.errors import MismatchError
+from vera_edge.measuring.aggregate import Aggregate
+from vera_edge.measuring.comparison import Comparison, Estimate
+from vera_edge.measuring.metrics import compare_all
+from vera_edge.progress import Progress, silent
+from vera_edge.text import bootstrap
+from vera_edge.text.windows import Windows
+
+if TYPE_CHECKING:
+    from vera_edge.exporting.target import Runner
+
+# The noise floor is a yardstick, not a verdict: a few windows give its size.
+NOISE_WINDOWS = 4
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one pass over the windows found.
+
+    fidelity: reference against artefact. effect: reference against the base without the adapter.
+    noise: reference in float32 against itself computed in bfloat16, over the first few windows.
+    retained: 1 - KL(reference || artefact) / KL(reference || base), 1 when nothing is lost; None when there
+        is no adapter or it changes nothing.
+    """
+
+    fidelity: Comparison
+    effect: Comparison | None
+    noise: Comparison | None
+    retained: Estimate | None
+
+
+def measure(
+    reference: Runner,
+    candidate: Runner,
+    windows: Windows,
+    *,
+    base: Runner | None = None,
+    noise: Runner | None = None,
+    progress: Progress = silent,
+) -> Measurement:
+    """Compare `candidate` with `reference` on every window; `base` and `noise` are the yardsticks.
+
+    Holds one window's logits of each model. Raises MismatchError on different vocabularies, DataError on
+    logits that aren't finite and when there is too little text.
+    """
+    check_vocabularies(reference, candidate)
+    gathered = {"artefact": Aggregate()}
+    if base is not None:
+        gathered["base"] = Aggregate()
+    if noise is not None:
+        gathered["noise"] = Aggregate()
+    runners = {"artefact": candidate, "base": base, "noise": noise}
+    for index, tokens in enumerate(windows.tokens):
+        progress("measuring drift", index, len(windows.tokens))
+        asked = {
+            name: runner
+            for name, runner in runners.items()
+            if runner is not None and (name != "noise" or index < NOISE_WINDOWS)
+        }
+        # The last position has no true token to be judged by.
+        logits = {name: runner.logits(tokens)[:-1] for name, runner in asked.items()}
+        compared = compare_all(reference.logits(tokens)[:-1], logits, tokens[1:])
+        for name, metrics in compared.items():
+            gathered[name].add(metrics)
+    progress("measuring drift", len(windows.tokens), len(windows.tokens))
+    found = {name: aggregate.finish() for name, aggregate in gathered.items()}
+    retained = _retained(gathered["artefact"], gathered["base"]) if base is not None else None
+    return Measurement(found["artefact"], found.get("base"), found.get("noise"), retained)
+
+
+def check_vocabularies(reference: Runner, candidate: Runner) -> None:
+    """Raise MismatchError when the two give logits over different numbers of tokens."""
+    if reference.vocab_size != candidate.vocab_size:
+        raise MismatchError(
+            f"the reference has a vocabulary of {reference.vocab_size} tokens and the artefact one of "
+            f"{candidate.vocab_size}; they come from different models"
+        )
+
+
+def _retained(artefact: Aggregate, base: Aggregate) -> Estimate | None:
+    """R with its error by the delta method over windows, and its interval from paired resamples."""
+    lost, effect = artefact.window_sums("kl"), base.window_sums("kl")
+    if effect.sum() <= 0.0:
+        return None
+    ratio = lost.sum() / effect.sum()
+    drawn = bootstrap.totals(np.stack([lost, effect], axis=1))
+    # A resample of windows on which the adapter does nothing has no ratio.
+    drawn = drawn[drawn[:, 1] > 0]
+    low, high = bootstrap.interval(1.0 - drawn[:, 0] / drawn[:, 1])
+    count = len(lost)
+    spread = np.sum((lost - ratio * effect) ** 2) * count / max(count - 1, 1)
+    return Estimate(float(1.0 - ratio), float(np.sqrt(spread) / effect.sum()), low, high)

@@ -1,0 +1,308 @@
+"""Opens what drift compares: the model as trained in its several shapes, and the artefact in its own.
+
+torch is imported only when something has to run in it; a float branch export against another export is
+measured with numpy and ONNX Runtime alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.adapters import vera as adapters
+from vera_edge.adapters.projection import Projections
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.base.trained_as import TrainedAs
+from vera_edge.bundle import contents as bundle
+from vera_edge.errors import CheckpointError, DataError, MismatchError, PlanError
+from vera_edge.formats import checks
+from vera_edge.measuring.exactness import unlike_trained
+from vera_edge.measuring.reading import (
+    check_measurable,
+    context_of,
+    exported_tokenizer,
+    pooling_of,
+    tokenizer_of,
+)
+from vera_edge.measuring.result import Artefact
+from vera_edge.tasks import task as tasks
+from vera_edge.trained import model as trained_base
+from vera_edge.trained import provenance
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from vera_edge.device.runtime.pooling import Pooling
+    from vera_edge.exporting.target import Runner
+    from vera_edge.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The reference and its yardsticks; `base` is it without its adapter, `noise` it computed in bfloat16.
+
+    `tokenizer` is None where its folders hold none; `folder` is where it was looked for. `checkpoint`,
+    `adapters` and `projections` are there when it was opened from them, not from an export.
+    """
+
+    runner: Runner
+    base: Runner | None
+    noise: Runner | None
+    artefact: Artefact
+    base_artefact: Artefact | None
+    folder: Path
+    context: int | None
+    notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
+    adapters: tuple[tuple[adapters.Adapter, float], ...] = ()
+    projections: Projections | None = None
+    digests: tuple[str, ...] = ()  # of the adapters that run
+    tokenizer: Tokenizer | None = None
+    pooling: Pooling | None = None
+
+    @property
+    def task(self) -> Task:
+        """What the model does; a branch export that stands for it gives text."""
+        return tasks.TEXT_GENERATION if self.checkpoint is None else tasks.of(self.checkpoint.config)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The artefact; `checkpoint` is set when its weights can be read layer by layer.
+
+    `gives`: see `tasks.Task`.
+    """
+
+    runner: Runner
+    artefact: Artefact
+    folder: Path
+    context: int | None
+    notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
+    gives: str = tasks.TEXT
+    tokenizer: Tokenizer | None = None
+    pooling: Pooling | None = None
+
+
+def open_trained(
+    path: Path,
+    base: Path | None = None,
+    adapter_paths: Sequence[tuple[Path, float]] = (),
+    projection_dtype: str | None = None,
+    trained_as: TrainedAs | None = None,
+    tokenizer: Path | None = None,
+) -> Trained:
+    """The model as trained from an adapter folder, a base folder (with `adapter_paths`), or a branch export.
+
+    trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer reads the text,
+    instead of the adapters' or the base's. An export has its base, adapter and projections in it, and takes
+    no others. Raises a VeraEdgeError of the part that is at fault.
+    """
+    if (path / bundle.MANIFEST).is_file():
+        given = {
+            "base": base,
+            "adapter": adapter_paths or None,
+            "projection-dtype": projection_dtype,
+            "trained-as": trained_as,
+        }
+        if named := [name for name, value in given.items() if value is not None]:
+            raise PlanError(
+                f"the reference {path} is an export, which has its own base, adapter and projections in it; "
+                f"leave --{named[0]} out, or give the adapter or base folder as the reference"
+            )
+        return _trained_export(path)
+    if (path / adapters.CONFIG_NAME).is_file():
+        adapter_paths = [(path, 1.0), *adapter_paths]
+    elif base is not None:
+        raise PlanError(f"the reference {path} is no adapter, but a base itself; leave --base out")
+    if projection_dtype is not None and not adapter_paths:
+        raise PlanError("--projection-dtype is for an adapter, and the reference has none; leave it out")
+    base = base_folder(path, base)
+    checkpoint, read = trained_base.read(base, adapter_paths, tokenizer, trained_as)
+    return _trained_checkpoint(checkpoint, read, projection_dtype)
+
+
+def base_folder(path: Path, base: Path | None) -> Path:
+    """The reference's base: `path` itself, or for an adapter `base`, or what its config names here."""
+    if not (path / adapters.CONFIG_NAME).is_file():
+        return path
+    if base is not None:
+        return base
+    name = adapters.read(path).base_name
+    if name is None or not Path(name).is_dir():
+        raise MismatchError(
+            f"{path} was trained on {name or 'a base it does not name'}, which isn't a folder here; "
+            "give --base"
+        )
+    return Path(name)
+
+
+def _trained_checkpoint(
+    checkpoint: Checkpoint, read: tuple[tuple[adapters.Adapter, float], ...], projection_dtype: str | None
+) -> Trained:
+    found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    if any(other.projections.digest != found[0].projections.digest for other in found[1:]):
+        raise MismatchError("the adapters were trained on different projections, which one model can't hold")
+    projections = found[0].projections if found else None
+    check_measurable(checkpoint)
+    from vera_edge.reference import model as reference
+
+    model = reference.open_reference(checkpoint, read, projections, tasks.of(checkpoint.config).auto_class)
+    base_bytes = folder_bytes(checkpoint.path)
+    kind = f"{_weights_of(checkpoint)} base, exact in float32" + ", adapter unmerged in PEFT" * bool(read)
+    paths = [adapter.path for adapter, _ in read] or [checkpoint.path]
+    own = base_bytes + sum(folder_bytes(adapter.path) for adapter, _ in read)
+    name = " + ".join(path.resolve().name for path in paths)
+    base_kind = f"{_weights_of(checkpoint)} base without the adapter"
+    return Trained(
+        runner=model,
+        base=model.adapter_off() if read else None,
+        noise=model.bfloat16(),
+        artefact=Artefact(name, str(paths[0]), kind, own),
+        base_artefact=_artefact(checkpoint.path, base_kind) if read else None,
+        folder=checkpoint.path,
+        context=context_of(checkpoint),
+        notes=tuple(dict.fromkeys(note for one in found for note in (*one.notes, f"projections: {one.how}"))),
+        checkpoint=checkpoint,
+        adapters=read,
+        projections=projections,
+        digests=tuple(adapter.digest for adapter, _ in read),
+        tokenizer=tokenizer_of(checkpoint),
+        pooling=pooling_of(checkpoint),
+    )
+
+
+def _trained_export(path: Path) -> Trained:
+    from vera_edge.device.runtime.session import Session
+
+    manifest = bundle.read(path)
+    if manifest.kind == "encoder":
+        raise MismatchError(f"{path} gives no text, and can't be the reference; give the adapter folder")
+    if fault := unlike_trained(manifest):
+        raise MismatchError(
+            f"{path} isn't the model as trained: {fault}; give the adapter folder, or a branch export with "
+            "fp32 weights, or with those of an NF4 or FP4 base as they are"
+        )
+    session = Session.open(path)
+    kind = f"branch export, {manifest.weights} weights, adapter on"
+    return Trained(
+        runner=session,
+        base=_Swapped(session, None, session.adapter),
+        noise=None,
+        artefact=_artefact(path, kind),
+        base_artefact=_artefact(path, f"branch export, {manifest.weights} weights, adapter off"),
+        folder=path,
+        context=session.decoder.context,
+        digests=(manifest.adapters[manifest.default_adapter or ""]["digest"],),
+        tokenizer=exported_tokenizer(path),
+    )
+
+
+@dataclass(frozen=True)
+class _Swapped:
+    """A branch export's session with another adapter for the length of a call, so that it is opened once."""
+
+    session: Any
+    adapter: Any
+    default: Any
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.session.vocab_size)
+
+    def logits(self, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        self.session.swap(self.adapter)
+        try:
+            found: npt.NDArray[np.float32] = self.session.logits(tokens)
+            return found
+        finally:
+            self.session.swap(self.default)
+
+
+def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ()) -> Candidate:
+    """The artefact in `path`: an exported folder, or a Hugging Face folder of any weight format.
+
+    trained: digests of the reference's adapters; of a branch export's own, the one among them runs.
+
+    A bitsandbytes checkpoint runs as its users run it, in bitsandbytes' kernels; with `exact`, on the exact
+    values of its weights in float32.
+    """
+    if (path / bundle.MANIFEST).is_file():
+        return _candidate_export(path, trained)
+    if (path / adapters.CONFIG_NAME).is_file():
+        raise DataError(f"{path} is an adapter, not an artefact; give a merged or exported folder to measure")
+    checkpoint, _ = trained_base.read(path)
+    check_measurable(checkpoint)
+    from vera_edge.reference import model as reference
+
+    weights, notes, task = _weights_of(checkpoint), [], tasks.of(checkpoint.config)
+    quantized = checks.method(checkpoint.config) is not None
+    if quantized and not exact and (odd := _split_blocks(checkpoint)):
+        exact = True
+        notes.append(
+            f"measured on exact values in float32: bitsandbytes' CPU kernels can't run {odd}, whose rows "
+            "aren't whole blocks"
+        )
+    if quantized and not exact:
+        try:
+            runner = reference.load_as_stored(checkpoint, task.auto_class)
+        except CheckpointError as cause:
+            raise CheckpointError(f"{cause}; --exact runs it on exact values in float32") from None
+        kernels = "bitsandbytes" if checks.method(checkpoint.config) == "bitsandbytes" else "transformers'"
+        kind = f"checkpoint, {weights}, {kernels} kernels"
+    else:
+        runner = reference.open_reference(checkpoint, auto_class=task.auto_class)
+        kind = f"checkpoint, {weights}, computed in float32"
+    facts = (_artefact(path, kind), path, context_of(checkpoint), tuple(notes), checkpoint, task.gives)
+    return Candidate(runner, *facts, tokenizer=tokenizer_of(checkpoint), pooling=pooling_of(checkpoint))
+
+
+def _candidate_export(path: Path, trained: Sequence[str]) -> Candidate:
+    manifest = bundle.read(path)
+    own = {name: entry["digest"] for name, entry in manifest.adapters.items()}
+    notes: tuple[str, ...] = ()
+    if own and not set(trained) <= set(own.values()):
+        notes = (f"{path} wasn't made with the reference's adapter, but with {', '.join(own)}",)
+    # The default one first, where several names stand for the same adapter.
+    names = sorted(own, key=lambda name: name != manifest.default_adapter)
+    found = [name for name in names if own[name] in trained] if manifest.mode == "branch" else []
+    adapter = found[0] if found else "default"
+    kind = f"{manifest.mode} export, {manifest.weights} weights, ONNX Runtime"
+    if manifest.kind == "encoder":
+        from vera_edge.measuring.exported_encoder import ExportedEncoder
+
+        encoder = ExportedEncoder(path, adapter)
+        facts = (_artefact(path, kind), path, encoder.context, notes)
+        return Candidate(encoder, *facts, gives=encoder.gives, tokenizer=exported_tokenizer(path))
+    from vera_edge.device.runtime.session import Session
+
+    session = Session.open(path, adapter)
+    facts = (_artefact(path, kind), path, session.decoder.context, notes)
+    return Candidate(session, *facts, tokenizer=exported_tokenizer(path))
+
+
+def _split_blocks(checkpoint: Checkpoint) -> str | None:
+    """A 4-bit layer whose blocks run over the ends of rows: bitsandbytes 0.50 misreads those on a CPU."""
+    for module, linear in checkpoint.linears.items():
+        block = linear.params.get("blocksize")
+        if linear.format in ("nf4", "fp4") and isinstance(block, int) and linear.in_features % block:
+            return module
+    return None
+
+
+def _weights_of(checkpoint: Checkpoint) -> str:
+    return "/".join(sorted({linear.format for linear in checkpoint.linears.values()})) or "no linear"
+
+
+def _artefact(path: Path, kind: str) -> Artefact:
+    return Artefact(path.resolve().name, str(path), kind, folder_bytes(path))
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files under `path`."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

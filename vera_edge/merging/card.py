@@ -1,0 +1,88 @@
+"""README.md of a merged model: what was merged into what, and how much of the adapter its format keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from vera_edge import __version__
+from vera_edge.merging.report import MergeReport
+from vera_edge.tasks import task as tasks
+
+
+def text(report: MergeReport, base_name: str, config: Mapping[str, Any]) -> str:
+    """The model card as Markdown with Hugging Face's front matter."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(base_name)}",
+        "base_model_relation: merge",
+        "tags: [vera, peft, merged]",
+        "---",
+        "",
+        f"# {_plain(base_name)}, merged with {_plain(_names(report))}",
+        "",
+        "The weights are the base's dequantized values plus the deltas of the VeRA adapters below, "
+        "`W + diag(lambda_b) B diag(lambda_d) A`, computed in float32 and then stored in the formats named "
+        f"here. Made by vera-edge {__version__}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {_plain(base_name)} |",
+        f"| base weights, SHA-256 | `{report.base_digest}` |",
+    ]
+    for name, digest, weight in report.adapters:
+        lines += [f"| adapter | {_plain(name)}, weight {weight:g} |", f"| its SHA-256 | `{digest}` |"]
+    spec = report.projection
+    lines += [
+        f"| projections | seed {spec['seed']}, rank {spec['rank']}, {spec['rounding']} |",
+        f"| their SHA-256 | `{spec['digest']}` |",
+        f"| linear layers | {_formats(report)} |",
+        f"| merged layers | {len(report.layers)} |",
+        *_survival(report),
+        "",
+    ]
+    if report.warning:
+        lines += [f"**Warning.** {report.warning}", ""]
+    lines += _loading(config)
+    return "\n".join(lines)
+
+
+def _survival(report: MergeReport) -> list[str]:
+    shares = report.survival.to_dict()
+    if shares["retained"] is None:
+        return []
+    return [
+        f"| delta over base weights | {shares['delta_size']:.3g} |",
+        f"| retained share of the delta | {shares['retained']:.3f} |",
+        f"| rounding noise over the delta | {shares['noise']:.3g} |",
+    ]
+
+
+def _loading(config: Mapping[str, Any]) -> list[str]:
+    name = tasks.architecture(config)
+    auto = tasks.of_class(name).auto_class if tasks.of_class(name).name else "AutoModel"
+    if name.endswith("ForConditionalGeneration"):
+        auto = "AutoModel"
+    return [
+        "```python",
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+    ]
+
+
+def _names(report: MergeReport) -> str:
+    return " and ".join(name for name, _, _ in report.adapters)
+
+
+def _formats(report: MergeReport) -> str:
+    return ", ".join(f"{count} in {name}" for name, count in sorted(report.results.items()))
+
+
+def _plain(text: str) -> str:
+    """A name on one line, with nothing that Markdown or HTML would read."""
+    return "".join(mark for mark in text if mark.isprintable() and mark not in "|`<>[]*\\")

@@ -1,0 +1,110 @@
+"""What the adapters add to one weight, and the sum of both, in float32, a piece of some rows at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from vera_edge.adapters.projection import Projections
+from vera_edge.adapters.vera import Adapter
+from vera_edge.errors import AdapterError, CheckpointError
+from vera_edge.formats import Weight, row_chunks
+from vera_edge.merging.measure import ROWS
+from vera_edge.storage.tensors import Float32
+
+# Values of one product: fewer make it slow, more fall out of the processor's cache before they're stored.
+PRODUCT_VALUES = 1 << 21
+
+
+class Delta:
+    """`sum_i weight_i * diag(lambda_b_i) B diag(lambda_d_i) A` for one linear (out, in).
+
+    Raises MismatchError when an adapter's vectors don't fit the projections.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        in_features: int,
+        adapters: Sequence[tuple[Adapter, float]],
+        projections: Projections,
+    ) -> None:
+        self._b = projections.b
+        self._terms: list[tuple[Float32, Float32]] = []
+        for adapter, weight in adapters:
+            if module in adapter.vectors:
+                vectors = adapter.vectors[module]
+                projections.check(vectors.lambda_b, vectors.lambda_d, in_features)
+                with _quiet():
+                    self._terms.append((np.float32(weight) * vectors.lambda_b, vectors.lambda_d))
+        self._a = projections.a[:, :in_features]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether no adapter changes this layer: it isn't adapted, or lambda_b was never trained."""
+        return not any(lambda_b.any() for lambda_b, _ in self._terms)
+
+    @cached_property
+    def _scaled_a(self) -> list[Float32]:
+        return [lambda_d[:, None] * self._a for _, lambda_d in self._terms]
+
+    def into(self, out: Float32, start: int = 0) -> None:
+        """Write rows `start`, ... of the delta over `out` (rows, in), by the products in PEFT's order
+        (`get_delta_weight`).
+        """
+        stop = start + len(out)
+        with _quiet():
+            for number, ((lambda_b, _), scaled_a) in enumerate(zip(self._terms, self._scaled_a, strict=True)):
+                scaled_b = lambda_b[start:stop, None] * self._b[start:stop]
+                if number == 0:
+                    np.matmul(scaled_b, scaled_a, out=out)
+                else:
+                    out += scaled_b @ scaled_a
+
+
+def _quiet() -> np.errstate:
+    """Let values grow infinite without a warning: they're found in the end, and told in a sentence."""
+    return np.errstate(over="ignore", invalid="ignore")
+
+
+def merged_rows(
+    module: str, base: Weight, delta: Delta | None, multiple: int = 1
+) -> Iterator[tuple[int, Float32]]:
+    """The base's weight plus the delta, piece by piece: the first row, and float32 (rows, in).
+
+    A piece has a multiple of `multiple` rows and of `measure.ROWS`, but for the last. It is written over by
+    the next one. Raises CheckpointError when the base isn't finite, AdapterError when the sum isn't.
+    """
+    (out, columns), multiple = base.shape, math.lcm(ROWS, multiple)
+    count = min(out, max(1, PRODUCT_VALUES // columns // multiple) * multiple)
+    buffer = np.empty((count, columns), np.float32)
+    for start in range(0, out, count):
+        piece = buffer[: out - start]
+        if delta is not None:
+            delta.into(piece, start)
+        for first, stop in row_chunks(piece.shape):
+            rows, own = piece[first:stop], base.rows(start + first, start + stop)
+            with _quiet():
+                np.copyto(rows, own) if delta is None else np.add(rows, own, out=rows)
+            if not np.isfinite(rows).all():
+                if np.isfinite(own).all():
+                    raise AdapterError(
+                        f"what the adapter adds to {module} is beyond float32; its vectors or its weight are "
+                        "too large for anything sound"
+                    )
+                raise CheckpointError(
+                    f"the weight of {module} holds NaN or infinite values, so nothing sound can be made of "
+                    "it; the checkpoint is damaged: copy it again"
+                )
+        yield start, piece
+
+
+def merge_rows(module: str, base: Weight, delta: Delta | None) -> Float32:
+    """`merged_rows` as a whole, float32 (out, in)."""
+    merged = np.empty(base.shape, np.float32)
+    for start, rows in merged_rows(module, base, delta):
+        merged[start : start + len(rows)] = rows
+    return merged

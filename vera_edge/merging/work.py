@@ -1,0 +1,199 @@
+"""One unit of a merge as a worker does it: read, compute, write to its place, and say what it wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy.typing as npt
+
+from vera_edge import __version__
+from vera_edge.adapters.projection import Projections
+from vera_edge.adapters.vera import Adapter
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.base.overlay import Overlay
+from vera_edge.base.trained_as import TrainedAs
+from vera_edge.merging.cutting import cut
+from vera_edge.merging.journal import Done
+from vera_edge.merging.units import Unit
+from vera_edge.plans.plan import Plan
+from vera_edge.requantize import Codes
+from vera_edge.requantize.gram import one_blas_thread
+from vera_edge.storage.files import canonical_json, output_error, sha256_bytes
+from vera_edge.storage.shards import Shards, nbytes
+from vera_edge.storage.tensors import Bytes, RawTensor, WitnessedFolder
+
+_AHEAD = 1 << 28  # bytes of one tensor to fetch ahead; a longer one is read in order, which the system sees
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A merge, as its workers need it. Pickled, it carries the base's path, and a worker opens that once.
+
+    folder: where the shards are, made already. max_shard_bytes: as for `Shards`. ahead: how many units are
+    at work at once, so that the one after them is fetched. run: what a worker knows it by.
+    """
+
+    key: str
+    plan: Plan
+    checkpoint: Checkpoint
+    adapters: Sequence[tuple[Adapter, float]]
+    projections: Projections
+    requantized: Mapping[str, Codes]
+    folder: Path
+    max_shard_bytes: int
+    ahead: int = 1
+    run: str = field(default_factory=lambda: uuid4().hex)
+
+    @cached_property
+    def _cut(self) -> tuple[list[Unit], bool]:
+        return cut(self.plan, self.checkpoint, self.adapters, self.projections, self.requantized)
+
+    @property
+    def units(self) -> list[Unit]:
+        """The units, in the order in which the base's files hold what they read."""
+        return self._cut[0]
+
+    @property
+    def untied(self) -> bool:
+        """Whether the output head is untied from the embedding by this merge."""
+        return self._cut[1]
+
+    @cached_property
+    def shards(self) -> Shards:
+        """The files to write."""
+        layout: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for unit in self.units:
+            layout |= unit.layout
+        return Shards(self.folder, layout, self.max_shard_bytes)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Bytes that each unit gives."""
+        return [sum(nbytes(*entry) for entry in unit.layout.values()) for unit in self.units]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        base = (self.checkpoint.path.absolute(), self.checkpoint.trained_as, self.checkpoint.overlay)
+        opened = (self.run, self.key, self.plan.to_dict(), base)
+        facts = (self.adapters, self.projections, self.requantized, self.folder, self.max_shard_bytes)
+        return _reopen, (*opened, facts)
+
+
+_reopened: dict[str, Job] = {}  # in a worker: the jobs it works on
+_HELD = 64
+
+
+def _reopen(
+    run: str,
+    key: str,
+    plan: Mapping[str, Any],
+    base: tuple[Path, TrainedAs | None, Overlay | None],
+    facts: tuple[Any, ...],
+) -> Job:
+    if run not in _reopened:
+        while len(_reopened) >= _HELD:
+            _reopened.pop(next(iter(_reopened)))
+        path, trained_as, overlay = base
+        checkpoint = Checkpoint.open(path, trained_as)
+        if overlay is not None:
+            checkpoint = checkpoint.overlaid(overlay)
+        _reopened[run] = Job(key, Plan.from_dict(plan), checkpoint, *facts)
+    return _reopened[run]
+
+
+def key_of(plan: Plan, requantized: Mapping[str, Codes], max_shard_bytes: int) -> str:
+    """Hex SHA-256 of what decides the bytes, but for the base's own: two merges of one key and one base
+    write the same.
+
+    The plan holds the digests of the base's layout and of the adapters, and their weights. Reads the codes.
+    """
+    codes = {module: _codes_digest(requantized[module]) for module in requantized}
+    return sha256_bytes(canonical_json([plan.to_dict(), codes, max_shard_bytes, __version__]))
+
+
+def _codes_digest(codes: Codes) -> str:
+    arrays: list[npt.NDArray[Any] | None] = [codes.codes, codes.scales, codes.zeros]
+    if codes.nested is not None:
+        arrays += [codes.nested.codes, codes.nested.scales]
+    parts = [None if array is None else sha256_bytes(array.tobytes()) for array in arrays]
+    return sha256_bytes(canonical_json([*parts, codes.nested and float(codes.nested.offset)]))
+
+
+class _Written:
+    """Puts tensors in their place in the shards; `digests` is the SHA-256 of each."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self.digests: dict[str, str] = {}
+
+    def put(self, name: str, tensor: RawTensor) -> None:
+        """A whole tensor."""
+        self._job.shards.check(name, tensor)
+        self.stream(name, [tensor.data])
+
+    def stream(self, name: str, pieces: Iterable[Bytes]) -> None:
+        """A tensor piece by piece."""
+        state, offset = hashlib.sha256(), 0
+        for piece in pieces:
+            try:
+                self._job.shards.put_bytes(name, offset, piece)
+            except OSError as cause:
+                raise output_error(self._job.folder, cause) from cause
+            state.update(piece.data)
+            offset += piece.size
+        if offset != nbytes(*self._job.shards.layout[name]):
+            raise ValueError(f"{name} has fewer bytes than were announced")
+        self.digests[name] = state.hexdigest()
+
+
+def do_unit(job: Job, number: int) -> Done:
+    """Do one unit and write what it gives. Safe to do again, to be killed in, and beside others in threads.
+
+    Raises as units do, and OutputError when the disk refuses.
+    """
+    _read_ahead(job, number + job.ahead)
+    read, written = WitnessedFolder(job.checkpoint.tensors), _Written(job)
+    with one_blas_thread():
+        layer = job.units[number].run(read, written)
+    for name in job.units[number].names:
+        if name not in read.digests:  # a part that was read when the base was opened
+            read.read(name)
+    return Done(number, digest_of(written.digests), read.digests, layer)
+
+
+def is_there(job: Job, done: Done) -> bool:
+    """Whether the files hold what a unit is said to have written, made of what the base holds now."""
+    unit = job.units[done.unit] if done.unit < len(job.units) else None
+    if unit is None or set(done.read) != set(unit.names):
+        return False
+    try:
+        written = digest_of({name: job.shards.digest(name) for name in unit.layout})
+    except OSError:
+        return False
+    return written == done.digest and job.checkpoint.tensor_digests(done.read) == done.read
+
+
+def digest_of(tensors: Mapping[str, str]) -> str:
+    """Hex SHA-256 over tensors' names and the SHA-256 of their bytes."""
+    return sha256_bytes(canonical_json(dict(tensors)))
+
+
+def _read_ahead(job: Job, number: int) -> None:
+    """Ask the system to fetch what a unit reads while another one computes."""
+    if number >= len(job.units) or not hasattr(os, "posix_fadvise"):
+        return
+    for name in job.units[number].names:
+        info = job.checkpoint.tensors[name]
+        try:
+            with info.file.open("rb") as stream:
+                os.posix_fadvise(
+                    stream.fileno(), info.start, min(info.nbytes, _AHEAD), os.POSIX_FADV_WILLNEED
+                )
+        except OSError:
+            return  # advice only: what is really wrong with the file, reading it will say

@@ -1,0 +1,1 @@
+"""What will be done to every linear layer, as data: decided before any weight is read."""

@@ -1,0 +1,96 @@
+"""What a bundle is made from: base, adapter and projections as read, and what determines its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import vera_edge
+from vera_edge import versions
+from vera_edge.adapters.projection import ProjectionSpec
+from vera_edge.adapters.vera import Adapter
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.errors import MismatchError
+from vera_edge.releasing.cache import Store
+from vera_edge.releasing.job import Job
+from vera_edge.text import windows
+from vera_edge.trained import model as trained_base
+from vera_edge.trained import provenance
+
+_TOOLS = (
+    "numpy",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "peft",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
+
+# What a variant is called, and where its files are, changes no byte of the export.
+_NOT_BYTES = {"id", "adapters", "calibration", "plan"}
+
+
+@cache
+def tools() -> Mapping[str, str]:
+    """Versions of everything whose change may change a bundle's bytes."""
+    return MappingProxyType({"vera-edge": vera_edge.__version__} | versions.installed(_TOOLS))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The adapter as read, its projections' spec, and the facts that determine the export, as JSON.
+
+    notes: sentences for a person to read.
+    """
+
+    adapter: Adapter
+    spec: ProjectionSpec
+    base_digest: str
+    facts: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def read(job: Job, store: Store) -> Inputs:
+    """What a job is made from. Raises a VeraEdgeError when something of it can't be read or doesn't fit."""
+    base = job.recipe.base(job.adapter.base)
+    base_path = job.recipe.path(base.path)
+    adapter_path = job.recipe.path(job.adapter.path)
+    checkpoint, ((adapter, _),) = trained_base.read(base_path, [(adapter_path, 1.0)], None, base.spec)
+    found = provenance.resolve_for_command(adapter, checkpoint, job.adapter.projection_dtype)
+    base_digest = store.folder_digest(base_path)
+    facts = {
+        "calibration": windows.read_text(job.recipe.text(job.variant.calibration)).sha256,
+        "base": base_digest,
+        "adapter": adapter.digest,
+        "projections": found.projections.digest,
+        "trained": _trained(checkpoint),
+        "variant": job.variant.model_dump(exclude=_NOT_BYTES, exclude_none=True),
+        "tools": dict(tools()),
+    }
+    if base.spec is not None:
+        facts["trained_as"] = str(base.spec)
+    if job.variant.plan is not None:
+        facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
+    return Inputs(adapter, found.spec, base_digest, facts, found.notes)
+
+
+def _trained(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What else of the adapter's folder changes a bundle, graphs that adapters share among them."""
+    whole = checkpoint.overlay.digests if checkpoint.overlay is not None else {}
+    return {"files": checkpoint.files.digest, "tensors": whole}
+
+
+def check(job: Job, digests: Mapping[str, str]) -> None:
+    """Raise MismatchError unless base and adapter have these digests ("base" and "adapter")."""
+    inputs = read(job, Store(job.store))
+    for kind, found in (("base", inputs.base_digest), ("adapter", inputs.adapter.digest)):
+        if digests.get(kind) != found:
+            raise MismatchError(
+                f"the {kind} here isn't the one that {job.name} was made from; give its inputs"
+            )

@@ -1,0 +1,252 @@
+"""How the weights of a plan are rounded: by which method, calibrated on what, and where the codes are kept.
+
+Import this freely: torch comes in only when there's something to calibrate.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vera_edge import merging
+from vera_edge.adapters.projection import Projections
+from vera_edge.adapters.vera import Adapter, Vectors
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.errors import PlanError
+from vera_edge.exporting.target import Rounded
+from vera_edge.formats import FORMATS
+from vera_edge.formats.blocks import BITS, block_within
+from vera_edge.plans.plan import FLOAT, Plan, Step
+from vera_edge.progress import Progress, silent
+from vera_edge.requantize import METHODS, CodesFolder, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.rounding import recover
+from vera_edge.storage.files import PARTIAL_MARK, check_output, output_error
+from vera_edge.tasks import task as tasks
+from vera_edge.text import tokenizer as tokenizers
+from vera_edge.text import windows
+from vera_edge.trained.text_settings import vocabulary_size
+
+FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16")
+BLOCK = 32  # of integers in ONNX graphs
+BUILT_IN = windows.BUILT_IN
+# Enough for the Gram matrices of SmolLM2's widest input to have full rank, many times over.
+TOKENS = 16384
+
+
+def default_method(steps: Sequence[Step]) -> str:
+    """`gptq` when any layer goes to 4 bits, where rounding to nearest drowns adapters; else `rtn`."""
+    return "gptq" if any(step.result in FOUR_BIT and not step.copies for step in steps) else "rtn"
+
+
+def grid_of(step: Step, exported: bool = False) -> Grid | None:
+    """The grid that a step's result is stored on; None for one that isn't rounded.
+
+    exported: in an ONNX graph, where "int8" means blocks, beside float activations, and not LLM.int8's rows,
+    and absmax are float32; a group is cut into blocks that MatMulNBits has.
+    """
+    if step.result in ("nf4", "fp4"):
+        options = dict(step.options)
+        double = options.pop("double_quant", False) and not exported
+        return bnb_grid(step.result, options.pop("blocksize", 64), double_quant=double, **options)
+    if step.result == "int8" and (not exported or step.activations != FLOAT):
+        return int8_rows()
+    if step.result in ("int8", "int4", "int2"):
+        # Zero points cost more than they're worth at 8 bits, and halve the error at 4.
+        symmetric = step.options.get("symmetric", step.result == "int8")
+        return int_blocks(int(step.result[3:]), step.options.get("block", BLOCK), symmetric)
+    # GPTQ, AWQ, compressed-tensors: the formats that store any integer codes
+    facts = getattr(FORMATS.get(step.result), "integer_grid", lambda options: None)(step.options)
+    if facts is None:
+        return None
+    bits, group, symmetric = facts
+    group = step.shape[1] if group == -1 else group
+    block = group if not exported else block_within(group) if bits in BITS else None
+    return None if block is None else Grid("int", bits, block, symmetric=symmetric)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a plan's weights are rounded. method: of requantize.METHODS, None for the plan's own or
+    `default_method`.
+
+    text: what "search" and "gptq" are calibrated on, a UTF-8 file or "built-in"; about `tokens` of it.
+    recover: what to win back from rounding, of recover.PARTS.
+    any_adapter: calibrate a side-branch's base without its adapter, so that the weights come out the same
+        whichever adapter they are exported with.
+    """
+
+    method: str | None = None
+    text: str = BUILT_IN
+    tokens: int = TOKENS
+    recover: tuple[str, ...] = ()
+    any_adapter: bool = False
+
+    @contextmanager
+    def codes(
+        self,
+        checkpoint: Checkpoint,
+        adapters: Sequence[tuple[Adapter, float]],
+        projections: Projections,
+        plan: Plan,
+        out: Path,
+        progress: Progress = silent,
+        exported: bool = True,
+    ) -> Iterator[Rounded]:
+        """The weights rounded; codes are kept beside `out` while the context lasts.
+
+        No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or one
+        that no layer can use, or where nothing can be recovered, DataError for unusable text.
+        """
+        method = self.method or str(plan.options.get("method") or default_method(plan.steps))
+        if method not in METHODS:
+            raise PlanError(f"no quantization method is called {method!r}; known: {', '.join(METHODS)}")
+        asked = recover.check(self.recover, adapters, plan.mode == "merged", method)
+        if asked.corrects and not exported:
+            raise PlanError("only an exported graph has a place for a low-rank term or a bias of its own")
+        if method == "rtn":
+            yield Rounded({}, (), adapters)
+            return
+        changed = [step for step in plan.steps if not step.copies]
+        # At 8 bits rounding to nearest loses next to nothing, and formats and exporters do it by themselves.
+        grids = {
+            step.module: grid
+            for step in changed
+            if (grid := grid_of(step, exported)) is not None and (self.method or grid.bits != 8)
+        }
+        if not grids and self.method is None and not self.recover:
+            yield Rounded({}, (), adapters)
+            return
+        if not grids:
+            raise PlanError(
+                f"method {method} rounds to 4 or 8 bits, and this plan has no such layer to round"
+            )
+        from vera_edge.rounding.writeback import Calibration, write_back  # they import torch
+
+        cut, notes = _windows(checkpoint, method, self.text, self.tokens)
+        calibration = Calibration(cut, method, recover=self.recover)
+        with _scratch(out) as folder:
+            store = CodesFolder(folder)
+            merged = plan.mode == "merged"
+            seen = () if self.any_adapter and not merged else adapters
+            facts = (checkpoint, seen, projections, grids, calibration)
+            won = write_back(*facts, store.put, merged, tasks.of(checkpoint.config).auto_class, progress)
+            if count := max(len(won.vectors), len(won.corrections)):
+                parts = " and ".join(self.recover)
+                notes = (*notes, f"{parts} of {count} layers were fitted to the rounding")
+            yield Rounded(store, notes, _with_vectors(adapters, won.vectors), won.corrections)
+
+
+def _with_vectors(
+    adapters: Sequence[tuple[Adapter, float]], vectors: Mapping[str, Vectors]
+) -> Sequence[tuple[Adapter, float]]:
+    if not vectors:
+        return adapters
+    (adapter, weight), *_ = adapters
+    return [(replace(adapter, vectors={**adapter.vectors, **vectors}), weight)]
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that is gone in the end."""
+    parent = out.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}{PARTIAL_MARK}codes-", dir=parent)
+    except OSError as cause:
+        raise output_error(out, cause) from cause
+    with scratch as folder:
+        yield Path(folder)
+
+
+def merge_to_folder(
+    ready: merging.Prepared,
+    out: Path,
+    rounding: Rounding | None = None,
+    progress: Progress = silent,
+    force: bool = False,
+    resources: merging.Resources = merging.ONE_PROCESS,
+) -> merging.MergeReport:
+    """Merge what was prepared into `out`, its weights rounded as `rounding` says. Raises as that does."""
+    return merge_to_folders({out: ready}, rounding, progress, force, resources)[0]
+
+
+def merge_to_folders(
+    ready: Mapping[Path, merging.Prepared],
+    rounding: Rounding | None = None,
+    progress: Progress = silent,
+    force: bool = False,
+    resources: merging.Resources = merging.ONE_PROCESS,
+) -> list[merging.MergeReport]:
+    """Merge what was prepared, of one base, into its folder each; see `merge.write_each`.
+
+    Calibration, where the method needs it, is done for one after the other, before all else.
+    """
+    inputs = [path for out, one in ready.items() for path in one.merge(out).inputs]
+    for out in ready:
+        check_output(out, force, inputs)
+    with ExitStack() as held:
+        merges = []
+        for out, one in ready.items():
+            facts = (one.checkpoint, one.adapters, one.projections, one.plan, out, progress)
+            rounded = held.enter_context((rounding or Rounding()).codes(*facts, exported=False))
+            merges.append(one.merge(out, rounded.codes, rounded.notes))
+        return merging.write_each(merges, progress, force, resources=resources)
+
+
+def calibration_texts(checkpoint: Checkpoint, source: str, tokens: int) -> list[windows.Int64]:
+    """Token ids of paragraphs of a text, with what the tokenizer puts around them; about `tokens` in all.
+
+    source: a UTF-8 file, or "built-in". Raises DataError on unusable text, CheckpointError without tokenizer.
+    """
+    from vera_edge.measuring.encoder_assess import cut_texts  # more of drift comes with it
+
+    text, tokenizer = windows.read_text(source), tokenizers.read(checkpoint.files, checkpoint.config)
+    found = cut_texts(text, tokenizer, _longest(checkpoint.config))
+    rows = vocabulary_size(checkpoint.config)
+    for ids in found if rows else ():
+        windows.check_ids(ids, tokenizer, rows, f"{source} text")
+    return found[:: max(1, sum(map(len, found)) // tokens)]
+
+
+def _longest(config: Mapping[str, Any]) -> int:
+    """Tokens of the longest text to calibrate on: a window, or as many as the model has positions for."""
+    from vera_edge.device.runtime.encoder import SHIFTED  # onnxruntime comes with it
+
+    positions, padding = config.get("max_position_embeddings"), config.get("pad_token_id")
+    positions = config.get("n_positions") if positions is None else positions
+    if type(positions) is not int:
+        return windows.WINDOW
+    if config.get("model_type") in SHIFTED and type(padding) is int:
+        positions -= padding + 1
+    return min(windows.WINDOW, positions)
+
+
+def _windows(
+    checkpoint: Checkpoint, method: str, source: str, tokens: int
+) -> tuple[tuple[windows.Int64, ...], tuple[str, ...]]:
+    if method == "hqq":
+        return (), ("weights were rounded by hqq, which needs no calibration",)
+    _check_takes_text(checkpoint, method)
+    text = windows.read_text(source)
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    tokenizer, known = tokenizers.read(checkpoint.files, checkpoint.config), int(config.get("vocab_size", 0))
+    cut = windows.make(text, tokenizer, known, tokens, _longest(config))
+    count = sum(len(window) for window in cut.tokens)
+    note = f"weights were rounded by {method}, calibrated on {count} tokens of {source} text"
+    if source == BUILT_IN:
+        note += "; text like the adapter's own (--calibration FILE) loses less"
+    return cut.tokens, (note, *windows.beyond(tokenizer, known))
+
+
+def _check_takes_text(checkpoint: Checkpoint, method: str) -> None:
+    """Raise PlanError for a model of images or sound, which no text calibrates."""
+    takes = tasks.main_input(checkpoint.config)
+    if takes != "input_ids":
+        name = tasks.architecture(checkpoint.config)
+        raise PlanError(
+            f"method {method} is calibrated on text, and {name} takes {takes}; choose --method hqq or rtn"
+        )

@@ -1,0 +1,227 @@
+"""A whole model onto new grids: calibration and requantization together, layer after layer.
+
+The target of each layer is the model as trained: `W + delta` where it's merged, `W` where the adapter stays a
+branch beside the requantized base. Either way the calibration text runs through the effective weights, delta
+included. A branch's vectors can be refitted to the base that came out (recover.py), and layers can be given a
+low-rank term and a bias beside their weight (correction.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from vera_edge.adapters.projection import Projections
+from vera_edge.adapters.vera import Adapter, Vectors
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.errors import DataError, MismatchError
+from vera_edge.progress import Progress, silent
+from vera_edge.reference.calibration import Inputs, Sees, Walk, follow_target
+from vera_edge.reference.layers import Changed, Int64
+from vera_edge.reference.model import load_dense, oriented
+from vera_edge.requantize import Codes, Effort, Gram, Grid, requantize
+from vera_edge.requantize.correction import Correction, low_rank
+from vera_edge.requantize.gram import in_threads
+from vera_edge.rounding import recover
+from vera_edge.storage.tensors import Float32
+from vera_edge.trained.alignment import names_in
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """By module: an adapter's vectors where they were refitted, and corrections where there are any."""
+
+    vectors: Mapping[str, Vectors]
+    corrections: Mapping[str, Correction]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How to calibrate. `windows`: token ids. `sees`, `follow`: see calibration.py.
+
+    recover: what to win back, of recover.PARTS.
+    """
+
+    windows: Sequence[Int64]
+    method: str = "gptq"
+    sees: Sees = "inputs"
+    follow: float = 1.0
+    effort: Effort = field(default_factory=Effort)
+    recover: tuple[str, ...] = ()
+
+
+def write_back(
+    checkpoint: Checkpoint,
+    adapters: Sequence[tuple[Adapter, float]],
+    projections: Projections | None,
+    grids: Mapping[str, Grid],
+    calibration: Calibration,
+    put: Callable[[str, Codes], None],
+    merged: bool = True,
+    auto_class: str = "AutoModelForCausalLM",
+    progress: Progress = silent,
+) -> Recovered:
+    """Requantize the modules of `grids`; `put(module, codes)` is called for each, in order of computation.
+
+    Modules that the text never reaches get scales by search, without statistics, and no correction. Codes are
+    in nn.Linear's orientation (out, in). Memory: the model in float32 and one layer's statistics.
+    Raises DataError when the model or the text can't be calibrated with, MismatchError for a module that the
+    base doesn't have, PlanError where there's nothing that could be recovered.
+    """
+    asked = recover.check(calibration.recover, adapters, merged, calibration.method)
+    for module in grids:
+        if module not in checkpoint.linears:
+            raise MismatchError(f"{checkpoint.path} has no linear layer called {module}")
+    work = _WriteBack(checkpoint, adapters, projections, grids, calibration, put, merged, asked)
+    if calibration.method in ("search", "gptq"):
+        model = load_dense(checkpoint, auto_class).eval()
+        names = work.prepare(model)
+        walk = Walk(model, frozenset(names), calibration.windows, calibration.sees, progress)
+        walk.run(work.answer)
+    work.finish(progress)
+    return Recovered(work.refitted, work.corrections)
+
+
+@dataclass
+class _WriteBack:
+    checkpoint: Checkpoint
+    adapters: Sequence[tuple[Adapter, float]]
+    projections: Projections | None
+    grids: Mapping[str, Grid]
+    calibration: Calibration
+    put: Callable[[str, Codes], None]
+    merged: bool
+    asked: recover.Recovery
+    done: set[str] = field(default_factory=set)
+    refitted: dict[str, Vectors] = field(default_factory=dict)
+    corrections: dict[str, Correction] = field(default_factory=dict)
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    stored: dict[str, str] = field(default_factory=dict)  # the model's name of a module -> the checkpoint's
+
+    def prepare(self, model: Any) -> list[str]:
+        """Make the model the one that was trained: every adapter's delta and biases in its weights.
+
+        Returns what it calls the modules to round. Raises DataError when it knows none like them.
+        """
+        adapted = {name for adapter, _ in self.adapters for name in (*adapter.vectors, *adapter.biases)}
+        names = names_in(model, {*self.grids, *adapted})
+        if names is None:
+            raise DataError(
+                f"layers of {self.checkpoint.path} go by other names in transformers' model, so text can't "
+                "calibrate them; choose --method hqq or rtn"
+            )
+        self.stored = {names[module]: module for module in self.grids}
+        for module in {name for adapter, _ in self.adapters for name in adapter.vectors}:
+            weight = model.get_submodule(names[module]).weight
+            weight.data = weight.data + oriented(self.checkpoint, module, self._delta(module))
+        for adapter, _ in self.adapters:
+            for module, bias in adapter.biases.items():
+                model.get_submodule(names[module]).bias.data = torch.from_numpy(np.array(bias, np.float32))
+        for name, module in self.stored.items():
+            if (bias := model.get_submodule(name).bias) is not None:
+                self.biases[module] = bias.data
+        return list(self.stored)
+
+    def answer(self, inputs: Inputs) -> Mapping[str, Changed]:
+        """What modules have from now on, by the model's names."""
+        live = {self.stored[name]: name for name in inputs.modules}
+        changed = self._answer(replace(inputs, modules=tuple(live)))
+        return {live[module]: change for module, change in changed.items()}
+
+    def _answer(self, inputs: Inputs) -> Mapping[str, Changed]:
+        effort = self.calibration.effort
+        gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order)
+        if self.calibration.method == "gptq":
+            _ = gram.feedback  # computed once, before it is asked for by several threads
+
+        def work(module: str) -> tuple[Codes, Float32, Float32 | None]:
+            return self._rounded(module, inputs, gram)
+
+        found, changed = in_threads(work, inputs.modules, torch.get_num_threads()), {}
+        for module, (codes, weight, bias) in zip(inputs.modules, found, strict=True):
+            self._keep(module, codes)
+            # Here and not in the threads, which torch's inference mode doesn't reach.
+            total = None if bias is None else torch.from_numpy(bias) + self.biases.get(module, 0)
+            changed[module] = Changed(oriented(self.checkpoint, module, weight), total)
+        return changed
+
+    def _rounded(self, module: str, inputs: Inputs, gram: Gram) -> tuple[Codes, Float32, Float32 | None]:
+        """The codes, the effective weight that the model has from now on, and what its bias gets."""
+        base, delta = self.checkpoint.dequantize(module), self._delta(module)
+        trained = base + delta
+        target = follow_target(trained, inputs, self.calibration.follow)
+        if self.merged:
+            codes = self._codes(module, target, gram)
+            found = codes.dequantize()
+        else:
+            codes = self._codes(module, base if target is trained else target - delta, gram)
+            found = codes.dequantize()
+            found = found + self._refitted(module, target - found, delta, gram)
+        if self.asked.rank:
+            found = found + self._low_rank(module, target - found, gram)
+        bias = self._bias(module, trained, found, inputs) if self.asked.bias else None
+        return codes, found, bias
+
+    def _low_rank(self, module: str, left: Float32, gram: Gram) -> Float32:
+        """The low-rank term for what is left, (out, in)."""
+        up, down = low_rank(left, gram, self.asked.rank)
+        self.corrections[module] = Correction(up, down)
+        return up @ down
+
+    def _bias(self, module: str, trained: Float32, found: Float32, inputs: Inputs) -> Float32:
+        """The bias that brings the mean of the output to that of the model as trained.
+
+        W mean(X) + mean(R - R~) - V mean(X~), W trained and V found; see calibration.py for the letters.
+        """
+        assert inputs.means is not None
+        now, before, stream = inputs.means
+        bias: Float32 = trained @ before - found @ now
+        if stream is not None:
+            bias += stream
+        known = self.corrections.get(module, Correction())
+        self.corrections[module] = replace(known, bias=bias)
+        return bias
+
+    def _refitted(self, module: str, left: Float32, delta: Float32, gram: Gram) -> Float32:
+        """What the branch adds from now on; `left`: what it should, `delta`: what it does as trained."""
+        adapter, weight = self.adapters[0] if self.asked.vectors else (None, 0.0)
+        if adapter is None or module not in adapter.vectors or self.projections is None:
+            return delta
+        vectors, scale = adapter.vectors[module], np.float32(weight)
+        found = recover.refit(vectors, left / scale, self.projections, gram, self.asked.vectors)
+        self.refitted[module] = found
+        inside = left.shape[1]
+        return scale * self.projections.delta(found.lambda_b, found.lambda_d, inside)
+
+    def finish(self, progress: Progress) -> None:
+        """Requantize what no text reached."""
+        left = [module for module in self.grids if module not in self.done]
+        for number, module in enumerate(left):
+            progress("rounding", number, len(left))
+            weight = self.checkpoint.dequantize(module)
+            target = weight + self._delta(module) if self.merged else weight
+            self._keep(module, self._codes(module, target, None))
+
+    def _codes(self, module: str, target: Float32, gram: Gram | None) -> Codes:
+        method = self.calibration.method
+        if gram is None and method == "gptq":
+            method = "search"
+        return requantize(target, self.grids[module], method, gram, self.calibration.effort)
+
+    def _keep(self, module: str, codes: Codes) -> None:
+        self.put(module, codes)
+        self.done.add(module)
+
+    def _delta(self, module: str) -> Float32:
+        linear = self.checkpoint.linears[module]
+        total = np.zeros(linear.shape, np.float32)
+        for adapter, weight in self.adapters:
+            if module in adapter.vectors and self.projections is not None:
+                vectors = adapter.vectors[module]
+                delta = self.projections.delta(vectors.lambda_b, vectors.lambda_d, linear.in_features)
+                total += np.float32(weight) * delta
+        return total

@@ -1,0 +1,252 @@
+"""Says what an adapter is, whether it fits a base, and what it will cost on the device."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vera_edge.adapters import vera as adapters
+from vera_edge.adapters.projection import ProjectionSpec
+from vera_edge.adapters.vera import Adapter, Vectors
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.base.trained_as import TrainedAs
+from vera_edge.errors import AdapterError, MismatchError
+from vera_edge.trained import alignment
+from vera_edge.trained import model as trained_base
+from vera_edge.trained.provenance import resolve_for_command
+
+BLOCK = 32  # values that share one float32 scale where projections are stored as int8 or int4
+_BYTES_PER_VALUE = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4.0 / BLOCK, "int4": 0.5 + 4.0 / BLOCK}
+
+# Linears that read the same input, so that one product with A serves them all.
+_SHARED_INPUT = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"query", "key", "value"}),
+    frozenset({"q", "k", "v"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"w1", "w3"}),
+    frozenset({"wi_0", "wi_1"}),
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The adapted modules that differ only in their layer.
+
+    shape: (out_features, in_features), None without a base or where the layers differ. dead: how many have
+    a lambda_b of zeros, and so change nothing. The ranges are of absolute values over all layers.
+    """
+
+    name: str
+    modules: int
+    shape: tuple[int, int] | None
+    lambda_b: tuple[float, float]
+    lambda_d: tuple[float, float]
+    dead: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What side-branches cost on the device.
+
+    vectors, projections: bytes by format; int8 and int4 include a float32 scale for each block of 32 values.
+    branch_macs: multiply-accumulates per token of all branches, layers that read one input sharing the
+    product with A; base_macs: of the base's linear layers. None where they depend on a base not given.
+    """
+
+    vectors: Mapping[str, int]
+    projections: Mapping[str, int] | None
+    branch_macs: int | None
+    base_macs: int | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an adapter is.
+
+    parameters: trained values: vectors, biases and whole modules. layers: the layer numbers it adapts.
+    spec, how, verified, from_seed, digest: see `Provenance`; None where `unresolved` says why not.
+    fits: None when no base was given; when false, `misfit` says why.
+    """
+
+    path: str
+    name: str
+    adapter_digest: str
+    base_name: str | None
+    peft_version: str | None
+    rank: int
+    seed: int
+    parameters: int
+    layers: tuple[int, ...]
+    kinds: tuple[Kind, ...]
+    biases: int
+    modules_to_save: tuple[str, ...]
+    dead: tuple[str, ...]
+    projections_saved: bool
+    spec: ProjectionSpec | None
+    how: str | None
+    verified: bool
+    from_seed: bool | None
+    digest: str | None
+    unresolved: str | None
+    fits: bool | None
+    misfit: str | None
+    notes: tuple[str, ...]
+    cost: Cost
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON object."""
+        return asdict(self)
+
+
+def inspect_folder(
+    adapter: Path,
+    base: Path | None = None,
+    projection_dtype: str | None = None,
+    trained_as: TrainedAs | None = None,
+) -> Inspection:
+    """`inspect` for a PEFT folder and a base's folder, which `trained_as` says how it was loaded in training.
+
+    Raises as reading them does.
+    """
+    if base is None:
+        return inspect(adapters.read(adapter), None, projection_dtype)
+    try:
+        checkpoint, ((read, _),) = trained_base.read(base, [(adapter, 1.0)], trained_as=trained_as)
+    except MismatchError as cause:
+        plain = Checkpoint.open(base, trained_as)
+        found = inspect(alignment.read(adapter, plain), plain, projection_dtype)
+        return found if found.misfit else replace(found, fits=False, misfit=str(cause))
+    return inspect(read, checkpoint, projection_dtype)
+
+
+def inspect(
+    adapter: Adapter, checkpoint: Checkpoint | None = None, projection_dtype: str | None = None
+) -> Inspection:
+    """Describe `adapter`, and whether it fits `checkpoint` where one is given.
+
+    Raises nothing of its own: what `resolve` refuses is told in `misfit` or `unresolved`.
+    """
+    found, unresolved, misfit = None, None, None
+    try:
+        found = resolve_for_command(adapter, checkpoint, projection_dtype)
+    except MismatchError as cause:
+        misfit = str(cause)
+    except AdapterError as cause:
+        unresolved = str(cause)
+    fitting = checkpoint if misfit is None else None
+    return Inspection(
+        path=str(adapter.path),
+        name=adapter.name,
+        adapter_digest=adapter.digest,
+        base_name=adapter.base_name,
+        peft_version=adapter.peft_version,
+        rank=adapter.rank,
+        seed=adapter.seed,
+        parameters=_parameters(adapter),
+        layers=tuple(sorted({number for module in adapter.vectors for number in _layer(module)})),
+        kinds=_kinds(adapter, fitting),
+        biases=len(adapter.biases),
+        modules_to_save=tuple(sorted(adapter.modules_to_save)),
+        dead=tuple(module for module, pair in adapter.vectors.items() if _is_dead(pair)),
+        projections_saved=adapter.saved is not None,
+        spec=found.spec if found else None,
+        how=found.how if found else None,
+        verified=found.verified if found else False,
+        from_seed=found.from_seed if found else None,
+        digest=found.projections.digest if found else None,
+        unresolved=unresolved,
+        fits=None if checkpoint is None else misfit is None,
+        misfit=misfit,
+        notes=found.notes if found else adapter.notes,
+        cost=_cost(adapter, fitting, found.spec if found else None),
+    )
+
+
+def _parameters(adapter: Adapter) -> int:
+    vectors = sum(pair.lambda_b.size + pair.lambda_d.size for pair in adapter.vectors.values())
+    biases = sum(bias.size for bias in adapter.biases.values())
+    whole = sum(int(np.prod(tensor.shape)) for tensor in adapter.modules_to_save.values())
+    return vectors + biases + whole
+
+
+def _layer(module: str) -> tuple[int, ...]:
+    """The number of the layer a module is in: the first number in its name."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    return (int(match[1]),) if match else ()
+
+
+def kind_of(module: str) -> str:
+    """A module's name after its layer number: "self_attn.q_proj" of "model.layers.0.self_attn.q_proj"."""
+    inner = re.split(r"(?:^|\.)\d+\.", module, maxsplit=1)[-1]
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", inner)
+
+
+def _is_dead(pair: Vectors) -> bool:
+    return not pair.lambda_b.any()
+
+
+def _kinds(adapter: Adapter, checkpoint: Checkpoint | None) -> tuple[Kind, ...]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for module in adapter.vectors:
+        groups[kind_of(module)].append(module)
+    kinds = []
+    for name, modules in sorted(groups.items()):
+        pairs = [adapter.vectors[module] for module in modules]
+        shapes = {checkpoint.linears[module].shape for module in modules} if checkpoint else set()
+        kinds.append(
+            Kind(
+                name=name,
+                modules=len(modules),
+                shape=shapes.pop() if len(shapes) == 1 else None,
+                lambda_b=_range(pair.lambda_b for pair in pairs),
+                lambda_d=_range(pair.lambda_d for pair in pairs),
+                dead=sum(_is_dead(pair) for pair in pairs),
+            )
+        )
+    return tuple(kinds)
+
+
+def _range(vectors: Iterable[np.ndarray[Any, np.dtype[np.float32]]]) -> tuple[float, float]:
+    """The smallest and the largest absolute value."""
+    absolute = np.abs(np.concatenate(list(vectors)))
+    return float(absolute.min()), float(absolute.max())
+
+
+def _cost(adapter: Adapter, checkpoint: Checkpoint | None, spec: ProjectionSpec | None) -> Cost:
+    values = sum(pair.lambda_b.size + pair.lambda_d.size for pair in adapter.vectors.values())
+    projections = None
+    if spec is not None:
+        projections = {name: round(spec.elements * size) for name, size in _BYTES_PER_VALUE.items()}
+    base_macs = None
+    if checkpoint is not None:
+        base_macs = sum(linear.out_features * linear.in_features for linear in checkpoint.linears.values())
+    return Cost(
+        vectors={"fp32": 4 * values, "fp16": 2 * values},
+        projections=projections,
+        branch_macs=None if checkpoint is None else _branch_macs(adapter, checkpoint),
+        base_macs=base_macs,
+    )
+
+
+def _branch_macs(adapter: Adapter, checkpoint: Checkpoint) -> int:
+    """Per token: A x once for each input, then for each layer lambda_d, B and lambda_b."""
+    inputs: dict[str, int] = {}
+    total = 0
+    for module, pair in adapter.vectors.items():
+        inputs[_input_of(module)] = checkpoint.linears[module].in_features
+        total += adapter.rank + pair.lambda_b.size * (adapter.rank + 1)
+    return total + adapter.rank * sum(inputs.values())
+
+
+def _input_of(module: str) -> str:
+    """A name for what a linear reads, the same for linears known to read the same."""
+    parent, _, last = module.rpartition(".")
+    group = next((group for group in _SHARED_INPUT if last in group), {last})
+    return f"{parent}.{'|'.join(sorted(group))}"
