@@ -44,7 +44,8 @@ ORDER = (
     "releasing",
     "cli",
 )
-DEVICE_ROOMS = {"import_path", "errors", "progress", "cores", "storage", "adapters", "formats", "bundle", "device"}
+DEVICE_ROOMS = {"import_path", "errors", "progress", "cores", "storage", "adapters", "formats", "bundle"}
+DEVICE_ROOMS |= {"device"}
 NOT_ON_THE_DEVICE = {
     "torch",
     "transformers",

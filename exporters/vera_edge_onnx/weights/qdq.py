@@ -7,7 +7,8 @@ MatMulIntegerToFloat. What reads the same x shares its codes.
 
 x86 without VNNI adds the products of two neighbouring inputs in 16 bits (device/runtime/int8_products.py).
 So scales are as large as it takes for any two neighbours of a row to fit. Codes that are there already and
-don't fit are stored as uint8 with 128 for zero, whose products all processors add in 32 bits: the same values, slower.
+don't fit are stored as uint8 with 128 for zero, whose products all processors add in 32 bits: the same
+values, slower.
 Operators: https://onnx.ai/onnx/operators/.
 """
 
