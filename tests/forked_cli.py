@@ -40,11 +40,11 @@ HEAVY = (
     "peft",
     "model_signing.signing",
     "cyclonedx.output.json",
-    "vera_edge_genai",
+    "vera_edge_onnx.decoder.export",
     "vera_edge.cli.release",
     "vera_edge.releasing.run",
     "vera_edge.measuring.models",
-    "vera_edge.reference",
+    "vera_edge.reference.model",
 )
 _CHANGES = {
     "os.rename",

@@ -32,7 +32,7 @@ print(json.dumps(found))
 LOADED = """
 import importlib, json, pkgutil, sys
 import vera_edge.device
-for found in pkgutil.iter_modules(vera_edge.device.__path__, "vera_edge.device."):
+for found in pkgutil.walk_packages(vera_edge.device.__path__, "vera_edge.device."):
     importlib.import_module(found.name)
 print(json.dumps([vera_edge.__file__, sorted({name.split(".")[0] for name in sys.modules})]))
 """

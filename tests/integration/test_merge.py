@@ -64,7 +64,7 @@ def merged_fp32(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     """The merge in a process of its own, which says how much memory it took."""
     out = tmp_path_factory.mktemp("merged") / "fp32"
     code = (
-        "import json, re, sys; from pathlib import Path; from vera_edge import merge\n"
+        "import json, re, sys; from pathlib import Path; from vera_edge import merging as merge\n"
         "base, adapter, out = map(Path, sys.argv[1:])\n"
         "report = merge.to_folder(base, [(adapter, 1.0)], out, 'fp32')\n"
         # Not ru_maxrss: a child inherits the peak of the process that started it.

@@ -40,7 +40,7 @@ def render(
     tools: Mapping[str, str],
 ) -> bytes:
     """The model card as Markdown with Hugging Face's front matter, in UTF-8."""
-    source = (files("vera_edge.release") / "card.md.j2").read_text(encoding="utf-8")
+    source = (files("vera_edge.releasing") / "card.md.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     release = job.recipe.file.release
     text = environment.from_string(source).render(

@@ -619,7 +619,7 @@ class TestRefused:
     ) -> None:
         """The kernel's own limit on a file's size stands for the end of the disk."""
         code = (
-            "import resource, sys; from pathlib import Path; from vera_edge import merge, errors\n"
+            "import resource, sys; from pathlib import Path; from vera_edge import merging as merge, errors\n"
             f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
             "base, adapter, out = map(Path, sys.argv[1:])\n"
             "try:\n    merge.to_folder(base, [(adapter, 1.0)], out, 'fp32')\n"

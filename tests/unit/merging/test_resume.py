@@ -316,7 +316,7 @@ def test_kills_at_random_moments_lose_nothing(
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from vera_edge.engine import Engine\n"
+        "import sys, time; from pathlib import Path; from vera_edge.parallel import Engine\n"
         "from tests.unit.merging.test_resume import wait_long\n"
         "if __name__ == '__main__':\n"
         "    list(Engine(workers=2).map(wait_long, [Path(sys.argv[1]) / 'a', Path(sys.argv[1]) / 'b']))\n"

@@ -80,8 +80,8 @@ def refused(*words, **more):
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = refused
 import huggingface_hub
 from vera_edge.quiet import offline, quiet
-from vera_edge_genai import build
-from vera_edge_onnx import drawing
+from vera_edge_onnx.decoder import build
+from vera_edge_onnx.encoder import drawing
 def look_up():
     try:
         huggingface_hub.HfApi().model_info("nobody/nothing")

@@ -48,7 +48,7 @@ def test_the_peak_is_that_of_the_system_and_holds_what_was_taken() -> None:
 def test_a_limit_on_addresses_bounds_what_is_free() -> None:
     code = (
         "import resource\n"
-        "from vera_edge.device import facts\n"
+        "from vera_edge.device.check import facts\n"
         "held = facts._status('VmSize')\n"
         "resource.setrlimit(resource.RLIMIT_AS, (held + (64 << 20),) * 2)\n"
         "print(facts.free_memory())\n"

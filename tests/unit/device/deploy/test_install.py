@@ -216,7 +216,7 @@ KILLER = """
 import json, os, shutil, sys
 from pathlib import Path
 from vera_edge.bundle import contents as bundle
-from vera_edge.device import install as installing
+from vera_edge.device.deploy import install as installing
 
 what, old, new, patch, root = sys.argv[1], *map(Path, sys.argv[2:])
 installing._CHUNK = 1000
