@@ -213,7 +213,7 @@ def with_golden(bundles: TinyBundles, source: Path, folder: Path, limits: dict[s
         references[name] = TorchRunner(with_delta(bundles.base, vectors(seed)))
     prompts = ("The adapter", "Merge the two in float32")
     made = golden.make(references, Text(folder), "torch", prompts, frozenset({2}), new_tokens=8, k=64)
-    golden.write(folder, made)
+    (folder / golden.FILE).write_bytes(golden.to_bytes(made))
     rewrite(folder, golden=golden.FILE, limits=limits)
     return folder
 

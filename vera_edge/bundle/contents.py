@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -34,7 +34,9 @@ from vera_edge.bundle.manifest import (
 from vera_edge.errors import BundleError, OutputError
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import (
+    PARTIAL_MARK,
     canonical_json,
+    output_error,
     read_json,
     safe_join,
     sha256_bytes,
@@ -66,6 +68,7 @@ FORMAT = 1
 _DIGEST_LINE = re.compile(rb'^  "digest": "[0-9a-f]*",\n', re.MULTILINE)
 _MAX_MANIFEST = 16 << 20  # bytes
 _QUICK = 64 << 20  # bytes
+_PENDING = f"{PARTIAL_MARK}add"
 
 
 def write(
@@ -80,12 +83,23 @@ def write(
     Raises BundleError when `facts` contradict the files or the folder holds a link, OutputError when the
     manifest can't be written.
     """
-    apart = UNLISTED | facts.generated.keys()
-    names = sorted(name for name in _walk(folder) if name not in apart)
+    return _write(folder, facts, progress, known, {})
+
+
+def _write(
+    folder: Path,
+    facts: Facts,
+    progress: Progress,
+    known: Mapping[str, FileEntry],
+    coming: Mapping[str, Path],
+) -> Manifest:
+    """As `write`. coming: where the content of some files lies until the manifest lists them."""
+    apart = UNLISTED | facts.generated.keys() | {_name(folder, path) for path in coming.values()}
+    names = sorted(coming.keys() | {name for name in _walk(folder) if name not in apart})
     entries: dict[str, Json] = {}
     for done, name in enumerate(names):
         progress("hashing the bundle", done, len(names))
-        path = safe_join(folder, name)
+        path = coming.get(name) or safe_join(folder, name)
         sha256 = known[name].sha256 if name in known else sha256_file(path)
         entries[name] = {"size": path.stat().st_size, "sha256": sha256}
     value = {"format": FORMAT, "files": entries, "digest": ""} | {key: getattr(facts, key) for key in FIELDS}
@@ -142,33 +156,56 @@ def check_unsigned(folder: Path, advice: str) -> None:
 def add(
     manifest: Manifest,
     name: str,
-    write_file: Callable[[], object],
+    data: bytes,
     progress: Progress = silent,
     known: Mapping[str, FileEntry] = MappingProxyType({}),
     **changes: Json,
 ) -> Manifest:
-    """Let `write_file` make or replace the file `name` and list it; when that fails the bundle is as it was.
+    """Put the file `name` into a bundle, or replace it, and list it: wholly or not at all.
 
-    known: see `write`. changes: of the manifest's facts.
+    The content waits under a hidden name until the manifest lists it, so that an end at any moment leaves the
+    bundle as it was, or what `verify` makes into the new one. known: see `write`. changes: of the manifest's
+    facts. Raises as `write`.
     """
-    path = safe_join(manifest.folder, name)
-    before = path.read_bytes() if path.is_file() else None
+    pending = _pending(safe_join(manifest.folder, name))
+    write_atomic(pending, data)
     try:
-        write_file()
-        return write(manifest.folder, change(manifest, **changes), progress, known)
+        added = _write(manifest.folder, change(manifest, **changes), progress, known, {name: pending})
     except BaseException:
-        path.unlink(missing_ok=True) if before is None else path.write_bytes(before)
+        pending.unlink(missing_ok=True)
         raise
+    _finish(added)
+    return added
+
+
+def _pending(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_PENDING}")
+
+
+def _finish(manifest: Manifest) -> None:
+    """Put what `add` left under a hidden name in its place if the manifest lists it, and remove it if not."""
+    for pending in [path for path in manifest.folder.rglob(f".*{_PENDING}") if path.is_file()]:
+        place = pending.with_name(pending.name[1 : -len(_PENDING)])
+        entry = manifest.files.get(_name(manifest.folder, place))
+        try:
+            if entry is not None and sha256_file(pending) == entry.sha256:
+                pending.replace(place)
+            else:
+                pending.unlink()
+        except OSError as cause:
+            raise output_error(place, cause) from cause
 
 
 def verify(folder: Path, deep: bool = True, progress: Progress = silent, complete: bool = False) -> Manifest:
     """Check that `folder` holds exactly the listed files, in size and in SHA-256.
 
     Without `deep` the content of files over 64 MiB isn't read: quick enough to come before every run.
-    Generated files are checked where they are there, and must be there when it is to be `complete`.
-    Raises BundleError naming the first file that is missing, damaged, a link, or not listed.
+    Generated files are checked where they are there, and must be there when it is to be `complete`. An `add`
+    that was cut off is ended first. Raises BundleError naming the first file that is missing, damaged, a
+    link, or not listed.
     """
     manifest = read(folder)
+    _finish(manifest)
     present = set(_walk(folder)) - UNLISTED
     drawn = manifest.drawn
     if missing := sorted(manifest.files.keys() - present):
@@ -202,7 +239,12 @@ def _walk(folder: Path) -> Iterator[str]:
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise BundleError(f"{path} is a link or a device; a bundle holds plain files only")
         for name in names:
-            yield Path(top, name).relative_to(folder).as_posix()
+            yield _name(folder, Path(top, name))
+
+
+def _name(folder: Path, path: Path) -> str:
+    """What the manifest of `folder` calls a file in it."""
+    return path.relative_to(folder).as_posix()
 
 
 def _digest(text: bytes) -> str:

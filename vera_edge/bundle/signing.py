@@ -8,6 +8,7 @@ brings the library, which is imported only here and only when a signature is mad
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any
 
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import SIGNATURE
-from vera_edge.errors import BundleError
-from vera_edge.storage.files import sha256_file
+from vera_edge.errors import BundleError, VeraEdgeError
+from vera_edge.storage.files import sha256_file, write_atomic
 
 _CERTIFICATE = b"-----BEGIN CERTIFICATE-----"
 
@@ -58,24 +59,27 @@ class Signature:
 def sign(folder: Path, signer: Signer) -> Path:
     """Sign every file of `folder`; returns the signature's path.
 
-    Raises BundleError when the key can't be used, or there is no identity to sign by. An older signature is
-    replaced.
+    An older signature is replaced once there is a new one. Raises BundleError when the key can't be used,
+    there is no identity to sign by, or a file can't be read.
     """
     from model_signing import hashing
 
-    path = (folder / SIGNATURE).absolute()
+    folder = folder.resolve()  # the library takes no link, and `current` of what is installed is one
+    path = folder / SIGNATURE
     config = _configured(signer)
-    path.unlink(missing_ok=True)
-    left_out = [path, *(folder.absolute() / name for name in _generated(folder))]
+    left_out = [path, *(folder / name for name in _generated(folder))]
     ignored = hashing.Config().set_ignored_paths(paths=left_out, ignore_git_paths=False)
     config.set_hashing_config(ignored)
-    if signer.key is not None:
-        config.sign(folder.absolute(), path)
-        return path
-    try:
-        config.sign(folder.absolute(), path)
-    except Exception as cause:  # of the network, of the services, of what they answer
-        raise BundleError(f"{folder} can't be signed by this identity: {_one_line(cause)}") from None
+    with tempfile.TemporaryDirectory() as elsewhere:
+        fresh = Path(elsewhere) / SIGNATURE
+        try:
+            config.sign(folder, fresh)
+            write_atomic(path, fresh.read_bytes())
+        except VeraEdgeError:
+            raise
+        except Exception as cause:  # of the library, of the network, of the services, of what they answer
+            who = "this identity" if signer.key is None else signer.key
+            raise BundleError(f"{folder} can't be signed by {who}: {_one_line(cause)}") from None
     return path
 
 
@@ -149,7 +153,7 @@ def check(folder: Path, trust: Trust) -> Signature | None:
         return None
     faults = []
     for found, verifier in _verifiers(trust):
-        fault = _fault(folder.absolute(), path.absolute(), verifier)
+        fault = _fault(folder.resolve(), folder.resolve() / SIGNATURE, verifier)
         if fault is None:
             return found
         faults.append(fault)

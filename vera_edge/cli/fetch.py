@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
+from vera_edge.bundle.signing import Trust
 from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, progress_bar, quiet_option
+from vera_edge.cli.trust import check_signature, takes_trust
 
 
 @click.command()
@@ -16,15 +18,22 @@ from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_jso
 @force_option
 @json_option
 @quiet_option
-def fetch(source: str, output: Path, have: Path | None, force: bool, as_json: bool, quiet: bool) -> None:
+@takes_trust
+def fetch(
+    source: str, output: Path, have: Path | None, force: bool, as_json: bool, quiet: bool, trust: Trust
+) -> None:
     """Bring the bundle at SOURCE, a folder or an HTTP address, here; an interrupted fetch goes on.
 
-    Any static server will do. With --have only the chunks that the older version lacks are transferred.
+    Any static server will do. With --have only the chunks that the older version lacks are transferred, where
+    the server has byte ranges; one without sends each file that changed once.
     """
     from vera_edge.device.deploy.fetch import fetch as fetch_bundle
 
+    def accept(folder: Path) -> None:
+        check_signature(folder, trust)
+
     with progress_bar(quiet or as_json) as progress:
-        found = fetch_bundle(source, output, have, force, progress)
+        found = fetch_bundle(source, output, have, force, progress, accept)
     if as_json:
         print_json(
             {

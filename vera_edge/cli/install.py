@@ -18,7 +18,7 @@ from vera_edge.cli.show import (
     quiet_option,
     warn_of_int8,
 )
-from vera_edge.cli.trust import check_signature, checks_signature, takes_trust
+from vera_edge.cli.trust import check_signature, takes_trust
 from vera_edge.device.deploy.install import Accept, Installed, make_patch
 from vera_edge.device.deploy.install import install as install_bundle
 from vera_edge.device.deploy.install import rollback as roll_back
@@ -38,11 +38,11 @@ _validate_option = click.option(
 @_validate_option
 @json_option
 @quiet_option
-@checks_signature("src")
-def install(src: Path, dst: Path, validated: bool, as_json: bool, quiet: bool) -> None:
+@takes_trust
+def install(src: Path, dst: Path, validated: bool, as_json: bool, quiet: bool, trust: Trust) -> None:
     """Install the bundle SRC into DST and switch DST/current to it; the last good version is kept."""
     with progress_bar(quiet or as_json) as progress:
-        _show(install_bundle(src, dst, _accept(validated), progress=progress), as_json)
+        _show(install_bundle(src, dst, _accept(validated, trust), progress=progress), as_json)
 
 
 @click.command()
@@ -54,13 +54,8 @@ def install(src: Path, dst: Path, validated: bool, as_json: bool, quiet: bool) -
 @takes_trust
 def update(patch: Path, dst: Path, validated: bool, as_json: bool, quiet: bool, trust: Trust) -> None:
     """Update what is installed in DST by PATCH, which brings only the files that changed."""
-
-    def accept(folder: Path) -> None:  # the patch alone is no whole bundle, which is what was signed
-        check_signature(folder, trust)
-        if validate := _accept(validated):
-            validate(folder)
-
     with progress_bar(quiet or as_json) as progress:
+        accept = _accept(validated, trust)
         _show(install_bundle(patch, dst, accept, partial=True, progress=progress), as_json)
 
 
@@ -68,10 +63,11 @@ def update(patch: Path, dst: Path, validated: bool, as_json: bool, quiet: bool, 
 @click.argument("dst", type=FOLDER)
 @json_option
 @quiet_option
-def rollback(dst: Path, as_json: bool, quiet: bool) -> None:
+@takes_trust
+def rollback(dst: Path, as_json: bool, quiet: bool, trust: Trust) -> None:
     """Switch DST/current back to the version before, once every byte of it is verified."""
     with progress_bar(quiet or as_json) as progress:
-        _show(roll_back(dst, progress), as_json)
+        _show(roll_back(dst, progress, _accept(False, trust)), as_json)
 
 
 @click.command()
@@ -91,12 +87,13 @@ def patch(old: Path, new: Path, output: Path, force: bool, as_json: bool, quiet:
     out().print(f"{output}: {size / 1e3:.1f} KB of files; apply it with `vera-edge update {output} DST`")
 
 
-def _accept(validated: bool) -> Accept | None:
-    """What looks at a version before it becomes current."""
-    if not validated:
-        return None
+def _accept(validated: bool, trust: Trust) -> Accept:
+    """What looks at the complete copy of a version before it becomes current."""
 
     def accept(folder: Path) -> None:
+        check_signature(folder, trust)
+        if not validated:
+            return
         from vera_edge.device.check.validate import validate
 
         result = validate(folder)

@@ -17,7 +17,6 @@ from vera_edge.bundle.manifest import PLAIN_NAME
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.opened import AdapterChoice, Opened, open_graph
 from vera_edge.errors import MismatchError, OutputError
-from vera_edge.storage.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def freeze(folder: Path, adapter: AdapterChoice, name: str, force: bool = False)
     opened.swap(adapter)
     data, file = _frozen(model, opened.vectors), path.relative_to(folder).as_posix()
     kept = {other: entry for other, entry in manifest.files.items() if other != file}
-    bundle.add(manifest, file, lambda: write_atomic(path, data), known=kept)
+    bundle.add(manifest, file, data, known=kept)
     return Frozen(path, len(data))
 
 

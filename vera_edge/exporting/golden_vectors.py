@@ -48,7 +48,7 @@ def attach(
     manifest = bundle.verify(folder, progress=progress)
     _check_names(manifest, references)
     made = _answers(manifest, references, reference, prompts, new_tokens, progress)
-    return _put(manifest, lambda: golden.write(folder, made), limits, progress)
+    return _put(manifest, golden.to_bytes(made), limits, progress)
 
 
 def _answers(
@@ -84,7 +84,7 @@ def attach_to_encoder(
     encoder = Encoder.open(folder, None if bundle.read(folder).mode == "branch" else "default")
     _check_names(encoder.manifest, references)
     cases = golden_encoder.make(references, encoder, texts, progress)
-    return _put(encoder.manifest, lambda: golden_encoder.write(folder, cases, reference), limits, progress)
+    return _put(encoder.manifest, golden_encoder.to_bytes(cases, reference), limits, progress)
 
 
 def _check_names(manifest: Manifest, references: Iterable[str | None]) -> None:
@@ -93,12 +93,10 @@ def _check_names(manifest: Manifest, references: Iterable[str | None]) -> None:
         raise MismatchError(f"{manifest.folder} has no adapter {strange[0]!r} to make golden vectors for")
 
 
-def _put(
-    manifest: Manifest, write: Callable[[], str], limits: Mapping[str, float] | None, progress: Progress
-) -> Manifest:
+def _put(manifest: Manifest, data: bytes, limits: Mapping[str, float] | None, progress: Progress) -> Manifest:
     """Write the file and list it."""
     bound = manifest.limits if limits is None else limits
-    return bundle.add(manifest, golden.FILE, write, progress, golden=golden.FILE, limits=bound)
+    return bundle.add(manifest, golden.FILE, data, progress, golden=golden.FILE, limits=bound)
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -161,11 +159,11 @@ def ask(
         cases = tuple(
             case for calls in asked for case in golden_encoder.make(calls, encoder, texts, progress)
         )
-        return _put(encoder.manifest, lambda: golden_encoder.write(folder, cases, what), limits, progress)
+        return _put(encoder.manifest, golden_encoder.to_bytes(cases, what), limits, progress)
     manifest = bundle.verify(folder, progress=progress)
     parts = [_answers(manifest, one, what, prompts or PROMPTS, _NEW_TOKENS, progress) for one in asked]
     made = golden.Golden(what, tuple(case for part in parts for case in part.cases))
-    return _put(manifest, lambda: golden.write(folder, made), limits, progress)
+    return _put(manifest, golden.to_bytes(made), limits, progress)
 
 
 def _named(

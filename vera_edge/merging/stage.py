@@ -10,21 +10,16 @@ this one.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_edge.errors import OutputError, VeraEdgeError
+from vera_edge.errors import VeraEdgeError
 from vera_edge.merging.journal import Journal
 from vera_edge.storage.files import PARTIAL_MARK, commit_folder, output_error
-
-try:
-    import fcntl
-except ImportError:  # Windows, where two merges into one target aren't kept apart
-    fcntl = None  # type: ignore[assignment]
+from vera_edge.storage.lock import exclusive
 
 _KEY_DIGITS = 16
 
@@ -63,7 +58,7 @@ def opened(target: Path, key: str) -> Iterator[Stage]:
     folder = folder_of(target)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock", target):
+        with exclusive(folder / "lock", f"merge into {target}"):
             try:
                 yield from _stage(folder, target, key)
             except VeraEdgeError as error:
@@ -99,18 +94,3 @@ def tidy(target: Path) -> None:
     folder = folder_of(target)
     if target.is_dir() and folder.is_dir() and not any(path.is_dir() for path in folder.iterdir()):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path, target: Path) -> Iterator[None]:
-    with path.open("ab") as stream:
-        if fcntl is not None:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"another merge into {target} is at work; wait for its end or choose another name"
-                ) from None
-            if not path.exists() or os.fstat(stream.fileno()).st_ino != path.stat().st_ino:
-                raise OutputError(f"another merge into {target} has just ended; run this one again")
-        yield

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -345,3 +347,37 @@ def test_the_schema_names_every_field() -> None:
         assert pattern.search(name), name
     for name in ("..", "../a", "a/..", "a/../b", "/a", "a//b", "a\\b", "a:b", "a/"):
         assert not pattern.search(name), name
+
+
+_ADD_UNTIL = """
+import os, sys
+from pathlib import Path
+from vera_edge.bundle import contents as bundle
+
+setattr(bundle, sys.argv[2], lambda *given: os._exit(9))
+bundle.add(bundle.read(Path(sys.argv[1])), "onnx/model.onnx", b"a new graph", golden=None)
+"""
+
+
+@pytest.mark.parametrize(("step", "content"), [("_write", bytes(range(256))), ("_finish", b"a new graph")])
+def test_an_addition_that_is_cut_off_leaves_the_old_bundle_or_the_new(
+    tmp_path: Path, step: str, content: bytes
+) -> None:
+    """Killed before the manifest lists the new content, and right after."""
+    make(tmp_path)
+    child = subprocess.run([sys.executable, "-c", _ADD_UNTIL, str(tmp_path), step], check=False)
+    assert child.returncode == 9
+    bundle.verify(tmp_path)
+    assert (tmp_path / "onnx" / "model.onnx").read_bytes() == content
+    assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
+    bundle.add(bundle.read(tmp_path), "onnx/model.onnx", b"newer still")
+    bundle.verify(tmp_path)
+    assert (tmp_path / "onnx" / "model.onnx").read_bytes() == b"newer still"
+
+
+def test_an_addition_that_the_manifest_refuses_changes_nothing(tmp_path: Path) -> None:
+    manifest = make(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(BundleError):
+        bundle.add(manifest, "golden.json", b"{}", kind="nonsense")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

@@ -17,6 +17,7 @@ from tests.conftest import Cli
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle import signing
 from vera_edge.bundle.signing import Signer, Trust
+from vera_edge.device.deploy.install import install
 from vera_edge.errors import BundleError
 from vera_edge.storage.files import sha256_bytes
 
@@ -249,7 +250,7 @@ def test_commands_hold_a_bundle_to_its_signature(signed: Path, keys: tuple[Path,
         result = cli(*command, *policy)
         assert result.exit_code == 2 and "isn't signed" in result.stderr
     assert not (signed.parent / "device").exists()
-    told = cli("verify", signed, "--trusted-keys", keys[1])
+    told = cli("verify", signed, "--trusted-keys", keys[1], "--allow-unsigned")
     assert told.exit_code == 0 and "isn't signed" in told.stderr
 
 
@@ -276,3 +277,90 @@ def test_an_update_is_held_to_the_signature_of_what_it_makes(
     taken = cli("update", patch, dst, *policy)
     assert taken.exit_code == 0 and "signed by publisher.pem" in taken.stderr
     assert bundle.read(dst / "current").digest == bundle.read(new).digest
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_naming_keys_asks_for_a_signature(
+    signed: Path, keys: tuple[Path, Path], cli: Cli, monkeypatch: pytest.MonkeyPatch, by_environment: bool
+) -> None:
+    """Whoever strips the signature off a bundle must not get it past a device that has keys."""
+    named: tuple[Any, ...] = ("--trusted-keys", keys[1])
+    if by_environment:
+        monkeypatch.setenv("VERA_EDGE_TRUSTED_KEYS", str(keys[1]))
+        named = ()
+    (signed / bundle.SIGNATURE).unlink()
+    place = signed.parent / "device"
+    for command in (
+        ("verify", signed),
+        ("validate", signed),
+        ("bench", signed),
+        ("install", signed, place),
+        ("fetch", signed, "-o", place),
+    ):
+        refused = cli(*command, *named)
+        assert refused.exit_code == 2 and "isn't signed" in refused.stderr, command
+        assert not place.exists()
+    assert cli("install", signed, place, *named, "--allow-unsigned").exit_code == 0
+    both = cli("install", signed, place, *named, "--allow-unsigned", "--require-signature")
+    assert both.exit_code == 2 and "contradict" in both.stderr
+
+
+def test_no_key_and_no_wish_asks_for_nothing(signed: Path, cli: Cli) -> None:
+    (signed / bundle.SIGNATURE).unlink()
+    assert cli("verify", signed).exit_code == 0
+
+
+def test_what_is_checked_is_what_is_installed(
+    signed: Path, keys: tuple[Path, Path], cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever can write to the stick may swap the bundle after any look at it there."""
+
+    def swapped(src: Path, *given: Any, **words: Any) -> Any:
+        (src / "onnx" / "model.onnx").write_bytes(b"other")
+        bundle.write(src, bundle.change(bundle.read(src)))
+        return install(src, *given, **words)
+
+    monkeypatch.setattr("vera_edge.cli.install.install_bundle", swapped)
+    refused = cli("install", signed, signed.parent / "device", "--trusted-keys", keys[1])
+    assert refused.exit_code == 2 and "isn't what was signed" in refused.stderr
+    assert not (signed.parent / "device").exists()
+
+
+def test_a_version_from_before_the_keys_is_no_way_back(
+    signed: Path, keys: tuple[Path, Path], cli: Cli, tmp_path: Path
+) -> None:
+    dst, unsigned = tmp_path / "device", Path(shutil.copytree(signed, tmp_path / "unsigned"))
+    (unsigned / "onnx" / "model.onnx").write_bytes(b"older")
+    bundle.write(unsigned, bundle.change(bundle.read(unsigned)))
+    (unsigned / bundle.SIGNATURE).unlink()
+    assert cli("install", unsigned, dst).exit_code == 0
+    assert cli("install", signed, dst, "--trusted-keys", keys[1]).exit_code == 0
+    refused = cli("rollback", dst, "--trusted-keys", keys[1])
+    assert refused.exit_code == 2 and "isn't signed" in refused.stderr
+    assert bundle.read(dst / "current").digest == bundle.read(signed).digest
+    assert cli("rollback", dst).exit_code == 0
+
+
+def test_a_new_signature_reaches_a_version_that_runs_already(
+    signed: Path, keys: tuple[Path, Path], cli: Cli, tmp_path: Path
+) -> None:
+    unsigned, dst = Path(shutil.copytree(signed, tmp_path / "unsigned")), tmp_path / "device"
+    (unsigned / bundle.SIGNATURE).unlink()
+    assert cli("install", unsigned, dst).exit_code == 0
+    policy = ("--trusted-keys", keys[1])
+    assert cli("install", unsigned, dst, *policy).exit_code == 2
+    stranger = Path(shutil.copytree(unsigned, tmp_path / "stranger"))
+    signing.sign(stranger, Signer(make_key(tmp_path, "stranger")[0]))
+    assert cli("install", stranger, dst, *policy).exit_code == 2
+    assert not (dst / "current" / bundle.SIGNATURE).exists()
+    assert cli("install", signed, dst, *policy).exit_code == 0
+    assert cli("verify", dst / "current", *policy).exit_code == 0
+    assert len(list((dst / "versions").iterdir())) == 1
+
+
+def test_a_signing_that_fails_midway_leaves_the_old_signature(signed: Path, keys: tuple[Path, Path]) -> None:
+    before = (signed / bundle.SIGNATURE).read_bytes()
+    (signed / "link").symlink_to(signed.parent / "nowhere")
+    with pytest.raises(BundleError, match="can't be signed by"):
+        signing.sign(signed, Signer(keys[0]))
+    assert (signed / bundle.SIGNATURE).read_bytes() == before

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from vera_edge.device.runtime.chat import Text
 from vera_edge.errors import BundleError, DataError
 from vera_edge.progress import Progress, silent
-from vera_edge.storage.files import canonical_json, read_json, write_atomic
+from vera_edge.storage.files import canonical_json, read_json
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -129,8 +129,8 @@ def _continued(runner: Reference, tokens: Tokens, ends: frozenset[int], count: i
     return tokens
 
 
-def write(folder: Path, golden: Golden) -> str:
-    """Write golden.json into `folder`, before its manifest is written; returns the file's name."""
+def to_bytes(golden: Golden) -> bytes:
+    """The content of golden.json."""
     cases = [
         {
             "adapter": case.adapter,
@@ -142,9 +142,7 @@ def write(folder: Path, golden: Golden) -> str:
         }
         for case in golden.cases
     ]
-    value = {"format": FORMAT, "reference": golden.reference, "cases": cases}
-    write_atomic(folder / FILE, canonical_json(value))
-    return FILE
+    return canonical_json({"format": FORMAT, "reference": golden.reference, "cases": cases})
 
 
 def read(path: Path, vocab_size: int) -> Golden:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.device.check.golden import FILE, FORMAT
+from vera_edge.device.check.golden import FORMAT
 from vera_edge.device.runtime.encoder import CLASSES, EMBEDDINGS, Encoded, Encoder
 from vera_edge.errors import BundleError, MismatchError
 from vera_edge.progress import Progress, silent
-from vera_edge.storage.files import canonical_json, read_json, write_atomic
+from vera_edge.storage.files import canonical_json, read_json
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -78,8 +78,8 @@ def make(
     return tuple(cases)
 
 
-def write(folder: Path, cases: Sequence[Case], reference: str) -> str:
-    """Write golden.json into `folder`; `reference` says in a sentence what was asked. Returns its name."""
+def to_bytes(cases: Sequence[Case], reference: str) -> bytes:
+    """The content of golden.json; `reference` says in a sentence what was asked."""
     listed = [
         {
             "adapter": case.adapter,
@@ -89,8 +89,7 @@ def write(folder: Path, cases: Sequence[Case], reference: str) -> str:
         }
         for case in cases
     ]
-    write_atomic(folder / FILE, canonical_json({"format": FORMAT, "reference": reference, "cases": listed}))
-    return FILE
+    return canonical_json({"format": FORMAT, "reference": reference, "cases": listed})
 
 
 def read(path: Path) -> tuple[Case, ...]:

@@ -1,38 +1,40 @@
 """Fetch a bundle over a slow link: only the chunks that no older version on this device has, and resumable.
 
 The source is a folder or any static HTTP server that holds the bundle's files as they are (the Hugging Face
-Hub's `resolve` URLs, nginx, `python -m http.server`); ranges are used where the server has them. Nothing that
-comes over the link is used before its SHA-256 was compared, and the target appears only whole.
+Hub's `resolve` URLs, nginx, `python -m http.server`). Byte ranges are used where the server has them; from
+one that hasn't, a file of which anything is missing is read once, up to its last missing chunk.
+Nothing that comes over the link is used before its SHA-256 was compared, and the target appears only whole.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from vera_edge.bundle import chunks
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.chunks import Chunk
 from vera_edge.bundle.contents import FileEntry, Manifest
+from vera_edge.device.deploy.source import Answer, Source, source_of
 from vera_edge.errors import BundleError
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import (
     PARTIAL_MARK,
     check_output,
     commit_folder,
+    make_folder,
     output_error,
     safe_join,
     sha256_file,
 )
+from vera_edge.storage.lock import exclusive
 
-_TIMEOUT = 30.0  # seconds without a byte
 _MOST_AT_ONCE = 8 << 20  # bytes in one range request
+_BLOCK = 1 << 18  # bytes held in memory
 _SMALL = 64 << 20  # no manifest, index or signature is larger
 
 
@@ -46,61 +48,70 @@ class Fetched:
     transferred: int
 
 
-# (file name, start, size or None for the whole file) -> bytes; None when there is no such file
-Read = Callable[[str, int, int | None], bytes | None]
-
-
 def fetch(
-    source: str, target: Path, have: Path | None = None, force: bool = False, progress: Progress = silent
+    source: str,
+    target: Path,
+    have: Path | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+    accept: Callable[[Path], None] | None = None,
 ) -> Fetched:
     """Bring the bundle at `source` (folder or URL) to `target`, taking from `have` what it already holds.
 
     An interrupted fetch leaves `.<target>.partial-fetch` beside the target, and the same call goes on from
-    it. Raises BundleError when the source isn't a sound bundle or doesn't answer, OutputError when the
-    target can't be written.
+    it. accept: called with the folder once it is complete and verified; what it raises keeps the target from
+    appearing. Raises BundleError when the source isn't a sound bundle or doesn't answer, OutputError when the
+    target can't be written, or another fetch into it is at work.
     """
     check_output(target, force, [path for path in (Path(source), have) if path is not None])
-    link = _Link(_reader(source), source)
-    stage = target.absolute().with_name(f".{target.name}{PARTIAL_MARK}fetch")
+    link = _Link(source_of(source))
+    place = target.absolute().with_name(f".{target.absolute().name}{PARTIAL_MARK}fetch")
+    make_folder(place)
     try:
-        stage.mkdir(parents=True, exist_ok=True)
-        manifest = link.manifest(stage)
-        index = link.index(stage, manifest)
-        local = _local_chunks(have, stage, index)
-        done = 0
-        for name, entry in manifest.files.items():
-            progress("fetching the bundle", done, manifest.size)
-            _bring(stage, name, entry, index.get(name), local, link)
-            done += entry.size
-        link.small_file(stage, bundle.SIGNATURE, required=False)
-        _drop_strays(stage, manifest)
-        bundle.verify(stage)
-        commit_folder(stage, target.absolute())
+        with exclusive(place / "lock", f"fetch into {target}"):
+            stage = place / "files"
+            manifest = _receive(link, stage, have, progress)
+            if accept is not None:
+                accept(stage)
+            commit_folder(stage, target.absolute())
+            shutil.rmtree(place, ignore_errors=True)
     except OSError as cause:
         raise output_error(target, cause) from cause
     return Fetched(target, manifest.digest, manifest.size, link.transferred)
 
 
-class _Link:
-    """The source, counting the bytes that come from it."""
+def _receive(link: _Link, stage: Path, have: Path | None, progress: Progress) -> Manifest:
+    """Make `stage` the bundle, from what is there already, in `have`, and at the other end of the link."""
+    stage.mkdir(exist_ok=True)
+    manifest = link.manifest(stage)
+    index = link.index(stage, manifest)
+    local = _local_chunks(have, stage, index)
+    done = 0
+    for name, entry in manifest.files.items():
+        progress("fetching the bundle", done, manifest.size)
+        _bring(stage, name, entry, index.get(name), local, link)
+        done += entry.size
+    link.small_file(stage, bundle.SIGNATURE, required=False)
+    _drop_strays(stage, manifest)
+    bundle.verify(stage)
+    return manifest
 
-    def __init__(self, read: Read, source: str) -> None:
-        self._read = read
+
+class _Link:
+    """The source, counting the bytes that come from it, used or not."""
+
+    def __init__(self, source: Source) -> None:
         self._source = source
         self.transferred = 0
 
-    def read(self, name: str, start: int = 0, size: int | None = None) -> bytes | None:
-        data = self._read(name, start, size)
-        self.transferred += len(data or b"")
-        return data
-
     def small_file(self, stage: Path, name: str, required: bool = True) -> Path:
-        data = self.read(name)
         path = safe_join(stage, name)
+        with self._source.open(name) as answer:
+            data = None if answer is None else b"".join(self._blocks(answer, _SMALL + 1))
         if data is None or len(data) > _SMALL:
             path.unlink(missing_ok=True)
             if required:
-                raise BundleError(f"{self._source} has no {name}; give the place of an exported bundle")
+                raise BundleError(f"{self._source.name} has no {name}; give the place of an exported bundle")
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
@@ -116,46 +127,54 @@ class _Link:
             return {}
         path = self.small_file(stage, chunks.INDEX)
         if sha256_file(path) != entry.sha256:
-            raise BundleError(f"{self._source}/{chunks.INDEX} isn't what the manifest lists; fetch it again")
+            raise BundleError(
+                f"{self._source.name}/{chunks.INDEX} isn't what the manifest lists; fetch it again"
+            )
         return chunks.read_index(path)
 
+    def chunks(self, name: str, pieces: Sequence[Chunk], stream: BinaryIO) -> None:
+        """Write `pieces` of the file `name`, which are in order, to their places in `stream`."""
+        while pieces:
+            run = _run(pieces)
+            start = run[0].start
+            with self._source.open(name, start, run[-1].start + run[-1].size - start) as answer:
+                if answer is None:
+                    raise BundleError(f"{name} is gone from {self._source.name}; publish the bundle again")
+                asked = pieces if answer.whole else run
+                self._take(name, asked, answer, stream)
+            pieces = pieces[len(asked) :]
 
-def _reader(source: str) -> Read:
-    if urllib.parse.urlsplit(source).scheme in ("http", "https"):
-        return _http_reader(source.rstrip("/"))
-    folder = Path(source)
+    def _take(self, name: str, pieces: Sequence[Chunk], answer: Answer, stream: BinaryIO) -> None:
+        at = answer.start
+        for piece in pieces:
+            for _ in self._blocks(answer, piece.start - at):
+                pass  # on this device already, and sent by a server without ranges
+            digest, stream_at, size = hashlib.sha256(), stream.seek(piece.start), 0
+            for block in self._blocks(answer, piece.size):
+                digest.update(block)
+                size += stream.write(block)
+            at = stream_at + size
+            if size != piece.size:
+                raise BundleError(f"{name} ends early at the source; run again, or publish the bundle again")
+            if piece.sha256 and digest.hexdigest() != piece.sha256:
+                raise BundleError(f"{name} at byte {stream_at} arrived damaged; run again to go on from here")
 
-    def read(name: str, start: int, size: int | None) -> bytes | None:
-        path = safe_join(folder, name)
-        if not path.is_file():
-            return None
-        with path.open("rb") as stream:
-            stream.seek(start)
-            return stream.read(-1 if size is None else size)
-
-    return read
+    def _blocks(self, answer: Answer, size: int) -> Iterator[bytes]:
+        """Up to `size` bytes of an answer, less where it ends."""
+        while size and (block := answer.stream.read(min(size, _BLOCK))):
+            size -= len(block)
+            self.transferred += len(block)
+            yield block
 
 
-def _http_reader(base: str) -> Read:
-    def read(name: str, start: int, size: int | None) -> bytes | None:
-        request = urllib.request.Request(f"{base}/{urllib.parse.quote(name)}")
-        if size is not None:
-            request.add_header("Range", f"bytes={start}-{start + size - 1}")
-        try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
-                if size is None:
-                    return bytes(answer.read(_SMALL + 1))
-                if answer.status != 206:  # a server without ranges sends the whole file
-                    answer.read(start)
-                return bytes(answer.read(size))
-        except urllib.error.HTTPError as cause:
-            if cause.code == 404:
-                return None
-            raise BundleError(f"{base}/{name} answers {cause.code} {cause.reason}; try again later") from None
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as cause:
-            raise BundleError(f"{base} doesn't answer ({cause}); run again to go on from here") from None
-
-    return read
+def _run(pieces: Sequence[Chunk]) -> Sequence[Chunk]:
+    """Those of the first pieces that are neighbours, up to what one request should carry."""
+    size, end = 0, pieces[0].start
+    for count, piece in enumerate(pieces):
+        if count and (piece.start != end or size + piece.size > _MOST_AT_ONCE):
+            return pieces[:count]
+        size, end = size + piece.size, piece.start + piece.size
+    return pieces
 
 
 # sha256 of a chunk -> (file, start) on this device
@@ -201,14 +220,7 @@ def _bring(
             else:
                 stream.seek(piece.start)
                 stream.write(data)
-        for run in _runs(missing):
-            start, size = run[0].start, sum(piece.size for piece in run)
-            data = link.read(name, start, size)
-            if data is None or len(data) != size:
-                raise BundleError(f"{name} ends early at the source; run again, or publish the bundle again")
-            _check_run(name, run, data)
-            stream.seek(start)
-            stream.write(data)
+        link.chunks(name, missing, stream)
         stream.truncate(entry.size)
     if sha256_file(path) != entry.sha256:
         path.unlink()
@@ -226,26 +238,6 @@ def _from_device(piece: Chunk, local: _Local) -> bytes | None:
     except OSError:
         return None
     return data if hashlib.sha256(data).hexdigest() == piece.sha256 else None
-
-
-def _runs(pieces: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Neighbouring chunks together, up to what one request should carry."""
-    run: list[Chunk] = []
-    for piece in pieces:
-        size = sum(one.size for one in run)
-        if run and (run[-1].start + run[-1].size != piece.start or size + piece.size > _MOST_AT_ONCE):
-            yield run
-            run = []
-        run.append(piece)
-    if run:
-        yield run
-
-
-def _check_run(name: str, run: list[Chunk], data: bytes) -> None:
-    for piece in run:
-        part = data[piece.start - run[0].start :][: piece.size]
-        if piece.sha256 and hashlib.sha256(part).hexdigest() != piece.sha256:
-            raise BundleError(f"{name} at byte {piece.start} arrived damaged; run again to go on from here")
 
 
 def _drop_strays(stage: Path, manifest: Manifest) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
@@ -27,10 +26,12 @@ from vera_edge.storage.files import (
     PARTIAL_MARK,
     check_output,
     fsync_folder,
+    make_folder,
     output_error,
     staged_folder,
     write_atomic,
 )
+from vera_edge.storage.lock import exclusive
 
 CURRENT = "current"
 _VERSIONS = "versions"
@@ -70,9 +71,10 @@ def install(
 ) -> Installed:
     """Install the bundle `src` into `dst` and make it current; the one that ran before is kept.
 
-    accept: called with the complete new folder before the switch; what it raises leaves the old version
-    running. partial: files that `src` lists but doesn't bring are taken from the current version. Raises
-    BundleError when `src` is damaged, OutputError when the disk is too small or can't be written.
+    accept: called with the complete folder before the switch, also where that version runs already; what it
+    raises leaves everything as it is. partial: files that `src` lists but doesn't bring are taken from the
+    current version. Raises BundleError when `src` is damaged, OutputError when the disk is too small or can't
+    be written.
     """
     manifest = bundle.read(src) if partial else bundle.verify(src, deep=False)
     if dst.resolve().is_relative_to(src.resolve()):
@@ -85,6 +87,7 @@ def install(
         running = _running(dst)
         _tidy(dst, running)
         if running is not None and _is_sound(running, manifest.digest, progress):
+            _seal_anew(running, src, accept)
             return Installed(running, manifest.digest, _before(dst, running), changed=False)
         sources = _sources(manifest, running if partial else None)
         coming = sum(manifest.files[name].size for name, path in sources.items() if path.is_relative_to(src))
@@ -96,10 +99,10 @@ def install(
     return Installed(folder, manifest.digest, running, changed=True, copied=coming)
 
 
-def rollback(dst: Path, progress: Progress = silent) -> Installed:
+def rollback(dst: Path, progress: Progress = silent, accept: Accept | None = None) -> Installed:
     """Make the version before the current one current again, once every byte of it is verified.
 
-    Raises BundleError when there is none or it is damaged: then nothing changes.
+    Raises BundleError when there is none or it is damaged, and what `accept` raises: then nothing changes.
     """
     if not (dst / _VERSIONS).is_dir():
         raise BundleError(f"nothing is installed in {dst}; give the folder that `vera-edge install` wrote to")
@@ -111,6 +114,8 @@ def rollback(dst: Path, progress: Progress = silent) -> Installed:
                 f"{dst} holds no version before the current one; there is nothing to roll back to"
             )
         manifest = bundle.verify(before, progress=progress, complete=True)
+        if accept is not None:
+            accept(before)
         _switch(dst, before)
         return Installed(before, manifest.digest, _before(dst, before), changed=True)
 
@@ -147,6 +152,28 @@ def _is_sound(folder: Path, digest: str, progress: Progress) -> bool:
         return found == digest and bundle.verify(folder, progress=progress, complete=True).digest == digest
     except BundleError:
         return False
+
+
+def _seal_anew(running: Path, src: Path, accept: Accept | None) -> None:
+    """Take over the signature that `src` brings for the version that runs, if `accept` lets it pass."""
+    came = _signature(src)
+    if came is None or came == _signature(running):
+        if accept is not None:
+            accept(running)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{running.name}{PARTIAL_MARK}", dir=running.parent) as place:
+        for path in running.rglob("*"):
+            if path.is_file():
+                _link(path, Path(place) / path.relative_to(running), silent)
+        write_atomic(Path(place) / bundle.SIGNATURE, came)
+        if accept is not None:
+            accept(Path(place))
+    write_atomic(running / bundle.SIGNATURE, came)
+
+
+def _signature(folder: Path) -> bytes | None:
+    path = folder / bundle.SIGNATURE
+    return path.read_bytes() if path.is_file() and not path.is_symlink() else None
 
 
 def _number(name: str) -> int | None:
@@ -294,23 +321,15 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def _locked(dst: Path) -> Iterator[None]:
-    """One install at a time; the system drops the lock when a process dies."""
+    """One install at a time. A `dst` that is new is gone again when nothing was installed."""
+    new = not dst.exists()
+    make_folder(dst / _VERSIONS)
     try:
-        (dst / _VERSIONS).mkdir(parents=True, exist_ok=True)
-        stream = (dst / ".lock").open("ab")
+        with exclusive(dst / ".lock", f"install into {dst}"):
+            try:
+                yield
+            finally:
+                if new and not _versions(dst):
+                    shutil.rmtree(dst, ignore_errors=True)
     except OSError as cause:
         raise output_error(dst, cause) from cause
-    with stream:
-        _lock(stream, dst)
-        yield
-
-
-def _lock(stream: BinaryIO, dst: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows: installs there must not overlap
-        return
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise OutputError(f"another install into {dst} is running; wait for it to end") from None

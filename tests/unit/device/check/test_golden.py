@@ -47,9 +47,14 @@ def test_cases_hold_what_torch_says(made: golden.Golden, tiny_bundles: TinyBundl
         np.testing.assert_allclose(case.log_p, expected.values.numpy(), atol=1e-6)
 
 
+def _file(folder: Path, made: golden.Golden) -> Path:
+    path = folder / golden.FILE
+    path.write_bytes(golden.to_bytes(made))
+    return path
+
+
 def test_it_reads_back_to_five_decimals(made: golden.Golden, tmp_path: Path) -> None:
-    name = golden.write(tmp_path, made)
-    found = golden.read(tmp_path / name, tiny.VOCABULARY)
+    found = golden.read(_file(tmp_path, made), tiny.VOCABULARY)
     assert found.reference == "torch" and len(found.cases) == len(PROMPTS)
     for ours, theirs in zip(found.cases, made.cases, strict=True):
         np.testing.assert_array_equal(ours.tokens, theirs.tokens)
@@ -81,7 +86,7 @@ def test_the_divergence_never_exceeds_the_full_one(seed: int, k: int, noise: flo
 
 def test_equal_models_do_not_diverge(made: golden.Golden, tiny_bundles: TinyBundles, tmp_path: Path) -> None:
     runner = TorchRunner(tiny.load(tiny_bundles.base))
-    found = golden.read(tmp_path / golden.write(tmp_path, made), tiny.VOCABULARY)
+    found = golden.read(_file(tmp_path, made), tiny.VOCABULARY)
     for case in found.cases:
         result = golden.compare(case, 0, runner.logits(case.tokens))
         assert result.kl.max() < 1e-5 and result.same_top1.all()
@@ -115,7 +120,7 @@ def test_not_a_number_is_said(made: golden.Golden) -> None:
     ],
 )
 def test_malformed_vectors_are_refused(made: golden.Golden, tmp_path: Path, change: dict[str, Any]) -> None:
-    path = tmp_path / golden.write(tmp_path, made)
+    path = _file(tmp_path, made)
     value = json.loads(path.read_text())
     if change.get("log_p") == "positive":
         change = {"log_p": [row.replace("-", "") for row in value["cases"][0]["log_p"]]}

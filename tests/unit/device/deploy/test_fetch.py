@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import socket
 import threading
+import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,10 +39,11 @@ class Plain(SimpleHTTPRequestHandler):
     def send_body(self, data: bytes) -> None:
         kind = type(self)
         if kind.broken_after is not None and kind.sent + len(data) > kind.broken_after:
+            data = data[: kind.broken_after - kind.sent]
             self.close_connection = True
-            return
         kind.sent += len(data)
-        self.wfile.write(data)
+        with suppress(ConnectionError):  # who has what it wants may hang up
+            self.wfile.write(data)
 
 
 class Ranged(Plain):
@@ -165,3 +168,120 @@ def test_refusals(tmp_path: Path, weights: bytes) -> None:
         fetch(str(source), tmp_path / "target")
     with pytest.raises(OutputError, match="would delete"):
         fetch(str(source), tmp_path / "target", tmp_path / "target", force=True)
+
+
+def test_a_server_without_ranges_sends_each_byte_once(tmp_path: Path) -> None:
+    """And what came over the link is what is told, whether it was of use or not."""
+    data = np.random.RandomState(2).bytes(40_000_000)
+    source = make_bundle(tmp_path / "source", data)
+    with serve(source, Plain) as (url, handler):
+        tracemalloc.start()
+        fetched = fetch(url, tmp_path / "target")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert same(source, tmp_path / "target")
+    size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    assert handler.sent == fetched.transferred == size
+    assert peak < 2 * len(data)  # the server's thread reads the file whole; the client must not
+
+
+def test_an_edit_costs_a_server_without_ranges_the_file_once(tmp_path: Path, weights: bytes) -> None:
+    old = make_bundle(tmp_path / "old", weights)
+    new = make_bundle(tmp_path / "new", weights[:1_000_000] + b"edit" + weights[1_000_000:])
+    with serve(new, Plain) as (url, handler):
+        fetched = fetch(url, tmp_path / "target", have=old)
+    assert same(new, tmp_path / "target")
+    assert fetched.transferred <= handler.sent <= BIG + 100_000
+
+
+@pytest.mark.parametrize("kind", [Plain, Ranged])
+def test_a_link_that_breaks_leaves_what_arrived(tmp_path: Path, kind: type[Plain]) -> None:
+    """In the midst of a chunk, with fewer bytes than were announced."""
+    source = make_bundle(tmp_path / "source", np.random.RandomState(3).bytes(20_000_000))
+    with (
+        serve(source, kind, broken_after=11_111_111) as (url, _),
+        pytest.raises(BundleError, match="run again to go on"),
+    ):
+        fetch(url, tmp_path / "target")
+    left = tmp_path / ".target.partial-fetch" / "files" / "onnx" / "model.onnx_data"
+    assert left.stat().st_size > 10_000_000
+    with serve(source, Ranged) as (url, handler):
+        fetch(url, tmp_path / "target")
+    assert same(source, tmp_path / "target") and handler.sent < 20_000_000 - 10_000_000 + chunks.MAXIMUM
+
+
+def answering(*answers: bytes) -> tuple[str, threading.Thread]:
+    """A server that gives each connection the next of these, as they are, and hangs up."""
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def serve_all() -> None:
+        with server:
+            for answer in answers:
+                connection, _ = server.accept()
+                with connection, suppress(ConnectionError):
+                    connection.recv(1 << 16)
+                    connection.sendall(answer)
+
+    thread = threading.Thread(target=serve_all, daemon=True)
+    thread.start()
+    return f"http://127.0.0.1:{server.getsockname()[1]}", thread
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "doesn't answer"),
+        (b"", "doesn't answer"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{}", "broke"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n40\r\n{}", "broke"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n{}", "broke"),
+        (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000 + b"\r\n{}", "doesn't answer"),
+        (b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n{}", "doesn't answer"),
+        (b"HTTP/1.1 500 Out of\x1b[31m order\r\n\r\n", "answers 500"),
+        (b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n", "answers 302"),
+        (b"HTTP/1.1 302 Found\r\nLocation: http://[::1\r\n\r\n", "doesn't answer"),
+        (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", r"has no vera_edge\.json"),
+        (b"HTTP/1.1 200 OK\r\n\r\n<html>", "isn't valid JSON"),
+    ],
+)
+def test_whatever_a_server_says_is_one_sentence(tmp_path: Path, answer: bytes, says: str) -> None:
+    url, _ = answering(answer, answer)
+    with pytest.raises(BundleError, match=says) as refusal:
+        fetch(url, tmp_path / "target")
+    assert "\n" not in str(refusal.value) and "\x1b" not in str(refusal.value)
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://host:99x", "http://a b/c", "http://", "http://[::1", "http://host:999999", "ftp://host/x"],
+)
+def test_what_is_no_address_is_said(tmp_path: Path, address: str) -> None:
+    with pytest.raises(BundleError, match="address"):
+        fetch(address, tmp_path / "target")
+    assert not any(tmp_path.iterdir())
+
+
+def test_two_fetches_into_one_place_are_kept_apart(tmp_path: Path, weights: bytes) -> None:
+    source = make_bundle(tmp_path / "source", weights)
+    refused: list[pytest.ExceptionInfo[OutputError]] = []
+
+    def second(what: str, done: int, total: int) -> None:
+        if not refused:
+            with pytest.raises(OutputError, match="another fetch into") as refusal:
+                fetch(str(source), tmp_path / "target")
+            refused.append(refusal)
+
+    fetch(str(source), tmp_path / "target", progress=second)
+    assert refused and same(source, tmp_path / "target")
+
+
+def test_what_a_fetch_refuses_does_not_appear(tmp_path: Path, weights: bytes) -> None:
+    def accept(folder: Path) -> None:
+        assert bundle.verify(folder).digest == bundle.read(source).digest
+        raise BundleError("not signed")
+
+    source = make_bundle(tmp_path / "source", weights)
+    with pytest.raises(BundleError, match="not signed"):
+        fetch(str(source), tmp_path / "target", accept=accept)
+    assert not (tmp_path / "target").exists()
