@@ -176,7 +176,7 @@ def test_a_bundle_stays_as_it_was_when_its_golden_vectors_cannot_be_listed(
 
     asked = (folder, tiny_llama.nf4, [(tiny_adapter, 1.0)], None, PROMPTS)
     with monkeypatch.context() as changed, pytest.raises(OutputError, match="no space"):
-        changed.setattr(bundle, "write", full)
+        changed.setattr(bundle, "_write", full)
         golden_vectors.ask(*asked)
     assert bundle.verify(folder) == before
     (folder / bundle.SIGNATURE).write_text("signed")
