@@ -42,6 +42,7 @@ ORDER = (
     "rounding",
     "precision",
     "releasing",
+    "api",
     "cli",
 )
 DEVICE_ROOMS = {"import_path", "errors", "progress", "cores", "storage", "adapters", "formats", "bundle"}

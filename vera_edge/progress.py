@@ -1,4 +1,4 @@
-"""How the library tells how far it is: one callable, so that it never prints and never owns a bar."""
+"""How the library tells how far it is, and what a person should hear: callables, so that it never prints."""
 
 from __future__ import annotations
 
@@ -13,3 +13,13 @@ class Progress(Protocol):
 
 def silent(what: str, done: int, total: int) -> None:
     """A Progress that says nothing."""
+
+
+class Tell(Protocol):
+    """Given one sentence for a person as it arises: who signed a bundle, what was assumed of a base."""
+
+    def __call__(self, sentence: str) -> None: ...
+
+
+def unheard(sentence: str) -> None:
+    """A Tell that nobody hears."""

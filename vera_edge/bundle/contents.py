@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from vera_edge.bundle.manifest import (
     FIELDS,
+    FORMAT,
     KINDS,
     MANIFEST,
     MODES,
@@ -55,7 +56,6 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "add",
-    "as_json",
     "change",
     "check_limits",
     "read",
@@ -63,7 +63,6 @@ __all__ = [
     "write",
 ]
 
-FORMAT = 1
 # Two spaces: a key of the manifest itself. One always comes after it: "files" and "format" do.
 _DIGEST_LINE = re.compile(rb'^  "digest": "[0-9a-f]*",\n', re.MULTILINE)
 _MAX_MANIFEST = 16 << 20  # bytes
@@ -250,9 +249,3 @@ def _name(folder: Path, path: Path) -> str:
 def _digest(text: bytes) -> str:
     """The digest of a manifest in canonical JSON: of all of it but the line that holds the digest."""
     return sha256_bytes(_DIGEST_LINE.sub(b"", text, count=1))
-
-
-def as_json(manifest: Manifest) -> dict[str, Json]:
-    """The manifest as the JSON object it was read from, without the digest that covers it."""
-    files = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in manifest.files.items()}
-    return {"format": FORMAT, "files": files} | {key: getattr(manifest, key) for key in FIELDS}

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 from vera_edge.errors import BundleError, PlanError
 from vera_edge.storage.files import safe_join
 
+FORMAT = 1
 MANIFEST = "vera_edge.json"
 SIGNATURE = "model.sig"  # signs the manifest too, so the manifest can't list it
 UNLISTED = frozenset({MANIFEST, SIGNATURE})
@@ -102,6 +103,11 @@ class Manifest(Facts):
     folder: Path
     files: Mapping[str, FileEntry]
     digest: str
+
+    def to_dict(self) -> dict[str, Json]:
+        """The manifest as the JSON object it was read from, without the digest that covers it."""
+        files = {name: {"size": entry.size, "sha256": entry.sha256} for name, entry in self.files.items()}
+        return {"format": FORMAT, "files": files} | {key: getattr(self, key) for key in FIELDS}
 
     def path(self, name: str) -> Path:
         """Where the file `name` lies; raises BundleError when the manifest lists it neither way."""

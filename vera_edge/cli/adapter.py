@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from vera_edge.base.trained_as import TrainedAs
+import vera_edge
 from vera_edge.cli.show import (
     FOLDER,
     force_option,
     json_option,
+    note,
     out,
     print_json,
     projection_dtype_option,
@@ -37,11 +38,9 @@ def pack(adapter: Path, bundle: Path, output: Path, weight: float, force: bool, 
     Refused when rank, seed, projections, layers or shapes aren't the bundle's: ONNX Runtime would run such a
     file without a word.
     """
-    from vera_edge.exporting.onnx_adapter import pack_folder
-
-    packed = pack_folder(adapter, bundle, output, weight, force)
+    packed = vera_edge.pack_adapter(adapter, bundle, out=output, weight=weight, force=force)
     if as_json:
-        print_json({"path": str(packed.path), "size": packed.size, "sha256": packed.digest})
+        print_json(packed.to_dict())
     else:
         out().print(f"{packed.path}: {packed.size / 1e3:.1f} KB, for {bundle}")
 
@@ -58,13 +57,9 @@ def freeze(adapter: str, bundle: Path, name: str | None, force: bool, as_json: b
     ADAPTER is a name of the bundle or an .onnx_adapter file. The weights are shared with the bundle's own
     graph. Transformers.js opens it by its model_file_name, Optimum by its file_name. Freeze before signing.
     """
-    from vera_edge.exporting.frozen_graph import freeze as write
-
-    file = adapter.endswith(".onnx_adapter")
-    chosen = Path(adapter) if file else adapter
-    made = write(bundle, chosen, name or (Path(adapter).stem if file else adapter), force)
+    made = vera_edge.freeze_adapter(adapter, bundle, name=name, force=force)
     if as_json:
-        print_json({"path": str(made.path), "size": made.size})
+        print_json(made.to_dict())
     else:
         out().print(f"{made.path}: {made.size / 1e3:.1f} KB, beside the weights of {bundle}")
 
@@ -74,9 +69,7 @@ def freeze(adapter: str, bundle: Path, name: str | None, force: bool, as_json: b
 @json_option
 def list_adapters(bundle: Path, as_json: bool) -> None:
     """List the adapters of BUNDLE; the default one is marked."""
-    from vera_edge.bundle import contents as bundles
-
-    manifest = bundles.read(bundle)
+    manifest = vera_edge.read_manifest(bundle)
     if as_json:
         print_json({"adapters": dict(manifest.adapters), "default": manifest.default_adapter})
         return
@@ -92,9 +85,7 @@ def list_adapters(bundle: Path, as_json: bool) -> None:
 @json_option
 def diff(old: Path, new: Path, as_json: bool) -> None:
     """Compare two PEFT adapters: what differs, and by how much, layer by layer."""
-    from vera_edge.releasing.difference import compare_adapters
-
-    found = compare_adapters(old, new)
+    found = vera_edge.diff_adapters(old, new)
     if as_json:
         print_json(found.to_dict())
         return
@@ -117,18 +108,23 @@ def to_lora(
     output: Path,
     base: Path | None,
     projection_dtype: str | None,
-    trained_as: TrainedAs | None,
+    trained_as: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Write ADAPTER as a LoRA adapter that computes exactly the same, for tools that know only LoRA."""
-    from vera_edge.trained import to_lora as lora
-
-    made = lora.to_lora(adapter, output, base, projection_dtype, force, trained_as)
-    for note in made.notes:
-        click.echo(f"note: {note}", err=True)
+    made = vera_edge.to_lora(
+        adapter,
+        out=output,
+        base=base,
+        projection_dtype=projection_dtype,
+        trained_as=trained_as,
+        force=force,
+    )
+    for sentence in made.notes:
+        note(sentence)
     if as_json:
-        print_json({"folder": str(made.folder), "layers": made.layers, "rank": made.rank, "size": made.size})
+        print_json(made.to_dict())
     else:
         out().print(
             f"{made.folder}: LoRA of rank {made.rank} on {made.layers} layers, {made.size / 1e6:.1f} MB"

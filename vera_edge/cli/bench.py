@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
-from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option
-from vera_edge.cli.trust import checks_signature
+import vera_edge
+from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option, tell
+from vera_edge.cli.trust import takes_trust
 
 if TYPE_CHECKING:
-    from vera_edge.device.check.bench import Bench, Spread
+    from vera_edge.api.bench import Bench, Spread
 
 _WORDS = {
     "load": "load, s",
@@ -45,7 +46,7 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option("--new", type=click.IntRange(2), default=64, show_default=True, help="Tokens to generate.")
 @json_option
 @quiet_option
-@checks_signature("bundle")
+@takes_trust
 def bench(
     bundle: Path,
     against: Path | None,
@@ -55,12 +56,21 @@ def bench(
     new: int,
     as_json: bool,
     quiet: bool,
+    **trust: Any,
 ) -> None:
     """Measure BUNDLE on this device: load, first token, prefill, decode, memory, energy where it is told."""
-    from vera_edge.device.check.bench import bench as measure
-
     with progress_bar(quiet or as_json) as progress:
-        result = measure(bundle, against, threads, rounds, prompt, new, progress)
+        result = vera_edge.bench(
+            bundle,
+            against=against,
+            threads=threads,
+            rounds=rounds,
+            prompt=prompt,
+            new=new,
+            progress=progress,
+            tell=tell,
+            **trust,
+        )
     if as_json:
         print_json(result.to_dict())
         return

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
-from vera_edge.base.trained_as import TrainedAs
+import vera_edge
 from vera_edge.cli import show
-from vera_edge.measuring.comparison import Comparison, Estimate
-from vera_edge.measuring.encoder_report import EncoderReport
-from vera_edge.measuring.result import DriftReport
+
+if TYPE_CHECKING:
+    from vera_edge.api.drift import Comparison, DriftReport, EncoderReport, Estimate
 
 _STATES = {"kept": "green", "broken": "red", "undecided": "yellow"}
 _LEVELS = {"faithful": "green", "degraded": "yellow", "lost": "red", "undecided": "yellow"}
@@ -84,7 +85,7 @@ def drift(
     base: Path | None,
     adapters: list[tuple[Path, float]],
     projection_dtype: str | None,
-    trained_as: TrainedAs | None,
+    trained_as: str | None,
     tokenizer: Path | None,
     tokens: int,
     window: int,
@@ -98,7 +99,7 @@ def drift(
     plots: Path | None,
     as_json: bool,
     quiet: bool,
-    **options: float | None,
+    **limits: float | None,
 ) -> None:
     """Measure how far ARTEFACT is from the model as trained.
 
@@ -109,41 +110,34 @@ def drift(
 
     Exit code 3 when a limit is broken or can't be decided.
     """
-    from vera_edge.measuring import baseline as baselines
-    from vera_edge.measuring import limits, outputs
-    from vera_edge.measuring.assess import Request, assess_any
-
-    bounds = limits.gather(limits_file, options)
-    earlier = baselines.read(baseline) if baseline else None
-    others = [baselines.read(path) for path in beside]
-    outputs.check(report, junit_file, plots)
-    request = Request(
-        reference,
-        artefact,
-        data=data,
-        base=base,
-        adapters=tuple(adapters),
-        projection_dtype=projection_dtype,
-        tokenizer=tokenizer,
-        tokens=tokens,
-        window=window,
-        exact=exact,
-        samples=outputs.SAMPLES if report else 0,
-        by_layer=by_layer,
-        text_only=any((report, plots, baseline)),
-        trained_as=trained_as,
-        limits=tuple(bounds),
-    )
     with show.progress_bar(quiet) as progress:
-        found = limits.hold(assess_any(request, progress), bounds)
-    if isinstance(found, DriftReport) and earlier is not None:
-        found = baselines.hold(found, earlier)
-    outputs.write(found, report, junit_file, plots, others)
+        found = vera_edge.drift(
+            reference,
+            artefact,
+            data=data,
+            base=base,
+            adapter=adapters,
+            projection_dtype=projection_dtype,
+            trained_as=trained_as,
+            tokenizer=tokenizer,
+            tokens=tokens,
+            window=window,
+            exact=exact,
+            by_layer=by_layer,
+            limits=limits_file,
+            baseline=baseline,
+            report=report,
+            beside=beside,
+            junit=junit_file,
+            plots=plots,
+            progress=progress,
+            **limits,
+        )
     if as_json:
         show.print_json(found.to_dict())
     else:
         _show(found)
-    limits.raise_when_exceeded(found)
+    found.raise_when_exceeded()
 
 
 def _show(found: DriftReport | EncoderReport) -> None:
@@ -156,7 +150,7 @@ def _show(found: DriftReport | EncoderReport) -> None:
     say(f"{found.candidate.name} ({found.candidate.kind})")
     say(f"against {found.reference.name} ({found.reference.kind})")
     say(f"on {text.source}: {text.tokens} tokens in {text.windows} windows of {text.window}\n")
-    console.print(_figures(found) if isinstance(found, DriftReport) else _encoder_figures(found))
+    console.print(_figures(found) if isinstance(found, vera_edge.DriftReport) else _encoder_figures(found))
     console.print(f"\n[bold {_LEVELS[level]}]{level}[/]  {escape(found.verdict.sentence)}", markup=True)
     for note in found.notes:
         say(f"note: {note}")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from vera_edge.base.trained_as import TrainedAs
+import vera_edge
+from vera_edge.api.export import WEIGHTS
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
@@ -26,9 +27,6 @@ from vera_edge.cli.show import (
     trained_as_option,
     weight_option,
 )
-from vera_edge.exporting import target as targets
-from vera_edge.plans import plan as plans
-from vera_edge.rounding.weight_rounding import Rounding
 
 STORED = ("fp32", "fp16", "int8", "int4")
 
@@ -49,7 +47,7 @@ STORED = ("fp32", "fp16", "int8", "int4")
 @click.option(
     "--weights",
     "--ship",
-    type=click.Choice(targets.WEIGHTS),
+    type=click.Choice(WEIGHTS),
     default="fp32",
     show_default=True,
     help="How the linear layers are stored; same: as the base stores them.",
@@ -120,7 +118,7 @@ def export(
     origin: str | None,
     vectors: str | None,
     projection_dtype: str | None,
-    trained_as: TrainedAs | None,
+    trained_as: str | None,
     tokenizer: Path | None,
     plan_file: Path | None,
     method: str | None,
@@ -132,40 +130,38 @@ def export(
 ) -> None:
     """Export BASE with ADAPTER to a folder that ONNX Runtime and ONNX Runtime GenAI open as it is."""
     refuse_beside_plan("mode", "weights", "block", "symmetric", "activations")
-    made = None if plan_file is None else plans.read(plan_file)
-    options = {
-        "head": head,
-        "projections": projections_dtype,
-        "origin": origin,
-        "run": run,
-        "block": None if block is None else str(block),
-        "symmetric": None if symmetric is None else str(symmetric).lower(),
-        "accuracy_level": accuracy_level,
-        "activations": activations,
-        "vectors": vectors,
-    }
     with progress_bar(quiet or as_json) as progress:
-        result = targets.export(
+        result = vera_edge.export(
             base,
             [(adapter, weight), *more],
-            folder,
+            out=folder,
             target=target,
             mode=mode,
             weights=weights,
-            options={key: value for key, value in options.items() if value is not None},
+            run=run,
+            block=block,
+            symmetric=symmetric,
+            accuracy_level=accuracy_level,
+            activations=activations,
+            head=head,
+            projections_dtype=projections_dtype,
+            projections=origin,
+            vectors=vectors,
             projection_dtype=projection_dtype,
-            force=force,
-            progress=progress,
-            rounding=Rounding(method, calibration, recover=recover),
-            made=made,
             trained_as=trained_as,
             tokenizer=tokenizer,
+            plan=plan_file,
+            method=method,
+            calibration=calibration,
+            recover=recover,
+            force=force,
+            progress=progress,
         )
     if as_json:
         print_json(result.to_dict())
         return
     console = out()
-    kind = weights if made is None else "planned"
+    kind = weights if plan_file is None else "planned"
     console.print(f"{result.folder}: {result.plan.mode}, {kind} weights, {result.size / 1e6:,.1f} MB")
     for name, path in result.adapters.items():
         console.print(f"adapter {name}: {path}")

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from vera_edge.bundle.signing import Trust
-from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, progress_bar, quiet_option
-from vera_edge.cli.trust import check_signature, takes_trust
+import vera_edge
+from vera_edge.cli.show import (
+    FOLDER,
+    force_option,
+    json_option,
+    out,
+    print_json,
+    progress_bar,
+    quiet_option,
+    tell,
+)
+from vera_edge.cli.trust import takes_trust
 
 
 @click.command()
@@ -20,29 +30,19 @@ from vera_edge.cli.trust import check_signature, takes_trust
 @quiet_option
 @takes_trust
 def fetch(
-    source: str, output: Path, have: Path | None, force: bool, as_json: bool, quiet: bool, trust: Trust
+    source: str, output: Path, have: Path | None, force: bool, as_json: bool, quiet: bool, **trust: Any
 ) -> None:
     """Bring the bundle at SOURCE, a folder or an HTTP address, here; an interrupted fetch goes on.
 
     Any static server will do. With --have only the chunks that the older version lacks are transferred, where
     the server has byte ranges; one without sends each file that changed once.
     """
-    from vera_edge.device.deploy.fetch import fetch as fetch_bundle
-
-    def accept(folder: Path) -> None:
-        check_signature(folder, trust)
-
     with progress_bar(quiet or as_json) as progress:
-        found = fetch_bundle(source, output, have, force, progress, accept)
-    if as_json:
-        print_json(
-            {
-                "folder": str(found.folder),
-                "digest": found.digest,
-                "size": found.size,
-                "transferred": found.transferred,
-            }
+        found = vera_edge.fetch(
+            source, out=output, have=have, force=force, progress=progress, tell=tell, **trust
         )
+    if as_json:
+        print_json(found.to_dict())
         return
     out().print(
         f"{found.folder}: {found.size / 1e6:.2f} MB, {found.transferred / 1e6:.3f} MB of it transferred\n"
@@ -56,9 +56,7 @@ def fetch(
 @json_option
 def diff(old: Path, new: Path, as_json: bool) -> None:
     """Say what changed from the bundle OLD to NEW: facts, drift, plan, files, bytes to transfer."""
-    from vera_edge.releasing.difference import compare_bundles
-
-    found = compare_bundles(old, new)
+    found = vera_edge.diff(old, new)
     if as_json:
         print_json(found.to_dict())
         return

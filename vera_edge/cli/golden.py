@@ -6,10 +6,11 @@ from pathlib import Path
 
 import click
 
-from vera_edge.base.trained_as import TrainedAs
+import vera_edge
 from vera_edge.cli.show import (
     FOLDER,
     json_option,
+    note,
     out,
     print_json,
     progress_bar,
@@ -50,30 +51,26 @@ def golden(
     adapters: tuple[Path, ...],
     prompts: Path | None,
     projection_dtype: str | None,
-    trained_as: TrainedAs | None,
+    trained_as: str | None,
     as_json: bool,
     quiet: bool,
-    **asked: float | None,
+    **limits: float | None,
 ) -> None:
     """Ask the model as trained (BASE with ADAPTERS) and add its answers to BUNDLE, to validate it by.
 
     Each adapter is asked at the weight that BUNDLE has it at.
     """
-    from vera_edge.exporting import golden_vectors
-
-    limits = {name: value for name, value in asked.items() if value is not None}
-    lines = golden_vectors.read_prompts(prompts) if prompts else None
     with progress_bar(quiet or as_json) as progress:
-        manifest = golden_vectors.ask(
+        manifest = vera_edge.golden(
             bundle,
             base,
-            [(path, None) for path in adapters],
-            limits or None,
-            lines,
-            projection_dtype,
-            progress,
-            trained_as,
-            lambda note: click.echo(f"note: {note}", err=True),
+            adapters,
+            prompts=prompts,
+            projection_dtype=projection_dtype,
+            trained_as=trained_as,
+            progress=progress,
+            tell=note,
+            **limits,
         )
     size = manifest.files[manifest.golden or ""].size
     if as_json:

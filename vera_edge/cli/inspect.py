@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vera_edge.base.trained_as import TrainedAs
+import vera_edge
 from vera_edge.cli.show import (
     FOLDER,
     json_option,
@@ -19,7 +20,9 @@ from vera_edge.cli.show import (
     trained_as_option,
 )
 from vera_edge.errors import MismatchError
-from vera_edge.trained.inspection import Cost, Inspection, Kind, inspect_folder
+
+if TYPE_CHECKING:
+    from vera_edge.api.inspect import Cost, Inspection, Kind
 
 
 @click.command()
@@ -32,12 +35,12 @@ def inspect(
     adapter: Path,
     base: Path | None,
     projection_dtype: str | None,
-    trained_as: TrainedAs | None,
+    trained_as: str | None,
     as_json: bool,
 ) -> None:
     """Say what ADAPTER is, whether it fits a base, and what it costs on the device."""
     needs_base(base, trained_as)
-    result = inspect_folder(adapter, base, projection_dtype, trained_as)
+    result = vera_edge.inspect(adapter, base=base, projection_dtype=projection_dtype, trained_as=trained_as)
     if as_json:
         print_json(result.to_dict())
     else:

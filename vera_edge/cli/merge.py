@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vera_edge import merging
-from vera_edge.base.trained_as import TrainedAs
+import vera_edge
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
@@ -29,13 +30,9 @@ from vera_edge.cli.show import (
     trained_as_option,
     weight_option,
 )
-from vera_edge.cores import available_cores
-from vera_edge.formats import block_option
-from vera_edge.parallel import Engine
-from vera_edge.plans import plan as plans
-from vera_edge.plans.plan import Plan
-from vera_edge.precision import parse_size
-from vera_edge.rounding.weight_rounding import Rounding, merge_to_folders
+
+if TYPE_CHECKING:
+    from vera_edge.api.merge import Estimate, MergeReport, Plan, PlannedMerge
 
 _SHOWN = 5
 
@@ -89,7 +86,7 @@ def merge(
     more: list[tuple[Path, float]],
     weight: float,
     projection_dtype: str | None,
-    trained_as: TrainedAs | None,
+    trained_as: str | None,
     tokenizer: Path | None,
     dry_run: bool,
     workers: int | None,
@@ -105,28 +102,42 @@ def merge(
     The output loads with transformers as any model does. A warning says when rounding drowned the adapter.
     """
     _check_words(adapters, each, more, plan_file)
-    where = Engine(engine, available_cores() if workers is None else workers, ray_address)
-    resources = merging.Resources(where, None if max_memory is None else parse_size(max_memory))
     refuse_beside_plan("to", "block_size", "double_quant")
-    made = None if plan_file is None else plans.read(plan_file)
-    options = {block_option(to): block_size} if block_size is not None else {}
-    options |= {"double_quant": True} if double_quant else {}
-    if each:
-        found = merging.prepare_each(
-            base, adapters, weight, to, options, projection_dtype, trained_as, tokenizer
-        )
-        ready = {folder / name: one for name, one in found.items()}
-    else:
-        pairs = [(adapters[0], weight), *more]
-        asked = (to, options, projection_dtype, made, trained_as, tokenizer)
-        ready = {folder: merging.prepare(base, pairs, *asked)}
+    asked: dict[str, Any] = {
+        "to": to,
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "projection_dtype": projection_dtype,
+        "trained_as": trained_as,
+        "tokenizer": tokenizer,
+    }
+    pairs = [(adapters[0], weight), *more]
     if dry_run:
-        _show_plans(ready, each, as_json)
-        for note in dict.fromkeys(note for one in ready.values() for note in one.notes):
-            err().print(f"note: {note}", soft_wrap=True)
+        planned = (
+            {
+                folder / name: one
+                for name, one in vera_edge.plan_merge_each(base, adapters, weight=weight, **asked).items()
+            }
+            if each
+            else {folder: vera_edge.plan_merge(base, pairs, plan=plan_file, **asked)}
+        )
+        _show_plans(planned, each, as_json)
         return
+    asked |= {
+        "method": method,
+        "calibration": calibration,
+        "workers": workers,
+        "max_memory": max_memory,
+        "engine": engine,
+        "ray_address": ray_address,
+        "force": force,
+    }
     with progress_bar(quiet or as_json, in_bytes=("merging",)) as progress:
-        reports = merge_to_folders(ready, Rounding(method, calibration), progress, force, resources)
+        reports = (
+            vera_edge.merge_each(base, adapters, out=folder, weight=weight, progress=progress, **asked)
+            if each
+            else [vera_edge.merge(base, pairs, out=folder, plan=plan_file, progress=progress, **asked)]
+        )
     if as_json:
         told = [report.to_dict() for report in reports]
         print_json({"models": told} if each else told[0])
@@ -150,16 +161,18 @@ def _check_words(
         )
 
 
-def _show_plans(ready: dict[Path, merging.Prepared], each: bool, as_json: bool) -> None:
+def _show_plans(planned: Mapping[Path, PlannedMerge], each: bool, as_json: bool) -> None:
     if as_json:
-        told = {folder.name: one.plan.to_dict() for folder, one in ready.items()}
+        told = {folder.name: one.to_dict() for folder, one in planned.items()}
         print_json({"plans": told} if each else next(iter(told.values())))
-        return
-    for folder, one in ready.items():
-        if each:
-            out().print(str(folder))
-        out().print(_plan_table(one.plan))
-        _show_estimate(merging.estimate(one))
+    else:
+        for folder, one in planned.items():
+            if each:
+                out().print(str(folder))
+            out().print(_plan_table(one.plan))
+            _show_estimate(one.estimate())
+    for note in dict.fromkeys(note for one in planned.values() for note in one.notes):
+        err().print(f"note: {note}", soft_wrap=True)
 
 
 def _plan_table(plan: Plan) -> Table:
@@ -170,7 +183,7 @@ def _plan_table(plan: Plan) -> Table:
     return table
 
 
-def _show_estimate(found: merging.Estimate) -> None:
+def _show_estimate(found: Estimate) -> None:
     table = Table("one worker", "", box=SIMPLE_HEAD)
     table.add_row("reads", f"{found.reads / 1e6:,.1f} MB")
     table.add_row("writes", f"{found.writes / 1e6:,.1f} MB")
@@ -179,7 +192,7 @@ def _show_estimate(found: merging.Estimate) -> None:
     out().print(table)
 
 
-def _show(report: merging.MergeReport, said: set[str]) -> None:
+def _show(report: MergeReport, said: set[str]) -> None:
     """Print a report; of its notes those that no report before had, which `said` keeps."""
     console, whole = out(), report.survival
     table = Table(str(report.folder), "", box=SIMPLE_HEAD)
@@ -207,7 +220,7 @@ def _show(report: merging.MergeReport, said: set[str]) -> None:
     said.update(report.notes)
 
 
-def _layers(report: merging.MergeReport) -> Table:
+def _layers(report: MergeReport) -> Table:
     """The layers that lost most."""
     table = Table("drowned layers, the noisiest", "format", "retained", "noise", box=SIMPLE_HEAD)
     for layer in report.drowned[:_SHOWN]:

@@ -8,11 +8,9 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vera_edge.base.trained_as import TrainedAs
+import vera_edge
+from vera_edge.api.plan import FORMATS, TOKENS
 from vera_edge.cli import show
-from vera_edge.precision import FORMATS, Request, parse_ratio, parse_size
-from vera_edge.precision.choice import Choice
-from vera_edge.storage.files import canonical_json, check_output, write_atomic
 
 
 @click.command()
@@ -44,7 +42,7 @@ from vera_edge.storage.files import canonical_json, check_output, write_atomic
 @click.option("--data", metavar="FILE", help="Text to measure on, or built-in; else the calibration's.")
 @click.option(
     "--tokens",
-    default=Request.tokens,
+    default=TOKENS,
     show_default=True,
     help="About how many to measure each unit on; plans are measured on twice as many.",
 )
@@ -76,7 +74,7 @@ def plan(
     more: list[tuple[Path, float]],
     weight: float,
     projection_dtype: str | None,
-    trained_as: TrainedAs | None,
+    trained_as: str | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -86,35 +84,34 @@ def plan(
 
     Every unit is quantized alone and measured; the plan as a whole in torch, then exported.
     """
-    request = Request(
-        max_size=None if max_size is None else parse_size(max_size),
-        max_kl=max_kl,
-        max_latency=None if max_latency is None else parse_ratio(max_latency),
-        mode=mode,
-        formats=tuple(name.strip() for name in formats.split(",") if name.strip()),
-        target=target,
-        method=method or Request.method,
-        calibration=calibration,
-        data=data,
-        tokens=tokens,
-    )
-    request.check()
-    check_output(file, force)
-    if keep is not None:
-        check_output(keep, force, (base, adapter, *(path for path, _ in more)))
-    from vera_edge.precision.choose import choose  # imports torch
-
     with show.progress_bar(quiet or as_json) as progress:
-        facts = (base, [(adapter, weight), *more], request, file, projection_dtype)
-        found = choose(*facts, progress, keep, trained_as)
-    write_atomic(file, canonical_json(found.plan.to_dict()))
+        found = vera_edge.plan(
+            base,
+            [(adapter, weight), *more],
+            out=file,
+            max_size=max_size,
+            max_kl=max_kl,
+            max_latency=max_latency,
+            mode=mode,
+            target=target,
+            formats=[name.strip() for name in formats.split(",") if name.strip()],
+            data=data,
+            tokens=tokens,
+            export=keep,
+            method=method,
+            calibration=calibration,
+            projection_dtype=projection_dtype,
+            trained_as=trained_as,
+            force=force,
+            progress=progress,
+        )
     if as_json:
         show.print_json(found.to_dict())
     else:
         _show(file, found)
 
 
-def _show(file: Path, found: Choice) -> None:
+def _show(file: Path, found: vera_edge.Choice) -> None:
     console, trial = show.out(), found.trial
     table = Table(str(file), "", box=SIMPLE_HEAD)
     counts: dict[str, int] = {}
@@ -139,7 +136,7 @@ def _show(file: Path, found: Choice) -> None:
         console.print(note)
 
 
-def _front(found: Choice) -> Table:
+def _front(found: vera_edge.Choice) -> Table:
     """What else could be had, by prediction."""
     table = Table("size, MB", "KL, predicted", "", box=SIMPLE_HEAD)
     for point in found.front:

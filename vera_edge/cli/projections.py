@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vera_edge.adapters import projection
-from vera_edge.adapters import vera as adapters
-from vera_edge.base.trained_as import TrainedAs
+import vera_edge
 from vera_edge.cli.show import (
     FOLDER,
     force_option,
@@ -21,10 +20,9 @@ from vera_edge.cli.show import (
     projection_dtype_option,
     trained_as_option,
 )
-from vera_edge.storage.files import check_output
-from vera_edge.trained import model as trained_base
-from vera_edge.trained.provenance import Provenance, resolve_for_command
-from vera_edge.trained.provenance import verify as verify_saved
+
+if TYPE_CHECKING:
+    from vera_edge.api.projections import Provenance
 
 
 @click.command()
@@ -42,24 +40,23 @@ def projections(
     verify: bool,
     target: Path | None,
     projection_dtype: str | None,
-    trained_as: TrainedAs | None,
+    trained_as: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Regenerate the projections ADAPTER was trained with, and say how they were found."""
     if verify and target is not None:
         raise click.UsageError("--verify and --out don't go together")
-    if target is not None:
-        check_output(target, force)
     needs_base(base, trained_as)
-    checkpoint = None
-    if base is None:
-        read = adapters.read(adapter)
-    else:
-        checkpoint, ((read, _),) = trained_base.read(base, [(adapter, 1.0)], trained_as=trained_as)
-    found = (verify_saved if verify else resolve_for_command)(read, checkpoint, projection_dtype)
-    if target is not None:
-        projection.write(found.projections, target)
+    found = vera_edge.projections(
+        adapter,
+        base=base,
+        verify=verify,
+        out=target,
+        projection_dtype=projection_dtype,
+        trained_as=trained_as,
+        force=force,
+    )
     if as_json:
         print_json(found.to_dict())
     else:

@@ -8,8 +8,8 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+import vera_edge
 from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, progress_bar, quiet_option
-from vera_edge.merging import quantize as quantizing
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -81,9 +81,20 @@ def quantize(
 
     Commands that take --trained-as do the same in passing, and write nothing.
     """
-    asked = quantizing.Asked(to, dtype, double_quant, compute_dtype, quant_storage, skip)
-    with progress_bar(quiet or as_json, in_bytes=(quantizing.WHAT,)) as progress:
-        made = quantizing.to_folder(base, folder, asked, like, force, progress)
+    with progress_bar(quiet or as_json, in_bytes=("quantizing",)) as progress:
+        made = vera_edge.quantize(
+            base,
+            out=folder,
+            to=to,
+            like=like,
+            double_quant=double_quant,
+            compute_dtype=compute_dtype,
+            quant_storage=quant_storage,
+            dtype=dtype,
+            skip=skip,
+            force=force,
+            progress=progress,
+        )
     if as_json:
         print_json(made.to_dict())
         return

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+import vera_edge
 from vera_edge.cli import show
 
 if TYPE_CHECKING:
-    from vera_edge.releasing.job import Job
-    from vera_edge.releasing.work import Result
+    from vera_edge.api.release import Job, Result
 
 
 class _RecipeGroup(click.Group):
@@ -76,29 +76,27 @@ def make(
     Work that is done already, in this or another release, isn't done again. Exit code 3 when a gate stopped a
     bundle, 2 when an input is at fault; the other bundles are published all the same.
     """
-    from vera_edge.parallel import Engine
-    from vera_edge.releasing import run as releases
-
     if dry_run:
-        _show_plan(releases.plan(recipe, out, store)[1], as_json)
+        _show_plan(vera_edge.plan_release(recipe, out=out, store=store), as_json)
         return
-    chosen = Engine(engine, workers, ray_address)
     with show.progress_bar(quiet) as progress:
-        made = releases.release(
+        made = vera_edge.release(
             recipe,
-            out,
-            chosen,
-            store,
-            progress,
-            _say,
-            fresh=not resume,
+            out=out,
+            resume=resume,
+            engine=engine,
+            workers=workers,
+            ray_address=ray_address,
+            store=store,
+            progress=progress,
+            on_result=_say,
         )
     for note in dict.fromkeys(note for result in made.results for note in result.notes):
-        click.echo(f"note: {note}", err=True)
+        show.note(note)
     if as_json:
         show.print_json(made.to_dict())
     else:
-        click.echo(releases.summary(made))
+        click.echo(made.summary())
     made.raise_when_incomplete()
 
 
@@ -136,16 +134,15 @@ def rebuild(bundle: Path, inputs: Path, as_json: bool, quiet: bool) -> None:
 
     Exit code 3 when they differ.
     """
-    from vera_edge.errors import DriftExceeded
-    from vera_edge.releasing import rebuild as rebuilding
-
     with show.progress_bar(quiet or as_json) as progress:
-        found = rebuilding.rebuild(bundle, inputs, progress)
+        found = vera_edge.rebuild(bundle, inputs=inputs, progress=progress)
     if as_json:
-        show.print_json({"same": found.same, "differing": list(found.differing), "digest": found.digest})
+        show.print_json(found.to_dict())
     else:
         click.echo(f"{bundle}: {'the same bytes' if found.same else 'differs'}")
         for tool, (then, now) in found.tools.items():
             click.echo(f"made with {tool} {then}, here is {now}")
     if not found.same:
-        raise DriftExceeded(f"{bundle} wasn't made again as it is: {', '.join(found.differing[:5])} differ")
+        raise vera_edge.DriftExceeded(
+            f"{bundle} wasn't made again as it is: {', '.join(found.differing[:5])} differ"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from vera_edge.bundle.contents import read
+import vera_edge
 from vera_edge.cli.show import FOLDER, json_option, out, print_json
 
 _PYTHON = {"True": "true", "False": "false", "None": "null"}  # as a person may write them
@@ -79,18 +79,14 @@ def run(
     if prompt == "-" and sys.stdin is None:
         raise click.UsageError("there is no standard input to read the prompt from")
     text = sys.stdin.read() if prompt == "-" else prompt
-    manifest = read(bundle)
-    from vera_edge.device.runtime.opened import named
-
-    if manifest.kind == "encoder":
+    if vera_edge.read_manifest(bundle).kind == "encoder":
         _refuse_sampling(click.get_current_context())
-        _encode(bundle, text, named(adapter, manifest), threads, fast, as_json)
+    model = vera_edge.open_bundle(bundle, adapter=adapter, threads=threads, fast=fast)
+    if not isinstance(model, vera_edge.Session):
+        _encode(model, text, as_json)
         return
-    from vera_edge.device.runtime.session import Session
-
-    session = Session.open(bundle, named(adapter, manifest), threads=threads, deep=not fast)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}] if system else text
-    generation = session.generate(messages, raw=raw, **sampling)  # type: ignore[arg-type]
+    generation = model.generate(messages, raw=raw, **sampling)  # type: ignore[arg-type]
     pieces = []
     for piece in generation:
         pieces.append(piece)
@@ -110,13 +106,8 @@ def _refuse_sampling(ctx: click.Context) -> None:
             raise click.UsageError(f"{parameter.opts[0]} is for models that generate text")
 
 
-def _encode(
-    bundle: Path, text: str, adapter: str | Path | None, threads: int | None, fast: bool, as_json: bool
-) -> None:
-    from vera_edge.device.runtime.encoder import EMBEDDINGS, Encoder
-
-    encoder = Encoder.open(bundle, adapter, threads=threads, deep=not fast)
-    if encoder.gives == EMBEDDINGS:
+def _encode(encoder: vera_edge.Encoder, text: str, as_json: bool) -> None:
+    if not encoder.labels:
         vector = [float(f"{value:.7g}") for value in encoder.embed([text])[0].tolist()]
         print_json({"embedding": vector})
         return

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -25,10 +25,6 @@ from rich.progress import (
 from rich.text import Text
 
 from vera_edge import progress as progress_protocol
-from vera_edge.bundle.manifest import Manifest
-
-if TYPE_CHECKING:
-    from vera_edge.base.trained_as import TrainedAs
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,18 +39,9 @@ projection_dtype_option: Callable[[F], F] = click.option(
 )
 
 
-def _trained_as(ctx: click.Context, param: click.Parameter, value: str | None) -> TrainedAs | None:
-    if value is None:
-        return None
-    from vera_edge.base.trained_as import parse  # numpy comes with it
-
-    return parse(value)
-
-
 trained_as_option: Callable[[F], F] = click.option(
     "--trained-as",
     metavar="SPEC",
-    callback=_trained_as,
     help="How a base in floats was loaded in training, when it was never saved so: nf4, fp4 (what "
     "load_in_4bit=True alone is), int8, float, bf16, fp16, fp32; after nf4 and fp4, with commas: double, "
     "compute=bf16, storage=bf16; after any, dtype=bf16 and skip=MODULE.",
@@ -137,12 +124,14 @@ def print_json(value: Mapping[str, Any]) -> None:
     click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
 
 
-def warn_of_int8(manifest: Manifest) -> None:
-    """Warn of a bundle whose int8 products overflow on this processor."""
-    if manifest.needs_vnni:  # what most don't: the runtime takes a while to load
-        from vera_edge.device.runtime import int8_products
+def tell(sentence: str) -> None:
+    """Say a sentence on stderr."""
+    err().print(sentence)
 
-        int8_products.warn(manifest)
+
+def note(sentence: str) -> None:
+    """Say a sentence on stderr, called a note."""
+    click.echo(f"note: {sentence}", err=True)
 
 
 def refuse_beside_plan(*names: str) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from vera_edge.bundle import contents as bundles
-from vera_edge.bundle import signing
+import vera_edge
 from vera_edge.cli.show import FOLDER, out, progress_bar, quiet_option
 
 
@@ -30,6 +29,7 @@ def sign(
     if (key is None) != keyless:
         raise click.UsageError("give --key or --keyless, one of them")
     with progress_bar(quiet) as progress:
-        bundles.verify(bundle, progress=progress)
-    path = signing.sign(bundle, signing.Signer(key, certificate, chain))
+        path = vera_edge.sign(
+            bundle, key=key, certificate=certificate, chain=chain, keyless=keyless, progress=progress
+        )
     out().print(f"{path}: signed")

@@ -4,42 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import click
 
-from vera_edge.bundle import signing
-from vera_edge.cli.show import FOLDER, err
-
-
-def check_signature(folder: Path, trust: signing.Trust) -> None:
-    """Hold a bundle to `trust`, as `signing.check` does, and say on stderr who signed it."""
-    signature = signing.check(folder, trust)
-    if signature is not None:
-        err().print(f"signed by {signature.by}")
-    elif trust.keys is not None or trust.identity is not None:
-        err().print(f"{folder} isn't signed, which --allow-unsigned lets pass")
+from vera_edge.cli.show import FOLDER
 
 
 def takes_trust(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say whose signature a bundle must carry, as its parameter `trust`."""
-
-    @wraps(command)
-    def trusting(
-        *,
-        trusted_keys: Path | None,
-        trusted_identity: tuple[str, str] | None,
-        require_signature: bool,
-        allow_unsigned: bool,
-        **words: Any,
-    ) -> None:
-        if require_signature and allow_unsigned:
-            raise click.UsageError("--require-signature and --allow-unsigned contradict each other")
-        named = trusted_keys is not None or trusted_identity is not None
-        required = require_signature or (named and not allow_unsigned)
-        command(trust=signing.Trust(trusted_keys, required, trusted_identity), **words)
-
+    """Give a command the options that say whose signature a bundle must carry, as the library names them."""
     keys = click.option(
         "--trusted-keys",
         type=FOLDER,
@@ -64,18 +37,14 @@ def takes_trust(command: Callable[..., None]) -> Callable[..., None]:
         is_flag=True,
         help="Let a bundle without a signature pass although trusted keys are named.",
     )
-    return keys(identity(required(allowed(trusting))))
+    return keys(identity(required(allowed(_checked(command)))))
 
 
-def checks_signature(folder: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """`takes_trust` for a command that works on the bundle in its parameter `folder`, which is held to it."""
+def _checked(command: Callable[..., None]) -> Callable[..., None]:
+    @wraps(command)
+    def checked(*, require_signature: bool, allow_unsigned: bool, **words: Any) -> None:
+        if require_signature and allow_unsigned:
+            raise click.UsageError("--require-signature and --allow-unsigned contradict each other")
+        command(require_signature=require_signature, allow_unsigned=allow_unsigned, **words)
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @wraps(command)
-        def checked(*, trust: signing.Trust, **words: Any) -> None:
-            check_signature(words[folder], trust)
-            command(**words)
-
-        return takes_trust(checked)
-
-    return decorate
+    return checked

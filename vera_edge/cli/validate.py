@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
-from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option
-from vera_edge.cli.trust import checks_signature
+import vera_edge
+from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option, tell
+from vera_edge.cli.trust import takes_trust
 from vera_edge.errors import DriftExceeded
 
 if TYPE_CHECKING:
-    from vera_edge.device.check.validate import Validation
+    from vera_edge.api.validate import Validation
 
 _FIGURES = {
     "cosine": "cosine",
@@ -54,20 +55,20 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
 @json_option
 @quiet_option
-@checks_signature("bundle")
+@takes_trust
 def validate(
     bundle: Path,
     max_memory: int | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,
-    **limits: float | None,
+    **limits_and_trust: Any,
 ) -> None:
     """Run BUNDLE's golden vectors on this device and hold them to its limits; exit 3 when one is broken."""
-    from vera_edge.device.check.validate import validate as run
-
     with progress_bar(quiet or as_json) as progress:
-        result = run(bundle, threads, max_memory, limits, progress)
+        result = vera_edge.validate(
+            bundle, max_memory=max_memory, threads=threads, progress=progress, tell=tell, **limits_and_trust
+        )
     if as_json:
         print_json(result.to_dict())
     else:

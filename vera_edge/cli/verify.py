@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from vera_edge.bundle import contents as bundles
-from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option, warn_of_int8
-from vera_edge.cli.trust import checks_signature
+import vera_edge
+from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option, tell
+from vera_edge.cli.trust import takes_trust
 
 
 @click.command()
@@ -16,14 +17,13 @@ from vera_edge.cli.trust import checks_signature
 @click.option("--fast", is_flag=True, help="Don't read files over 64 MiB; their size is checked.")
 @json_option
 @quiet_option
-@checks_signature("bundle")
-def verify(bundle: Path, fast: bool, as_json: bool, quiet: bool) -> None:
+@takes_trust
+def verify(bundle: Path, fast: bool, as_json: bool, quiet: bool, **trust: Any) -> None:
     """Check every file of BUNDLE against its manifest, offline."""
     with progress_bar(quiet or as_json) as progress:
-        manifest = bundles.verify(bundle, deep=not fast, progress=progress)
-    warn_of_int8(manifest)
+        manifest = vera_edge.verify(bundle, fast=fast, progress=progress, tell=tell, **trust)
     if as_json:
-        print_json(bundles.as_json(manifest) | {"digest": manifest.digest, "verified": True})
+        print_json(manifest.to_dict() | {"digest": manifest.digest, "verified": True})
         return
     adapters = ", ".join(manifest.adapters) or "none"
     files = [name for name in manifest.generated if not manifest.path(name).is_file()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import numpy_helper
@@ -25,6 +26,10 @@ class Frozen:
 
     path: Path
     size: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as a JSON object."""
+        return {"path": str(self.path), "size": self.size}
 
 
 def freeze(folder: Path, adapter: AdapterChoice, name: str, force: bool = False) -> Frozen:

@@ -43,6 +43,10 @@ class Packed:
     size: int
     digest: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as a JSON object."""
+        return {"path": str(self.path), "size": self.size, "sha256": self.digest}
+
 
 def model_version(base: str, projections: str, layout: Sequence[Piece]) -> int:
     """What an `.onnx_adapter` carries to say what it is for: digests of base and projections, and the layout.

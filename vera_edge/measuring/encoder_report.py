@@ -9,7 +9,7 @@ from typing import Any
 from vera_edge.measuring.comparison import Estimate
 from vera_edge.measuring.encoders import ClassDrift, EmbeddingDrift
 from vera_edge.measuring.labels_and_values import LabelDrift, ValueDrift
-from vera_edge.measuring.result import FORMAT, Artefact, Outcome, TextFacts, Verdict
+from vera_edge.measuring.result import FORMAT, Artefact, Outcome, TextFacts, Verdict, raise_when_exceeded
 from vera_edge.measuring.verdict import FAIL_RETAINED, WARN_RETAINED
 
 Measured = EmbeddingDrift | ClassDrift | LabelDrift | ValueDrift
@@ -74,6 +74,10 @@ class EncoderReport:
     def passed(self) -> bool:
         """Whether every limit was kept; a limit that can't be decided isn't."""
         return all(outcome.state == "kept" for outcome in self.outcomes)
+
+    def raise_when_exceeded(self) -> None:
+        """Raise DriftExceeded when a limit was broken or can't be decided."""
+        raise_when_exceeded(self.outcomes, self.candidate.path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vera_edge.bundle import contents as bundle
-from vera_edge.errors import DriftExceeded, PlanError
+from vera_edge.errors import PlanError
 from vera_edge.measuring.comparison import Comparison, Estimate
 from vera_edge.measuring.encoder_report import EncoderReport
 from vera_edge.measuring.result import DriftReport, Outcome
@@ -170,11 +170,3 @@ def _figure(report: DriftReport | EncoderReport, name: str, metric: _Metric) -> 
     check_text([name])
     assert metric.read is not None
     return metric.read(report)
-
-
-def raise_when_exceeded(report: DriftReport | EncoderReport) -> None:
-    """Raise DriftExceeded when a limit of `report` was broken or can't be decided."""
-    failed = [outcome for outcome in report.outcomes if outcome.state != "kept"]
-    if failed:
-        names = ", ".join(f"{outcome.limit} ({outcome.state})" for outcome in failed)
-        raise DriftExceeded(f"drift limits not kept for {report.candidate.path}: {names}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vera_edge.errors import DriftExceeded
 from vera_edge.measuring import llama_cpp
 from vera_edge.measuring.comparison import HISTOGRAM_EDGES, Comparison, Estimate
 
@@ -52,6 +53,14 @@ class Outcome:
     high: float | None
     state: str
     sentence: str
+
+
+def raise_when_exceeded(outcomes: Sequence[Outcome], path: str) -> None:
+    """Raise DriftExceeded when a limit on the artefact in `path` was broken or can't be decided."""
+    failed = [outcome for outcome in outcomes if outcome.state != "kept"]
+    if failed:
+        names = ", ".join(f"{outcome.limit} ({outcome.state})" for outcome in failed)
+        raise DriftExceeded(f"drift limits not kept for {path}: {names}")
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,10 @@ class DriftReport:
     def passed(self) -> bool:
         """Whether every limit was kept; a limit that can't be decided isn't."""
         return all(outcome.state == "kept" for outcome in self.outcomes)
+
+    def raise_when_exceeded(self) -> None:
+        """Raise DriftExceeded when a limit was broken or can't be decided."""
+        raise_when_exceeded(self.outcomes, self.candidate.path)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; figures under llama.cpp's names are added as "llama.cpp"."""

@@ -35,6 +35,10 @@ class Rebuilt:
     def same(self) -> bool:
         return not self.differing
 
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as a JSON object."""
+        return {"same": self.same, "differing": list(self.differing), "digest": self.digest}
+
 
 def rebuild(folder: Path, inputs: Path, progress: Progress = silent) -> Rebuilt:
     """Make the bundle in `folder` again in a temporary folder, from nothing but its inputs.

@@ -42,6 +42,10 @@ class Release:
         ]
         return {"format": 1, "name": self.name, "version": self.version, "bundles": bundles}
 
+    def summary(self) -> str:
+        """The release as a Markdown table, for a pull request or a job's summary page."""
+        return summary(self)
+
     def raise_when_incomplete(self) -> None:
         """Raise VeraEdgeError when a job failed, DriftExceeded when a gate stopped one."""
         stopped = [result.name for result in self.results if result.state == "stopped"]

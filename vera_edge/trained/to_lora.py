@@ -33,6 +33,10 @@ class LoraAdapter:
     size: int
     notes: tuple[str, ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as a JSON object."""
+        return {"folder": str(self.folder), "layers": self.layers, "rank": self.rank, "size": self.size}
+
 
 def to_lora(
     adapter_path: Path,

@@ -320,7 +320,7 @@ def test_what_is_checked_is_what_is_installed(
         bundle.write(src, bundle.change(bundle.read(src)))
         return install(src, *given, **words)
 
-    monkeypatch.setattr("vera_edge.cli.install.install_bundle", swapped)
+    monkeypatch.setattr("vera_edge.api.install.install_bundle", swapped)
     refused = cli("install", signed, signed.parent / "device", "--trusted-keys", keys[1])
     assert refused.exit_code == 2 and "isn't what was signed" in refused.stderr
     assert not (signed.parent / "device").exists()

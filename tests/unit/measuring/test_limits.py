@@ -79,7 +79,7 @@ def test_a_bound_inside_the_interval_is_undecided_and_fails() -> None:
     assert held.outcomes[0].state == "undecided" and not held.passed
     assert "the interval lies on both sides" in held.outcomes[0].sentence
     with pytest.raises(DriftExceeded, match=r"max_kl \(undecided\)"):
-        limits.raise_when_exceeded(held)
+        held.raise_when_exceeded()
 
 
 def test_too_few_windows_decide_nothing_however_good_they_look() -> None:
@@ -101,7 +101,7 @@ def test_by_default_half_of_the_effect_must_be_retained() -> None:
 def test_without_an_adapter_nothing_can_be_retained_and_nothing_is_asked() -> None:
     report = limits.hold(make_report(adapter=False), limits.DEFAULTS)
     assert report.outcomes == () and report.passed
-    limits.raise_when_exceeded(report)
+    report.raise_when_exceeded()
 
 
 @pytest.mark.parametrize("given", [0.9, 0.5, -9.0])
@@ -118,7 +118,7 @@ def test_a_limit_that_was_given_is_undecided_without_an_adapter(tmp_path: Path, 
         assert [outcome.state for outcome in report.outcomes] == ["undecided"] and not report.passed
         assert "has no adapter whose effect" in report.outcomes[0].sentence
         with pytest.raises(DriftExceeded, match=r"min_retained \(undecided\)"):
-            limits.raise_when_exceeded(report)
+            report.raise_when_exceeded()
 
 
 def test_an_adapter_without_effect_fails_closed() -> None:

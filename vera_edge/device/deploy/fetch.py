@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from vera_edge.bundle import chunks
 from vera_edge.bundle import contents as bundle
@@ -46,6 +46,10 @@ class Fetched:
     digest: str
     size: int
     transferred: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as a JSON object."""
+        return {**vars(self), "folder": str(self.folder)}
 
 
 def fetch(

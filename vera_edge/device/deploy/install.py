@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
@@ -49,6 +50,11 @@ class Installed:
     previous: Path | None
     changed: bool
     copied: int = 0  # bytes that came with it; the rest was on the device
+
+    def to_dict(self) -> dict[str, Any]:
+        """The facts as a JSON object."""
+        previous = None if self.previous is None else self.previous.name
+        return {**vars(self), "folder": str(self.folder), "previous": previous}
 
 
 def current(dst: Path) -> Path | None:

@@ -1,0 +1,135 @@
+"""`vera_edge.export`: base and adapter as a folder that ONNX Runtime opens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vera_edge.api.arguments import (
+    BUILT_IN,
+    Adapters,
+    StrPath,
+    loading,
+    path_or_none,
+    plan_or_none,
+    weighted,
+)
+from vera_edge.base.trained_as import TrainedAs
+from vera_edge.exporting import target as targets
+from vera_edge.exporting.target import WEIGHTS, Export
+from vera_edge.plans.plan import Plan
+from vera_edge.progress import Progress, silent
+from vera_edge.rounding.weight_rounding import Rounding
+
+__all__ = ["WEIGHTS", "Export", "export"]
+
+
+def export(
+    base: StrPath,
+    adapter: Adapters,
+    *,
+    out: StrPath,
+    target: str = "onnx",
+    mode: str = "merged",
+    weights: str = "fp32",
+    run: str | None = None,
+    weight: float = 1.0,
+    block: int | None = None,
+    symmetric: bool | None = None,
+    accuracy_level: str | int | None = None,
+    activations: str | None = None,
+    head: str | None = None,
+    projections_dtype: str | None = None,
+    projections: str | None = None,
+    vectors: str | None = None,
+    projection_dtype: str | None = None,
+    trained_as: str | TrainedAs | None = None,
+    tokenizer: StrPath | None = None,
+    plan: StrPath | Plan | None = None,
+    method: str | None = None,
+    calibration: StrPath = BUILT_IN,
+    recover: Sequence[str] = (),
+    force: bool = False,
+    progress: Progress = silent,
+) -> Export:
+    """Export base and adapter to a folder that ONNX Runtime and ONNX Runtime GenAI open as it is.
+
+    Args:
+        base: the base's folder.
+        adapter: the PEFT folder; several that share their projections as {folder: weight} or a list.
+        out: the folder to write, whole or not at all.
+        target: "onnx", or the name of an exporter that is installed.
+        mode: "merged": the adapter in the weights. "branch": beside them, and swapped at run time.
+        weights: how the linear layers are stored: same (as the base stores them), fp32, fp16, int8, int4,
+            int2, nf4, fp4.
+        run: "int8": what `install` expands 4-bit weights to on the device.
+        weight: scales the delta of an adapter that has no weight of its own.
+        block: inputs that share a scale: 16, 32 (unless given), 64, 128 or 256.
+        symmetric: integers without zero points; None: int8 without, int4 and int2 with.
+        accuracy_level: what activations are rounded to beside integer weights: 4: int8, 0: nothing.
+        activations: encoders: what int8 linears read: float, dynamic or static (uint8).
+        head: how embeddings and output head are stored: fp32, fp16, int8, int4.
+        projections_dtype: how a branch stores A and B: fp32, fp16, int8, int4.
+        projections: a branch's A and B "baked" into the files, or drawn from the "seed" on the device.
+        vectors: the dtype of a branch's vectors and of every .onnx_adapter for it: fp32 or fp16.
+        projection_dtype: what the projections were rounded to in training, where it can't be told.
+        trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
+        tokenizer: a folder to take tokenizer and chat template from, not from the adapter's or the base's.
+        plan: a plan's file, or a Plan, that decides mode, weights, block, symmetric and activations.
+        method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
+        calibration: a UTF-8 text file to calibrate on, or "built-in".
+        recover: what to fit to the rounded base: lambda_b, lambda_d (a branch's), low-rank=RANK, bias.
+        force: replace `out` where it exists.
+        progress: called with what is done, how much of it, and of how much.
+
+    Returns:
+        An Export: the folder, the graph's file `model`, the size in bytes of all files, the plan, and
+        `adapters`, the .onnx_adapter files by name.
+
+    Raises:
+        AdapterError, CheckpointError: an input can't be read.
+        MismatchError: adapter and base don't belong together.
+        PlanError: the request makes no sense.
+        TargetError: the target isn't installed, or refuses the model.
+        OutputError: `out` exists or can't be written.
+
+    Example:
+        >>> made = vera_edge.export("base", "adapter", out="exported", mode="branch", weights="fp32")
+        >>> made.plan.mode, made.model.name
+        ('branch', 'model.onnx')
+    """
+    made = plan_or_none(
+        plan,
+        mode=(mode, "merged"),
+        weights=(weights, "fp32"),
+        block=(block, None),
+        symmetric=(symmetric, None),
+        activations=(activations, None),
+    )
+    options = {
+        "head": head,
+        "projections": projections_dtype,
+        "origin": projections,
+        "run": run,
+        "block": None if block is None else str(block),
+        "symmetric": None if symmetric is None else str(symmetric).lower(),
+        "accuracy_level": None if accuracy_level is None else str(accuracy_level),
+        "activations": activations,
+        "vectors": vectors,
+    }
+    return targets.export(
+        Path(base),
+        weighted(adapter, weight),
+        Path(out),
+        target=target,
+        mode=mode,
+        weights=weights,
+        options={key: value for key, value in options.items() if value is not None},
+        projection_dtype=projection_dtype,
+        force=force,
+        progress=progress,
+        rounding=Rounding(method, str(calibration), recover=tuple(recover)),
+        made=made,
+        trained_as=loading(trained_as),
+        tokenizer=path_or_none(tokenizer),
+    )
