@@ -61,6 +61,12 @@ EXPORTERS = {"vera_edge_onnx", "vera_edge_genai"}
 NOT_FOR_HELP = (
     NOT_ON_THE_DEVICE | EXPORTERS | {"numpy", "onnxruntime", "tokenizers", "safetensors", "rich", "jinja2"}
 )
+# What a command may import beside the public interface (`vera_edge`, `vera_edge.api`) and its own package.
+FOR_THE_COMMAND_LINE = {
+    "vera_edge.errors": "what a command's exit code comes from",
+    "vera_edge.progress": "the type of what draws a bar",
+    "vera_edge.cores": "BLAS has to hear how many threads it may use before the first import of numpy",
+}
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "helpers", "common", "misc", "manager"}
 
 
@@ -122,7 +128,8 @@ def test_a_module_imports_only_from_above(module: str) -> None:
 
 
 def test_no_two_modules_import_each_other() -> None:
-    graph = {name: set(imports(name)) & set(modules()) - {name} for name in modules()}
+    """But for `vera_edge` itself, whose imports only type checkers see."""
+    graph = {name: set(imports(name)) & set(modules()) - {name, "vera_edge"} for name in modules()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as cycle:
@@ -152,6 +159,33 @@ def test_an_exporter_leaves_the_command_line_and_what_measures_alone(module: str
     assert not {room(name) for name in ours(module)} & {"cli", "measuring", "releasing"}
 
 
+@pytest.mark.parametrize("module", sorted(name for name in core() if room(name) == "cli"))
+def test_the_command_line_calls_the_public_interface_and_nothing_else(module: str) -> None:
+    allowed = FOR_THE_COMMAND_LINE.keys() | {"vera_edge"}
+    wrong = [
+        name
+        for name in imports(module)
+        if name.split(".")[0].startswith("vera_edge")
+        and name not in allowed
+        and not name.startswith(("vera_edge.api", "vera_edge.cli"))
+    ]
+    assert not wrong, f"{module} imports {wrong}; give the public interface what it needs of them"
+
+
+@pytest.mark.parametrize("module", sorted(name for name in modules() if "vera_edge.cli" not in name))
+def test_nothing_below_the_command_line_imports_the_public_interface(module: str) -> None:
+    """It is made of them; what they share with it is the version alone."""
+    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
+    asked = [
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module == "vera_edge"
+        for alias in node.names
+        if f"vera_edge.{alias.name}" not in modules()
+    ]
+    assert set(asked) <= {"__version__"}
+
+
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_a_file_name_says_what_the_file_does(module: str) -> None:
     assert not set(module.split(".")) & NAMES_THAT_SAY_NOTHING
@@ -162,6 +196,16 @@ def loaded_by(code: str) -> set[str]:
     script = f"import json, sys\n{code}\nprint(json.dumps(sorted(n.split('.')[0] for n in sys.modules)))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_importing_vera_edge_loads_nothing() -> None:
+    """Not one module more than an interpreter has: that is what keeps it in a millisecond."""
+    assert loaded_by("import vera_edge") - loaded_by("") == {"vera_edge"}
+
+
+def test_the_public_interface_of_the_device_loads_nothing_heavy() -> None:
+    names = ("Encoder", "Session", "bench", "fetch", "install", "open_bundle", "sign", "validate", "verify")
+    assert not loaded_by(f"from vera_edge import {', '.join(names)}") & NOT_ON_THE_DEVICE
 
 
 def test_help_loads_no_library_that_takes_time() -> None:
