@@ -75,7 +75,7 @@ def freeze_adapter(
         BundleError: the bundle is damaged.
 
     Example:
-        >>> frozen = vera_edge.freeze_adapter("adapter", "bundle", name="alone")
+        >>> frozen = vera_edge.freeze_adapter("default", "bundle", name="alone")
         >>> frozen.path.name
         'model_alone.onnx'
     """

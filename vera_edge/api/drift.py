@@ -85,7 +85,7 @@ def drift(
         an error: see `passed`.
 
     Example:
-        >>> report = vera_edge.drift("adapter", "bundle", base="base", tokens=1024, min_retained=0.9)
+        >>> report = vera_edge.drift("adapter", "bundle", base="base", tokens=1024, window=64)
         >>> report.verdict.level, report.passed
         ('faithful', True)
     """

@@ -50,7 +50,7 @@ def fetch(
 
     Example:
         >>> fetched = vera_edge.fetch("newer", out="here", have="bundle")
-        >>> fetched.transferred < fetched.size
+        >>> fetched.digest == vera_edge.verify("here").digest
         True
     """
     trust = trust_in(trusted_keys, trusted_identity, require_signature, allow_unsigned)

@@ -61,7 +61,7 @@ def golden(
     Example:
         >>> manifest = vera_edge.golden("bundle", "base", "adapter", max_kl=0.1)
         >>> manifest.golden, manifest.limits["max_kl"]
-        ('golden.safetensors', 0.1)
+        ('golden.json', 0.1)
     """
     asked = {
         "max_kl": max_kl,

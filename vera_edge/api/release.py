@@ -79,7 +79,7 @@ def plan_release(recipe: StrPath, *, out: StrPath, store: StrPath | None = None)
     Example:
         >>> jobs = vera_edge.plan_release("recipe.toml", out="released")
         >>> [job.variant.name for job in jobs]
-        ['plain']
+        ['onnx-branch-fp32']
     """
     return releases.plan(Path(recipe), Path(out), path_or_none(store))[1]
 
@@ -101,7 +101,7 @@ def rebuild(bundle: StrPath, *, inputs: StrPath = ".", progress: Progress = sile
 
     Example:
         >>> made = vera_edge.release("recipe.toml", out="released", store="store")
-        >>> vera_edge.rebuild(next(path.parent for path in Path("released").glob("*/vera_edge.json"))).same
+        >>> vera_edge.rebuild("released/a/onnx-branch-fp32").same
         True
     """
     return rebuilding.rebuild(Path(bundle), Path(inputs), progress)

@@ -41,8 +41,8 @@ def sign(
 
     Example:
         >>> signature = vera_edge.sign("bundle", key="publisher.key")
-        >>> vera_edge.verify("bundle", trusted_keys="publisher.pem").folder == signature.parent
-        True
+        >>> signature.name, vera_edge.verify("bundle", trusted_keys="publisher.pem").mode
+        ('model.sig', 'branch')
     """
     if (key is None) != keyless:
         raise PlanError("give key or keyless, one of them")

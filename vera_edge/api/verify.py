@@ -47,7 +47,7 @@ def verify(
     Example:
         >>> manifest = vera_edge.verify("bundle")
         >>> manifest.kind, manifest.mode, manifest.default_adapter
-        ('decoder', 'branch', 'adapter')
+        ('decoder', 'branch', 'default')
     """
     trust = trust_in(trusted_keys, trusted_identity, require_signature, allow_unsigned)
     check_signature(Path(bundle), trust, tell)
@@ -71,6 +71,6 @@ def read_manifest(bundle: StrPath) -> Manifest:
     Example:
         >>> manifest = vera_edge.read_manifest("bundle")
         >>> list(manifest.adapters)
-        ['adapter']
+        ['default']
     """
     return contents.read(Path(bundle))

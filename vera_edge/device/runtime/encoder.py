@@ -44,6 +44,11 @@ class Encoder(Opened):
     gives: EMBEDDINGS or CLASSES. labels: the classes' names, in the order of the probabilities. answers: what
     it gives more closely, EMBEDDINGS or one of `device.answers`. longest: the tokens of a text that are read,
     the rest is cut off.
+
+    Example:
+        >>> encoder = vera_edge.Encoder.open("embedder")
+        >>> encoder.embed(["a text", "another"]).shape[0]
+        2
     """
 
     def __init__(self, manifest: Manifest, graph: Graph, text: Text) -> None:

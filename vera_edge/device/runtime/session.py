@@ -31,6 +31,11 @@ class Session(Opened):
 
     One session serves several threads at once: each generation has a cache and a random stream of its own,
     and keeps the adapter that was set when it began. `swap` changes the adapter for what begins afterwards.
+
+    Example:
+        >>> session = vera_edge.Session.open("bundle")
+        >>> text = "".join(session.generate("Name three rivers.", max_tokens=4))
+        >>> session.swap(None)  # the base alone
     """
 
     def __init__(self, manifest: Manifest, graph: Graph, decoder: Decoder, text: Text) -> None:
