@@ -36,6 +36,7 @@ from vera_edge.trained.text_settings import with_fast_tokenizer
 
 GROUP = "vera_edge.exporters"
 BUILT_IN = "built-in"
+OLD_NAMES = {"genai": "onnx"}  # names of earlier versions, which go on working for a release
 WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "int2", "nf4", "fp4")  # what linears can be asked to be
 _BLOCKS = {"int8": 8, "int4": 4, "int2": 2}
 
@@ -158,6 +159,7 @@ def names() -> tuple[str, ...]:
 
 def find(name: str) -> Exporter:
     """The target called `name`; raises TargetError when there is none, or its extra isn't installed."""
+    name = OLD_NAMES.get(name, name)
     found = [point for point in entry_points(group=GROUP) if point.name == name]
     if not found:
         raise TargetError(f"no export target is called {name!r}; installed: {', '.join(names()) or 'none'}")
@@ -276,6 +278,8 @@ def export(
     plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
     plan = with_activations(plan, options.pop("activations", FLOAT))
     said = [note for one in found for note in (one.how, *one.notes)]
+    if target in OLD_NAMES:
+        said.append(f"the target {target} is called {exporter.name} now; write that")
     notes = tuple(dict.fromkeys([*said, *checkpoint.notes]))
     facts = (checkpoint, read, projections, plan, out)
     nothing = Rounded({}, (), read)
