@@ -17,9 +17,11 @@ class OnnxExporter:
 
     def export(self, request: ExportRequest) -> Export:
         """Write `request.out`, whole or not at all; see the one that does it for what is raised."""
-        name = tasks.architecture(request.checkpoint.config)
+        name = tasks.architecture(request.model.checkpoint.config)
         if not name:
-            raise TargetError(f"{request.checkpoint.path / 'config.json'} names no architecture to export")
+            raise TargetError(
+                f"{request.model.checkpoint.path / 'config.json'} names no architecture to export"
+            )
         if tasks.is_decoder(name) and name not in ENCODER_OF:
             from vera_edge_onnx.decoder import export as decoder
 

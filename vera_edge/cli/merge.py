@@ -122,7 +122,7 @@ def merge(
         ready = {folder: merging.prepare(base, pairs, *asked)}
     if dry_run:
         _show_plans(ready, each, as_json)
-        for note in dict.fromkeys(note for one in ready.values() for note in one.notes):
+        for note in dict.fromkeys(note for one in ready.values() for note in one.model.notes):
             err().print(f"note: {note}", soft_wrap=True)
         return
     with progress_bar(quiet or as_json, in_bytes=("merging",)) as progress:

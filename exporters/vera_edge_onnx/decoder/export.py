@@ -94,12 +94,12 @@ def _float_graph(
     request: ExportRequest, architecture: str, work: Path
 ) -> tuple[Drawing, tuple[sites.Site, ...], Checked]:
     """The float32 graph, merged or the base's own; its linear layers; what it was compared on."""
-    checkpoint, adapted = request.checkpoint, adapters.sizes(request)
+    checkpoint, adapted = request.model.checkpoint, adapters.sizes(request)
     merged = request.plan.mode == "merged"
-    summed, projections = (request.adapters if merged else ()), request.projections
-    floats = plans.make(checkpoint, summed, "merged", "fp32", projections=projections)
+    summed = request.model if merged else replace(request.model, adapters=())
+    floats = plans.make(checkpoint, summed.adapters, "merged", "fp32", projections=summed.projections)
     if not (work / "float").is_dir():
-        merge.write(floats, checkpoint, summed, projections, work / "float", request.progress)
+        merge.write(floats, summed, work / "float", request.progress)
     copy = Checkpoint.open(work / "float")
     config = config_of(copy)
     shapes = {module: linear.shape for module, linear in copy.linears.items()}
@@ -154,7 +154,7 @@ def _weave(
             weaver.narrow_weight(site.node)
     dtypes, vectors = options.beside(request), adapters.vector_dtype(request)
     projections = dtypes.get(options.PROJECTIONS, "fp32")
-    branch.weave(weaver, inner, bases, adapted, request.projections, projections, vectors)
+    branch.weave(weaver, inner, bases, adapted, request.model.projections, projections, vectors)
     if ends is not None:
         head.store(weaver, ends, dtypes[options.HEAD], weights.head_block(plan))
     weights.set_accuracy(request, model)
