@@ -21,6 +21,7 @@ ORDER = (
     "errors",
     "progress",
     "cores",
+    "divergence",
     "versions",
     "quiet",
     "parallel",
@@ -44,7 +45,8 @@ ORDER = (
     "releasing",
     "cli",
 )
-DEVICE_ROOMS = {"import_path", "errors", "progress", "cores", "storage", "adapters", "formats", "bundle"}
+DEVICE_ROOMS = {"import_path", "errors", "progress", "cores", "divergence", "storage", "adapters"}
+DEVICE_ROOMS |= {"formats", "bundle"}
 DEVICE_ROOMS |= {"device"}
 NOT_ON_THE_DEVICE = {
     "torch",
