@@ -122,7 +122,7 @@ def _weights_alone(demo: Demo, layers: Rounded, ends: Rounded | None = None) -> 
     ready = merge.prepare(demo.base, [(demo.adapter, 1.0)])
     model = trained_model(ready)
     stored = weights = 0.0
-    for module in ready.checkpoint.linears:
+    for module in ready.model.checkpoint.linears:
         parameter = model.get_submodule(module).weight
         values, size = layers(parameter.detach().numpy())
         parameter.data = torch.from_numpy(values)

@@ -89,7 +89,7 @@ class Bench:
 
     def __init__(self, ready: merging.Prepared, texts: Sequence[str], scored: int) -> None:
         self.ready = ready
-        self.model = load_dense(ready.checkpoint).eval()
+        self.model = load_dense(ready.model.checkpoint).eval()
         self.base = self._weights()
         self.modules = [step.module for step in ready.plan.steps if step.action == "merge"]
         self.deltas = {name: self._merged(name) - self.base[name] for name in self.modules}
@@ -105,15 +105,17 @@ class Bench:
 
     def _merged(self, module: str) -> torch.Tensor:
         ready = self.ready
-        weight = merging.merged_weight(ready.checkpoint, module, ready.adapters, ready.projections)
-        return oriented(ready.checkpoint, module, weight)
+        weight = merging.merged_weight(ready.model, module)
+        return oriented(ready.model.checkpoint, module, weight)
 
     def _delta(self, module: str, refitted: Mapping[str, Vectors]) -> torch.Tensor:
         if module not in refitted:
             return self.deltas[module]
-        found, inside = refitted[module], self.ready.checkpoint.linears[module].in_features
-        delta = self.ready.projections.delta(found.lambda_b, found.lambda_d, inside)
-        return oriented(self.ready.checkpoint, module, np.float32(self.ready.adapters[0][1]) * delta)
+        found, inside = refitted[module], self.ready.model.checkpoint.linears[module].in_features
+        delta = self.ready.model.projections.delta(found.lambda_b, found.lambda_d, inside)
+        return oriented(
+            self.ready.model.checkpoint, module, np.float32(self.ready.model.adapters[0][1]) * delta
+        )
 
     def _set(self, weights: dict[str, torch.Tensor]) -> None:
         for name, weight in weights.items():
@@ -121,7 +123,7 @@ class Bench:
 
     def _term(self, module: str, won: Recovered) -> torch.Tensor | float:
         term = won.corrections[module].weight if module in won.corrections else None
-        return 0.0 if term is None else oriented(self.ready.checkpoint, module, term)
+        return 0.0 if term is None else oriented(self.ready.model.checkpoint, module, term)
 
     def _set_biases(self, biases: Mapping[str, Float32 | None]) -> None:
         """Biases beside linears that have none; None: without again."""
@@ -162,11 +164,11 @@ class Bench:
             store = CodesFolder(Path(folder))
             how = Calibration(calibration, way.method, way.sees, way.follow, way.effort, way.recover)
             grids = dict.fromkeys(self.modules, way.grid)
-            facts = (ready.checkpoint, ready.adapters, ready.projections, grids, how, store.put)
-            won = write_back(*facts, merged=way.merged)
+            won = write_back(ready.model, grids, how, store.put, merged=way.merged)
             seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
             weights = {
-                name: oriented(ready.checkpoint, name, store[name].dequantize()) for name in self.modules
+                name: oriented(ready.model.checkpoint, name, store[name].dequantize())
+                for name in self.modules
             }
         if not way.merged:
             weights = {name: weight + self._delta(name, won.vectors) for name, weight in weights.items()}
@@ -182,7 +184,7 @@ class Bench:
 
 
 def cut(ready: merging.Prepared, text: str, tokens: int) -> windows.Windows:
-    checkpoint = ready.checkpoint
+    checkpoint = ready.model.checkpoint
     tokenizer = windows.open_tokenizer(checkpoint.path)
     return windows.make(windows.read_text(text), tokenizer, int(checkpoint.config["vocab_size"]), tokens)
 

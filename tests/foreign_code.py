@@ -33,7 +33,6 @@ NAMES = (
     "sitecustomize",
     "usercustomize",
     "vera_edge_onnx",
-    "vera_edge_genai",
     "modeling_x",
     "configuration_x",
     "tokenization_x",

@@ -21,6 +21,7 @@ ORDER = (
     "errors",
     "progress",
     "cores",
+    "divergence",
     "versions",
     "quiet",
     "parallel",
@@ -45,7 +46,8 @@ ORDER = (
     "api",
     "cli",
 )
-DEVICE_ROOMS = {"import_path", "errors", "progress", "cores", "storage", "adapters", "formats", "bundle"}
+DEVICE_ROOMS = {"import_path", "errors", "progress", "cores", "divergence", "storage", "adapters"}
+DEVICE_ROOMS |= {"formats", "bundle"}
 DEVICE_ROOMS |= {"device"}
 NOT_ON_THE_DEVICE = {
     "torch",
@@ -57,7 +59,7 @@ NOT_ON_THE_DEVICE = {
     "onnxruntime_genai",
     "optimum",
 }
-EXPORTERS = {"vera_edge_onnx", "vera_edge_genai"}
+EXPORTERS = {"vera_edge_onnx"}
 NOT_FOR_HELP = (
     NOT_ON_THE_DEVICE | EXPORTERS | {"numpy", "onnxruntime", "tokenizers", "safetensors", "rich", "jinja2"}
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from vera_edge.errors import TargetError
-from vera_edge.exporting.target import Export, ExportRequest, find
+from vera_edge.exporting.target import Export, ExportRequest
 from vera_edge.tasks import task as tasks
 from vera_edge_onnx.classes import ENCODER_OF
 
 
 class OnnxExporter:
-    """Any model: decoders by way of the genai target, whose folder plain ONNX Runtime opens too."""
+    """Decoders, whose folder ONNX Runtime GenAI opens too, and encoders."""
 
     @property
     def name(self) -> str:
@@ -17,11 +17,15 @@ class OnnxExporter:
 
     def export(self, request: ExportRequest) -> Export:
         """Write `request.out`, whole or not at all; see the one that does it for what is raised."""
-        name = tasks.architecture(request.checkpoint.config)
+        name = tasks.architecture(request.model.checkpoint.config)
         if not name:
-            raise TargetError(f"{request.checkpoint.path / 'config.json'} names no architecture to export")
+            raise TargetError(
+                f"{request.model.checkpoint.path / 'config.json'} names no architecture to export"
+            )
         if tasks.is_decoder(name) and name not in ENCODER_OF:
-            return find("genai").export(request)
+            from vera_edge_onnx.decoder import export as decoder
+
+            return decoder.export(request, self.name, name)
         from vera_edge_onnx.encoder import export as encoder
 
         return encoder.export(request, self.name, name)

@@ -36,14 +36,14 @@ def describe(request: ExportRequest, model_kind: str = "decoder") -> dict[str, s
     A graph with side-branches holds no adapter, so it names none: it's the same file for all of them.
     """
     plan = request.plan
-    merged = request.adapters if plan.mode == "merged" else ()
+    merged = request.model.adapters if plan.mode == "merged" else ()
     decided = plan.to_dict() | ({} if merged else {"adapters": []})
     return {
         "vera_edge.adapters": ",".join(adapter.digest for adapter, _ in merged),
-        "vera_edge.base": request.checkpoint.digest,
+        "vera_edge.base": request.model.checkpoint.digest,
         "vera_edge.mode": plan.mode,
         "vera_edge.plan": sha256_bytes(canonical_json(decided)),
-        "vera_edge.projections": request.projections.digest,
+        "vera_edge.projections": request.model.projections.digest,
         "vera_edge.tools": ",".join(f"{name}={number}" for name, number in sorted(tools(model_kind).items())),
         "vera_edge.weights": runs_as(request),
     }
@@ -58,25 +58,25 @@ def facts(
 ) -> Facts:
     """The manifest's facts.
 
-    files: adapter name -> its file, in the order of `request.adapters`. layout: of the graph's vectors.
+    files: adapter name -> its file, in the order of `request.model.adapters`. layout: of the graph's vectors.
     """
-    plan, branch, overlay = request.plan, bool(files), request.checkpoint.overlay
+    plan, branch, overlay = request.plan, bool(files), request.model.checkpoint.overlay
     whole = overlay.digests if overlay is not None else {}
     names = adapters.names(request)
-    spec = request.projections.spec.to_dict() | {"digest": request.projections.digest}
+    spec = request.model.projections.spec.to_dict() | {"digest": request.model.projections.digest}
     return Facts(
         kind=model_kind,
         mode=plan.mode,
         weights=runs_as(request),
         model=model,
         base={
-            "digest": request.checkpoint.digest,
-            "architecture": tasks.architecture(request.checkpoint.config),
+            "digest": request.model.checkpoint.digest,
+            "architecture": tasks.architecture(request.model.checkpoint.config),
             **({"trained": dict(whole)} if whole else {}),
         },
         adapters={
             name: {"file": files.get(name), "digest": adapter.digest, "weight": weight}
-            for name, (adapter, weight) in zip(names, request.adapters, strict=True)
+            for name, (adapter, weight) in zip(names, request.model.adapters, strict=True)
         },
         default_adapter=names[0] if branch else None,
         projection=spec if branch else None,
@@ -94,6 +94,6 @@ def facts(
 
 def _trained_names(request: ExportRequest) -> dict[str, str]:
     names: dict[str, str] = {}
-    for adapter, _ in request.adapters:
+    for adapter, _ in request.model.adapters:
         names |= trained_names(adapter)
     return dict(sorted(names.items()))

@@ -108,7 +108,7 @@ def woven(request: ExportRequest, graph: ir.Model, sites: Sequence[Site]) -> ir.
     nodes = {node.name: node for node in copy.graph}
     weaver = Weaver(copy)
     inside = [replace(site, node=nodes[site.node.name]) for site in sites]
-    branch.weave(weaver, inside, {}, adapters.sizes(request), request.projections, "fp32")
+    branch.weave(weaver, inside, {}, adapters.sizes(request), request.model.projections, "fp32")
     weaver.finish()
     return copy
 

@@ -75,7 +75,9 @@ def test_what_it_prints(cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path
     again = cli(*words, "--weights", "nf4")
     assert again.exit_code == 2 and "--force" in again.stderr and again.stderr.count("\n") == 1
     forced = cli(*words, "--weights", "int8", "--target", "genai", "--force", "--json")
-    assert forced.exit_code == 0 and json.loads(forced.stdout)["target"] == "genai"
+    result = json.loads(forced.stdout)
+    assert forced.exit_code == 0 and result["target"] == "onnx"
+    assert "the target genai is called onnx now; write that" in result["notes"]
 
 
 @pytest.mark.parametrize(

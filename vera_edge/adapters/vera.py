@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,6 +68,13 @@ class Adapter:
     digest: str
     as_trained: Adapter | None = None
     notes: tuple[str, ...] = ()
+
+
+class WeightedAdapter(NamedTuple):
+    """An adapter and the weight that scales its delta."""
+
+    adapter: Adapter
+    weight: float
 
 
 @dataclass

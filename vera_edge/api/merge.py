@@ -228,7 +228,7 @@ def plan_merge(
     ready = merging.prepare(
         Path(base), pairs, to, asked, projection_dtype, made, loading(trained_as), path_or_none(tokenizer)
     )
-    return PlannedMerge(ready.plan, ready.notes, ready)
+    return PlannedMerge(ready.plan, ready.model.notes, ready)
 
 
 def plan_merge_each(
@@ -262,7 +262,7 @@ def plan_merge_each(
     asked = _options(to, block_size, double_quant)
     given = (Path(base), folders(adapters), weight, to, asked)
     found = merging.prepare_each(*given, projection_dtype, loading(trained_as), path_or_none(tokenizer))
-    return {name: PlannedMerge(one.plan, one.notes, one) for name, one in found.items()}
+    return {name: PlannedMerge(one.plan, one.model.notes, one) for name, one in found.items()}
 
 
 def _options(to: str, block_size: int | None, double_quant: bool) -> dict[str, Any]:

@@ -36,7 +36,7 @@ STORED = ("fp32", "fp16", "int8", "int4")
 @click.argument("adapter", type=FOLDER)
 @click.option("-o", "--out", "folder", type=FOLDER, required=True, help="The folder to write.")
 @click.option("--onnx", is_flag=True, expose_value=False, help="Export to ONNX, which is the default.")
-@click.option("--target", default="onnx", show_default=True, help="onnx, genai, or one that is installed.")
+@click.option("--target", default="onnx", show_default=True, help="onnx, or one that is installed.")
 @click.option(
     "--mode",
     type=click.Choice(["merged", "branch"]),

@@ -31,7 +31,7 @@ from vera_edge.cli import show
     show_default=True,
     help="merged: the adapter in the weights. branch: beside them, and swapped at run time.",
 )
-@click.option("--target", default="onnx", show_default=True, help="onnx or genai.")
+@click.option("--target", default="onnx", show_default=True, help="What it is exported to: onnx.")
 @click.option(
     "--formats",
     default="int4,int8",

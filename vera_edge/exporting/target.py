@@ -17,9 +17,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter
-from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.formats.blocks import SIZES, check_kind
@@ -30,12 +27,12 @@ from vera_edge.requantize import Codes
 from vera_edge.requantize.correction import Correction
 from vera_edge.storage.files import check_output
 from vera_edge.storage.tensors import Float32
-from vera_edge.trained import model as trained_base
-from vera_edge.trained import provenance
 from vera_edge.trained.text_settings import with_fast_tokenizer
+from vera_edge.trained.trained_model import TrainedModel, open_model
 
 GROUP = "vera_edge.exporters"
 BUILT_IN = "built-in"
+OLD_NAMES = {"genai": "onnx"}  # names of earlier versions, which go on working for a release
 WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "int2", "nf4", "fp4")  # what linears can be asked to be
 _BLOCKS = {"int8": 8, "int4": 4, "int2": 2}
 
@@ -54,7 +51,7 @@ class Runner(Protocol):
 class ExportRequest:
     """Everything an exporter needs.
 
-    adapters: each with its weight, which scales its delta. options: what the target alone understands; the
+    model: with at least one adapter. plan: made for it. options: what the target alone understands; the
     targets here take `projections` ("fp32", "fp16", "int8", "int4") and `head` ("fp32", "fp16", "int8",
     "int4"): how projections and embeddings are stored; `accuracy_level` ("4": activations are rounded to
     int8, "0": float32); `vectors` ("fp32", "fp16"): what a branch takes its adapter's vectors as; `origin`
@@ -68,9 +65,7 @@ class ExportRequest:
     gets beside the rounded weight's.
     """
 
-    checkpoint: Checkpoint
-    adapters: Sequence[tuple[Adapter, float]]
-    projections: Projections
+    model: TrainedModel
     plan: Plan
     out: Path
     options: Mapping[str, str] = field(default_factory=dict)
@@ -111,13 +106,13 @@ class Export:
 class Rounded(NamedTuple):
     """What rounding gave. codes: by module. notes: sentences for a person to read.
 
-    adapters: those to export, with their weights; vectors may have been refitted to the rounded base.
+    model: what to export; its adapters' vectors may have been refitted to the rounded base.
     corrections: by module, what its output is to get beside.
     """
 
     codes: Mapping[str, Codes]
     notes: tuple[str, ...]
-    adapters: Sequence[tuple[Adapter, float]]
+    model: TrainedModel
     corrections: Mapping[str, Correction] = MappingProxyType({})
 
 
@@ -129,13 +124,7 @@ class Rounding(Protocol):
         """What is calibrated on: a UTF-8 file, or "built-in"."""
 
     def codes(
-        self,
-        checkpoint: Checkpoint,
-        adapters: Sequence[tuple[Adapter, float]],
-        projections: Projections,
-        plan: Plan,
-        out: Path,
-        progress: Progress,
+        self, model: TrainedModel, plan: Plan, out: Path, progress: Progress
     ) -> AbstractContextManager[Rounded]:
         """The weights rounded; codes are kept beside `out` while the context lasts."""
 
@@ -158,6 +147,7 @@ def names() -> tuple[str, ...]:
 
 def find(name: str) -> Exporter:
     """The target called `name`; raises TargetError when there is none, or its extra isn't installed."""
+    name = OLD_NAMES.get(name, name)
     found = [point for point in entry_points(group=GROUP) if point.name == name]
     if not found:
         raise TargetError(f"no export target is called {name!r}; installed: {', '.join(names()) or 'none'}")
@@ -249,7 +239,7 @@ def export(
     how int8, int4 and int2 weights are quantized, and `activations` ("float", "dynamic", "static"), what an
     encoder's int8 linears read, go into the plan.
     mode: "merged", or "branch": the base keeps its weights, the adapter runs beside it and can be swapped.
-    weights: the stored format of the linears. projection_dtype: see `provenance.resolve`.
+    weights: the stored format of the linears. projection_dtype: see `open_model`.
     rounding: how weights are rounded to 4 and 8 bits, and the text to calibrate on; None: to nearest, by the
     exporter, and the built-in text.
     made: a plan for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
@@ -261,33 +251,27 @@ def export(
     exporter = find(target)
     if not adapter_paths:
         raise PlanError("give at least one adapter to export")
-    checkpoint, read = trained_base.read(base, adapter_paths, tokenizer, trained_as)
-    plans.check_together(read)
-    found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
-    projections = plans.check_projections(read, [one.projections for one in found])
+    model = open_model(base, adapter_paths, projection_dtype, trained_as, tokenizer)
     if made is not None:
-        plans.check_made_for(made, checkpoint, read, projections)
+        plans.check_made_for(made, model)
     from vera_edge.reference.loading import check_complete  # imports torch
 
-    checkpoint = with_fast_tokenizer(checkpoint)
-    check_complete(checkpoint)
+    model = replace(model, checkpoint=with_fast_tokenizer(model.checkpoint))
+    check_complete(model.checkpoint)
     options = dict(options or {})
-    plan = made or plans.make(checkpoint, read, mode, weights, projections=projections)
+    plan = made or plans.make(model.checkpoint, model.adapters, mode, weights, projections=model.projections)
     plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
     plan = with_activations(plan, options.pop("activations", FLOAT))
-    said = [note for one in found for note in (one.how, *one.notes)]
-    notes = tuple(dict.fromkeys([*said, *checkpoint.notes]))
-    facts = (checkpoint, read, projections, plan, out)
-    nothing = Rounded({}, (), read)
-    with rounding.codes(*facts, progress) if rounding else nullcontext(nothing) as rounded:
-        chosen = {**stored_options(plan), **options}
+    notes = dict.fromkeys([*model.notes, *model.checkpoint.notes])
+    if target in OLD_NAMES:
+        notes[f"the target {target} is called {exporter.name} now; write that"] = None
+    rounds = rounding.codes(model, plan, out, progress) if rounding else nullcontext(Rounded({}, (), model))
+    with rounds as rounded:
         request = ExportRequest(
-            checkpoint,
-            rounded.adapters,
-            projections,
+            rounded.model,
             plan,
             out,
-            chosen,
+            {**stored_options(plan), **options},
             force,
             progress,
             rounded.codes,

@@ -22,10 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.device.check.answers import rank_correlation
+from vera_edge.divergence import log_softmax
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring.comparison import Estimate
 from vera_edge.measuring.labels_and_values import MIN_TEXTS, mean_over_texts
-from vera_edge.measuring.metrics import TokenMetrics, compare, log_softmax
+from vera_edge.measuring.metrics import TokenMetrics, compare
 from vera_edge.text import bootstrap
 
 Float32 = npt.NDArray[np.float32]

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.device.check import answers
+from vera_edge.divergence import kl_of_labels
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring.comparison import Estimate
 from vera_edge.text import bootstrap
@@ -86,7 +87,7 @@ def value_distances(reference: Float32, candidate: Float32) -> Float64:
 def label_distances(reference: Float32, candidate: Float32) -> Float64:
     """KL divergence, nats, of each text's labels (n,). Raises as `compare_values`."""
     _check(reference, candidate)
-    return answers.label_divergence(reference, candidate)
+    return kl_of_labels(reference, candidate)
 
 
 def mean_over_texts(values: Float64) -> Estimate:

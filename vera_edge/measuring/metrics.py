@@ -26,6 +26,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.divergence import expected, log_softmax
 from vera_edge.errors import DataError, MismatchError
 
 Float32 = npt.NDArray[np.float32]
@@ -103,14 +104,6 @@ def _best(logits: Float32) -> Int64:
     return found
 
 
-def log_softmax(logits: npt.NDArray[np.floating]) -> Float64:
-    """Log-probabilities in float64 of logits (n, vocab), stable for any finite input."""
-    values = logits.astype(np.float64)
-    values -= values.max(axis=1, keepdims=True)
-    values -= np.log(np.exp(values).sum(axis=1, keepdims=True))
-    return values
-
-
 def compare(reference: Float32, candidate: Float32, targets: Int64) -> TokenMetrics:
     """Compare logits (n, vocab) of two models at the same n positions; `targets` (n,) are the true tokens.
 
@@ -162,15 +155,12 @@ def _check(reference: Float32, candidates: Mapping[str, Float32], targets: Int64
 def _compare_block(reference: _Scores, candidate: _Scores, targets: Int64) -> TokenMetrics:
     difference = candidate.log_p - reference.log_p  # ln q - ln p
     rows = np.arange(len(targets))
-    # Gibbs' inequality: below zero there is only rounding.
-    kl = np.maximum(-np.einsum("ij,ij->i", reference.p, difference), 0.0)
-    reverse_kl = np.maximum(np.einsum("ij,ij->i", candidate.p, difference), 0.0)
     shift = difference.mean(axis=1)
     squared = np.einsum("ij,ij->i", difference, difference) / difference.shape[1] - shift**2
     shared = (reference.top5[:, :, None] == candidate.top5[:, None, :]).any(axis=2)
     return TokenMetrics(
-        kl=kl,
-        reverse_kl=reverse_kl,
+        kl=expected(reference.p, -difference),
+        reverse_kl=expected(candidate.p, difference),
         delta_p=candidate.p[rows, targets] - reference.p[rows, targets],
         reference_nll=-reference.log_p[rows, targets],
         nll=-candidate.log_p[rows, targets],

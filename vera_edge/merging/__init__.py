@@ -1,35 +1,17 @@
-"""Merging: `W' = dequantize(W) + sum_i weight_i * delta_i` in float32, then stored in the format asked for.
+"""Merging: `W' = dequantize(W) + sum_i weight_i * delta_i` in float32, then stored as asked.
 
-`prepare` reads and decides, `perform` writes; `to_folder` does both. What is read are the checkpoint's bytes,
-never a live bitsandbytes parameter, which repacks itself at its first use.
+What is read are the checkpoint's bytes, never a live bitsandbytes parameter, which repacks itself at its
+first use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
-
-from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter
-from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.base.trained_as import TrainedAs
-from vera_edge.errors import PlanError
-from vera_edge.formats import FORMATS
-from vera_edge.merging import costs
 from vera_edge.merging.costs import Estimate
 from vera_edge.merging.executor import Merge, check_plan, merged_weight, write, write_each
 from vera_edge.merging.measure import Survival
 from vera_edge.merging.memory import ONE_PROCESS, Resources
+from vera_edge.merging.prepare import Prepared, estimate, perform, prepare, prepare_each, to_folder
 from vera_edge.merging.report import LayerReport, MergeReport
-from vera_edge.plans import plan as plans
-from vera_edge.plans.plan import SAME, Plan
-from vera_edge.progress import Progress, silent
-from vera_edge.requantize import Codes
-from vera_edge.storage.files import check_output
-from vera_edge.trained import model as trained_base
-from vera_edge.trained import provenance
 
 __all__ = [
     "ONE_PROCESS",
@@ -50,120 +32,3 @@ __all__ = [
     "write",
     "write_each",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """All that a merge needs, read and decided; `notes` are sentences for a person to read."""
-
-    checkpoint: Checkpoint
-    adapters: tuple[tuple[Adapter, float], ...]
-    projections: Projections
-    plan: Plan
-    notes: tuple[str, ...]
-
-    def merge(
-        self, out: Path, requantized: Mapping[str, Codes] | None = None, notes: Sequence[str] = ()
-    ) -> Merge:
-        """The work of writing it to `out`, for `write_each`."""
-        facts = (self.plan, self.checkpoint, self.adapters, self.projections)
-        return Merge(*facts, out, (*self.notes, *notes), requantized or {})
-
-
-def prepare(
-    base: Path | Checkpoint,
-    adapters: Sequence[tuple[Path, float]],
-    to: str = SAME,
-    options: Mapping[str, Any] | None = None,
-    projection_dtype: str | None = None,
-    made: Plan | None = None,
-    trained_as: TrainedAs | None = None,
-    tokenizer: Path | None = None,
-) -> Prepared:
-    """Read base and adapters (folders, each with its weight) and plan their merge; reads no weight.
-
-    to: a weight format's name or "same". options: of that format. projection_dtype: see `provenance.resolve`.
-    made: a plan for these inputs, instead of making one; then `to` and `options` aren't looked at.
-    trained_as: how the base in a folder was loaded in training. tokenizer: a folder whose tokenizer is taken,
-    instead of the adapters' or the base's.
-    Raises a VeraEdgeError in one sentence when an input or the request is at fault.
-    """
-    if not adapters:
-        raise PlanError("give at least one adapter to merge")
-    if to != SAME and to not in FORMATS:
-        raise PlanError(f"no weight format is called {to!r}; choose {SAME} or one of {', '.join(FORMATS)}")
-    checkpoint, read = trained_base.read(base, adapters, tokenizer, trained_as)
-    plans.check_together(read)
-    found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
-    projections = plans.check_projections(read, [one.projections for one in found])
-    if made is not None:
-        check_plan(made, checkpoint, read, projections)
-    plan = made or plans.make(checkpoint, read, "merged", to, options, projections)
-    notes = dict.fromkeys(note for one in found for note in (one.how, *one.notes))
-    notes |= dict.fromkeys(checkpoint.notes)
-    return Prepared(checkpoint, read, projections, plan, tuple(notes))
-
-
-def prepare_each(
-    base: Path,
-    adapters: Sequence[Path],
-    weight: float = 1.0,
-    to: str = SAME,
-    options: Mapping[str, Any] | None = None,
-    projection_dtype: str | None = None,
-    trained_as: TrainedAs | None = None,
-    tokenizer: Path | None = None,
-) -> dict[str, Prepared]:
-    """`prepare` for each of many adapters alone, by the name of its folder; they needn't have anything in
-    common but the base.
-
-    Raises as that does, and PlanError when two folders have one name.
-    """
-    checkpoint, ready = Checkpoint.open(base, trained_as), dict[str, Prepared]()
-    shared: dict[str, Projections] = {}  # adapters of one seed hold one pair
-    for path in adapters:
-        name = path.resolve().name
-        if name in ready:
-            raise PlanError(f"two of the adapters are in folders called {name}, which names what is written")
-        one = prepare(checkpoint, [(path, weight)], to, options, projection_dtype, tokenizer=tokenizer)
-        projections = shared.setdefault(one.projections.digest, one.projections)
-        ready[name] = replace(one, projections=projections)
-    return ready
-
-
-def estimate(ready: Prepared) -> Estimate:
-    """What `perform` would read, write and take, rounding to nearest."""
-    return costs.estimate(ready.plan, ready.checkpoint, ready.adapters, ready.projections)
-
-
-def perform(
-    ready: Prepared,
-    out: Path,
-    progress: Progress = silent,
-    force: bool = False,
-    requantized: Mapping[str, Codes] | None = None,
-    notes: Sequence[str] = (),
-    resources: Resources = ONE_PROCESS,
-) -> MergeReport:
-    """Write what was prepared to `out`, whole or not at all; see `write_each`."""
-    one = ready.merge(out, requantized, notes)
-    return write_each([one], progress, force, resources=resources)[0]
-
-
-def to_folder(
-    base: Path,
-    adapters: Sequence[tuple[Path, float]],
-    out: Path,
-    to: str = SAME,
-    options: Mapping[str, Any] | None = None,
-    projection_dtype: str | None = None,
-    force: bool = False,
-    progress: Progress = silent,
-    resources: Resources = ONE_PROCESS,
-    trained_as: TrainedAs | None = None,
-    tokenizer: Path | None = None,
-) -> MergeReport:
-    """`prepare` and `perform`: merge adapters into a base and write the model to `out`."""
-    check_output(out, force, (base, *(path for path, _ in adapters)))
-    ready = prepare(base, adapters, to, options, projection_dtype, None, trained_as, tokenizer)
-    return perform(ready, out, progress, force, resources=resources)

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.merging.memory import process_size, unit_peak
 from vera_edge.merging.units import Linear, Unit
@@ -18,6 +16,7 @@ from vera_edge.requantize.gram import one_blas_thread
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.shards import MAX_SHARD_BYTES
 from vera_edge.storage.tensors import Bytes, RawTensor, WitnessedFolder
+from vera_edge.trained.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,10 @@ class Estimate:
     seconds: float
 
 
-def estimate(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    adapters: tuple[tuple[Adapter, float], ...],
-    projections: Projections,
-) -> Estimate:
+def estimate(plan: Plan, model: TrainedModel) -> Estimate:
     """Estimate the merge that `plan` says; computes one layer of middling size and writes nothing."""
-    job = Job("", plan, checkpoint, adapters, projections, {}, Path(), MAX_SHARD_BYTES)
+    job = Job("", plan, model, {}, Path(), MAX_SHARD_BYTES)
+    checkpoint = model.checkpoint
     read = {id(unit): sum(checkpoint.tensors[name].nbytes for name in unit.names) for unit in job.units}
     computed = sorted((unit for unit in job.units if isinstance(unit, Linear)), key=lambda u: read[id(u)])
     others = sum(read[id(unit)] for unit in job.units if not isinstance(unit, Linear))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vera_edge.adapters.projection import Projections
 from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.formats import dense
@@ -13,25 +12,21 @@ from vera_edge.merging.units import Cast, Copy, Linear, Place, Unit
 from vera_edge.plans.plan import SAME, Plan
 from vera_edge.requantize import Codes
 from vera_edge.storage.tensors import FLOATS, RawTensor
+from vera_edge.trained.trained_model import TrainedModel
 
 
-def cut(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    adapters: Sequence[tuple[Adapter, float]],
-    projections: Projections,
-    requantized: Mapping[str, Codes],
-) -> tuple[list[Unit], bool]:
+def cut(plan: Plan, model: TrainedModel, requantized: Mapping[str, Codes]) -> tuple[list[Unit], bool]:
     """The units of a plan, in the order in which the base's files hold what they read, new tensors last.
 
     requantized: weights that were rounded elsewhere, by module. Also says whether the output head is untied
     from the embedding by it.
     """
+    checkpoint, adapters = model.checkpoint, model.adapters
     replaced = replacements(adapters)
     target = None if plan.others == SAME else dense.DTYPES[plan.others]
     steps = [step for step in plan.steps if f"{step.module}.weight" not in replaced]
     others = [name for name in checkpoint.other_names if name not in replaced]
-    units = [_of_step(Linear(checkpoint, step, adapters, projections, requantized)) for step in steps]
+    units = [_of_step(Linear(checkpoint, step, adapters, model.projections, requantized)) for step in steps]
     units += [_of_tensor(checkpoint, name, target) for name in others]
     place = {name: number for number, name in enumerate(checkpoint.tensors)}
     units.sort(key=lambda unit: min(place[name] for name in unit.names))

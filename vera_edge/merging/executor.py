@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vera_edge import formats
-from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import MERGE_RECORD, Checkpoint
 from vera_edge.errors import OutputError, PlanError
 from vera_edge.merging import advice, card
@@ -29,49 +27,36 @@ from vera_edge.requantize import Codes
 from vera_edge.storage.files import canonical_json, check_output, write_atomic
 from vera_edge.storage.shards import MAX_SHARD_BYTES, ShardWriter
 from vera_edge.storage.tensors import Float32
+from vera_edge.trained.trained_model import TrainedModel
 
 WHAT = "merging"  # in progress, whose unit is a byte
 
 
-def merged_weight(
-    checkpoint: Checkpoint,
-    module: str,
-    adapters: Sequence[tuple[Adapter, float]],
-    projections: Projections,
-) -> Float32:
+def merged_weight(model: TrainedModel, module: str) -> Float32:
     """One linear's weight with the adapters' deltas added, exact base values, float32 (out, in)."""
-    base = checkpoint.load(module)
-    delta = Delta(module, base.shape[1], adapters, projections)
+    base = model.checkpoint.load(module)
+    delta = Delta(module, base.shape[1], model.adapters, model.projections)
     return merge_rows(module, base, None if delta.is_zero else delta)
 
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """One merge to perform. adapters: those the plan was made for, with their weights.
+    """One merge to perform. plan: made for `model`.
 
     notes: sentences for the report. requantized: weights that were rounded elsewhere, merged, by module; the
     others are rounded to nearest.
     """
 
     plan: Plan
-    checkpoint: Checkpoint
-    adapters: Sequence[tuple[Adapter, float]]
-    projections: Projections
+    model: TrainedModel
     out: Path
     notes: Sequence[str] = ()
     requantized: Mapping[str, Codes] = field(default_factory=dict)
 
-    @property
-    def inputs(self) -> tuple[Path, ...]:
-        """The folders it reads."""
-        return (self.checkpoint.path, *(adapter.path for adapter, _ in self.adapters))
-
 
 def write(
     plan: Plan,
-    checkpoint: Checkpoint,
-    adapters: Sequence[tuple[Adapter, float]],
-    projections: Projections,
+    model: TrainedModel,
     out: Path,
     progress: Progress = silent,
     force: bool = False,
@@ -79,8 +64,7 @@ def write(
     resources: Resources = ONE_PROCESS,
 ) -> MergeReport:
     """`write_each` of one merge."""
-    one = Merge(plan, checkpoint, adapters, projections, out)
-    return write_each([one], progress, force, max_shard_bytes, resources)[0]
+    return write_each([Merge(plan, model, out)], progress, force, max_shard_bytes, resources)[0]
 
 
 def write_each(
@@ -100,7 +84,7 @@ def write_each(
     """
     jobs = [_job(merge, force, max_shard_bytes, resources) for merge in merges]
     workers = allowed_workers(jobs, resources)
-    configs = [merged_config(job.plan, job.checkpoint, job.untied) for job in jobs]
+    configs = [merged_config(job.plan, job.model.checkpoint, job.untied) for job in jobs]
     with ExitStack() as held:
         stages = [
             held.enter_context(opened(merge.out, job.key)) for merge, job in zip(merges, jobs, strict=True)
@@ -118,27 +102,22 @@ def write_each(
 
 
 def _job(merge: Merge, force: bool, max_shard_bytes: int, resources: Resources) -> Job:
-    facts = (merge.plan, merge.checkpoint, merge.adapters, merge.projections)
-    check_plan(*facts)
+    check_plan(merge.plan, merge.model)
     tidy(merge.out)
-    check_output(merge.out, force, merge.inputs)
+    check_output(merge.out, force, merge.model.folders)
     key = key_of(merge.plan, merge.requantized, max_shard_bytes)
     folder = files_of(merge.out.absolute(), key)  # a worker may stand elsewhere
-    return Job(key, *facts, merge.requantized, folder, max_shard_bytes, resources.in_flight or 1)
+    in_flight = resources.in_flight or 1
+    return Job(key, merge.plan, merge.model, merge.requantized, folder, max_shard_bytes, in_flight)
 
 
-def check_plan(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    adapters: Sequence[tuple[Adapter, float]],
-    projections: Projections,
-) -> None:
+def check_plan(plan: Plan, model: TrainedModel) -> None:
     """Raise unless `plan` is a merge of exactly these inputs into formats that can be written."""
     if plan.mode != "merged":
         raise PlanError(
             "this plan keeps the adapter as a side-branch, which a checkpoint can't hold; export it"
         )
-    check_made_for(plan, checkpoint, adapters, projections)
+    check_made_for(plan, model)
     for step in plan.steps:
         # Where a plan also decides on the head, it's one of a graph, whose integers are blocks.
         if step.result in ("int4", "int8") and "head" in plan.options:
@@ -212,7 +191,7 @@ def _take_up(job: Job, stage: Stage, progress: Progress) -> dict[int, Done]:
 
 
 def _report(merge: Merge, done: Mapping[int, Done]) -> MergeReport:
-    plan, adapters, projections = merge.plan, merge.adapters, merge.projections
+    plan, model = merge.plan, merge.model
     layers = sorted((one.layer for one in done.values() if one.layer), key=lambda layer: layer.module)
     changed = {layer.module for layer in layers}
     report = MergeReport(
@@ -221,9 +200,9 @@ def _report(merge: Merge, done: Mapping[int, Done]) -> MergeReport:
         layers=tuple(layers),
         results=dict(sorted(Counter(step.result for step in plan.steps).items())),
         size=0,
-        base_digest=_base_digest(merge.checkpoint, done),
-        adapters=tuple((adapter.name, adapter.digest, float(weight)) for adapter, weight in adapters),
-        projection={**projections.spec.to_dict(), "digest": projections.digest},
+        base_digest=_base_digest(model.checkpoint, done),
+        adapters=tuple((adapter.name, adapter.digest, float(weight)) for adapter, weight in model.adapters),
+        projection={**model.projections.spec.to_dict(), "digest": model.projections.digest},
         notes=tuple(merge.notes),
         unchanged=tuple(
             step.module for step in plan.steps if step.action == "merge" and step.module not in changed
@@ -232,7 +211,7 @@ def _report(merge: Merge, done: Mapping[int, Done]) -> MergeReport:
     if merge.requantized:
         # Compensated rounding spends weight-space error to save output error: shares of the delta say little.
         return report
-    return replace(report, warning=advice.warning(report, merge.checkpoint, adapters, projections))
+    return replace(report, warning=advice.warning(report, model))
 
 
 def _base_digest(checkpoint: Checkpoint, done: Mapping[int, Done]) -> str:
@@ -245,7 +224,7 @@ def _base_digest(checkpoint: Checkpoint, done: Mapping[int, Done]) -> str:
 
 def _write_beside(stage: Path, report: MergeReport, config: dict[str, object], merge: Merge) -> None:
     """Everything but the weights."""
-    checkpoint = merge.checkpoint
+    checkpoint = merge.model.checkpoint
     write_atomic(stage / "config.json", canonical_json(config))
     checkpoint.files.copy(stage)
     base_name = str(checkpoint.config.get("_name_or_path") or checkpoint.path.resolve().name)

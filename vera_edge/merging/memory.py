@@ -37,18 +37,18 @@ ONE_PROCESS = Resources(Engine())
 
 def unit_peak(job: Job, unit: Unit) -> int:
     """Bytes a unit takes at its peak: what it reads, what it gives, and pieces."""
-    making = job.checkpoint.making(unit.names)
+    making = job.model.checkpoint.making(unit.names)
     if not isinstance(unit, Linear):
         return (
             making + _PIECES + sum(tensor.data.nbytes for tensor in [getattr(unit, "tensor", None)] if tensor)
         )
-    stored = sum(job.checkpoint.tensors[name].nbytes for name in unit.names)
+    stored = sum(job.model.checkpoint.tensors[name].nbytes for name in unit.names)
     result = sum(nbytes(*entry) for entry in unit.layout.values())
     step, values = unit.step, math.prod(unit.step.shape)
     measured = sum(stop - start for start, stop in measured_rows(step.shape).items())
     taken = stored + result + 4 * measured * step.shape[1]
     if step.action == "merge":
-        taken += 4 * job.projections.spec.rank * step.shape[1]
+        taken += 4 * job.model.projections.spec.rank * step.shape[1]
     if step.module in job.requantized:
         taken += 3 * values
     elif not hasattr(formats.get(step.result), "rounder"):
@@ -60,14 +60,14 @@ def unit_peak(job: Job, unit: Unit) -> int:
 
 def process_size(job: Job) -> int:
     """Bytes a process takes before it does a unit: the program, the projections and the adapters."""
-    spec = job.projections.spec
+    spec = job.model.projections.spec
     vectors = sum(
         pair.lambda_b.nbytes + pair.lambda_d.nbytes
-        for adapter, _ in job.adapters
+        for adapter, _ in job.model.adapters
         for pair in adapter.vectors.values()
     )
     tensors = sum(
-        tensor.data.nbytes for adapter, _ in job.adapters for tensor in adapter.modules_to_save.values()
+        tensor.data.nbytes for adapter, _ in job.model.adapters for tensor in adapter.modules_to_save.values()
     )
     return _PROCESS + 4 * spec.elements + vectors + tensors
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy.typing as npt
 
 from vera_edge import __version__
 from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.vera import WeightedAdapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.overlay import Overlay
 from vera_edge.base.trained_as import TrainedAs
@@ -28,6 +28,7 @@ from vera_edge.requantize.gram import one_blas_thread
 from vera_edge.storage.files import canonical_json, output_error, sha256_bytes
 from vera_edge.storage.shards import Shards, nbytes
 from vera_edge.storage.tensors import Bytes, RawTensor, WitnessedFolder
+from vera_edge.trained.trained_model import TrainedModel
 
 _AHEAD = 1 << 28  # bytes of one tensor to fetch ahead; a longer one is read in order, which the system sees
 
@@ -42,9 +43,7 @@ class Job:
 
     key: str
     plan: Plan
-    checkpoint: Checkpoint
-    adapters: Sequence[tuple[Adapter, float]]
-    projections: Projections
+    model: TrainedModel
     requantized: Mapping[str, Codes]
     folder: Path
     max_shard_bytes: int
@@ -53,7 +52,7 @@ class Job:
 
     @cached_property
     def _cut(self) -> tuple[list[Unit], bool]:
-        return cut(self.plan, self.checkpoint, self.adapters, self.projections, self.requantized)
+        return cut(self.plan, self.model, self.requantized)
 
     @property
     def units(self) -> list[Unit]:
@@ -79,10 +78,23 @@ class Job:
         return [sum(nbytes(*entry) for entry in unit.layout.values()) for unit in self.units]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        base = (self.checkpoint.path.absolute(), self.checkpoint.trained_as, self.checkpoint.overlay)
-        opened = (self.run, self.key, self.plan.to_dict(), base)
-        facts = (self.adapters, self.projections, self.requantized, self.folder, self.max_shard_bytes)
-        return _reopen, (*opened, facts)
+        checkpoint = self.model.checkpoint
+        base = _Base(checkpoint.path.absolute(), checkpoint.trained_as, checkpoint.overlay)
+        adapters = (self.model.adapters, self.model.projections)
+        rest = (self.requantized, self.folder, self.max_shard_bytes)
+        return _reopen, (self.run, self.key, self.plan.to_dict(), base, adapters, rest)
+
+
+class _Base(NamedTuple):
+    """What opens a checkpoint again in another process."""
+
+    path: Path
+    trained_as: TrainedAs | None
+    overlay: Overlay | None
+
+    def open(self) -> Checkpoint:
+        checkpoint = Checkpoint.open(self.path, self.trained_as)
+        return checkpoint if self.overlay is None else checkpoint.overlaid(self.overlay)
 
 
 _reopened: dict[str, Job] = {}  # in a worker: the jobs it works on
@@ -93,17 +105,14 @@ def _reopen(
     run: str,
     key: str,
     plan: Mapping[str, Any],
-    base: tuple[Path, TrainedAs | None, Overlay | None],
-    facts: tuple[Any, ...],
+    base: _Base,
+    adapters: tuple[tuple[WeightedAdapter, ...], Projections],
+    rest: tuple[Mapping[str, Codes], Path, int],
 ) -> Job:
     if run not in _reopened:
         while len(_reopened) >= _HELD:
             _reopened.pop(next(iter(_reopened)))
-        path, trained_as, overlay = base
-        checkpoint = Checkpoint.open(path, trained_as)
-        if overlay is not None:
-            checkpoint = checkpoint.overlaid(overlay)
-        _reopened[run] = Job(key, Plan.from_dict(plan), checkpoint, *facts)
+        _reopened[run] = Job(key, Plan.from_dict(plan), TrainedModel(base.open(), *adapters), *rest)
     return _reopened[run]
 
 
@@ -158,7 +167,7 @@ def do_unit(job: Job, number: int) -> Done:
     Raises as units do, and OutputError when the disk refuses.
     """
     _read_ahead(job, number + job.ahead)
-    read, written = WitnessedFolder(job.checkpoint.tensors), _Written(job)
+    read, written = WitnessedFolder(job.model.checkpoint.tensors), _Written(job)
     with one_blas_thread():
         layer = job.units[number].run(read, written)
     for name in job.units[number].names:
@@ -176,7 +185,7 @@ def is_there(job: Job, done: Done) -> bool:
         written = digest_of({name: job.shards.digest(name) for name in unit.layout})
     except OSError:
         return False
-    return written == done.digest and job.checkpoint.tensor_digests(done.read) == done.read
+    return written == done.digest and job.model.checkpoint.tensor_digests(done.read) == done.read
 
 
 def digest_of(tensors: Mapping[str, str]) -> str:
@@ -189,7 +198,7 @@ def _read_ahead(job: Job, number: int) -> None:
     if number >= len(job.units) or not hasattr(os, "posix_fadvise"):
         return
     for name in job.units[number].names:
-        info = job.checkpoint.tensors[name]
+        info = job.model.checkpoint.tensors[name]
         try:
             with info.file.open("rb") as stream:
                 os.posix_fadvise(

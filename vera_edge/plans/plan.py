@@ -6,7 +6,6 @@ with the artefact, so that the same inputs can be held against it later.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError, PlanError
 from vera_edge.formats import StoredLinear
 from vera_edge.storage.files import read_json
+from vera_edge.trained.trained_model import TrainedModel, check_together
 
 VERSION = 1
 SAME = "same"
@@ -122,21 +122,17 @@ def read(path: Path) -> Plan:
         raise PlanError(f"{path}: {cause}" if str(path) not in str(cause) else str(cause)) from None
 
 
-def check_made_for(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    adapters: Sequence[tuple[Adapter, float]],
-    projections: Projections,
-) -> None:
+def check_made_for(plan: Plan, model: TrainedModel) -> None:
     """Raise MismatchError unless `plan` was made for exactly these inputs, PlanError on senseless options."""
+    checkpoint = model.checkpoint
     digest = plan.options.get("base_digest")
     shapes = {step.module: (step.source, step.shape) for step in plan.steps}
     own = {module: (linear.format, linear.shape) for module, linear in checkpoint.linears.items()}
     if plan.base != checkpoint.layout_digest or shapes != own or not _holds(checkpoint, digest):
         raise MismatchError(f"the plan was made for another base than {checkpoint.path}; plan again")
-    if plan.adapters != tuple((adapter.digest, float(weight)) for adapter, weight in adapters):
+    if plan.adapters != tuple((adapter.digest, float(weight)) for adapter, weight in model.adapters):
         raise MismatchError("the plan was made for other adapters or weights; plan again")
-    if plan.projection is not None and plan.projection.get("digest") != projections.digest:
+    if plan.projection is not None and plan.projection.get("digest") != model.projections.digest:
         raise MismatchError("the plan was made for other projections; plan again")
     for step in plan.steps:
         if step.result in ("nf4", "fp4") and not step.copies:
@@ -245,62 +241,3 @@ def _may_become(checkpoint: Checkpoint, linear: StoredLinear, weights: str) -> b
         or not _IN_STACK.search(f".{linear.module}.")
         or checkpoint.config.get("model_type") in _FLOAT_ONLY.get(last, ())
     )
-
-
-def check_together(adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Raise unless the adapters, each with its weight, can be summed on one base.
-
-    Their projections must be the same: rank and seed are compared here, the values where they're known
-    (`check_projections`). Raises PlanError or MismatchError, saying which field differs.
-    """
-    for adapter, weight in adapters:
-        if not math.isfinite(weight):
-            raise PlanError(f"the weight of {adapter.path} is {weight}; give a finite number")
-        if weight != 1 and (adapter.biases or adapter.modules_to_save):
-            raise PlanError(
-                f"{adapter.path} also replaces whole tensors ({_replaced(adapter)[0]}), which can't be "
-                "weighted; give it weight 1"
-            )
-    for other, _ in adapters[1:]:
-        first = adapters[0][0]
-        for what, ours, theirs in (
-            ("rank", first.rank, other.rank),
-            ("projection seed", first.seed, other.seed),
-        ):
-            if ours != theirs:
-                raise MismatchError(
-                    f"{first.path} and {other.path} differ in their {what} ({ours} and {theirs}), so they "
-                    "don't share projections; merge them one after the other"
-                )
-    taken: dict[str, Adapter] = {}
-    for adapter, _ in adapters:
-        for name in _replaced(adapter):
-            if name in taken:
-                raise MismatchError(
-                    f"{taken[name].path} and {adapter.path} both replace {name}; merge only one"
-                )
-            taken[name] = adapter
-
-
-def _replaced(adapter: Adapter) -> list[str]:
-    return sorted([*(f"{module}.bias" for module in adapter.biases), *adapter.modules_to_save])
-
-
-def check_projections(
-    adapters: Sequence[tuple[Adapter, float]], projections: Sequence[Projections]
-) -> Projections:
-    """The projections that all adapters share; `projections` in the adapters' order.
-
-    Raises MismatchError when they don't share them, saying which field of the spec differs.
-    """
-    first = projections[0]
-    for (adapter, _), other in zip(adapters[1:], projections[1:], strict=True):
-        if other.digest == first.digest:
-            continue
-        ours, theirs = first.spec.to_dict(), other.spec.to_dict()
-        fields = [f"{key} ({ours[key]} and {theirs[key]})" for key in ours if ours[key] != theirs[key]]
-        raise MismatchError(
-            f"{adapters[0][0].path} and {adapter.path} don't share projections: they differ in "
-            f"{', '.join(fields) or 'their saved values'}; merge them one after the other"
-        )
-    return first

@@ -53,13 +53,12 @@ def choose(
     request.check()
     targets.find(request.target)
     merged = merge.prepare(base, adapters, SAME, None, projection_dtype, trained_as=trained_as)
-    if tasks.of(merged.checkpoint.config).gives != tasks.TEXT:
+    if tasks.of(merged.model.checkpoint.config).gives != tasks.TEXT:
         raise PlanError(
             f"{base} gives no text, and a plan is made by what a model says; choose --weights and measure "
             "the export with vera-edge drift"
         )
-    facts = (merged.checkpoint, merged.adapters, request.mode, SAME, None, merged.projections)
-    ready = replace(merged, plan=plans.make(*facts))
+    ready = replace(merged, plan=_plan(merged, request.mode, SAME))
     check_adapters(ready)
     with _scratch(beside) as work:
         return _Search(ready, request, work, progress, keep).run()
@@ -77,6 +76,11 @@ def _scratch(beside: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def _plan(ready: Prepared, mode: str, weights: str) -> Plan:
+    model = ready.model
+    return plans.make(model.checkpoint, model.adapters, mode, weights, projections=model.projections)
+
+
 def candidates(ready: Prepared, formats: Sequence[str]) -> tuple[str, Plan, dict[str, dict[str, Step]]]:
     """A format to start from and the plan for it, and by format the steps of the modules that may have it.
 
@@ -85,15 +89,15 @@ def candidates(ready: Prepared, formats: Sequence[str]) -> tuple[str, Plan, dict
     made = {}
     for name in formats:
         kind, block = split(name)
-        facts = (ready.checkpoint, ready.adapters, ready.plan.mode, kind, None, ready.projections)
-        made[name] = targets.in_blocks(plans.make(*facts), block, None)
+        made[name] = targets.in_blocks(_plan(ready, ready.plan.mode, kind), block, None)
     quantized = {name: plan for name, plan in made.items() if name not in DENSE} or made
     free: set[str] | None = None
     for name, plan in quantized.items():
         may = {step.module for step in plan.steps if step.result == split(name)[0]}
         free = may if free is None else free & may
     if not free:
-        raise PlanError(f"no layer of {ready.checkpoint.path} may be stored as {' or '.join(formats)}")
+        path = ready.model.checkpoint.path
+        raise PlanError(f"no layer of {path} may be stored as {' or '.join(formats)}")
     steps = {
         name: {step.module: step for step in plan.steps if step.module in free} for name, plan in made.items()
     }
@@ -141,7 +145,7 @@ class _Search:
         return solver.choice(point, self.seconds, self._notes(calibration, sensitivity, check))
 
     def _windows(self) -> tuple[windows.Windows, windows.Windows, windows.Windows]:
-        request, checkpoint = self.request, self.ready.checkpoint
+        request, checkpoint = self.request, self.ready.model.checkpoint
         config = checkpoint.config.get("text_config") or checkpoint.config
         tokenizer, size = (
             tokenizers.read(checkpoint.files, checkpoint.config),
@@ -162,7 +166,7 @@ class _Search:
 
     def _notes(self, *cut: windows.Windows) -> tuple[str, ...]:
         calibration, few, more = (sum(len(window) for window in one.tokens) for one in cut)
-        request, found = self.request, list(self.ready.notes)
+        request, found = self.request, list(self.ready.model.notes)
         found.append(
             f"weights were rounded by {request.method}, calibrated on {calibration} tokens of "
             f"{request.calibration} text; export with the same --method and --calibration"

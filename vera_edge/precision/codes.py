@@ -84,8 +84,8 @@ class Rounded:
     def _target(self, module: str) -> Float32:
         ready = self.ready
         if ready.plan.mode == "branch":
-            return ready.checkpoint.dequantize(module)
-        return merge.merged_weight(ready.checkpoint, module, ready.adapters, ready.projections)
+            return ready.model.checkpoint.dequantize(module)
+        return merge.merged_weight(ready.model, module)
 
     def change(self, modules: Sequence[str], name: str, model: Any) -> Change:
         """Modules in one format, the adapter's delta included; nothing where they stay what they are."""
@@ -110,7 +110,7 @@ class Rounded:
         return None
 
     def _effective(self, module: str, stored: Float32, model: Any) -> torch.Tensor:
-        checkpoint = self.ready.checkpoint
+        checkpoint = self.ready.model.checkpoint
         if self.ready.plan.mode == "merged":
             return oriented(checkpoint, module, stored)
         change = oriented(checkpoint, module, stored - checkpoint.dequantize(module))

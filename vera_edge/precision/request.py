@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import get_args
 
 from vera_edge.errors import PlanError
+from vera_edge.exporting.target import OLD_NAMES
 from vera_edge.plans.plan import Mode
 from vera_edge.requantize import METHODS
 from vera_edge.rounding.weight_rounding import BUILT_IN, TOKENS
 
 FORMATS = ("int4", "int8", "nf4", "fp4", "fp32")
-TARGETS = ("onnx", "genai")
+TARGETS = ("onnx", *OLD_NAMES)
 SENSITIVITY_TOKENS = 512
 # Plans are measured on so many times the tokens that units are.
 CHECKED = 2
@@ -75,9 +76,7 @@ class Request:
         if self.mode not in get_args(Mode):
             raise PlanError(f"mode {self.mode!r} isn't known; choose merged or branch")
         if self.target not in TARGETS:
-            raise PlanError(
-                f"plans are measured for the targets {' and '.join(TARGETS)}, not for {self.target!r}"
-            )
+            raise PlanError(f"plans are measured for the target {TARGETS[0]}, not for {self.target!r}")
         if self.method not in METHODS:
             raise PlanError(f"no quantization method is called {self.method!r}; known: {', '.join(METHODS)}")
         unknown = [name for name in self.formats if split(name)[0] not in FORMATS]

@@ -35,7 +35,7 @@ _SHOWN = 12
 
 def finished(plan: Plan, head: str, request: Request, ready: Prepared) -> Plan:
     """`plan` with what an export needs to know beside the steps."""
-    options = {"base_digest": ready.checkpoint.digest, "head": head, "method": request.method}
+    options = {"base_digest": ready.model.checkpoint.digest, "head": head, "method": request.method}
     if request.mode == "branch":
         integers = any(split(name)[0] in INTEGER for name in request.formats)
         options["projections"] = "int8" if integers else "fp32"

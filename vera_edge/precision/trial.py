@@ -46,16 +46,15 @@ class Trials:
         Raises as the rounding and the exporter do.
         """
         ready, out = self.ready, self.work / f"trial-{number}"
-        facts = (ready.checkpoint, ready.adapters, ready.projections, plan, out, progress)
-        with rounding.codes(*facts) as rounded:
+        with rounding.codes(ready.model, plan, out, progress) as rounded:
             self._export(plan, rounded.codes, out, progress)
         return Measured(out, _size(out), replay.kl_of(Session.open(out), progress))
 
     def _export(self, plan: Plan, codes: Mapping[str, Codes], out: Path, progress: Progress) -> Path:
-        ready = self.ready
-        facts = (ready.checkpoint, ready.adapters, ready.projections, plan, out)
         request = ExportRequest(
-            *facts,
+            self.ready.model,
+            plan,
+            out,
             options=stored_options(plan),
             progress=progress,
             requantized=codes,

@@ -85,7 +85,7 @@ class Sensitivities:
             for module in modules:
                 exact = self.model.get_submodule(module).weight.data
                 weight = change.weights.get(f"{module}.weight", exact)
-                conv1d = self.codes.ready.checkpoint.is_conv1d(module)
+                conv1d = self.codes.ready.model.checkpoint.is_conv1d(module)
                 block = change.rounded.get(module)
                 read = None if block is None else rounded(x, block) - x
                 error = _product(x, weight - exact, conv1d) if weight is not exact else None

@@ -230,7 +230,7 @@ def _check_references(path: Path, file: RecipeFile) -> None:
         if adapter.base not in bases:
             raise PlanError(f"{path}: adapter {adapter.id!r} names base {adapter.base!r}, which isn't there")
     for variant in file.variant:
-        if variant.target not in target.names():
+        if variant.target not in (*target.names(), *target.OLD_NAMES):
             raise PlanError(
                 f"{path}: variant {variant.name!r} is for {variant.target!r}, which isn't a target here; "
                 f"choose from {', '.join(target.names())}"

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge import merging
-from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter, Vectors
+from vera_edge.adapters.vera import Vectors, WeightedAdapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
 from vera_edge.exporting.target import Rounded
@@ -29,6 +28,7 @@ from vera_edge.tasks import task as tasks
 from vera_edge.text import tokenizer as tokenizers
 from vera_edge.text import windows
 from vera_edge.trained.text_settings import vocabulary_size
+from vera_edge.trained.trained_model import TrainedModel
 
 FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16")
 BLOCK = 32  # of integers in ONNX graphs
@@ -88,9 +88,7 @@ class Rounding:
     @contextmanager
     def codes(
         self,
-        checkpoint: Checkpoint,
-        adapters: Sequence[tuple[Adapter, float]],
-        projections: Projections,
+        model: TrainedModel,
         plan: Plan,
         out: Path,
         progress: Progress = silent,
@@ -104,11 +102,11 @@ class Rounding:
         method = self.method or str(plan.options.get("method") or default_method(plan.steps))
         if method not in METHODS:
             raise PlanError(f"no quantization method is called {method!r}; known: {', '.join(METHODS)}")
-        asked = recover.check(self.recover, adapters, plan.mode == "merged", method)
+        asked = recover.check(self.recover, model.adapters, plan.mode == "merged", method)
         if asked.corrects and not exported:
             raise PlanError("only an exported graph has a place for a low-rank term or a bias of its own")
         if method == "rtn":
-            yield Rounded({}, (), adapters)
+            yield Rounded({}, (), model)
             return
         changed = [step for step in plan.steps if not step.copies]
         # At 8 bits rounding to nearest loses next to nothing, and formats and exporters do it by themselves.
@@ -118,7 +116,7 @@ class Rounding:
             if (grid := grid_of(step, exported)) is not None and (self.method or grid.bits != 8)
         }
         if not grids and self.method is None and not self.recover:
-            yield Rounded({}, (), adapters)
+            yield Rounded({}, (), model)
             return
         if not grids:
             raise PlanError(
@@ -126,27 +124,26 @@ class Rounding:
             )
         from vera_edge.rounding.writeback import Calibration, write_back  # they import torch
 
-        cut, notes = _windows(checkpoint, method, self.text, self.tokens)
+        cut, notes = _windows(model.checkpoint, method, self.text, self.tokens)
         calibration = Calibration(cut, method, recover=self.recover)
         with _scratch(out) as folder:
             store = CodesFolder(folder)
             merged = plan.mode == "merged"
-            seen = () if self.any_adapter and not merged else adapters
-            facts = (checkpoint, seen, projections, grids, calibration)
-            won = write_back(*facts, store.put, merged, tasks.of(checkpoint.config).auto_class, progress)
+            seen = replace(model, adapters=()) if self.any_adapter and not merged else model
+            task = tasks.of(model.checkpoint.config).auto_class
+            won = write_back(seen, grids, calibration, store.put, merged, task, progress)
             if count := max(len(won.vectors), len(won.corrections)):
                 parts = " and ".join(self.recover)
                 notes = (*notes, f"{parts} of {count} layers were fitted to the rounding")
-            yield Rounded(store, notes, _with_vectors(adapters, won.vectors), won.corrections)
+            yield Rounded(store, notes, _with_vectors(model, won.vectors), won.corrections)
 
 
-def _with_vectors(
-    adapters: Sequence[tuple[Adapter, float]], vectors: Mapping[str, Vectors]
-) -> Sequence[tuple[Adapter, float]]:
+def _with_vectors(model: TrainedModel, vectors: Mapping[str, Vectors]) -> TrainedModel:
     if not vectors:
-        return adapters
-    (adapter, weight), *_ = adapters
-    return [(replace(adapter, vectors={**adapter.vectors, **vectors}), weight)]
+        return model
+    (adapter, weight), *_ = model.adapters
+    refitted = replace(adapter, vectors={**adapter.vectors, **vectors})
+    return replace(model, adapters=(WeightedAdapter(refitted, weight),))
 
 
 @contextmanager
@@ -185,14 +182,14 @@ def merge_to_folders(
 
     Calibration, where the method needs it, is done for one after the other, before all else.
     """
-    inputs = [path for out, one in ready.items() for path in one.merge(out).inputs]
+    inputs = [path for one in ready.values() for path in one.model.folders]
     for out in ready:
         check_output(out, force, inputs)
     with ExitStack() as held:
         merges = []
         for out, one in ready.items():
-            facts = (one.checkpoint, one.adapters, one.projections, one.plan, out, progress)
-            rounded = held.enter_context((rounding or Rounding()).codes(*facts, exported=False))
+            codes = (rounding or Rounding()).codes(one.model, one.plan, out, progress, exported=False)
+            rounded = held.enter_context(codes)
             merges.append(one.merge(out, rounded.codes, rounded.notes))
         return merging.write_each(merges, progress, force, resources=resources)
 

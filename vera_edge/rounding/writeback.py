@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter, Vectors
-from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.adapters.vera import Vectors
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.calibration import Inputs, Sees, Walk, follow_target
@@ -29,6 +27,7 @@ from vera_edge.requantize.gram import in_threads
 from vera_edge.rounding import recover
 from vera_edge.storage.tensors import Float32
 from vera_edge.trained.alignment import names_in
+from vera_edge.trained.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,7 @@ class Calibration:
 
 
 def write_back(
-    checkpoint: Checkpoint,
-    adapters: Sequence[tuple[Adapter, float]],
-    projections: Projections | None,
+    model: TrainedModel,
     grids: Mapping[str, Grid],
     calibration: Calibration,
     put: Callable[[str, Codes], None],
@@ -72,15 +69,15 @@ def write_back(
     Raises DataError when the model or the text can't be calibrated with, MismatchError for a module that the
     base doesn't have, PlanError where there's nothing that could be recovered.
     """
-    asked = recover.check(calibration.recover, adapters, merged, calibration.method)
+    asked = recover.check(calibration.recover, model.adapters, merged, calibration.method)
     for module in grids:
-        if module not in checkpoint.linears:
-            raise MismatchError(f"{checkpoint.path} has no linear layer called {module}")
-    work = _WriteBack(checkpoint, adapters, projections, grids, calibration, put, merged, asked)
+        if module not in model.checkpoint.linears:
+            raise MismatchError(f"{model.checkpoint.path} has no linear layer called {module}")
+    work = _WriteBack(model, grids, calibration, put, merged, asked)
     if calibration.method in ("search", "gptq"):
-        model = load_dense(checkpoint, auto_class).eval()
-        names = work.prepare(model)
-        walk = Walk(model, frozenset(names), calibration.windows, calibration.sees, progress)
+        dense = load_dense(model.checkpoint, auto_class).eval()
+        names = work.prepare(dense)
+        walk = Walk(dense, frozenset(names), calibration.windows, calibration.sees, progress)
         walk.run(work.answer)
     work.finish(progress)
     return Recovered(work.refitted, work.corrections)
@@ -88,9 +85,7 @@ def write_back(
 
 @dataclass
 class _WriteBack:
-    checkpoint: Checkpoint
-    adapters: Sequence[tuple[Adapter, float]]
-    projections: Projections | None
+    model: TrainedModel
     grids: Mapping[str, Grid]
     calibration: Calibration
     put: Callable[[str, Codes], None]
@@ -107,18 +102,18 @@ class _WriteBack:
 
         Returns what it calls the modules to round. Raises DataError when it knows none like them.
         """
-        adapted = {name for adapter, _ in self.adapters for name in (*adapter.vectors, *adapter.biases)}
+        adapted = {name for adapter, _ in self.model.adapters for name in (*adapter.vectors, *adapter.biases)}
         names = names_in(model, {*self.grids, *adapted})
         if names is None:
             raise DataError(
-                f"layers of {self.checkpoint.path} go by other names in transformers' model, so text can't "
-                "calibrate them; choose --method hqq or rtn"
+                f"layers of {self.model.checkpoint.path} go by other names in transformers' model, so "
+                "text can't calibrate them; choose --method hqq or rtn"
             )
         self.stored = {names[module]: module for module in self.grids}
-        for module in {name for adapter, _ in self.adapters for name in adapter.vectors}:
+        for module in {name for adapter, _ in self.model.adapters for name in adapter.vectors}:
             weight = model.get_submodule(names[module]).weight
-            weight.data = weight.data + oriented(self.checkpoint, module, self._delta(module))
-        for adapter, _ in self.adapters:
+            weight.data = weight.data + oriented(self.model.checkpoint, module, self._delta(module))
+        for adapter, _ in self.model.adapters:
             for module, bias in adapter.biases.items():
                 model.get_submodule(names[module]).bias.data = torch.from_numpy(np.array(bias, np.float32))
         for name, module in self.stored.items():
@@ -146,12 +141,12 @@ class _WriteBack:
             self._keep(module, codes)
             # Here and not in the threads, which torch's inference mode doesn't reach.
             total = None if bias is None else torch.from_numpy(bias) + self.biases.get(module, 0)
-            changed[module] = Changed(oriented(self.checkpoint, module, weight), total)
+            changed[module] = Changed(oriented(self.model.checkpoint, module, weight), total)
         return changed
 
     def _rounded(self, module: str, inputs: Inputs, gram: Gram) -> tuple[Codes, Float32, Float32 | None]:
         """The codes, the effective weight that the model has from now on, and what its bias gets."""
-        base, delta = self.checkpoint.dequantize(module), self._delta(module)
+        base, delta = self.model.checkpoint.dequantize(module), self._delta(module)
         trained = base + delta
         target = follow_target(trained, inputs, self.calibration.follow)
         if self.merged:
@@ -188,21 +183,21 @@ class _WriteBack:
 
     def _refitted(self, module: str, left: Float32, delta: Float32, gram: Gram) -> Float32:
         """What the branch adds from now on; `left`: what it should, `delta`: what it does as trained."""
-        adapter, weight = self.adapters[0] if self.asked.vectors else (None, 0.0)
-        if adapter is None or module not in adapter.vectors or self.projections is None:
+        adapter, weight = self.model.adapters[0] if self.asked.vectors else (None, 0.0)
+        if adapter is None or module not in adapter.vectors:
             return delta
         vectors, scale = adapter.vectors[module], np.float32(weight)
-        found = recover.refit(vectors, left / scale, self.projections, gram, self.asked.vectors)
+        found = recover.refit(vectors, left / scale, self.model.projections, gram, self.asked.vectors)
         self.refitted[module] = found
         inside = left.shape[1]
-        return scale * self.projections.delta(found.lambda_b, found.lambda_d, inside)
+        return scale * self.model.projections.delta(found.lambda_b, found.lambda_d, inside)
 
     def finish(self, progress: Progress) -> None:
         """Requantize what no text reached."""
         left = [module for module in self.grids if module not in self.done]
         for number, module in enumerate(left):
             progress("rounding", number, len(left))
-            weight = self.checkpoint.dequantize(module)
+            weight = self.model.checkpoint.dequantize(module)
             target = weight + self._delta(module) if self.merged else weight
             self._keep(module, self._codes(module, target, None))
 
@@ -217,11 +212,11 @@ class _WriteBack:
         self.done.add(module)
 
     def _delta(self, module: str) -> Float32:
-        linear = self.checkpoint.linears[module]
+        linear = self.model.checkpoint.linears[module]
         total = np.zeros(linear.shape, np.float32)
-        for adapter, weight in self.adapters:
-            if module in adapter.vectors and self.projections is not None:
+        for adapter, weight in self.model.adapters:
+            if module in adapter.vectors:
                 vectors = adapter.vectors[module]
-                delta = self.projections.delta(vectors.lambda_b, vectors.lambda_d, linear.in_features)
+                delta = self.model.projections.delta(vectors.lambda_b, vectors.lambda_d, linear.in_features)
                 total += np.float32(weight) * delta
         return total

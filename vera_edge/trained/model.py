@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vera_edge.adapters import vera as adapters_of
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.vera import Adapter, WeightedAdapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.overlay import Overlay
 from vera_edge.base.trained_as import TrainedAs
@@ -31,7 +31,7 @@ from vera_edge.trained.text_settings import with_text_settings
 if TYPE_CHECKING:
     from vera_edge.tasks.model_class import ModelClass
 
-Weighted = tuple[tuple[Adapter, float], ...]
+Weighted = tuple[WeightedAdapter, ...]
 _WEIGHT = ".weight"
 _SHOWN = 3
 
@@ -59,7 +59,7 @@ def read(
     name = tasks.class_of_all(checkpoint.config, [adapter for adapter, _ in found], files.pools)
     config = dict(checkpoint.config) if name == own else {**checkpoint.config, "architectures": [name]}
     view = checkpoint.overlaid(Overlay(config, files, notes=files.notes))
-    aligned = tuple((align(adapter, view), weight) for adapter, weight in found)
+    aligned = tuple(WeightedAdapter(align(adapter, view), weight) for adapter, weight in found)
     if name != own or _brings_new(view, aligned):
         view, aligned = _Fitting(view, aligned, name, own).fitted()
     brought = frozenset(name for adapter, _ in aligned for name in adapter.modules_to_save)
@@ -99,7 +99,9 @@ class _Fitting:
         where = str(self.view.path / "config.json")
         self.model: ModelClass = ModelClass(self.name, self.view.config, where)
         self.changed = self.name != self.own
-        self.adapters = tuple((self._as_stored(adapter), weight) for adapter, weight in self.adapters)
+        self.adapters = tuple(
+            WeightedAdapter(self._as_stored(adapter), weight) for adapter, weight in self.adapters
+        )
         self.brought = {
             name: tensor for adapter, _ in self.adapters for name, tensor in adapter.modules_to_save.items()
         }
@@ -241,7 +243,9 @@ class _Fitting:
                 placed = {key: tensor for key, tensor in placed.items() if key != name}
             elif _equal(placed[name], sources[source]):
                 placed = {key: tensor for key, tensor in placed.items() if key != name}
-                self.adapters = tuple((_without(adapter, name), weight) for adapter, weight in self.adapters)
+                self.adapters = tuple(
+                    WeightedAdapter(_without(adapter, name), weight) for adapter, weight in self.adapters
+                )
             else:
                 config["tie_word_embeddings"] = False
         return config, placed

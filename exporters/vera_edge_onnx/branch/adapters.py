@@ -42,7 +42,7 @@ def check(request: ExportRequest) -> None:
     vector_dtype(request)
     if request.plan.mode == "branch":
         names(request)
-    for adapter, _ in request.adapters if request.plan.mode == "branch" else ():
+    for adapter, _ in request.model.adapters if request.plan.mode == "branch" else ():
         trained = {
             name for name, saved in adapter.modules_to_save.items() if not _is_base(request, name, saved)
         }
@@ -53,7 +53,7 @@ def check(request: ExportRequest) -> None:
 
 
 def _is_base(request: ExportRequest, name: str, saved: RawTensor) -> bool:
-    tensors = request.checkpoint.tensors
+    tensors = request.model.checkpoint.tensors
     if name not in tensors or tensors[name].dtype not in FLOATS or saved.dtype not in FLOATS:
         return False
     return np.array_equal(tensors.float32(name), saved.float32())
@@ -61,20 +61,20 @@ def _is_base(request: ExportRequest, name: str, saved: RawTensor) -> bool:
 
 def sizes(request: ExportRequest) -> dict[str, int]:
     """Output features of every module that an adapter touches, in the order of their names."""
-    modules = sorted({module for adapter, _ in request.adapters for module in adapter.vectors})
-    return {module: request.checkpoint.linear(module).out_features for module in modules}
+    modules = sorted({module for adapter, _ in request.model.adapters for module in adapter.vectors})
+    return {module: request.model.checkpoint.linear(module).out_features for module in modules}
 
 
 def model_version(request: ExportRequest, layout: Sequence[Piece]) -> int:
     """The model version of every adapter that is packed for this export."""
-    return packing.model_version(base_digest(request), request.projections.digest, layout)
+    return packing.model_version(base_digest(request), request.model.projections.digest, layout)
 
 
 def base_digest(request: ExportRequest) -> str:
     """Of the base's tensors, and of those of an adapter's that a graph holds since the base lacks them."""
-    overlay = request.checkpoint.overlay
+    overlay = request.model.checkpoint.overlay
     whole = {} if overlay is None else overlay.digests
-    digest = request.checkpoint.digest
+    digest = request.model.checkpoint.digest
     return digest if not whole else sha256_bytes(canonical_json([digest, whole]))
 
 
@@ -86,7 +86,7 @@ def names(request: ExportRequest) -> list[str]:
     """
     found: list[str] = []
     branch = request.plan.mode == "branch"
-    for adapter, _ in request.adapters:
+    for adapter, _ in request.model.adapters:
         name, number = "default" if branch and not found else adapter.name, 1
         if branch and name in found:
             raise PlanError(f"two adapters are called {name}; rename the folder of one of them")
@@ -106,7 +106,7 @@ def write(request: ExportRequest, stage: Path, layout: Sequence[Piece]) -> dict[
     """One file for each adapter, name -> file within `stage`; the first is called default."""
     files: dict[str, str] = {}
     version, dtype = model_version(request, layout), vector_dtype(request)
-    for name, (adapter, weight) in zip(names(request), request.adapters, strict=True):
+    for name, (adapter, weight) in zip(names(request), request.model.adapters, strict=True):
         files[name] = f"adapters/{name}.onnx_adapter"
         packing.write(stage / files[name], packing.vectors(adapter, layout, weight, dtype), version)
     return files

@@ -22,7 +22,6 @@ from vera_edge.exporting.target import Export, ExportRequest
 from vera_edge.plans import plan as plans
 from vera_edge.reference.loading import config_of
 from vera_edge.storage.files import staged_folder
-from vera_edge.tasks import task as tasks
 from vera_edge_onnx import generated, options
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.decoder import configs, held
@@ -38,43 +37,36 @@ from vera_edge_onnx.weights.expanded import Shipped, ship
 MODEL = "onnx/model.onnx"
 
 
-class GenaiExporter:
-    """Decoders, through ONNX Runtime GenAI's model builder."""
+def export(request: ExportRequest, target: str, architecture: str) -> Export:
+    """Write `request.out`, whole or not at all: a decoder, through ONNX Runtime GenAI's model builder.
 
-    @property
-    def name(self) -> str:
-        return "genai"
-
-    def export(self, request: ExportRequest) -> Export:
-        """Write `request.out`, whole or not at all.
-
-        Raises TargetError when the model or the adapter can't be exported this way, PlanError on an option
-        that isn't known.
-        """
-        architecture = check(request)
-        branched = request.plan.mode == "branch"
-        with staged_folder(request.out, request.force) as stage:
-            with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
-                work = request.drawn or Path(scratch)
-                drawing, found, checked = _float_graph(request, architecture, work)
-                model = drawing.model
-                layout = groups.layout(found, adapters.sizes(request)) if branched else ()
-                shared, shipped = _weave(request, model, found)
-                model.metadata_props.update(describe(request))
-                apart = generated.save(request, stage, model, MODEL, shared, shipped)
-                configs.copy(work / "float", drawing.folder, stage, MODEL, quiet=branched)
-            files = adapters.write(request, stage, layout) if branched else {}
-            described = replace(facts(request, MODEL, files, layout), checked=checked.to_dict())
-            manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
-        return Export(
-            target=self.name,
-            folder=request.out,
-            model=request.out / MODEL,
-            size=manifest.size,
-            plan=request.plan,
-            adapters={name: request.out / file for name, file in files.items()},
-            notes=_notes(model),
-        )
+    Raises TargetError when the model or the adapter can't be exported this way, PlanError on an option
+    that isn't known.
+    """
+    check(request, target)
+    branched = request.plan.mode == "branch"
+    with staged_folder(request.out, request.force) as stage:
+        with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
+            work = request.drawn or Path(scratch)
+            drawing, found, checked = _float_graph(request, architecture, work)
+            model = drawing.model
+            layout = groups.layout(found, adapters.sizes(request)) if branched else ()
+            shared, shipped = _weave(request, model, found)
+            model.metadata_props.update(describe(request))
+            apart = generated.save(request, stage, model, MODEL, shared, shipped)
+            configs.copy(work / "float", drawing.folder, stage, MODEL, quiet=branched)
+        files = adapters.write(request, stage, layout) if branched else {}
+        described = replace(facts(request, MODEL, files, layout), checked=checked.to_dict())
+        manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
+    return Export(
+        target=target,
+        folder=request.out,
+        model=request.out / MODEL,
+        size=manifest.size,
+        plan=request.plan,
+        adapters={name: request.out / file for name, file in files.items()},
+        notes=_notes(model),
+    )
 
 
 def _notes(model: ir.Model) -> tuple[str, ...]:
@@ -88,36 +80,26 @@ def _notes(model: ir.Model) -> tuple[str, ...]:
     )
 
 
-def check(request: ExportRequest) -> str:
-    """The architecture's name; raises before any work is done when the request can't be met."""
-    checkpoint = request.checkpoint
+def check(request: ExportRequest, target: str) -> None:
+    """Raise before any work is done when the request can't be met."""
     if any(step.activations != plans.FLOAT for step in request.plan.steps):
         raise TargetError(
             "a decoder's int8 products round what they read by themselves (MatMulNBits at accuracy level 4); "
             "leave --activations out"
         )
-    name = tasks.architecture(checkpoint.config)
-    if not name:
-        raise TargetError(f"{checkpoint.path / 'config.json'} names no architecture to export")
-    if not tasks.is_decoder(name):
-        raise TargetError(
-            f"{name} isn't a decoder, and only decoders can be exported; merge the adapter "
-            "(vera-edge merge) and export the result with a tool that takes it"
-        )
-    options.check(request, "genai")
-    return name
+    options.check(request, target)
 
 
 def _float_graph(
     request: ExportRequest, architecture: str, work: Path
 ) -> tuple[Drawing, tuple[sites.Site, ...], Checked]:
     """The float32 graph, merged or the base's own; its linear layers; what it was compared on."""
-    checkpoint, adapted = request.checkpoint, adapters.sizes(request)
+    checkpoint, adapted = request.model.checkpoint, adapters.sizes(request)
     merged = request.plan.mode == "merged"
-    summed, projections = (request.adapters if merged else ()), request.projections
-    floats = plans.make(checkpoint, summed, "merged", "fp32", projections=projections)
+    summed = request.model if merged else replace(request.model, adapters=())
+    floats = plans.make(checkpoint, summed.adapters, "merged", "fp32", projections=summed.projections)
     if not (work / "float").is_dir():
-        merge.write(floats, checkpoint, summed, projections, work / "float", request.progress)
+        merge.write(floats, summed, work / "float", request.progress)
     copy = Checkpoint.open(work / "float")
     config = config_of(copy)
     shapes = {module: linear.shape for module, linear in copy.linears.items()}
@@ -172,7 +154,7 @@ def _weave(
             weaver.narrow_weight(site.node)
     dtypes, vectors = options.beside(request), adapters.vector_dtype(request)
     projections = dtypes.get(options.PROJECTIONS, "fp32")
-    branch.weave(weaver, inner, bases, adapted, request.projections, projections, vectors)
+    branch.weave(weaver, inner, bases, adapted, request.model.projections, projections, vectors)
     if ends is not None:
         head.store(weaver, ends, dtypes[options.HEAD], weights.head_block(plan))
     weights.set_accuracy(request, model)

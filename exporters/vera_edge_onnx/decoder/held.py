@@ -36,8 +36,8 @@ def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]
     shrinkable = _is_whole(drawing)
     lengths = parity.lengths_of(drawing.config, bounds, shrinkable)
     merged = request.plan.mode == "merged"
-    adapted = request.adapters if merged else request.adapters[:1]
-    reference = open_reference(request.checkpoint, adapted, request.projections)
+    adapted = request.model.adapters if merged else request.model.adapters[:1]
+    reference = open_reference(request.model.checkpoint, adapted, request.model.projections)
     _compare(drawing, reference if merged else reference.adapter_off(), lengths, found)
     if not merged:
         _compare_branch(request, drawing, reference, found)
@@ -56,7 +56,7 @@ def _compare_branch(
     graph = woven(request, drawing.model, found)
     branched = replace(drawing, model=graph, file="branched.onnx")
     save(graph, branched.path)
-    adapter, weight = request.adapters[0]
+    adapter, weight = request.model.adapters[0]
     layout = groups.layout(found, adapters.sizes(request))
     vectors = packing.vectors(adapter, layout, weight)
     lengths = parity.lengths_of(drawing.config, {})

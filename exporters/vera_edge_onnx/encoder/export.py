@@ -68,10 +68,10 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
         files = adapters.write(request, stage, layout) if branched else {}
         described = replace(facts(request, MODEL, files, layout, KIND), checked=checked.to_dict())
         manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
-    if task.takes_text and not request.checkpoint.files.has_vocabulary:
+    if task.takes_text and not request.model.checkpoint.files.has_vocabulary:
         notes = (
             *notes,
-            f"{request.checkpoint.path} holds no tokenizer, so a device can't read text with this",
+            f"{request.model.checkpoint.path} holds no tokenizer, so a device can't read text with this",
         )
     return Export(
         target=target,
@@ -87,7 +87,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
 def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Task:
     """The model's task; raises before any work is done when the request can't be met."""
     options.check(request, target)
-    task = drawing.task(architecture, str(request.checkpoint.config.get("model_type")))
+    task = drawing.task(architecture, str(request.model.checkpoint.config.get("model_type")))
     if task.half:
         _check_half(request, architecture)
     if task.name == "feature-extraction" and task.takes_text:
@@ -105,15 +105,15 @@ def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Ta
 
 def _check_pooling(request: ExportRequest) -> None:
     """Raise BundleError when the device couldn't make embeddings as the folder says (modules.json)."""
-    folder = request.checkpoint.files.folders.get(side_files.MODULES)
-    hidden = request.checkpoint.config.get("hidden_size")
+    folder = request.model.checkpoint.files.folders.get(side_files.MODULES)
+    hidden = request.model.checkpoint.config.get("hidden_size")
     if folder is not None:
         pooling.read(folder, hidden if type(hidden) is int else None)
 
 
 def _check_half(request: ExportRequest, architecture: str) -> None:
     """Raise TargetError when an adapter changes more than the encoder, which is all that is exported."""
-    for adapter, _ in request.adapters:
+    for adapter, _ in request.model.adapters:
         changed = [*adapter.vectors, *adapter.biases, *adapter.modules_to_save]
         if outside := next((name for name in changed if not _in_encoder(name)), None):
             raise TargetError(
@@ -130,10 +130,10 @@ def _float_graph(
     request: ExportRequest, task: drawing.Task, work: Path
 ) -> tuple[ir.Model, tuple[sites.Site, ...], Path]:
     """The float32 graph, its weights merged or the base's own; its linear layers; the float folder."""
-    checkpoint, adapted = request.checkpoint, adapters.sizes(request)
-    merged = request.adapters if request.plan.mode == "merged" else ()
-    floats = plans.make(checkpoint, merged, "merged", "fp32", projections=request.projections)
-    merge.write(floats, checkpoint, merged, request.projections, work / "float", request.progress)
+    checkpoint, adapted = request.model.checkpoint, adapters.sizes(request)
+    summed = request.model if request.plan.mode == "merged" else replace(request.model, adapters=())
+    floats = plans.make(checkpoint, summed.adapters, "merged", "fp32", projections=summed.projections)
+    merge.write(floats, summed, work / "float", request.progress)
     copy = Checkpoint.open(work / "float")
     request.progress("drawing the graph", 0, 1)
     model = drawing.draw(copy, task)
@@ -155,13 +155,13 @@ def _held(
     """What the float graph was compared on; raises TargetError when it isn't the model."""
     request.progress("comparing the graph with the model", 0, 1)
     merged = request.plan.mode == "merged"
-    adapted = request.adapters if merged else request.adapters[:1]
-    reference = open_reference(request.checkpoint, adapted, request.projections, task.auto_class)
+    adapted = request.model.adapters if merged else request.model.adapters[:1]
+    reference = open_reference(request.model.checkpoint, adapted, request.model.projections, task.auto_class)
     inside = reference.model.get_encoder() if task.half else reference.model
     held_to = (found, reference if merged else reference.adapter_off(), inside, architecture)
     checked = encoder_parity.compare(model, *held_to, work / "compared")
     if not merged:
-        adapter, weight = request.adapters[0]
+        adapter, weight = request.model.adapters[0]
         vectors = packing.vectors(adapter, groups.layout(found, adapters.sizes(request)), weight)
         branched = (found, reference, inside, architecture, work / "branched", vectors)
         encoder_parity.compare(parity.woven(request, model, found), *branched)
@@ -180,7 +180,7 @@ def _calibrated(
     reads = {step.activations for step in request.plan.steps}
     if reads == {plans.FLOAT}:
         return {}, ()
-    readable = task.takes_text and request.checkpoint.files.has_vocabulary
+    readable = task.takes_text and request.model.checkpoint.files.has_vocabulary
     if "static" not in reads and not readable:
         return {}, ("activations weren't calibrated: there is no tokenizer, or the model doesn't take text",)
     return ranges.of_text(request, model, found, layout, work)
@@ -207,7 +207,7 @@ def _weave(
     stored, vectors = weights.stored(request, found, seen), adapters.vector_dtype(request)
     shipped = ship(request, found, stored)
     projections = dtypes.get(options.PROJECTIONS, "fp32")
-    branch.weave(weaver, found, stored, adapted, request.projections, projections, vectors)
+    branch.weave(weaver, found, stored, adapted, request.model.projections, projections, vectors)
     by_row = any(step.activations != plans.FLOAT for step in plan.steps)
     embeddings.store(weaver, dtypes[options.HEAD], BLOCK, by_row)
     weights.set_accuracy(request, model)

@@ -41,11 +41,11 @@ def of_text(
     steps = {step.module: step for step in request.plan.steps}
     widths = {site.input.name or "": site.in_features for site in found if kind_of(site, steps) != FLOAT}
     names = sorted(widths)
-    texts = calibration_texts(request.checkpoint, request.text, _TOKENS)
+    texts = calibration_texts(request.model.checkpoint, request.text, _TOKENS)
     running = _session(request, model, found, names, work / "ranges" / "model.onnx")
     nothing = {name: np.full(width, np.inf, np.float32) for name, width in widths.items()}
     seen = {name: Seen(infinite, -infinite) for name, infinite in nothing.items()}
-    branched = request.adapters if layout else ()
+    branched = request.model.adapters if layout else ()
     sets = [packing.vectors(adapter, layout, weight) for adapter, weight in branched]
     for done, text in enumerate(texts):
         request.progress("calibrating", done, len(texts))
@@ -55,8 +55,8 @@ def of_text(
                 seen[name] = seen[name].with_values(array)
     if broken := [name for name, one in seen.items() if not one.finite]:
         raise DataError(
-            f"{request.checkpoint.path} computes NaN or infinity from {request.text} text ({broken[0]}), so "
-            "its activations have no range; check the model"
+            f"{request.model.checkpoint.path} computes NaN or infinity from {request.text} text "
+            f"({broken[0]}), so its activations have no range; check the model"
         )
     count = sum(len(text) for text in texts)
     return seen, (f"activations were calibrated on {count} tokens of {request.text} text",)

@@ -100,6 +100,6 @@ def _rows(request: ExportRequest, step: Step, part: Part, rows: Float32, levels:
     codes = request.requantized.get(step.module)
     if codes is None and not step.copies:
         return qdq.Rows.fitting(rows if levels is None else rows * levels)
-    made = request.checkpoint.load(step.module) if codes is None else codes.bnb8()
+    made = request.model.checkpoint.load(step.module) if codes is None else codes.bnb8()
     assert isinstance(made, Int8Weight)
     return qdq.Rows.of([Int8Weight(made.codes[part.start : part.stop], made.scales[part.start : part.stop])])

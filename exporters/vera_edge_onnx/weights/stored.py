@@ -69,7 +69,7 @@ def is_exact(request: ExportRequest, step: Step) -> bool:
     if step.activations != FLOAT or (stored != "fp32" and not step.copies):
         return False
     if stored in INTEGERS:
-        own = request.checkpoint.load(step.module) if request.options.get(ACCURACY) == "0" else None
+        own = request.model.checkpoint.load(step.module) if request.options.get(ACCURACY) == "0" else None
         return own is not None and _stays(own, step)
     return stored == "fp32" or stored in _BNB4
 
@@ -226,4 +226,4 @@ def four_bit(request: ExportRequest, step: Step, rows: Float32) -> Bnb4Weight:
 
 def _own(request: ExportRequest, step: Step) -> Weight | None:
     """The checkpoint's weight when it stays as it is stored."""
-    return request.checkpoint.load(step.module) if step.copies else None
+    return request.model.checkpoint.load(step.module) if step.copies else None

@@ -35,14 +35,14 @@ def test_codes_chosen_elsewhere_are_what_is_stored(
     name: str, options: dict[str, Any], tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     ready = merge.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)], name, options)
-    adapter, projections = ready.adapters[0][0], ready.projections
+    adapter, projections = ready.model.adapters[0][0], ready.model.projections
     codes = {}
     for step in ready.plan.steps:
         if step.result != name:
             continue
         vectors = adapter.vectors[step.module]
         delta = projections.delta(vectors.lambda_b, vectors.lambda_d, step.shape[1])
-        target = ready.checkpoint.dequantize(step.module) + delta
+        target = ready.model.checkpoint.dequantize(step.module) + delta
         codes[step.module] = requantize(target, _grid(name, step.options, step.shape[1]), "hqq")
     assert len(codes) == 14
     merge.perform(ready, tmp_path / "out", requantized=codes)

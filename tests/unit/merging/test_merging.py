@@ -27,7 +27,7 @@ from vera_edge import formats
 from vera_edge import merging as merge
 from vera_edge.adapters import vera as adapters
 from vera_edge.adapters.projection import Projections, ProjectionSpec, regenerate
-from vera_edge.adapters.vera import Adapter, Vectors
+from vera_edge.adapters.vera import Adapter, Vectors, WeightedAdapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, CheckpointError, MismatchError, OutputError, PlanError
 from vera_edge.plans import plan as plans
@@ -35,6 +35,7 @@ from vera_edge.reference.model import load_dense
 from vera_edge.rounding.weight_rounding import merge_to_folder
 from vera_edge.storage import tensors
 from vera_edge.storage.tensors import Float32
+from vera_edge.trained.trained_model import TrainedModel
 
 TOKENS = torch.arange(3, 63)[None] * 5 % 384
 FORMATS = ["fp32", "sharded", "fp16", "bf16", "nf4", "fp4", "int8"]
@@ -125,9 +126,9 @@ def test_every_target_loads_with_transformers(
     assert model.lm_head.weight is model.model.embed_tokens.weight
     if kind != "Linear4bit":  # whose CPU kernel can't run rows of 160 values in blocks of 64
         assert np.isfinite(logits(model)).all()
-    pairs = [(adapters.read(tiny_adapter), 1.0)]
+    model_as_trained = trained(Checkpoint.open(base), tiny_adapter)
     for module in ("model.layers.0.mlp.gate_proj", "model.layers.1.mlp.down_proj"):
-        exact = merge.merged_weight(Checkpoint.open(base), module, pairs, tiny_projections())
+        exact = merge.merged_weight(model_as_trained, module)
         assert np.abs(checkpoint.dequantize(module) - exact).max() <= 0.2 * np.abs(exact).max()
         held = model.get_submodule(module).weight.data.view(torch.uint8)
         assert held.numpy().tobytes() == checkpoint.tensors.read(f"{module}.weight").data.tobytes()
@@ -137,6 +138,10 @@ def tiny_projections() -> Projections:
     return regenerate(ProjectionSpec(31, 8, 160, 160))
 
 
+def trained(base: Checkpoint, adapter: Path) -> TrainedModel:
+    return TrainedModel(base, (WeightedAdapter(adapters.read(adapter), 1.0),), tiny_projections())
+
+
 @pytest.mark.parametrize("to", ["nf4", "fp4", "int8"])
 def test_quantized_values_are_those_bitsandbytes_would_store(
     tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, to: str
@@ -144,9 +149,8 @@ def test_quantized_values_are_those_bitsandbytes_would_store(
     base = Checkpoint.open(tiny_llama.fp32)
     merge.to_folder(tiny_llama.fp32, [(tiny_adapter, 1.0)], tmp_path / "out", to)
     state = load_file(tmp_path / "out" / "model.safetensors")
-    pairs = [(adapters.read(tiny_adapter), 1.0)]
     for module in base.linears:
-        exact = torch.from_numpy(merge.merged_weight(base, module, pairs, tiny_projections()))
+        exact = torch.from_numpy(merge.merged_weight(trained(base, tiny_adapter), module))
         if to == "int8":
             codes, scales, _ = bnb.int8_vectorwise_quant(exact)
             assert torch.equal(state[f"{module}.SCB"], scales)
@@ -293,12 +297,11 @@ def test_the_report_measures_what_its_formulas_say(
 ) -> None:
     base = Checkpoint.open(tiny_llama.nf4)
     report = merge.to_folder(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out")
-    pairs = [(adapters.read(tiny_adapter), 1.0)]
     out = Checkpoint.open(tmp_path / "out")
     sums = np.zeros(3)
     for layer in report.layers:
         weight = base.dequantize(layer.module).astype(np.float64)
-        merged = merge.merged_weight(base, layer.module, pairs, tiny_projections())
+        merged = merge.merged_weight(trained(base, tiny_adapter), layer.module)
         delta, rounded = merged - weight, out.dequantize(layer.module)
         squares = (delta**2).sum()
         kept, error = ((rounded - weight) * delta).sum(), ((rounded - merged) ** 2).sum()
@@ -361,10 +364,10 @@ def test_the_folder_is_an_ordinary_one(
     assert record["report"]["merged_layers"] == 14
     assert str(tmp_path) not in json.dumps(record) + card
     again = merge.prepare(tmp_path / "out", [(tiny_adapter, 1.0)])
-    assert any("by merging this very adapter" in note for note in again.notes)
+    assert any("by merging this very adapter" in note for note in again.model.notes)
     (tmp_path / "out" / "vera_edge_merge.json").write_text("[")
     again = merge.prepare(tmp_path / "out", [(tiny_adapter, 1.0)])
-    assert not any("by merging this very adapter" in note for note in again.notes)
+    assert not any("by merging this very adapter" in note for note in again.model.notes)
 
 
 @pytest.mark.parametrize("limit", [1 << 40, 50_000])
@@ -372,9 +375,8 @@ def test_the_same_inputs_give_the_same_bytes(
     tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, limit: int
 ) -> None:
     ready = merge.prepare(tiny_llama.sharded, [(tiny_adapter, 1.0)], "nf4", {"double_quant": True})
-    facts = (ready.plan, ready.checkpoint, ready.adapters, ready.projections)
     for name in ("one", "two"):
-        merge.write(*facts, tmp_path / name, max_shard_bytes=limit)
+        merge.write(ready.plan, ready.model, tmp_path / name, max_shard_bytes=limit)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert ("model.safetensors.index.json" in files) is (limit == 50_000)
     for name in files:
@@ -429,7 +431,10 @@ def test_the_merged_forward_is_the_branch_forward(
     """h = W x + sum_i w_i diag(b_i) B diag(d_i) A x, for projections larger than the layer too."""
     checkpoint = synthetic(tmp_path_factory.mktemp("made"), out, inside)
     module = "layers.0.fc"
-    pairs = [(made_adapter(Path("a"), [module], out, rank, n), weight) for n, weight in enumerate(weights)]
+    pairs = tuple(
+        WeightedAdapter(made_adapter(Path("a"), [module], out, rank, n), weight)
+        for n, weight in enumerate(weights)
+    )
     projections = regenerate(ProjectionSpec(3, rank, inside + 5, out + 3))
     x = np.random.default_rng(1).standard_normal((inside, 4))
     branch = checkpoint.dequantize(module).astype(np.float64) @ x
@@ -437,7 +442,7 @@ def test_the_merged_forward_is_the_branch_forward(
         pair = adapter.vectors[module]
         inner = pair.lambda_d[:, None] * (projections.a[:, :inside].astype(np.float64) @ x)
         branch += weight * pair.lambda_b[:, None] * (projections.b[:out] @ inner)
-    merged = merge.merged_weight(checkpoint, module, pairs, projections) @ x
+    merged = merge.merged_weight(TrainedModel(checkpoint, pairs, projections), module) @ x
     assert np.abs(merged - branch).max() <= 1e-5 * max(1.0, np.abs(branch).max())
 
 
@@ -457,7 +462,7 @@ def test_the_base_is_read_once(
     monkeypatch.setattr(tensors, "_read", counted)
     report = merge.perform(ready, tmp_path / "out")
     assert report.warning is None, "a warning tries some layers again"
-    assert read == {name: info.nbytes for name, info in ready.checkpoint.tensors.items()}
+    assert read == {name: info.nbytes for name, info in ready.model.checkpoint.tensors.items()}
     assert report.base_digest == Checkpoint.open(tiny_llama.bf16).digest
 
 
@@ -466,10 +471,11 @@ def test_no_more_than_one_tensor_is_in_memory(tmp_path: Path) -> None:
     checkpoint = synthetic(tmp_path / "base", 2048, 2048, layers=6)
     adapter = made_adapter(Path("a"), list(checkpoint.linears), 2048, 4)
     projections = regenerate(ProjectionSpec(3, 4, 2048, 2048))
-    plan = plans.make(checkpoint, [(adapter, 1.0)], weights="nf4", projections=projections)
+    model = TrainedModel(checkpoint, (WeightedAdapter(adapter, 1.0),), projections)
+    plan = plans.make(checkpoint, model.adapters, weights="nf4", projections=projections)
     tracemalloc.start()
     try:
-        merge.write(plan, checkpoint, [(adapter, 1.0)], projections, tmp_path / "out")
+        merge.write(plan, model, tmp_path / "out")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -551,7 +557,7 @@ class TestRefused:
         self, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
     ) -> None:
         ready = merge.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)])
-        rest = (ready.checkpoint, ready.adapters, ready.projections, tmp_path / "out")
+        rest = (ready.model, tmp_path / "out")
         with pytest.raises(MismatchError, match="another base"):
             merge.write(dataclasses.replace(ready.plan, base="0"), *rest)
         with pytest.raises(MismatchError, match="other adapters or weights"):

@@ -21,7 +21,7 @@ from scripts.soak_merge import Merge, contents, soak
 from tests import tiny
 from vera_edge import merging as merge
 from vera_edge.adapters.projection import ProjectionSpec, regenerate
-from vera_edge.adapters.vera import Adapter, Vectors
+from vera_edge.adapters.vera import Adapter, Vectors, WeightedAdapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, OutputError, PlanError
 from vera_edge.merging import Resources, executor, memory, stage, units, work
@@ -31,6 +31,7 @@ from vera_edge.merging.measure import Survival
 from vera_edge.merging.report import LayerReport
 from vera_edge.parallel import Engine
 from vera_edge.plans import plan as plans
+from vera_edge.trained.trained_model import TrainedModel
 
 TWO = Resources(Engine(workers=2))
 
@@ -142,7 +143,7 @@ def test_a_base_that_changed_under_a_run(
     stop_after(ready, tmp_path / "out", count(ready) - 1)
     assert len(units_done) == count(ready) - 1
     changed = [unit.names[0] for unit in _units(ready)][:2]
-    _overwrite(ready.checkpoint, changed)
+    _overwrite(ready.model.checkpoint, changed)
     units_done.clear()
     report = merge.perform(ready, tmp_path / "out")
     assert len(units_done) == 3
@@ -196,7 +197,7 @@ def count(ready: merge.Prepared) -> int:
 
 
 def _units(ready: merge.Prepared) -> list[units.Unit]:
-    return cut(ready.plan, ready.checkpoint, ready.adapters, ready.projections, {})[0]
+    return cut(ready.plan, ready.model, {})[0]
 
 
 @pytest.mark.parametrize("cut", [1, 7, 100, -1])
@@ -379,9 +380,9 @@ class TestMemory:
         vectors = Vectors(weight[0], weight[1, :64].copy())
         adapter = Adapter(tmp_path, "a", None, 64, 7, {"layers.0.fc": vectors}, None, {}, {}, {}, None, "0")
         projections = regenerate(ProjectionSpec(3, 64, 1024, 1024))
-        pairs = ((adapter, 1.0),)
-        plan = plans.make(checkpoint, pairs, weights=to, projections=projections)
-        job = work.Job("key", plan, checkpoint, pairs, projections, {}, tmp_path / "out", 1 << 30)
+        model = TrainedModel(checkpoint, (WeightedAdapter(adapter, 1.0),), projections)
+        plan = plans.make(checkpoint, model.adapters, weights=to, projections=projections)
+        job = work.Job("key", plan, model, {}, tmp_path / "out", 1 << 30)
         (tmp_path / "out").mkdir()
         job.shards.create()
         (unit,) = job.units

@@ -15,12 +15,13 @@ from safetensors.torch import save_file
 from tests import tiny
 from vera_edge.adapters import vera as adapters
 from vera_edge.adapters.projection import Projections, ProjectionSpec, regenerate
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.vera import Adapter, WeightedAdapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError, PlanError
 from vera_edge.plans import plan as plans
 from vera_edge.plans.plan import Plan
 from vera_edge.storage.tensors import RawTensor
+from vera_edge.trained.trained_model import check_projections
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +167,13 @@ class TestRefused:
     def test_projections_that_differ(self, adapter: Adapter) -> None:
         spec = ProjectionSpec(31, 8, 160, 160)
         first, rounded = regenerate(spec), regenerate(dataclasses.replace(spec, rounding="bfloat16"))
-        pairs = [(adapter, 1.0), (adapter, 1.0)]
+        pairs = [WeightedAdapter(adapter, 1.0)] * 2
         with pytest.raises(MismatchError, match=r"differ in rounding \(float32 and bfloat16\)"):
-            plans.check_projections(pairs, [first, rounded])
+            check_projections(pairs, [first, rounded])
         edited = Projections(spec, first.a + np.float32(1), first.b)
         with pytest.raises(MismatchError, match="differ in their saved values"):
-            plans.check_projections(pairs, [first, edited])
-        assert plans.check_projections(pairs, [first, regenerate(spec)]) is first
+            check_projections(pairs, [first, edited])
+        assert check_projections(pairs, [first, regenerate(spec)]) is first
 
     @pytest.mark.parametrize(
         "change",

@@ -233,7 +233,7 @@ def test_a_sensitivity_is_that_of_a_plain_forward(
     tokens = [draw.integers(3, tiny.VOCABULARY, 40) for _ in range(2)]
     names = [f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 1) for part in ("up", "down")]
     replay = Replay(trained_model(ready), [name.removesuffix(".weight") for name in names], tokens)
-    reference = open_reference(ready.checkpoint, ready.adapters, ready.projections)
+    reference = open_reference(ready.model.checkpoint, ready.model.adapters, ready.model.projections)
     model = trained_model(ready)
     for name in [*names, "model.embed_tokens.weight", names[0]]:
         changed = model.get_parameter(name).data.clone()

@@ -52,8 +52,7 @@ def test_a_bias_brings_every_mean_output_to_the_trained_one(
     store = CodesFolder(tmp_path)
     grids = dict.fromkeys(modules, int_blocks(4, 32, symmetric=False))
     calibration = Calibration(WINDOWS, recover=("low-rank=2", "bias"))
-    facts = (ready.checkpoint, ready.adapters, ready.projections, grids, calibration, store.put)
-    won = write_back(*facts)
+    won = write_back(ready.model, grids, calibration, store.put)
     assert set(won.corrections) == set(modules) and not won.vectors
     for module in modules:
         linear, found = corrected.get_submodule(module), won.corrections[module]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests import tiny
 from vera_edge import merging
+from vera_edge.adapters.projection import ProjectionSpec, regenerate
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import DataError, MismatchError, PlanError
 from vera_edge.reference.calibration import Inputs
@@ -22,6 +23,7 @@ from vera_edge.requantize import Codes, CodesFolder, Effort, bnb_grid, int_block
 from vera_edge.rounding.weight_rounding import Rounding, default_method, merge_to_folder
 from vera_edge.rounding.writeback import Calibration, write_back
 from vera_edge.text.windows import open_tokenizer
+from vera_edge.trained.trained_model import TrainedModel
 
 WINDOWS = [np.random.default_rng(seed).integers(3, 380, 64) for seed in range(24)]
 
@@ -89,6 +91,11 @@ def test_transformers_and_bitsandbytes_load_what_was_written(
     assert any("gptq" in note for note in record["report"]["notes"])
 
 
+def alone(checkpoint: Checkpoint) -> TrainedModel:
+    """A base without adapters, whose projections nothing reads."""
+    return TrainedModel(checkpoint, (), regenerate(ProjectionSpec(0, 1, 1, 1)))
+
+
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("follow", [0.0, 0.5])
 def test_the_walk_requantizes_what_the_plain_function_does(
@@ -100,7 +107,7 @@ def test_the_walk_requantizes_what_the_plain_function_does(
     found: dict[str, Codes] = {}
     calibration = Calibration(WINDOWS, sees="inputs", follow=follow)
     grids = dict.fromkeys(modules, int_blocks(4, 32, symmetric=False))
-    write_back(checkpoint, [], None, grids, calibration, found.__setitem__, merged)
+    write_back(alone(checkpoint), grids, calibration, found.__setitem__, merged)
     assert found.keys() == set(modules)
     model = load_dense(checkpoint).eval()
     seen: list[torch.Tensor] = []
@@ -110,18 +117,18 @@ def test_the_walk_requantizes_what_the_plain_function_does(
     x = torch.cat(seen).detach().numpy()
     assert len(logits_of) == len(seen)
     damp = Inputs((module,), x.T @ x, len(x)).damp
-    alone = requantize(checkpoint.dequantize(module), grids[module], "gptq", x.T @ x, Effort(damp=damp))
-    assert (alone.codes == found[module].codes).mean() > 0.98
+    by_itself = requantize(checkpoint.dequantize(module), grids[module], "gptq", x.T @ x, Effort(damp=damp))
+    assert (by_itself.codes == found[module].codes).mean() > 0.98
 
 
 def test_modules_that_text_never_reaches_are_rounded_all_the_same(tiny_llama: tiny.TinyLlama) -> None:
     checkpoint = Checkpoint.open(tiny_llama.nf4)
     grids = dict.fromkeys(list(checkpoint.linears)[:3], bnb_grid("nf4"))
     found: dict[str, Codes] = {}
-    write_back(checkpoint, [], None, grids, Calibration((), "hqq"), found.__setitem__)
+    write_back(alone(checkpoint), grids, Calibration((), "hqq"), found.__setitem__)
     assert found.keys() == grids.keys()
     with pytest.raises(MismatchError, match="no linear layer"):
-        write_back(checkpoint, [], None, {"a.b": bnb_grid("nf4")}, Calibration(()), found.__setitem__)
+        write_back(alone(checkpoint), {"a.b": bnb_grid("nf4")}, Calibration(()), found.__setitem__)
 
 
 @pytest.mark.parametrize("grid", [bnb_grid("nf4"), int_blocks(4, 32, symmetric=False)])
@@ -158,7 +165,7 @@ def test_later_layers_make_up_for_earlier_ones(tiny_llama: tiny.TinyLlama) -> No
     errors = []
     for follow in (0.0, 1.0):
         found: dict[str, Codes] = {}
-        write_back(checkpoint, [], None, grids, Calibration(WINDOWS, follow=follow), found.__setitem__)
+        write_back(alone(checkpoint), grids, Calibration(WINDOWS, follow=follow), found.__setitem__)
         model = load_dense(checkpoint).eval()
         truth = logits(model, tiny_llama.fp32)
         for name, codes in found.items():

@@ -348,9 +348,8 @@ def test_a_job_survives_being_pickled(roberta: tuple[Trained, Path, Path], tmp_p
 
     _, base, adapter = roberta
     ready = merge.prepare(base, [(adapter, 1.0)], "fp32")
-    facts = (ready.plan, ready.checkpoint, ready.adapters, ready.projections)
-    job = pickle.loads(pickle.dumps(Job("key", *facts, {}, tmp_path, 1 << 30)))
-    assert job.checkpoint.config == ready.checkpoint.config
+    job = pickle.loads(pickle.dumps(Job("key", ready.plan, ready.model, {}, tmp_path, 1 << 30)))
+    assert job.model.checkpoint.config == ready.model.checkpoint.config
     assert [unit.layout for unit in job.units] == [
-        unit.layout for unit in Job("k", *facts, {}, tmp_path, 1).units
+        unit.layout for unit in Job("k", ready.plan, ready.model, {}, tmp_path, 1).units
     ]

@@ -244,7 +244,7 @@ def test_several_adapters_are_assumed_of_once(
     other = tmp_path / "other"
     tiny.make_adapter(tiny_llama.fp32, other, vectors_seed=6)
     ready = merge.prepare(tiny_llama.fp32, [(adapter, 1.0), (other, 0.5)])
-    assert ready.notes.count(ASSUMED) == 1
+    assert ready.model.notes.count(ASSUMED) == 1
 
 
 @pytest.mark.parametrize("told", [{"bnb_4bit_compute_dtype": "float64"}, {"llm_int8_skip_modules": ["a,b"]}])
@@ -283,7 +283,6 @@ def test_a_worker_opens_the_base_as_it_was_loaded(
     from vera_edge.merging.work import Job
 
     ready = merge.prepare(tiny_llama.fp32, [(adapter, 1.0)], trained_as=parse("fp4,dtype=bf16"))
-    facts = (ready.plan, ready.checkpoint, ready.adapters, ready.projections)
-    sent: Job = pickle.loads(pickle.dumps(Job("key", *facts, {}, tmp_path, 1 << 30)))
-    assert sent.checkpoint.layout_digest == ready.checkpoint.layout_digest
-    assert dataclasses.replace(sent.checkpoint, path=tmp_path).trained_as == parse("fp4,dtype=bf16")
+    sent: Job = pickle.loads(pickle.dumps(Job("key", ready.plan, ready.model, {}, tmp_path, 1 << 30)))
+    assert sent.model.checkpoint.layout_digest == ready.model.checkpoint.layout_digest
+    assert dataclasses.replace(sent.model.checkpoint, path=tmp_path).trained_as == parse("fp4,dtype=bf16")

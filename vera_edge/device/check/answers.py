@@ -31,17 +31,6 @@ def kind(problem_type: object, width: int) -> str:
     return VALUES if problem_type == "regression" or width == 1 else CLASS
 
 
-def label_divergence(reference: Array, candidate: Array) -> Float64:
-    """KL divergence (n,) in nats of labels (n, labels), all independent of each other."""
-    ours, theirs = reference.astype(np.float64), candidate.astype(np.float64)
-    found = np.zeros(len(ours))
-    for sign in (1.0, -1.0):  # that it holds, and that it doesn't
-        log_p, log_q = (-np.logaddexp(0.0, -sign * logits) for logits in (ours, theirs))
-        found += (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
-    divergence: Float64 = np.maximum(found, 0.0)
-    return divergence
-
-
 def same_labels(reference: Array, candidate: Array) -> npt.NDArray[np.bool_]:
     """Which labels (n, labels) hold under both or neither, at a probability of a half."""
     return (reference > 0) == (candidate > 0)

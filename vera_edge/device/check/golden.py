@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.device.runtime.chat import Text
+from vera_edge.divergence import kl_of_listed, log_softmax
 from vera_edge.errors import BundleError, DataError
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import canonical_json, read_json
@@ -210,24 +211,6 @@ def compare(case: Case, start: int, logits: Array) -> Divergence:
         log_q = log_softmax(logits[part])
         if not np.isfinite(log_q).all():
             raise DataError(f"the model gives NaN or infinity at position {start + at} of a golden case")
-        kl[part] = _kl(log_p[part], np.take_along_axis(log_q, ids[part], axis=1))
+        kl[part] = kl_of_listed(log_p[part], np.take_along_axis(log_q, ids[part], axis=1))
         same[part] = log_q.argmax(axis=1) == ids[part, 0]
     return Divergence(kl, same)
-
-
-def _kl(log_p: Float64, log_q: Float64) -> Float64:
-    """sum p (ln p - ln q) over the k listed tokens and the rest taken as one; shapes (m, k) -> (m,)."""
-    p, q = np.exp(log_p), np.exp(log_q)
-    # Log-probabilities are rounded to 5 decimals, so the rest may come out a little below nothing.
-    rest_p = np.maximum(1 - p.sum(axis=1), 1e-9)
-    rest_q = np.maximum(1 - q.sum(axis=1), 1e-9)
-    total: Float64 = (p * (log_p - log_q)).sum(axis=1) + rest_p * (np.log(rest_p) - np.log(rest_q))
-    return np.maximum(total, 0)
-
-
-def log_softmax(logits: Array) -> Float64:
-    """Log-probabilities (m, vocab) in float64."""
-    values = logits.astype(np.float64)
-    values -= values.max(axis=1, keepdims=True)
-    values -= np.log(np.exp(values).sum(axis=1, keepdims=True))
-    return values

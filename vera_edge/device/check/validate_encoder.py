@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vera_edge import divergence
 from vera_edge.device.check import answers, checks, golden_encoder
 from vera_edge.device.check.checks import Check, Held
-from vera_edge.device.check.golden import log_softmax
 from vera_edge.device.check.golden_encoder import Case, Float32
 from vera_edge.device.runtime.encoder import CLASSES, EMBEDDINGS, Encoder
 from vera_edge.errors import BundleError, DataError
@@ -119,13 +119,12 @@ def _figures(kind: str, theirs: Float32, ours: Float32) -> dict[str, float]:
             "rank_correlation": float(np.min(ranks)),
         }
     if kind == answers.LABELS:
-        divergence = answers.label_divergence(theirs, ours)
+        kl = divergence.kl_of_labels(theirs, ours)
         same = answers.same_labels(theirs, ours).all(axis=1)
     else:
-        log_p, log_q = log_softmax(theirs), log_softmax(ours)
-        divergence = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+        kl = divergence.kl(divergence.log_softmax(theirs), divergence.log_softmax(ours))
         same = ours.argmax(axis=1) == theirs.argmax(axis=1)
-    return {"kl": float(divergence.mean()), "same_top1": float(same.mean())}
+    return {"kl": float(kl.mean()), "same_top1": float(same.mean())}
 
 
 def _cosine(ours: Float32, theirs: Float32) -> Float32:

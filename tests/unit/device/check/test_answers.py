@@ -9,6 +9,7 @@ import scipy.special
 import scipy.stats
 
 from vera_edge.device.check import answers
+from vera_edge.divergence import kl_of_labels
 
 Float32 = npt.NDArray[np.float32]
 
@@ -44,12 +45,12 @@ def test_labels_diverge_as_torchs_bernoullis_do() -> None:
     reference, candidate = logits(5)
     p, q = (Bernoulli(logits=torch.from_numpy(side).double()) for side in (reference, candidate))
     truth = kl_divergence(p, q).sum(1).numpy()
-    np.testing.assert_allclose(answers.label_divergence(reference, candidate), truth, rtol=1e-9)
+    np.testing.assert_allclose(kl_of_labels(reference, candidate), truth, rtol=1e-9)
     decided = scipy.special.expit(reference) > 0.5
     same = decided == (scipy.special.expit(candidate) > 0.5)
     np.testing.assert_array_equal(answers.same_labels(reference, candidate), same)
     far = np.full((1, 2), 800, np.float32)
-    assert np.isfinite(answers.label_divergence(far, -far)).all()
+    assert np.isfinite(kl_of_labels(far, -far)).all()
 
 
 def test_errors_are_in_units_of_the_references_deviation() -> None:

@@ -16,6 +16,7 @@ from tests import tiny
 from tests.tiny_bundle import TinyBundles, TorchRunner
 from vera_edge.device.check import golden
 from vera_edge.device.runtime.chat import Text
+from vera_edge.divergence import log_softmax
 from vera_edge.errors import BundleError, DataError
 from vera_edge.measuring import metrics
 
@@ -64,7 +65,7 @@ def test_it_reads_back_to_five_decimals(made: golden.Golden, tmp_path: Path) -> 
 
 
 def case_of(logits: np.ndarray, k: int) -> golden.Case:
-    log_p = golden.log_softmax(logits)
+    log_p = log_softmax(logits)
     ids = np.argsort(-log_p, axis=1)[:, :k]
     tokens = np.zeros(len(logits), np.int64)
     return golden.Case(None, tokens, 1, ids, np.take_along_axis(log_p, ids, axis=1))

@@ -1,7 +1,0 @@
-"""ONNX Runtime GenAI target: decoders."""
-
-from __future__ import annotations
-
-from vera_edge_onnx.decoder.export import GenaiExporter
-
-EXPORTER = GenaiExporter()

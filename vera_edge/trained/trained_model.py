@@ -1,0 +1,115 @@
+"""What was trained, as one value: a base, the adapters on it, and the projections they share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vera_edge.adapters.projection import Projections
+from vera_edge.adapters.vera import Adapter, WeightedAdapter
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.base.trained_as import TrainedAs
+from vera_edge.errors import MismatchError, PlanError
+from vera_edge.trained import model, provenance
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedModel:
+    """A base and the adapters that were trained on it: the inputs of every merge, export and measurement.
+
+    checkpoint: the base, its linears by the names that `adapters` have for them. adapters: at least one for a
+    merge or an export; none where the base alone is meant. projections: A and B, which all adapters share.
+    notes: sentences for a person to read, on what was found or assumed.
+    """
+
+    checkpoint: Checkpoint
+    adapters: tuple[WeightedAdapter, ...]
+    projections: Projections
+    notes: tuple[str, ...] = ()
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders it is read from."""
+        return (self.checkpoint.path, *(adapter.path for adapter, _ in self.adapters))
+
+
+def open_model(
+    base: Path | Checkpoint,
+    adapters: Sequence[tuple[Path, float]],
+    projection_dtype: str | None = None,
+    trained_as: TrainedAs | None = None,
+    tokenizer: Path | None = None,
+) -> TrainedModel:
+    """Read a base and adapters (folders, each with its weight) as the one model that was trained.
+
+    projection_dtype: see `provenance.resolve`. trained_as: how the base in a folder was loaded in training.
+    tokenizer: a folder whose tokenizer is taken, instead of the adapters' or the base's.
+    Reads no weight of the base. Raises a VeraEdgeError in one sentence when an input is at fault.
+    """
+    checkpoint, read = model.read(base, adapters, tokenizer, trained_as)
+    check_together(read)
+    sources = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    projections = check_projections(read, [source.projections for source in sources])
+    notes = [note for source in sources for note in (source.how, *source.notes)]
+    return TrainedModel(checkpoint, read, projections, tuple(dict.fromkeys([*notes, *checkpoint.notes])))
+
+
+def check_together(adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """Raise unless the adapters, each with its weight, can be summed on one base.
+
+    Their projections must be the same: rank and seed are compared here, the values where they're known
+    (`check_projections`). Raises PlanError or MismatchError, saying which field differs.
+    """
+    for adapter, weight in adapters:
+        if not math.isfinite(weight):
+            raise PlanError(f"the weight of {adapter.path} is {weight}; give a finite number")
+        if weight != 1 and (adapter.biases or adapter.modules_to_save):
+            raise PlanError(
+                f"{adapter.path} also replaces whole tensors ({_replaced(adapter)[0]}), which can't be "
+                "weighted; give it weight 1"
+            )
+    for other, _ in adapters[1:]:
+        first = adapters[0][0]
+        for what, ours, theirs in (
+            ("rank", first.rank, other.rank),
+            ("projection seed", first.seed, other.seed),
+        ):
+            if ours != theirs:
+                raise MismatchError(
+                    f"{first.path} and {other.path} differ in their {what} ({ours} and {theirs}), so they "
+                    "don't share projections; merge them one after the other"
+                )
+    taken: dict[str, Adapter] = {}
+    for adapter, _ in adapters:
+        for name in _replaced(adapter):
+            if name in taken:
+                raise MismatchError(
+                    f"{taken[name].path} and {adapter.path} both replace {name}; merge only one"
+                )
+            taken[name] = adapter
+
+
+def _replaced(adapter: Adapter) -> list[str]:
+    return sorted([*(f"{module}.bias" for module in adapter.biases), *adapter.modules_to_save])
+
+
+def check_projections(
+    adapters: Sequence[tuple[Adapter, float]], projections: Sequence[Projections]
+) -> Projections:
+    """The projections that all adapters share; `projections` in the adapters' order.
+
+    Raises MismatchError when they don't share them, saying which field of the spec differs.
+    """
+    first = projections[0]
+    for (adapter, _), other in zip(adapters[1:], projections[1:], strict=True):
+        if other.digest == first.digest:
+            continue
+        ours, theirs = first.spec.to_dict(), other.spec.to_dict()
+        fields = [f"{key} ({ours[key]} and {theirs[key]})" for key in ours if ours[key] != theirs[key]]
+        raise MismatchError(
+            f"{adapters[0][0].path} and {adapter.path} don't share projections: they differ in "
+            f"{', '.join(fields) or 'their saved values'}; merge them one after the other"
+        )
+    return first
