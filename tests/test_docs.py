@@ -6,6 +6,9 @@ In the README's recipes `model`, `adapter` and `text.txt` stand for the reader's
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
 import re
 import shlex
 import shutil
@@ -18,6 +21,7 @@ from pathlib import Path
 import click
 import pytest
 
+import vera_edge
 from scripts.bench_drift_table import MARKS, PAGE
 from tests import tiny
 from vera_edge.cli import COMMANDS, main
@@ -114,6 +118,20 @@ def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
         if re.match(r"[a-z]+:|#", target):
             continue
         assert (page.parent / target.split("#")[0]).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_the_pages_imports_and_calls_what_there_is(page: Path) -> None:
+    for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language != "python" or "import" not in block or ">>>" in block:
+            continue
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "vera_edge":
+                for alias in node.names:
+                    there = hasattr(importlib.import_module(str(node.module)), alias.name)
+                    assert there or importlib.util.find_spec(f"{node.module}.{alias.name}"), alias.name
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "vera_edge":
+                assert node.attr in vera_edge.__all__, node.attr
 
 
 def test_scripts_named_in_the_pages_exist() -> None:

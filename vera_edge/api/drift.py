@@ -81,8 +81,8 @@ def drift(
         MismatchError: the two don't belong together.
         DataError: the text can't be used.
         PlanError: a limit isn't known or can't be held.
-        AdapterError, CheckpointError, BundleError: an input can't be read. A limit that is broken isn't
-        an error: see `passed`.
+        AdapterError, CheckpointError, BundleError: an input can't be read.
+            A limit that is broken isn't an error: see `passed`.
 
     Example:
         >>> report = vera_edge.drift("adapter", "bundle", base="base", tokens=1024, window=64)

@@ -115,8 +115,12 @@ def out() -> Console:
 
 
 def err() -> Console:
-    """The console for talk (stderr)."""
-    return Console(stderr=True, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
+    """The console for talk (stderr): that of the bar while one is drawn, so that lines come above it."""
+    return (
+        _drawing[-1]
+        if _drawing
+        else Console(stderr=True, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
+    )
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -162,6 +166,18 @@ class _Speed(TransferSpeedColumn):
         return super().render(task) if task.description in self._names else Text()
 
 
+_drawing: list[Console] = []
+
+
+@contextmanager
+def _drawn_on(console: Console) -> Iterator[None]:
+    _drawing.append(console)
+    try:
+        yield
+    finally:
+        _drawing.pop()
+
+
 @contextmanager
 def progress_bar(quiet: bool = False, in_bytes: Collection[str] = ()) -> Iterator[progress_protocol.Progress]:
     """A Progress drawn on stderr while the block runs; nothing when stderr isn't a terminal or `quiet`.
@@ -179,7 +195,7 @@ def progress_bar(quiet: bool = False, in_bytes: Collection[str] = ()) -> Iterato
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with _drawn_on(console), Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int) -> None:

@@ -105,10 +105,10 @@ def options(command: click.Command) -> set[str]:
 @pytest.mark.parametrize(("words", "command"), [pytest.param(*each, id=each[0]) for each in commands()])
 def test_a_function_takes_what_its_command_takes(words: str, command: click.Command) -> None:
     function = getattr(vera_edge, FUNCTIONS.get(words, words))
-    taken = inspect.signature(function).parameters
+    taken = dict(inspect.signature(function).parameters)
     asked = {name for name in options(command) - OF_THE_TERMINAL if (words, name) not in OTHERWISE}
     if words == "run":  # how text is generated is asked of what was opened
-        taken = {**taken, **inspect.signature(vera_edge.Session.generate).parameters}
+        taken |= inspect.signature(vera_edge.Session.generate).parameters
         asked = {{"template_arg": "template_args"}.get(name, name) for name in asked} - {"system"}
     assert asked <= set(taken)
     for name, parameter in taken.items():
