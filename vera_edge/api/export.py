@@ -16,12 +16,12 @@ from vera_edge.api.arguments import (
 )
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.exporting import target as targets
-from vera_edge.exporting.target import WEIGHTS, Export
+from vera_edge.exporting.target import Export
 from vera_edge.plans.plan import Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.rounding.weight_rounding import Rounding
 
-__all__ = ["WEIGHTS", "Export", "export"]
+__all__ = ["Export", "export"]
 
 
 def export(

@@ -15,14 +15,12 @@ from vera_edge.api.arguments import (
     weighted,
 )
 from vera_edge.base.trained_as import TrainedAs
-from vera_edge.precision import FORMATS, Request, parse_ratio
+from vera_edge.precision import Request, parse_ratio
 from vera_edge.precision.choice import Choice
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import canonical_json, check_output, write_atomic
 
-__all__ = ["FORMATS", "TOKENS", "Choice", "plan"]
-
-TOKENS = Request.tokens
+__all__ = ["Choice", "plan"]
 
 
 def plan(
@@ -37,7 +35,7 @@ def plan(
     target: str = "onnx",
     formats: Sequence[str] = ("int4", "int8"),
     data: StrPath | None = None,
-    tokens: int = TOKENS,
+    tokens: int = Request.tokens,
     export: StrPath | None = None,
     method: str | None = None,
     calibration: StrPath = BUILT_IN,

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 import vera_edge
-from vera_edge.api.export import WEIGHTS
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
@@ -29,6 +28,7 @@ from vera_edge.cli.show import (
 )
 
 STORED = ("fp32", "fp16", "int8", "int4")
+WEIGHTS = ("same", *STORED, "int2", "nf4", "fp4")
 
 
 @click.command()

@@ -9,7 +9,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import vera_edge
-from vera_edge.api.plan import FORMATS, TOKENS
 from vera_edge.cli import show
 
 
@@ -37,12 +36,13 @@ from vera_edge.cli import show
     default="int4,int8",
     show_default=True,
     metavar="LIST",
-    help=f"What layers may be stored as, of {', '.join(FORMATS)}; integers also with a block, like int8:128.",
+    help="What layers may be stored as, of int4, int8, nf4, fp4, fp32; integers also with a block, like "
+    "int8:128.",
 )
 @click.option("--data", metavar="FILE", help="Text to measure on, or built-in; else the calibration's.")
 @click.option(
     "--tokens",
-    default=TOKENS,
+    default=512,
     show_default=True,
     help="About how many to measure each unit on; plans are measured on twice as many.",
 )

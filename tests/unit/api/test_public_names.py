@@ -11,7 +11,8 @@ import click
 import pytest
 
 import vera_edge
-from vera_edge.cli import COMMANDS, main
+from vera_edge.cli import COMMANDS, export, main
+from vera_edge.exporting import target as targets
 
 # What a command's function has for parameters that stand for the command's arguments, not its options.
 POSITIONAL = {
@@ -91,14 +92,14 @@ def commands() -> Iterator[tuple[str, click.Command]]:
             yield name, command
 
 
-def options(command: click.Command) -> set[str]:
+def options(command: click.Command) -> dict[str, click.Option]:
     """A command's options by their first long name, as Python would write it."""
-    found = set()
+    found = {}
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             long = [name for name in parameter.opts if name.startswith("--")]
             name = "out" if "--out" in long else long[0].removeprefix("--")
-            found.add(name.replace("-", "_"))
+            found[name.replace("-", "_")] = parameter
     return found
 
 
@@ -106,7 +107,7 @@ def options(command: click.Command) -> set[str]:
 def test_a_function_takes_what_its_command_takes(words: str, command: click.Command) -> None:
     function = getattr(vera_edge, FUNCTIONS.get(words, words))
     taken = dict(inspect.signature(function).parameters)
-    asked = {name for name in options(command) - OF_THE_TERMINAL if (words, name) not in OTHERWISE}
+    asked = {name for name in options(command).keys() - OF_THE_TERMINAL if (words, name) not in OTHERWISE}
     if words == "run":  # how text is generated is asked of what was opened
         taken |= inspect.signature(vera_edge.Session.generate).parameters
         asked = {{"template_arg": "template_args"}.get(name, name) for name in asked} - {"system"}
@@ -114,6 +115,23 @@ def test_a_function_takes_what_its_command_takes(words: str, command: click.Comm
     for name, parameter in taken.items():
         if name not in POSITIONAL and words != "run":
             assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, name
+
+
+@pytest.mark.parametrize(("words", "command"), [pytest.param(*each, id=each[0]) for each in commands()])
+def test_an_option_left_out_is_an_argument_left_out(words: str, command: click.Command) -> None:
+    taken = inspect.signature(getattr(vera_edge, FUNCTIONS.get(words, words))).parameters
+    shared = {name for name in options(command) if name in taken and (words, name) not in OTHERWISE}
+    for name in shared - {name for name, each in taken.items() if each.default is each.empty}:
+        ours, theirs = taken[name].default, options(command)[name].get_default(click.Context(command))
+        if not isinstance(theirs, str | float | int | Path):  # click's word for none
+            theirs = None
+        if isinstance(theirs, str) and not isinstance(ours, str):  # a list, with commas
+            theirs = tuple(theirs.split(",")) if theirs else ()
+        assert (theirs or None) == (ours or None) or str(theirs) == ours, name
+
+
+def test_the_weights_of_an_export_are_those_of_the_library() -> None:
+    assert set(export.WEIGHTS) == set(targets.WEIGHTS)
 
 
 def test_every_difference_between_option_and_argument_is_still_one() -> None:
