@@ -34,8 +34,8 @@ from vera_edge.formats import block_option
 from vera_edge.parallel import Engine
 from vera_edge.plans import plan as plans
 from vera_edge.plans.plan import Plan
-from vera_edge.precision import parse_size
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folders
+from vera_edge.sizes import parse_size
 
 _SHOWN = 5
 

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.cli import show
-from vera_edge.precision import FORMATS, Request, parse_ratio, parse_size
+from vera_edge.precision import FORMATS, Request, parse_ratio
 from vera_edge.precision.choice import Choice
+from vera_edge.sizes import parse_size
 from vera_edge.storage.files import canonical_json, check_output, write_atomic
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,8 @@ from rich.table import Table
 
 from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option
 from vera_edge.cli.trust import checks_signature
-from vera_edge.errors import DriftExceeded
+from vera_edge.errors import DriftExceeded, PlanError
+from vera_edge.sizes import parse_size
 
 if TYPE_CHECKING:
     from vera_edge.device.check.validate import Validation
@@ -25,7 +25,6 @@ _FIGURES = {
     "largest_error": "largest",
     "rank_correlation": "rank correlation",
 }
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
@@ -34,10 +33,10 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
     name = "size"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]I?B)?", str(value).strip().upper())
-        if match is None:
-            self.fail(f"{value!r} isn't a size; write 400MB or 1.5GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2] or ""])
+        try:
+            return parse_size(str(value))
+        except PlanError as cause:
+            self.fail(str(cause), param, ctx)
 
 
 @click.command()
