@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     "import_path",
     "errors",
+    "sizes",
     "progress",
     "cores",
     "divergence",

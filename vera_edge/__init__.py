@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vera_edge.api.diff import diff_adapters as diff_adapters
     from vera_edge.api.drift import DriftReport as DriftReport
     from vera_edge.api.drift import EncoderReport as EncoderReport
+    from vera_edge.api.drift import Estimate as Estimate
     from vera_edge.api.drift import drift as drift
     from vera_edge.api.export import Export as Export
     from vera_edge.api.export import export as export
@@ -80,7 +81,7 @@ _PUBLIC = {
     "api.adapters": ("freeze_adapter", "pack_adapter", "to_lora"),
     "api.bench": ("Bench", "bench"),
     "api.diff": ("Difference", "diff", "diff_adapters"),
-    "api.drift": ("DriftReport", "EncoderReport", "drift"),
+    "api.drift": ("DriftReport", "EncoderReport", "Estimate", "drift"),
     "api.export": ("Export", "export"),
     "api.fetch": ("Fetched", "fetch"),
     "api.golden": ("golden",),

@@ -20,6 +20,8 @@ it without a traceback; any other exception is a bug of ours and keeps its trace
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class VeraEdgeError(Exception):
     """Base of all errors that are the input's or the request's fault."""
@@ -71,3 +73,8 @@ class DriftExceeded(VeraEdgeError):
     """Everything ran, and a drift limit was broken."""
 
     exit_code = 3
+
+
+def first_of(names: Sequence[str], count: int = 3) -> str:
+    """The first names of a list for a message: "a, b, c and 4 more"."""
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

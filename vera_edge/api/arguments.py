@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vera_edge.errors import PlanError
+from vera_edge.sizes import parse_size
 
 if TYPE_CHECKING:
     from vera_edge.base.trained_as import TrainedAs
@@ -76,8 +77,4 @@ def plan_or_none(plan: StrPath | Plan | None, **decided: tuple[Any, Any]) -> Pla
 
 def size_or_none(size: int | str | None) -> int | None:
     """Bytes, of a number or of words like "90MB"; raises PlanError for other words."""
-    if not isinstance(size, str):
-        return size
-    from vera_edge.precision import parse_size
-
-    return parse_size(size)
+    return parse_size(size) if isinstance(size, str) else size

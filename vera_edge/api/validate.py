@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vera_edge.api.arguments import StrPath
+from vera_edge.api.arguments import StrPath, size_or_none
 from vera_edge.api.trust import check_signature, trust_in
 from vera_edge.device.check.validate import Validation
 from vera_edge.device.check.validate import validate as run
@@ -16,7 +16,7 @@ __all__ = ["Validation", "validate"]
 def validate(
     bundle: StrPath,
     *,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     max_kl: float | None = None,
     min_top1: float | None = None,
     min_cosine: float | None = None,
@@ -35,7 +35,7 @@ def validate(
 
     Args:
         bundle: the folder of the bundle, with golden vectors (`golden` puts them there).
-        max_memory: bytes that this process may have held at its peak.
+        max_memory: bytes that this process may have held at its peak, or words like "400MB".
         max_kl, min_top1: replace the bundle's limits on the mean KL divergence (nats) and on top-1 agreement.
         min_cosine, max_relative_error, max_largest_error, min_rank_correlation: those of encoders.
         threads: threads per operator; None: all cores.
@@ -56,6 +56,7 @@ def validate(
         >>> result.passed, result.drift[0].same_top1
         (True, 1.0)
     """
+    memory = size_or_none(max_memory)
     check_signature(
         Path(bundle), trust_in(trusted_keys, trusted_identity, require_signature, allow_unsigned), tell
     )
@@ -67,4 +68,4 @@ def validate(
         "max_largest_error": max_largest_error,
         "min_rank_correlation": min_rank_correlation,
     }
-    return run(Path(bundle), threads, max_memory, limits, progress)
+    return run(Path(bundle), threads, memory, limits, progress)

@@ -163,9 +163,9 @@ def _encoder_figures(found: EncoderReport) -> Table:
     """Every estimate of the artefact, beside the base's."""
     table = Table("", "artefact", "95 % interval", "base", box=None, pad_edge=False)
     for name, estimate in vars(found.measured).items():
-        if isinstance(estimate, Estimate):
+        if isinstance(estimate, vera_edge.Estimate):
             beside = getattr(found.effect, name, None)
-            base = f"{beside.value:.4f}" if isinstance(beside, Estimate) else ""
+            base = f"{beside.value:.4f}" if isinstance(beside, vera_edge.Estimate) else ""
             table.add_row(name.replace("_", " "), f"{estimate.value:.4f}", _interval(estimate), base)
     if found.retained is not None:
         table.add_row("retained effect", f"{found.retained.value:.4f}", _interval(found.retained), "")

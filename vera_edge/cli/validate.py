@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,26 +25,11 @@ _FIGURES = {
     "largest_error": "largest",
     "rank_correlation": "rank correlation",
 }
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer click
-    """A number of bytes: 400MB, 1.5GiB, 300000000."""
-
-    name = "size"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]I?B)?", str(value).strip().upper())
-        if match is None:
-            self.fail(f"{value!r} isn't a size; write 400MB or 1.5GiB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2] or ""])
 
 
 @click.command()
 @click.argument("bundle", type=FOLDER)
-@click.option(
-    "--max-memory", type=Size(), metavar="SIZE", help="Fail when this process ever held more: 400MB."
-)
+@click.option("--max-memory", metavar="SIZE", help="Fail when this process ever held more: 400MB.")
 @click.option("--max-kl", type=float, help="Replace the bundle's limit on the mean KL divergence (nats).")
 @click.option("--min-top1", type=float, help="Replace the bundle's limit on top-1 agreement (0 to 1).")
 @click.option("--min-cosine", type=float, help="Replace the limit on an encoder's mean cosine.")
@@ -58,7 +42,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only in newer 
 @takes_trust
 def validate(
     bundle: Path,
-    max_memory: int | None,
+    max_memory: str | None,
     threads: int | None,
     as_json: bool,
     quiet: bool,

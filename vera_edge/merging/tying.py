@@ -18,6 +18,7 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.formats import dense, row_chunks
 from vera_edge.plans.plan import DENSE, Plan
 from vera_edge.storage.tensors import FLOATS, RawTensor
+from vera_edge.tasks import task as tasks
 from vera_edge.trained.alignment import empty_model
 
 _HEAD = "lm_head.weight"
@@ -58,8 +59,9 @@ def _is_head(module: str) -> bool:
 
 def _by_name(checkpoint: Checkpoint, replaced: Mapping[str, RawTensor]) -> Iterator[tuple[str, str]]:
     """lm_head and the embedding of its size, in a model that transformers doesn't know."""
-    architectures = checkpoint.config.get("architectures") or [""]
-    if not str(architectures[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+    if not tasks.architecture(checkpoint.config).endswith(
+        ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    ):
         return
     vocabulary = checkpoint.config.get("vocab_size")
     for name, info in checkpoint.tensors.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,8 @@ from vera_edge.precision.trial import Trials
 from vera_edge.precision.units import Sensitivities, bytes_of, heads_of
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import CodesFolder
-from vera_edge.storage.files import PARTIAL_MARK, output_error, staged_folder
+from vera_edge.storage.files import staged_folder
+from vera_edge.storage.scratch import scratch_folder
 from vera_edge.tasks import task as tasks
 from vera_edge.text import tokenizer as tokenizers
 from vera_edge.text import windows
@@ -60,20 +60,8 @@ def choose(
         )
     ready = replace(merged, plan=_plan(merged, request.mode, SAME))
     check_adapters(ready)
-    with _scratch(beside) as work:
+    with scratch_folder(beside, "plan") as work:
         return _Search(ready, request, work, progress, keep).run()
-
-
-@contextmanager
-def _scratch(beside: Path) -> Iterator[Path]:
-    parent = beside.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{beside.name}{PARTIAL_MARK}", dir=parent)
-    except OSError as cause:
-        raise output_error(beside, cause) from cause
-    with scratch as folder:
-        yield Path(folder)
 
 
 def _plan(ready: Prepared, mode: str, weights: str) -> Plan:

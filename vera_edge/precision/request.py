@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -19,18 +17,6 @@ TARGETS = ("onnx", *OLD_NAMES)
 SENSITIVITY_TOKENS = 512
 # Plans are measured on so many times the tokens that units are.
 CHECKED = 2
-
-_SIZE = re.compile(r"([\d.]+)\s*([a-z]*)", re.IGNORECASE)
-_UNITS: Mapping[str, int] = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "kib": 1 << 10,
-    "mib": 1 << 20,
-    "gib": 1 << 30,
-}
 
 
 @dataclass(frozen=True)
@@ -101,14 +87,3 @@ def parse_ratio(text: str) -> float:
         return float(text.strip().removesuffix("x"))
     except ValueError:
         raise PlanError(f"{text!r} isn't a multiple; write it as 1.2x") from None
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "90MB" (10^6), "90MiB" (2^20), "90000000". Raises PlanError for anything else."""
-    match = _SIZE.fullmatch(text.strip())
-    try:
-        if match is None:
-            raise ValueError
-        return int(float(match[1]) * _UNITS[match[2].lower()])
-    except (ValueError, KeyError):
-        raise PlanError(f"{text!r} isn't a size; write it as 90MB, 90MiB or a number of bytes") from None

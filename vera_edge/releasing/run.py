@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
-from xml.etree import ElementTree
 
-from vera_edge.errors import DriftExceeded, OutputError, VeraEdgeError
+from vera_edge.errors import DriftExceeded, OutputError, VeraEdgeError, first_of
+from vera_edge.measuring.junit import State, TestCase, document
 from vera_edge.parallel import Engine
 from vera_edge.progress import Progress, silent
 from vera_edge.releasing import recipe as recipes
@@ -52,10 +52,10 @@ class Release:
         failed = [result.name for result in self.results if result.state == "failed"]
         if stopped:
             raise DriftExceeded(
-                f"{len(stopped)} of {len(self.results)} bundles were stopped: {_some(stopped)}"
+                f"{len(stopped)} of {len(self.results)} bundles were stopped: {first_of(stopped)}"
             )
         if failed:
-            raise VeraEdgeError(f"{len(failed)} of {len(self.results)} bundles failed: {_some(failed)}")
+            raise VeraEdgeError(f"{len(failed)} of {len(self.results)} bundles failed: {first_of(failed)}")
 
 
 def plan(
@@ -160,22 +160,11 @@ def summary(release: Release) -> str:
 
 def junit(release: Release) -> bytes:
     """The release as JUnit XML: a test case a bundle, a failure where a gate stopped it."""
-    results = release.results
-    suite = ElementTree.Element(
-        "testsuite",
-        name=f"{release.name} {release.version}",
-        tests=str(len(results)),
-        failures=str(sum(result.state == "stopped" for result in results)),
-        errors=str(sum(result.state == "failed" for result in results)),
-    )
-    for result in results:
-        case = ElementTree.SubElement(suite, "testcase", classname=release.name, name=result.name)
-        if result.state in ("stopped", "failed"):
-            kind = "failure" if result.state == "stopped" else "error"
-            ElementTree.SubElement(case, kind, message=result.message)
-    ElementTree.indent(suite)
-    return ElementTree.tostring(suite, encoding="utf-8", xml_declaration=True) + b"\n"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    states: dict[str, State] = {"stopped": "failure", "failed": "error"}
+    cases = [
+        TestCase(
+            result.name, states.get(result.state, "passed"), result.message if result.state in states else ""
+        )
+        for result in release.results
+    ]
+    return document("vera-edge release", f"{release.name} {release.version}", release.name, cases)

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from vera_edge.errors import PlanError
 from vera_edge.exporting import target
-from vera_edge.precision import Request, parse_size
+from vera_edge.precision import Request
 from vera_edge.releasing.names import Id, Line, Table
+from vera_edge.sizes import parse_size
 from vera_edge.text import windows
 
 Stored = Literal["fp32", "fp16", "int8", "int4"]

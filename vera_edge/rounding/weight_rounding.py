@@ -5,7 +5,6 @@ Import this freely: torch comes in only when there's something to calibrate.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +22,8 @@ from vera_edge.plans.plan import FLOAT, Plan, Step
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import METHODS, CodesFolder, Grid, bnb_grid, int8_rows, int_blocks
 from vera_edge.rounding import recover
-from vera_edge.storage.files import PARTIAL_MARK, check_output, output_error
+from vera_edge.storage.files import check_output
+from vera_edge.storage.scratch import scratch_folder
 from vera_edge.tasks import task as tasks
 from vera_edge.text import tokenizer as tokenizers
 from vera_edge.text import windows
@@ -126,7 +126,7 @@ class Rounding:
 
         cut, notes = _windows(model.checkpoint, method, self.text, self.tokens)
         calibration = Calibration(cut, method, recover=self.recover)
-        with _scratch(out) as folder:
+        with scratch_folder(out, "codes") as folder:
             store = CodesFolder(folder)
             merged = plan.mode == "merged"
             seen = replace(model, adapters=()) if self.any_adapter and not merged else model
@@ -144,19 +144,6 @@ def _with_vectors(model: TrainedModel, vectors: Mapping[str, Vectors]) -> Traine
     (adapter, weight), *_ = model.adapters
     refitted = replace(adapter, vectors={**adapter.vectors, **vectors})
     return replace(model, adapters=(WeightedAdapter(refitted, weight),))
-
-
-@contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that is gone in the end."""
-    parent = out.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=f".{out.name}{PARTIAL_MARK}codes-", dir=parent)
-    except OSError as cause:
-        raise output_error(out, cause) from cause
-    with scratch as folder:
-        yield Path(folder)
 
 
 def merge_to_folder(

@@ -20,6 +20,7 @@ from vera_edge.adapters.vera import Adapter
 from vera_edge.adapters.wrapper_names import unwrapped
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.formats import checks
+from vera_edge.tasks import task as tasks
 
 
 def align(adapter: Adapter, checkpoint: Checkpoint) -> Adapter:
@@ -165,9 +166,7 @@ def empty_model(checkpoint: Checkpoint) -> Any:
         import transformers
     except ImportError:
         return None
-    names = checkpoint.config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    cls: Any = getattr(transformers, tasks.architecture(checkpoint.config), None)
     if not _is_model_class(cls, transformers.PreTrainedModel):
         return None
     facts = checks.without_quantization(checkpoint.config)

@@ -11,7 +11,7 @@ from typing import Any
 
 from vera_edge.adapters.vera import Adapter, lies_in, named_whole
 from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.errors import MismatchError
+from vera_edge.errors import MismatchError, first_of
 
 
 def check_fit(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def check_fit(adapter: Adapter, checkpoint: Checkpoint) -> tuple[str, ...]:
         )
     if new:
         notes.append(
-            f"the adapter brings {len(new)} tensors of its own that the base doesn't have: {_some(new)}"
+            f"the adapter brings {len(new)} tensors of its own that the base doesn't have: {first_of(new)}"
         )
     return tuple(notes)
 
@@ -133,7 +133,3 @@ def _plain(name: str) -> str:
 def _advice(adapter: Adapter) -> str:
     name = f" ({adapter.base_name})" if adapter.base_name else ""
     return f"give the base it was trained on{name}"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")

@@ -24,7 +24,7 @@ from vera_edge.errors import MismatchError, PlanError, TargetError
 from vera_edge.exporting import target
 from vera_edge.measuring.metrics import compare
 from vera_edge.plans import plan as plans
-from vera_edge.precision import Request, latency, parse_size
+from vera_edge.precision import Request, latency
 from vera_edge.precision.choice import Choice
 from vera_edge.precision.choose import candidates, choose
 from vera_edge.precision.codes import Rounded
@@ -35,6 +35,7 @@ from vera_edge.progress import silent
 from vera_edge.reference.model import open_reference
 from vera_edge.requantize import CodesFolder
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
+from vera_edge.sizes import parse_size
 from vera_edge.text import windows
 from vera_edge.trained.provenance import resolve
 

@@ -17,6 +17,7 @@ from typing import Any
 from vera_edge.base.trained_as.spec import TrainedAs
 from vera_edge.errors import CheckpointError, FormatError, PlanError
 from vera_edge.storage.tensors import FLOATS, TensorFolder
+from vera_edge.tasks import task as tasks
 
 _STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # A base is often trained for another task than config.json's: these are asked about what that class lacks.
@@ -204,9 +205,8 @@ def _classes(config: Mapping[str, Any], dtype: str, path: Path) -> tuple[list[An
     import transformers
     from huggingface_hub.errors import StrictDataclassError
 
-    named = config.get("architectures")
-    name = named[0] if isinstance(named, list) and named else None
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    name = tasks.architecture(config)
+    cls = getattr(transformers, name, None)
     known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     if not known or config.get("model_type") not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
