@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge.errors import CheckpointError, FormatError
-from vera_edge.storage.files import read_json
+from vera_edge.storage.json_text import read_json
 from vera_edge.storage.tensors import DTYPES, Bytes, RawTensor, TensorFolder, TensorInfo
 
 _FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
