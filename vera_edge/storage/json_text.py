@@ -68,7 +68,8 @@ def read_value(path: Path, error: type[VeraEdgeError], bound: Bound = SETTINGS) 
 def parse_json(data: bytes, what: str, error: type[VeraEdgeError], bound: Bound = SETTINGS) -> Any:
     """The value of a JSON text; `what` names it in what `error` says.
 
-    Infinities and NaN are read, as Python does. Refused: more than `bound`, what isn't UTF-8, lone surrogates, nesting and integers beyond any use.
+    Infinities and NaN are read, as Python does. Refused: more than `bound`, what isn't UTF-8, lone
+    surrogates, nesting and integers beyond any use.
     """
     if len(data) > bound.size:
         raise error(f"{what} is over {_mebibytes(bound.size)} of JSON, which nothing sound is; copy it again")
