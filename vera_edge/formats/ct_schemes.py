@@ -184,7 +184,7 @@ _PRESETS: Mapping[str, tuple[Scheme, Mapping[str, Any] | None]] = {
 
 def preset(options: Mapping[str, Any]) -> Scheme:
     """The scheme of a preset with its group size. Raises PlanError when there is none of that name."""
-    if options["preset"] not in _PRESETS:
+    if options["preset"] not in tuple(_PRESETS):  # a list can't be looked up
         raise PlanError(f"compressed-tensors is written as {', '.join(_PRESETS)}, not {options['preset']!r}")
     scheme = _PRESETS[options["preset"]][0]
     if scheme.strategy != "group":
