@@ -322,7 +322,22 @@ def test_does_not_depend_on_where_the_folder_is(written: Write, tmp_path: Path) 
 
 @pytest.mark.parametrize("key", sorted(CONFIG))
 def test_junk_in_a_field_of_the_config_is_a_sentence_or_harmless(written: Write, key: str) -> None:
-    for junk in (None, True, -1, 2**70, 10**200, 1e300, "", "\ud800", "x" * 5000, [], [[]], {}, {"a": None}):
+    values: tuple[Any, ...] = (
+        None,
+        True,
+        -1,
+        2**70,
+        10**200,
+        1e300,
+        "",
+        "\ud800",
+        "x" * 5000,
+        [],
+        [[]],
+        {},
+        {"a": None},
+    )
+    for junk in values:
         try:
             read(written(**{key: junk}))
         except AdapterError as cause:
