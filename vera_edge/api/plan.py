@@ -18,7 +18,8 @@ from vera_edge.base.trained_as import TrainedAs
 from vera_edge.precision import Request, parse_ratio
 from vera_edge.precision.choice import Choice
 from vera_edge.progress import Progress, silent
-from vera_edge.storage.files import canonical_json, check_output, write_atomic
+from vera_edge.storage.files import check_output, write_atomic
+from vera_edge.storage.json_text import canonical_json
 
 __all__ = ["Choice", "plan"]
 

@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.adapters import vera as adapters
-from vera_edge.adapters.projection import Projections, ProjectionSpec, regenerate
+from vera_edge.adapters.projection import Projections, ProjectionSpec, stream_digest
 from vera_edge.adapters.vera import Adapter
 from vera_edge.base.overlay import digest_of
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.errors import AdapterError, MismatchError, OutputError, PlanError
-from vera_edge.storage.files import canonical_json, check_output, sha256_bytes, write_atomic
+from vera_edge.storage.files import check_output, sha256_bytes, write_atomic
+from vera_edge.storage.json_text import canonical_json
 from vera_edge.storage.tensors import Float32
 from vera_edge.trained import alignment
 
@@ -207,7 +208,7 @@ def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = No
 
 def _from_seed(facts: Mapping[str, Any]) -> bool:
     """Whether a bundle's projections are those of its spec, and not some that an adapter brought."""
-    return regenerate(_spec(facts)).digest == facts["digest"]
+    return stream_digest(_spec(facts)) == facts["digest"]
 
 
 def _spec(facts: Mapping[str, Any]) -> ProjectionSpec:

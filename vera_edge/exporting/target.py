@@ -21,6 +21,7 @@ from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.formats.blocks import SIZES, check_kind
 from vera_edge.plans import plan as plans
+from vera_edge.plans import step_options
 from vera_edge.plans.plan import ACTIVATIONS, FLOAT, Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes
@@ -254,6 +255,7 @@ def export(
     model = open_model(base, adapter_paths, projection_dtype, trained_as, tokenizer)
     if made is not None:
         plans.check_made_for(made, model)
+        step_options.check(made, model.checkpoint, graph=True)
     from vera_edge.reference.loading import check_complete  # imports torch
 
     model = replace(model, checkpoint=with_fast_tokenizer(model.checkpoint))

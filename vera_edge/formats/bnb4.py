@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from vera_edge.formats.codes4 import LEVELS, block_codes, levels_of, nearest_cod
 from vera_edge.formats.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from vera_edge.formats.nested import Nested, quantize_absmax
 from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear
+from vera_edge.storage import json_text
 from vera_edge.storage.tensors import DTYPES, FLOATS, Bytes, Float32, RawTensor, TensorFolder
 
 STATE = ".weight.quant_state.bitsandbytes__"
@@ -179,7 +181,14 @@ class Bnb4:
         if unknown := sorted(set(given) - set(_DEFAULTS)):
             raise PlanError(f"{self.name} takes no option {unknown[0]!r}; it takes {', '.join(_DEFAULTS)}")
         options = {**_DEFAULTS, **given}
-        if options["blocksize"] not in BLOCKSIZES:
+        if options["storage"] not in tuple(STORAGES) or options["dtype"] not in tuple(STORAGES.values())[1:]:
+            raise PlanError(
+                f"{self.name} is stored as {', '.join(STORAGES)} and computes in float32, float16 or "
+                f"bfloat16, not {options['storage']!r} and {options['dtype']!r}"
+            )
+        if type(options["double_quant"]) is not bool:
+            raise PlanError(f"double_quant of {self.name} is {options['double_quant']!r}, not true or false")
+        if type(options["blocksize"]) is not int or options["blocksize"] not in BLOCKSIZES:
             raise PlanError(
                 f"bitsandbytes reads no 4-bit block size {options['blocksize']}; choose one of "
                 f"{', '.join(map(str, BLOCKSIZES))}"
@@ -284,10 +293,9 @@ def _read_state(tensors: TensorFolder, module: str, quant_type: str) -> dict[str
     info = tensors[name]
     state: Any = None
     if info.nbytes <= _MAX_STATE:
-        try:
-            state = json.loads(tensors.read(name).data.tobytes())
-        except (ValueError, RecursionError):
-            state = None
+        with suppress(CheckpointError):
+            text = tensors.read(name).data.tobytes()
+            state = json_text.parse_json(text, name, CheckpointError, json_text.SHORT)
     if not isinstance(state, dict):
         raise CheckpointError(f"{name} in {info.file} isn't the JSON object bitsandbytes writes")
     if not (_sound_state(state, quant_type) and _sound_nesting(state)):

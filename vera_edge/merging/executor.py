@@ -9,7 +9,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vera_edge import formats
 from vera_edge.base.checkpoint import MERGE_RECORD, Checkpoint
 from vera_edge.errors import OutputError, PlanError
 from vera_edge.merging import advice, card
@@ -21,10 +20,12 @@ from vera_edge.merging.report import MergeReport
 from vera_edge.merging.stage import Stage, files_of, opened, tidy
 from vera_edge.merging.work import Job, do_unit, is_there, key_of
 from vera_edge.parallel import Engine
+from vera_edge.plans import step_options
 from vera_edge.plans.plan import Plan, check_made_for
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes
-from vera_edge.storage.files import canonical_json, check_output, write_atomic
+from vera_edge.storage.files import check_output, write_atomic
+from vera_edge.storage.json_text import canonical_json
 from vera_edge.storage.shards import MAX_SHARD_BYTES, ShardWriter
 from vera_edge.storage.tensors import Float32
 from vera_edge.trained.trained_model import TrainedModel
@@ -124,7 +125,7 @@ def check_plan(plan: Plan, model: TrainedModel) -> None:
             raise PlanError(
                 f"this plan stores {step.module} as {step.result} blocks, which only a graph holds; export it"
             )
-        formats.get(step.result)
+    step_options.check(plan, model.checkpoint, graph=False)
 
 
 def _write_tensors(
