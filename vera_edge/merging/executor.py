@@ -191,7 +191,7 @@ def _keep_only_shards(job: Job, stage: Stage) -> None:
 
 def _check_space(jobs: list[Job], stages: list[Stage]) -> None:
     free = shutil.disk_usage(stages[0].files).free
-    held = sum(path.stat().st_blocks * 512 for stage in stages for path in stage.files.iterdir())
+    held = sum(_allocated(path) for stage in stages for path in stage.files.iterdir())
     total = sum(job.shards.total for job in jobs)
     if free + held < total:  # what an earlier run wrote is held already
         raise OutputError(
@@ -199,6 +199,11 @@ def _check_space(jobs: list[Job], stages: list[Stage]) -> None:
             f"the disk of {stages[0].target.parent} has {free:,} left; free some, or merge into a smaller "
             "format"
         )
+
+
+def _allocated(path: Path) -> int:
+    """Bytes of the disk that a file takes; of a shard with holes that are still to be filled less than its size."""
+    return path.stat().st_blocks * 512
 
 
 def _take_up(job: Job, stage: Stage, progress: Progress) -> dict[int, Done]:
