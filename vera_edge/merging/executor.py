@@ -202,7 +202,7 @@ def _check_space(jobs: list[Job], stages: list[Stage]) -> None:
 
 
 def _allocated(path: Path) -> int:
-    """Bytes of the disk that a file takes; of a shard with holes that are still to be filled less than its size."""
+    """Bytes of the disk that a file takes: less than its size where a shard has holes yet."""
     return path.stat().st_blocks * 512
 
 

@@ -1,4 +1,4 @@
-"""Bytes out of the middle of a file, told apart where they end too soon and where the system can't read them."""
+"""Bytes out of the middle of a file; one that ends too soon and one that can't be read are told apart."""
 
 from __future__ import annotations
 
