@@ -16,6 +16,7 @@ from vera_edge.cli.show import (
     projection_dtype_option,
     trained_as_option,
 )
+from vera_edge.cli.show import note as tell_note
 
 
 @click.group()
@@ -126,7 +127,7 @@ def to_lora(
 
     made = lora.to_lora(adapter, output, base, projection_dtype, force, trained_as)
     for note in made.notes:
-        click.echo(f"note: {note}", err=True)
+        tell_note(note)
     if as_json:
         print_json({"folder": str(made.folder), "layers": made.layers, "rank": made.rank, "size": made.size})
     else:

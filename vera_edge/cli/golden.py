@@ -16,6 +16,7 @@ from vera_edge.cli.show import (
     quiet_option,
     trained_as_option,
 )
+from vera_edge.cli.show import note as tell_note
 
 
 @click.command()
@@ -73,7 +74,7 @@ def golden(
             projection_dtype,
             progress,
             trained_as,
-            lambda note: click.echo(f"note: {note}", err=True),
+            tell_note,
         )
     size = manifest.files[manifest.golden or ""].size
     if as_json:

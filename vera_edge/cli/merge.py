@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vera_edge import merging
 from vera_edge.base.trained_as import TrainedAs
+from vera_edge.cli import printable
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
@@ -29,6 +30,7 @@ from vera_edge.cli.show import (
     trained_as_option,
     weight_option,
 )
+from vera_edge.cli.show import note as tell_note
 from vera_edge.cores import available_cores
 from vera_edge.formats import block_option
 from vera_edge.parallel import Engine
@@ -123,7 +125,7 @@ def merge(
     if dry_run:
         _show_plans(ready, each, as_json)
         for note in dict.fromkeys(note for one in ready.values() for note in one.notes):
-            err().print(f"note: {note}", soft_wrap=True)
+            tell_note(note)
         return
     with progress_bar(quiet or as_json, in_bytes=("merging",)) as progress:
         reports = merge_to_folders(ready, Rounding(method, calibration), progress, force, resources)
@@ -136,7 +138,7 @@ def merge(
             _show(report, said)
         if report.warning:
             which = f"{report.folder.name}: " if each else ""
-            err().print(f"warning: {which}{report.warning}", soft_wrap=True)
+            err().print(printable.line(f"warning: {which}{report.warning}"), soft_wrap=True)
 
 
 def _check_words(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_edge.cli import show
+from vera_edge.cli import printable, show
 
 if TYPE_CHECKING:
     from vera_edge.releasing.job import Job
@@ -94,18 +94,18 @@ def make(
             fresh=not resume,
         )
     for note in dict.fromkeys(note for result in made.results for note in result.notes):
-        click.echo(f"note: {note}", err=True)
+        show.note(note)
     if as_json:
         show.print_json(made.to_dict())
     else:
-        click.echo(releases.summary(made))
+        click.echo(printable.lines(releases.summary(made)))
     made.raise_when_incomplete()
 
 
 def _say(result: Result) -> None:
-    click.echo(_line(result), err=True)
+    click.echo(printable.line(_line(result)), err=True)
     if result.trace:  # a bug: what is needed to find it
-        click.echo(result.trace, err=True)
+        click.echo(printable.lines(result.trace), err=True)
 
 
 def _line(result: Result) -> str:
@@ -123,7 +123,9 @@ def _show_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
         show.print_json({"bundles": bundles})
         return
     for job in jobs:
-        click.echo(f"{job.name}  ({job.variant.mode}, {job.variant.weights}, on {job.adapter.base})")
+        click.echo(
+            printable.line(f"{job.name}  ({job.variant.mode}, {job.variant.weights}, on {job.adapter.base})")
+        )
 
 
 @release.command()
@@ -144,8 +146,8 @@ def rebuild(bundle: Path, inputs: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
         show.print_json({"same": found.same, "differing": list(found.differing), "digest": found.digest})
     else:
-        click.echo(f"{bundle}: {'the same bytes' if found.same else 'differs'}")
+        click.echo(printable.line(f"{bundle}: {'the same bytes' if found.same else 'differs'}"))
         for tool, (then, now) in found.tools.items():
-            click.echo(f"made with {tool} {then}, here is {now}")
+            click.echo(printable.line(f"made with {tool} {then}, here is {now}"))
     if not found.same:
         raise DriftExceeded(f"{bundle} wasn't made again as it is: {', '.join(found.differing[:5])} differ")
