@@ -57,7 +57,7 @@ def test_a_real_file_cannot_break_the_line(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     result = CliRunner().invoke(
-        cli.main, ["quantize", str(tmp_path), "-o", str(tmp_path / "out"), "--as", "nf4"]
+        cli.main, ["quantize", str(tmp_path), "-o", str(tmp_path / "out"), "--to", "nf4"]
     )
     assert result.exit_code == 2 and "\x1b" not in result.output
     assert result.stderr.count("\n") == 1, result.stderr
