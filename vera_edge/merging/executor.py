@@ -203,7 +203,8 @@ def _check_space(jobs: list[Job], stages: list[Stage]) -> None:
 
 def _allocated(path: Path) -> int:
     """Bytes of the disk that a file takes: less than its size where a shard has holes yet."""
-    return path.stat().st_blocks * 512
+    facts = path.stat()
+    return facts.st_blocks * 512 if hasattr(facts, "st_blocks") else facts.st_size  # Windows has none
 
 
 def _take_up(job: Job, stage: Stage, progress: Progress) -> dict[int, Done]:
