@@ -44,7 +44,7 @@ DTYPES: Mapping[str, tuple[int, str]] = {
     "F64": (8, "<f8"),
 }
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
-_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 _PIECE = 1 << 22
 _MAX_HEADER = 100_000_000  # the safetensors package's own limit
 
@@ -205,7 +205,7 @@ class TensorFolder(Mapping[str, TensorInfo]):
             return cls._open_index(folder, index, error)
         if not folder.is_dir():
             raise error(f"{folder} isn't a folder; give the folder that holds {stem}.safetensors")
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _PICKLES)
         if pickles:
             raise error(
                 f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when read; "

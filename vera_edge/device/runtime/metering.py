@@ -56,7 +56,8 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             self.add_filter(name, function)
         self.add_filter("sum", _sum)
         self.filters |= {"_turns": _turns, "_shown": _shown, "_joined": _joined, "_compared": _compared}
-        self.tests = {name: _weighed(function) for name, function in self.tests.items()}
+        tests: Mapping[str, Any] = self.tests
+        self.tests = {name: _weighed(function) for name, function in tests.items()}
         del self.globals["lipsum"]  # random words, as many as asked for
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
