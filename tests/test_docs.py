@@ -159,7 +159,7 @@ def test_the_readme_lists_every_format_that_merge_writes(
     with click.Context(main) as context:
         command = main.get_command(context, "merge")
     assert command is not None
-    helped = next(option.help or "" for option in command.params if option.name == "to")  # type: ignore[attr-defined]
+    helped = next(option.help or "" for option in command.params if option.name == "to")
     assert re.split(r",\s*", helped.partition("stored: ")[2].rstrip(".")) == listed
     for name in listed:
         merging.prepare(tiny_llama.fp32, [(tiny_adapter, 1.0)], name)
@@ -216,8 +216,9 @@ def test_no_system_call_is_used_that_only_posix_has() -> None:
     assert "Linux, x86-64" in README and "macOS and Windows" in README
     for path in (ROOT / "vera_edge").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            used = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
-            assert not (used and node.value.id == "os" and node.attr in POSIX), f"{path}:{node.lineno}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used = node.value.id == "os" and node.attr in POSIX
+                assert not used, f"{path}:{node.lineno}"
 
 
 def test_the_recipes_run(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path) -> None:

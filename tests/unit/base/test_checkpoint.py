@@ -130,7 +130,7 @@ class TestRefused:
             Checkpoint.open(tmp_path)
 
     @pytest.mark.parametrize(
-        "name", ["pytorch_model.bin", "a.pt", "a.pth", "a.pkl", "last.ckpt", "A.CKPT", "a.pickle"]
+        "name", ["pytorch_model.bin", "a.pt", "a.pth", "a.pkl", "a.ckpt", "A.CKPT", "a.pickle"]
     )
     def test_a_pickle(self, tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(b"\x80\x04.")
