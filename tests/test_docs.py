@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,15 @@ import pytest
 import vera_edge
 from scripts.bench_drift_table import MARKS, PAGE
 from tests import tiny
+from vera_edge import errors, merging
 from vera_edge.cli import COMMANDS, main
+from vera_edge.formats import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -138,6 +143,99 @@ def test_scripts_named_in_the_pages_exist() -> None:
     for page in PAGES:
         for name in re.findall(r"`(?:\./)?(scripts/[\w.]+)(?![\w.*])", page.read_text(encoding="utf-8")):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_device_part_is_what_the_readme_and_the_manual_say() -> None:
+    """Every dependency of a plain `pip install vera-edge`, and nothing else."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needed = {re.split(r"[<>=~! ]", line)[0] for line in project["dependencies"]}
+    known = needed | {re.split(r"[<>=~!; ]", line)[0] for line in project["optional-dependencies"]["build"]}
+    for page, begin in (("README.md", "The device part brings"), ("docs/device.md", "is the device part:")):
+        sentence = (ROOT / page).read_text(encoding="utf-8").split(begin)[1].split(".")[0]
+        assert {word for word in re.findall(r"[\w-]+", sentence) if word in known} == needed, page
+
+
+def test_the_architecture_lists_what_the_device_part_imports() -> None:
+    imported = set[str]()
+    for path in (ROOT / "vera_edge" / "device").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            imported |= {name.partition(".")[0] for name in names}
+    others = imported - sys.stdlib_module_names - {"vera_edge"}
+    row = next(line for line in ARCHITECTURE.splitlines() if line.startswith("| `device/`"))
+    assert set(re.findall(r"[a-z0-9]+", row.rpartition(":")[2])) == others
+
+
+def test_the_readme_lists_every_format_that_merge_writes(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path
+) -> None:
+    row = next(line for line in README.splitlines() if line.startswith("| `vera-edge merge"))
+    listed = re.split(r",\s*", row.partition("folder:")[2].strip(" |"))
+    with click.Context(main) as context:
+        command = main.get_command(context, "merge")
+    assert command is not None
+    helped = next(option.help or "" for option in command.params if option.name == "to")
+    assert re.split(r",\s*", helped.partition("stored: ")[2].rstrip(".")) == listed
+    for name in listed:
+        merging.prepare(tiny_llama.fp32, [(tiny_adapter, 1.0)], name)
+    with pytest.raises(errors.VeraEdgeError, match="nf3"):
+        merging.prepare(tiny_llama.fp32, [(tiny_adapter, 1.0)], "nf3")
+
+
+def test_the_readme_lists_the_exit_codes() -> None:
+    codes = {int(code) for code in re.findall(r"^\| (\d) \|", README, re.MULTILINE)}
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
+    raised = {one.exit_code for one in classes if issubclass(one, errors.VeraEdgeError)}
+    assert codes == {0, *raised}
+    assert all(f"{code} " in (main.help or "") for code in codes)
+    row = next(line for line in README.splitlines() if line.startswith("| 3 |"))
+    for words in ("limit was broken", "can't be decided", "check failed", "rebuild differs"):
+        assert words in row
+
+
+def test_the_commands_that_the_readme_says_ask_for_a_signature_do() -> None:
+    row = next(line for line in README.splitlines() if line.startswith("| `vera-edge sign"))
+    named = re.findall(r"`(\w+)`", row.partition("a signature;")[2])
+    assert len(named) > 3
+    with click.Context(main) as context:
+        for name in named:
+            command = main.get_command(context, name)
+            assert command is not None
+            options = {word for option in command.params for word in option.opts}
+            assert {"--trusted-keys", "--require-signature", "--allow-unsigned"} <= options, name
+
+
+def test_the_manual_says_how_projections_are_blocked() -> None:
+    text = " ".join((ROOT / "docs" / "export.md").read_text(encoding="utf-8").split())
+    assert f"{blocks.BLOCK_OF_A} along the rows of A" in text
+    lengths = [
+        int(word) for word in re.findall(r"\d+", text.partition("longest of ")[2].partition(" that")[0])
+    ]
+    for rank in (8, 32, 48, 64, 128, 192, 256, 512):
+        fits = [length for length in lengths if rank % length == 0]
+        assert blocks.block_of_b(rank) == (max(fits) if fits else lengths[-1])
+
+
+def test_a_transcript_says_what_verify_says() -> None:
+    source = (ROOT / "vera_edge" / "cli" / "verify.py").read_text(encoding="utf-8")
+    lines = re.findall(r"onnx_data_1: (.*)", (ROOT / "docs" / "device.md").read_text(encoding="utf-8"))
+    assert lines and all(line in source for line in lines)
+
+
+# What only some systems have, and is asked for with hasattr or getattr, or where its absence is caught.
+POSIX = {"pread", "pwrite", "fork", "sched_setaffinity", "getuid", "chown", "statvfs", "mkfifo", "nice"}
+
+
+def test_no_system_call_is_used_that_only_posix_has() -> None:
+    """As the README says of other systems than Linux."""
+    assert "Linux, x86-64" in README and "macOS and Windows" in README
+    for path in (ROOT / "vera_edge").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used = node.value.id == "os" and node.attr in POSIX
+                assert not used, f"{path}:{node.lineno}"
 
 
 def test_the_recipes_run(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
     VeraEdgeError            exit 2: the input or the request is at fault
     ├── AdapterError         an adapter folder that can't be read or isn't VeRA
     ├── CheckpointError      a base folder that can't be read, or contradicts itself
+    │   ├── ReadError        the system refuses to read it, now
     │   └── FormatError      a weight format that isn't known, or is of an unknown version
     ├── MismatchError        adapter, base and artefact are each sound but don't belong together
     ├── PlanError            a request that can't be planned: unknown module, format, option
@@ -39,6 +40,10 @@ class CheckpointError(VeraEdgeError):
 
 class FormatError(CheckpointError):
     """A weight format is unknown, or of a version that isn't known."""
+
+
+class ReadError(CheckpointError):
+    """A file of a checkpoint can't be read now: a disk, a network or its rights say no, and may not later."""
 
 
 class MismatchError(VeraEdgeError):

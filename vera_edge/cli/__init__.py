@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import click
 
 from vera_edge import __version__
+from vera_edge.cli import printable
 from vera_edge.cores import bound_libraries
 from vera_edge.errors import BundleWarning, VeraEdgeError
 
@@ -119,7 +120,7 @@ class LazyGroup(click.Group):
                 sys.stdout.flush()  # at the process's end it would be too late to say what fails
                 return result
         except VeraEdgeError as error:
-            click.echo(f"vera-edge: {error}", err=True)
+            _tell(error)
             sys.exit(error.exit_code)
         except MemoryError:
             _end_without_memory()
@@ -128,14 +129,17 @@ class LazyGroup(click.Group):
             if missing not in EXTRAS:
                 raise
             hint = f"pip install 'vera-edge[{EXTRAS[missing]}]'"
-            click.echo(
-                f"vera-edge: {ctx.invoked_subcommand} needs {missing}, not installed: {hint}", err=True
-            )
+            _tell(f"{ctx.invoked_subcommand} needs {missing}, not installed: {hint}")
             sys.exit(VeraEdgeError.exit_code)
         except ImportError as error:
             if not any(words in str(error) for words in ("failed to map segment", "bad_alloc")):
                 raise
             _end_without_memory()  # not even a shared library found room
+
+
+def _tell(sentence: object) -> None:
+    """The one place that errors and warnings are printed: in one line, whatever a file's names hold."""
+    click.echo(f"vera-edge: {printable.line(sentence)}", err=True)
 
 
 @contextlib.contextmanager
@@ -151,7 +155,7 @@ def _refusals_told() -> Iterator[None]:
         what = error.filename or "the standard output"
         if error.filename is None:
             _drop_output()
-        click.echo(f"vera-edge: the system refuses {what}: {error.strerror}", err=True)
+        _tell(f"the system refuses {what}: {error.strerror}")
         sys.exit(VeraEdgeError.exit_code)
 
 
@@ -163,7 +167,7 @@ def _warnings_told() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
             if issubclass(category, BundleWarning):
-                click.echo(f"vera-edge: {message}", err=True)
+                _tell(message)
             else:
                 others(message, category, *where, **more)
 
@@ -178,7 +182,7 @@ def _drop_output() -> None:
 
 
 def _end_without_memory() -> NoReturn:
-    click.echo("vera-edge: memory ran out; free some, or give this process more", err=True)
+    _tell("memory ran out; free some, or give this process more")
     sys.exit(VeraEdgeError.exit_code)
 
 

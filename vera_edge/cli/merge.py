@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import vera_edge
+from vera_edge.cli import printable
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
@@ -30,6 +31,7 @@ from vera_edge.cli.show import (
     trained_as_option,
     weight_option,
 )
+from vera_edge.cli.show import note as tell_note
 
 if TYPE_CHECKING:
     from vera_edge.api.merge import Estimate, MergeReport, Plan, PlannedMerge
@@ -147,7 +149,7 @@ def merge(
             _show(report, said)
         if report.warning:
             which = f"{report.folder.name}: " if each else ""
-            err().print(f"warning: {which}{report.warning}", soft_wrap=True)
+            err().print(printable.line(f"warning: {which}{report.warning}"), soft_wrap=True)
 
 
 def _check_words(
@@ -172,7 +174,7 @@ def _show_plans(planned: Mapping[Path, PlannedMerge], each: bool, as_json: bool)
             out().print(_plan_table(one.plan))
             _show_estimate(one.estimate())
     for note in dict.fromkeys(note for one in planned.values() for note in one.notes):
-        err().print(f"note: {note}", soft_wrap=True)
+        tell_note(note)
 
 
 def _plan_table(plan: Plan) -> Table:

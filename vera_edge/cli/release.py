@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_edge
-from vera_edge.cli import show
+from vera_edge.cli import printable, show
 
 if TYPE_CHECKING:
     from vera_edge.api.release import Job, Result
@@ -96,14 +96,14 @@ def make(
     if as_json:
         show.print_json(made.to_dict())
     else:
-        click.echo(made.summary())
+        click.echo(printable.lines(made.summary()))
     made.raise_when_incomplete()
 
 
 def _say(result: Result) -> None:
-    click.echo(_line(result), err=True)
+    click.echo(printable.line(_line(result)), err=True)
     if result.trace:  # a bug: what is needed to find it
-        click.echo(result.trace, err=True)
+        click.echo(printable.lines(result.trace), err=True)
 
 
 def _line(result: Result) -> str:
@@ -121,7 +121,9 @@ def _show_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
         show.print_json({"bundles": bundles})
         return
     for job in jobs:
-        click.echo(f"{job.name}  ({job.variant.mode}, {job.variant.weights}, on {job.adapter.base})")
+        click.echo(
+            printable.line(f"{job.name}  ({job.variant.mode}, {job.variant.weights}, on {job.adapter.base})")
+        )
 
 
 @release.command()
@@ -139,9 +141,9 @@ def rebuild(bundle: Path, inputs: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
         show.print_json(found.to_dict())
     else:
-        click.echo(f"{bundle}: {'the same bytes' if found.same else 'differs'}")
+        click.echo(printable.line(f"{bundle}: {'the same bytes' if found.same else 'differs'}"))
         for tool, (then, now) in found.tools.items():
-            click.echo(f"made with {tool} {then}, here is {now}")
+            click.echo(printable.line(f"made with {tool} {then}, here is {now}"))
     if not found.same:
         raise vera_edge.DriftExceeded(
             f"{bundle} wasn't made again as it is: {', '.join(found.differing[:5])} differ"

@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.text import Text
 
 from vera_edge import progress as progress_protocol
+from vera_edge.cli import printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -105,13 +106,21 @@ weight_option: Callable[[F], F] = click.option(
 )
 
 
+class _Console(Console):
+    """A console that shows control characters of texts instead of obeying them, in cells of tables too."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text, as `printable` has it."""
+        return super().render_str(printable.lines(text), **options)
+
+
 def out() -> Console:
     """The console for results (stdout); square brackets are text, as a folder's name may hold some.
 
     Into a file or a pipe every line goes whole, those of tables too.
     """
     terminal = sys.stdout.isatty()
-    return Console(highlight=False, markup=False, soft_wrap=not terminal, width=None if terminal else _WIDE)
+    return _Console(highlight=False, markup=False, soft_wrap=not terminal, width=None if terminal else _WIDE)
 
 
 def err() -> Console:
@@ -119,8 +128,13 @@ def err() -> Console:
     return (
         _drawing[-1]
         if _drawing
-        else Console(stderr=True, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
+        else _Console(stderr=True, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
     )
+
+
+def note(sentence: object) -> None:
+    """Print a note on stderr, in one line."""
+    click.echo(f"note: {printable.line(sentence)}", err=True)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
@@ -131,11 +145,6 @@ def print_json(value: Mapping[str, Any]) -> None:
 def tell(sentence: str) -> None:
     """Say a sentence on stderr."""
     err().print(sentence)
-
-
-def note(sentence: str) -> None:
-    """Say a sentence on stderr, called a note."""
-    click.echo(f"note: {sentence}", err=True)
 
 
 def refuse_beside_plan(*names: str) -> None:

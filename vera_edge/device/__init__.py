@@ -7,7 +7,7 @@ decoding  one step of a decoder with a KV cache that is never copied
 sampling  logits to a token
 chat      messages to text, text to tokens, tokens back to whole characters
 template  chat templates as transformers renders them (template_language: its names and
-          filters; metering: its bounds)
+          filters; metering, meter: its bounds)
 stopping  stop strings, special tokens in them included
 generate  streaming generation
 opened    a verified bundle with its graph and active adapter

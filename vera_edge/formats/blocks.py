@@ -17,6 +17,20 @@ from vera_edge.storage.tensors import Bytes, Float32
 
 BITS = (2, 4, 8)
 SIZES = (16, 32, 64, 128, 256)
+# Values of the shared projections are uniform, so all blocks have the same scale but for chance: long blocks
+# cost no precision, and the longest that the rank fills are the fastest.
+BLOCK_OF_A = 128
+_BLOCKS_OF_B = (256, 128, 64, 32)
+
+
+def block_of_b(rank: int) -> int:
+    """Values to a block of the projection B (out, rank)."""
+    return next((block for block in _BLOCKS_OF_B if rank % block == 0), _BLOCKS_OF_B[-1])
+
+
+def stored_bytes(shape: tuple[int, int], bits: int, block: int) -> int:
+    """What a weight (out, in) in symmetric blocks takes: codes, the last block's padding too, and scales."""
+    return shape[0] * -(-shape[1] // block) * (block * bits // 8 + 4)
 
 
 @dataclass(frozen=True, eq=False)

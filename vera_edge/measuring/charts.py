@@ -118,6 +118,9 @@ def ranked(report: DriftReport, count: int) -> list[LayerDrift]:
     return sorted(report.layers, key=lambda layer: -(layer_figure(layer) or 0.0))[:count]
 
 
+_LEAST = 1e-30  # nats; less has no place on a logarithmic axis
+
+
 def points(report: DriftReport, beside: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float]]:
     """(name, bytes, mean KL) of the report's artefact and of other reports' (dicts)."""
     found = [(report.candidate.name, report.candidate.bytes, report.fidelity.kl.mean.value)]
@@ -138,7 +141,7 @@ def _shades(figures: Mapping[str, float]) -> dict[str, float]:
 
 def size_against_drift(artefacts: Sequence[tuple[str, int, float]]) -> str:
     """Several artefacts (name, bytes, mean KL): down and left is better. The first is the report's own."""
-    shown = [(name, size, kl) for name, size, kl in artefacts if kl > 0 and size > 0]
+    shown = [(name, size, kl) for name, size, kl in artefacts if kl > _LEAST and size > 0]
     if len(shown) < 2:
         return ""
     sizes, kls = [size / 1e6 for _, size, _ in shown], [kl for _, _, kl in shown]

@@ -44,7 +44,7 @@ def render(report: DriftReport, beside: Sequence[Mapping[str, Any]] = ()) -> byt
         data=Markup(json.dumps(value, allow_nan=False, sort_keys=True).replace("<", "\\u003c")),
         bar=_bar(report),
     )
-    return page.encode()
+    return page.encode(errors="backslashreplace")  # a folder's name may be no UTF-8
 
 
 def _charts(report: DriftReport, beside: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -19,8 +19,9 @@ _WORST_LAYERS = 20
 
 def render(report: DriftReport, beside: Sequence[Mapping[str, Any]] = ()) -> dict[str, bytes]:
     """File name -> PNG, 1600 x 1000 pixels; a plot without data is left out. No display is needed."""
-    # Not as a matplotlibrc in the working folder says, which may be an artefact's: it can ask for LaTeX.
-    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+    # Not as a matplotlibrc in the working folder says, which may be an artefact's: it can ask for LaTeX. And
+    # no name is a formula.
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "text.parse_math": False}):
         figures = {
             "kl_histogram.png": _histogram(report),
             "kl_by_position.png": _positions(report),

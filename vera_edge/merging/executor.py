@@ -171,7 +171,7 @@ def _keep_only_shards(job: Job, stage: Stage) -> None:
 
 def _check_space(jobs: list[Job], stages: list[Stage]) -> None:
     free = shutil.disk_usage(stages[0].files).free
-    held = sum(path.stat().st_blocks * 512 for stage in stages for path in stage.files.iterdir())
+    held = sum(_allocated(path) for stage in stages for path in stage.files.iterdir())
     total = sum(job.shards.total for job in jobs)
     if free + held < total:  # what an earlier run wrote is held already
         raise OutputError(
@@ -179,6 +179,12 @@ def _check_space(jobs: list[Job], stages: list[Stage]) -> None:
             f"the disk of {stages[0].target.parent} has {free:,} left; free some, or merge into a smaller "
             "format"
         )
+
+
+def _allocated(path: Path) -> int:
+    """Bytes of the disk that a file takes: less than its size where a shard has holes yet."""
+    facts = path.stat()
+    return facts.st_blocks * 512 if hasattr(facts, "st_blocks") else facts.st_size  # Windows has none
 
 
 def _take_up(job: Job, stage: Stage, progress: Progress) -> dict[int, Done]:

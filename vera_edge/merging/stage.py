@@ -10,15 +10,16 @@ this one.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_edge.errors import VeraEdgeError
+from vera_edge.errors import OutputError, ReadError, VeraEdgeError
 from vera_edge.merging.journal import Journal
-from vera_edge.storage.files import PARTIAL_MARK, commit_folder, output_error
+from vera_edge.storage.files import PARTIAL_MARK, commit_folder, output_error, settle
 from vera_edge.storage.lock import exclusive
 
 _KEY_DIGITS = 16
@@ -51,9 +52,10 @@ def files_of(target: Path, key: str) -> Path:
 def opened(target: Path, key: str) -> Iterator[Stage]:
     """The stage of the merge `key` into `target`, with what an earlier run of it left.
 
-    Gone when the block ends, or raises a VeraEdgeError that a second run would raise too. A kill, an
-    interrupt or a lost worker leave it for the next run. Raises OutputError when it can't be made, or
-    another merge is at work on it.
+    Gone when the block ends, or raises a VeraEdgeError that a second run would raise too. What was finished
+    stays for the next run after a kill, an interrupt or a lost worker, and where a disk or a network said no.
+    Raises OutputError when it can't be made, or another merge is at work on it, ReadError when it's the
+    base's disk.
     """
     folder = folder_of(target)
     try:
@@ -61,16 +63,13 @@ def opened(target: Path, key: str) -> Iterator[Stage]:
         with exclusive(folder / "lock", f"merge into {target}"):
             try:
                 yield from _stage(folder, target, key)
-            except VeraEdgeError as error:
-                if type(error) is not VeraEdgeError:  # the plain one is a worker's or a cluster's end
+            except (VeraEdgeError, OSError) as error:
+                if not _may_pass(error, folder):
                     shutil.rmtree(folder, ignore_errors=True)
-                raise
-            except OSError:
-                shutil.rmtree(folder, ignore_errors=True)
                 raise
             shutil.rmtree(folder, ignore_errors=True)
     except OSError as cause:
-        raise output_error(target, cause) from cause
+        raise _error(target, cause) from cause
 
 
 def _stage(folder: Path, target: Path, key: str) -> Iterator[Stage]:
@@ -81,16 +80,38 @@ def _stage(folder: Path, target: Path, key: str) -> Iterator[Stage]:
     files.mkdir(exist_ok=True)
     with Journal(folder / "journal", key) as journal:
         yield Stage(target.absolute(), files, journal)
-    for old in target.absolute().parent.glob(f".{_literal(target.absolute().name)}{PARTIAL_MARK}old-*"):
-        shutil.rmtree(old, ignore_errors=True)  # of a run that was killed while it replaced the target
 
 
-def _literal(name: str) -> str:
-    return "".join(f"[{mark}]" if mark in "*?[" else mark for mark in name)
+def _may_pass(error: Exception, folder: Path) -> bool:
+    """Whether a second run may get further, and there is something that it needn't do again."""
+    if type(error) is VeraEdgeError:  # a worker's or a cluster's end
+        return True
+    if not isinstance(error, OSError | OutputError | ReadError):
+        return False
+    try:
+        return (folder / "journal").read_bytes().count(b"\n") > 1  # the first line says which merge it is
+    except OSError:
+        return False
+
+
+def _error(target: Path, cause: OSError) -> VeraEdgeError:
+    """What to say of an error of the system's: it's the output's, unless it names a file elsewhere."""
+    named = cause.filename
+    if isinstance(named, str | bytes):
+        path = Path(os.fsdecode(named)).absolute()
+        places = (target.absolute(), folder_of(target))
+        if not any(path.is_relative_to(place) for place in places) and path not in target.absolute().parents:
+            return ReadError(f"{path} can't be read: {cause.strerror}; run again when it can")
+    return output_error(target, cause)
 
 
 def tidy(target: Path) -> None:
-    """Remove what a run left that was killed when it had put the files in their place."""
+    """End what a run left that was killed while it put the files in their place, or after that."""
     folder = folder_of(target)
-    if target.is_dir() and folder.is_dir() and not any(path.is_dir() for path in folder.iterdir()):
-        shutil.rmtree(folder, ignore_errors=True)
+    if not folder.is_dir():
+        return
+    # Who holds the lock tidies up by itself.
+    with suppress(OutputError, OSError), exclusive(folder / "lock", f"merge into {target}"):
+        settle(target.absolute())
+        if target.is_dir() and not any(path.is_dir() for path in folder.iterdir()):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vera_edge.releasing.cache import Store, publish
 from vera_edge.releasing.evidence import REPORT, Evidence
 from vera_edge.releasing.inputs import Inputs, tools
 from vera_edge.releasing.job import Job
+from vera_edge.releasing.recipe import leaves
 from vera_edge.storage.json_text import canonical_json
 
 EVIDENCE = "evidence"
@@ -105,10 +107,14 @@ def _statements(job: Job, parts: Parts) -> dict[str, bytes]:
 
 
 def own_recipe(job: Job) -> dict[str, Any]:
-    """The part of the recipe that makes this bundle alone, without what is private to who made it."""
+    """The part of the recipe that makes this bundle alone, without what is private to who made it.
+
+    What lies outside of the recipe's folder is named by its last part: a rebuild reads nothing out there.
+    """
 
     def portable(path: str) -> str:
-        return Path(path).name if Path(path).expanduser().is_absolute() else Path(path).as_posix()
+        inside = os.path.normpath(path) if not path.startswith("~") else path
+        return (job.recipe.folder / path).resolve().name if leaves(inside) else Path(inside).as_posix()
 
     file, base = job.recipe.file, job.recipe.base(job.adapter.base)
     variant = {"adapters": None, "calibration": portable(job.variant.calibration)}

@@ -16,7 +16,7 @@ from vera_edge.releasing import inputs as inputs_of
 from vera_edge.releasing import work
 from vera_edge.releasing.compose import EVIDENCE, RECIPE
 from vera_edge.releasing.job import Job
-from vera_edge.releasing.recipe import Recipe, RecipeFile
+from vera_edge.releasing.recipe import Recipe, RecipeFile, leaves
 from vera_edge.storage.json_text import read_json
 
 
@@ -84,11 +84,9 @@ def _recipe(folder: Path, inputs: Path) -> Recipe:
     # What was released keeps these to itself, and a stranger's bundle doesn't say what is read here.
     (base,), (adapter,), (variant,) = file.base, file.adapter, file.variant
     paths = (base.path, adapter.path, variant.plan, variant.calibration, file.limits.data)
-    if file.sign is not None or any(
-        Path(one).is_absolute() or one.startswith("~") for one in paths if one is not None
-    ):
-        raise BundleError(f"{path} names a key, or files by where they lie; it was changed")
-    return Recipe(file, inputs.absolute())
+    if file.sign is not None or any(leaves(one) for one in paths if one is not None):
+        raise BundleError(f"{path} names a key, or files outside of the inputs; it was changed")
+    return Recipe(file, inputs.absolute(), confined=True)
 
 
 def _materials(statement: dict[str, Any], folder: Path) -> dict[str, str]:

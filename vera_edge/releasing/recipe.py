@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
@@ -135,13 +135,23 @@ class RecipeFile(Table):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe, and the folder its paths start from."""
+    """A recipe, and the folder its paths start from.
+
+    confined: whether a path that leaves the folder is refused, as where a stranger wrote the recipe. Links in
+    the folder are of whoever gave it.
+    """
 
     file: RecipeFile
     folder: Path
+    confined: bool = False
 
     def path(self, relative: str) -> Path:
-        """A path of the recipe, absolute. Raises PlanError when it starts from the home of nobody."""
+        """A path of the recipe, absolute.
+
+        Raises PlanError when it starts from the home of nobody, or leaves the folder and mustn't.
+        """
+        if self.confined and leaves(relative):
+            raise PlanError(f"{relative!r} leads out of {self.folder}; the recipe was changed")
         try:
             return (self.folder / Path(relative).expanduser()).absolute()
         except RuntimeError:
@@ -187,6 +197,12 @@ class Recipe:
             for adapter in self.file.adapter
             if adapter.base == base.id and (variant.adapters is None or adapter.id in variant.adapters)
         )
+
+
+def leaves(relative: str) -> bool:
+    """Whether a path leads out of the folder that it starts from, on any system, but for links."""
+    ways = (PurePosixPath(relative), PureWindowsPath(relative))
+    return relative.startswith("~") or any(".." in way.parts or way.anchor for way in ways)
 
 
 def read(path: Path) -> Recipe:

@@ -11,8 +11,8 @@ import errno
 import glob
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +23,7 @@ from vera_edge.errors import BundleError, OutputError, VeraEdgeError
 
 _PIECE = 4 << 20  # bytes
 PARTIAL_MARK = ".partial-"
+_OLD_MARK = f"{PARTIAL_MARK}old-"  # what a target had while it is replaced
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -114,17 +115,15 @@ def open_atomic(path: Path) -> Iterator[BinaryIO]:
         raise OutputError(f"{path} is a folder; give the name of a file to write")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}{PARTIAL_MARK}", dir=path.parent)
+        temporary = _hidden(path)
+        stream = temporary.open("xb")
     except OSError as cause:
         raise output_error(path, cause) from cause
-    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes the file private; an output follows the user's umask like any other file.
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as cause:
@@ -139,10 +138,13 @@ def write_atomic(path: Path, data: bytes) -> None:
         stream.write(data)
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _hidden(path: Path) -> Path:
+    """A name beside `path` that nobody has.
+
+    Not `tempfile`'s: what it makes is private, and only the system can give a file the rights that the umask
+    leaves without the umask being changed for other threads.
+    """
+    return path.with_name(f".{path.name}{PARTIAL_MARK}{secrets.token_hex(4)}")
 
 
 def check_output(path: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
@@ -173,8 +175,8 @@ def staged_folder(target: Path, force: bool = False) -> Iterator[Path]:
     target = target.absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}{PARTIAL_MARK}", dir=target.parent))
-        stage.chmod(0o777 & ~_umask())
+        stage = _hidden(target)
+        stage.mkdir()
     except OSError as cause:
         raise output_error(target, cause) from cause
     try:
@@ -189,7 +191,8 @@ def staged_folder(target: Path, force: bool = False) -> Iterator[Path]:
 def commit_folder(stage: Path, target: Path) -> None:
     """Flush every file of `stage` to the disk, then put it in the place of `target`.
 
-    On Linux the two trade places in one step, so that at no moment `target` isn't there.
+    On Linux the two trade places in one step, so that at no moment `target` isn't there; elsewhere `settle`
+    ends what a kill between two steps left. Where `target` is a link, the link is replaced.
     """
     for path in stage.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -201,14 +204,23 @@ def commit_folder(stage: Path, target: Path) -> None:
     if not target.exists():
         stage.rename(target)
     elif not _exchange(stage, target):
-        old = target.with_name(f".{target.name}{PARTIAL_MARK}old-{os.getpid()}")
+        old = target.with_name(f".{target.name}{_OLD_MARK}{os.getpid()}")
         target.rename(old)
-        stage.rename(target)
+        try:
+            stage.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
     fsync_folder(target.parent)
-    if old.is_dir():
-        shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, a file or a link, of which what it leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        old.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -228,10 +240,23 @@ def leftovers(target: Path) -> list[Path]:
     return [path for path in found if path.name.lstrip(".").startswith(begun)]
 
 
+def settle(target: Path) -> None:
+    """End what a writer of `target` left that was killed while replacing it: what `target` had is put back
+    where it's gone, and removed where the new one is there.
+
+    For one who knows that nobody else is at work on it.
+    """
+    begun = f".{target.name}{_OLD_MARK}"
+    old = [path for path in leftovers(target) if path.name.startswith(begun)]
+    old.sort(key=lambda path: path.lstat().st_mtime)
+    if old and not os.path.lexists(target):
+        old.pop().rename(target)
+    for path in old:
+        _remove(path)
+
+
 def sweep(target: Path) -> None:
-    """Remove the `leftovers` of `target`; for one who knows that nobody else is at work on it."""
+    """`settle`, and remove the other `leftovers` of `target`."""
+    settle(target)
     for path in leftovers(target):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path)

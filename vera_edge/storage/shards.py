@@ -119,7 +119,8 @@ class Shards:
         """Hex SHA-256 of what a tensor's place holds."""
         state, (start, end) = hashlib.sha256(), self._places[name]
         with _opened(self.folder / self.files[name], os.O_RDONLY) as handle:
-            while start < end and (piece := os.pread(handle, min(_PIECE, end - start), start)):
+            os.lseek(handle, start, os.SEEK_SET)
+            while start < end and (piece := os.read(handle, min(_PIECE, end - start))):
                 state.update(piece)
                 start += len(piece)
         return state.hexdigest()
@@ -167,7 +168,8 @@ class ShardWriter:
 
 @contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    handle = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags, 0o666)
     try:
         yield handle
     finally:
@@ -176,6 +178,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
 
 def _write_at(handle: int, data: memoryview, offset: int) -> None:
     view = data.cast("B") if data.nbytes else data
+    os.lseek(handle, offset, os.SEEK_SET)  # a handle is of one caller: see `_opened`
     done = 0
     while done < view.nbytes:
-        done += os.pwrite(handle, view[done:], offset + done)
+        done += os.write(handle, view[done:])

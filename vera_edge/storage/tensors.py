@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.errors import CheckpointError, VeraEdgeError
-from vera_edge.storage import json_text, shard_index
+from vera_edge.storage import byte_ranges, json_text, shard_index
 
 Float32 = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
@@ -44,7 +44,7 @@ DTYPES: Mapping[str, tuple[int, str]] = {
     "F64": (8, "<f8"),
 }
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
-_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+_PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 _PIECE = 1 << 22
 _MAX_VALUES = 1 << 48  # of a tensor, were its empty sides 1: array libraries count little further
 
@@ -206,7 +206,7 @@ class TensorFolder(Mapping[str, TensorInfo]):
             return cls._open_index(folder, index, error)
         if not folder.is_dir():
             raise error(f"{folder} isn't a folder; give the folder that holds {stem}.safetensors")
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _PICKLES)
         if pickles:
             raise error(
                 f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when read; "
@@ -231,17 +231,14 @@ class TensorFolder(Mapping[str, TensorInfo]):
     def read(self, name: str) -> RawTensor:
         """The bytes of one tensor."""
         info = self._infos[name]
-        with info.file.open("rb") as stream:
-            stream.seek(info.start)
-            return RawTensor(info.dtype, info.shape, _read(stream, info.nbytes, info))
+        (data,) = byte_ranges.read(info.file, info.start, [info.nbytes], f"tensor {name}")
+        return RawTensor(info.dtype, info.shape, data)
 
     def pieces(self, name: str) -> Iterator[Bytes]:
         """The bytes of one tensor, some MiB of whole values at a time."""
         info = self._infos[name]
-        with info.file.open("rb") as stream:
-            stream.seek(info.start)
-            for start in range(0, info.nbytes, _PIECE):
-                yield _read(stream, min(_PIECE, info.nbytes - start), info)
+        sizes = (min(_PIECE, info.nbytes - start) for start in range(0, info.nbytes, _PIECE))
+        return byte_ranges.read(info.file, info.start, sizes, f"tensor {name}")
 
     def float32(self, name: str) -> Float32:
         """One tensor as float32; raises CheckpointError when it isn't a float tensor."""
@@ -269,13 +266,6 @@ class WitnessedFolder(TensorFolder):
             state.update(piece.data)
             yield piece
         self.digests[name] = state.hexdigest()
-
-
-def _read(stream: BinaryIO, nbytes: int, info: TensorInfo) -> Bytes:
-    data = np.fromfile(stream, np.uint8, nbytes)
-    if data.size != nbytes:
-        raise CheckpointError(f"{info.file} ends inside tensor {info.name}; copy or download it again")
-    return data
 
 
 def write_header(

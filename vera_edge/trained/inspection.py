@@ -17,12 +17,10 @@ from vera_edge.adapters.vera import Adapter, Vectors
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import AdapterError, MismatchError
+from vera_edge.formats import blocks
 from vera_edge.trained import alignment
 from vera_edge.trained import model as trained_base
 from vera_edge.trained.provenance import resolve_for_command
-
-BLOCK = 32  # values that share one float32 scale where projections are stored as int8 or int4
-_BYTES_PER_VALUE = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0 + 4.0 / BLOCK, "int4": 0.5 + 4.0 / BLOCK}
 
 # Linears that read the same input, so that one product with A serves them all.
 _SHARED_INPUT = (
@@ -55,7 +53,7 @@ class Kind:
 class Cost:
     """What side-branches cost on the device.
 
-    vectors, projections: bytes by format; int8 and int4 include a float32 scale for each block of 32 values.
+    vectors, projections: bytes by format; as an export stores them, int8 and int4 with their scales.
     branch_macs: multiply-accumulates per token of all branches, layers that read one input sharing the
     product with A; base_macs: of the base's linear layers. None where they depend on a base not given.
     """
@@ -223,7 +221,8 @@ def _cost(adapter: Adapter, checkpoint: Checkpoint | None, spec: ProjectionSpec 
     values = sum(pair.lambda_b.size + pair.lambda_d.size for pair in adapter.vectors.values())
     projections = None
     if spec is not None:
-        projections = {name: round(spec.elements * size) for name, size in _BYTES_PER_VALUE.items()}
+        projections = {"fp32": 4 * spec.elements, "fp16": 2 * spec.elements}
+        projections |= {name: _blocks_bytes(spec, bits) for name, bits in (("int8", 8), ("int4", 4))}
     base_macs = None
     if checkpoint is not None:
         base_macs = sum(linear.out_features * linear.in_features for linear in checkpoint.linears.values())
@@ -232,6 +231,12 @@ def _cost(adapter: Adapter, checkpoint: Checkpoint | None, spec: ProjectionSpec 
         projections=projections,
         branch_macs=None if checkpoint is None else _branch_macs(adapter, checkpoint),
         base_macs=base_macs,
+    )
+
+
+def _blocks_bytes(spec: ProjectionSpec, bits: int) -> int:
+    return blocks.stored_bytes((spec.rank, spec.in_max), bits, blocks.BLOCK_OF_A) + blocks.stored_bytes(
+        (spec.out_max, spec.rank), bits, blocks.block_of_b(spec.rank)
     )
 
 

@@ -19,17 +19,13 @@ import onnx_ir as ir
 
 from vera_edge.adapters.projection import Projections
 from vera_edge.errors import PlanError
-from vera_edge.formats.blocks import quantize
+from vera_edge.formats.blocks import BLOCK_OF_A, block_of_b, quantize
 from vera_edge.storage.tensors import Float32
 from vera_edge_onnx.graph.weaver import MICROSOFT, Weaver, leading
 from vera_edge_onnx.weights.linear import Blocks
 
 DTYPES = ("fp32", "fp16", "int8", "int4")
 _BITS: Mapping[str, int] = {"int8": 8, "int4": 4}
-# The values are uniform, so all blocks have the same scale but for chance: long blocks cost no precision, and
-# the longest that the rank fills are the fastest.
-_BLOCK = 128
-_BLOCKS_OF_B = (256, 128, 64, 32)
 _A, _B = "vera.A", "vera.B"
 
 
@@ -60,10 +56,10 @@ class StoredProjections:
             return weaver.node("MatMul", [x, weight], f"{node}/A/MatMul", shape, before=before)
         if width == self.widest or width % 2:  # half a byte can't be cut off
             name = _A if width == self.widest else f"{_A}[:{width}]"
-            blocks = self._blocks(name, self.projections.a[:, :width], _BLOCK)
+            blocks = self._blocks(name, self.projections.a[:, :width], BLOCK_OF_A)
             return blocks.product(weaver, x, name, f"{node}/A", before)
-        whole = self._blocks(_A, self.projections.a[:, : self.widest], _BLOCK)
-        count = -(-width // _BLOCK)
+        whole = self._blocks(_A, self.projections.a[:, : self.widest], BLOCK_OF_A)
+        count = -(-width // BLOCK_OF_A)
         narrow = Blocks(replace(whole.form, in_features=width, codes=whole.form.codes[:, :count]))
         if width not in self._narrow:
             self._narrow[width] = _columns(weaver, whole, narrow, before)
@@ -83,8 +79,9 @@ class StoredProjections:
                 domain=MICROSOFT,
                 transB=1,
             )
-        block = next((block for block in _BLOCKS_OF_B if self.rank % block == 0), _BLOCKS_OF_B[-1])
-        return self._blocks(_B, self.projections.b, block).rows_product(weaver, x, _B, rows, node, before)
+        return self._blocks(_B, self.projections.b, block_of_b(self.rank)).rows_product(
+            weaver, x, _B, rows, node, before
+        )
 
     def _blocks(self, name: str, matrix: Float32, block: int) -> Blocks:
         if name not in self._quantized:

@@ -3,6 +3,7 @@
 Found by content, not by name: an exporter may pack q, k and v into one MatMul, or take a packed gate_up
 weight apart, and its names change between versions. Every row of a MatMul's weight is looked up among the
 rows of the checkpoint's own weights, so a site is exactly what it is taken for or it isn't a site at all.
+Names only decide between equal rows, of weights that are tied or still zeros.
 """
 
 from __future__ import annotations
@@ -13,11 +14,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from vera_edge.errors import TargetError
 from vera_edge.storage.tensors import Float32
 
+_WORD = re.compile(r"[./]")
+# The orders in which layers are packed into one product.
+_PACKED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+)
 _LAYER = re.compile(r"(?:^|[./])(?:layers?|h|blocks?)\.(\d+)[./]")
 
 
@@ -76,14 +87,16 @@ def find(
     by_layer: dict[str, list[str]] = {}
     for module in shapes:
         by_layer.setdefault(_layer(module), []).append(module)
-    rows: dict[bytes, list[tuple[str, int]]] = {}
+    rows = _Rows({}, {})
+    taken: dict[str, npt.NDArray[np.bool_]] = {}
     current: str | None = None
     for node in _matmuls(model):
         layer = _layer(node.name or "")
         if layer != current:
-            current, rows = layer, _index(by_layer.get(layer, ()), read)
+            current = layer
+            rows = _Rows({module: read(module) for module in by_layer.get(layer, ())}, taken)
         weight = _weight(node)
-        parts = _parts(weight, rows)
+        parts = rows.parts(weight, node.name or "")
         if parts is not None:
             name = (node.name or "").removesuffix("/MatMul")
             found.append(Site(name, node, parts, weight.shape[1]))
@@ -131,25 +144,57 @@ def _key(row: Float32) -> bytes:
     return hashlib.blake2b(row.tobytes(), digest_size=16).digest()
 
 
-def _index(modules: Iterable[str], read: Callable[[str], Float32]) -> dict[bytes, list[tuple[str, int]]]:
-    rows: dict[bytes, list[tuple[str, int]]] = {}
-    for module in modules:
-        for number, row in enumerate(read(module)):
-            rows.setdefault(_key(row), []).append((module, number))
-    return rows
+class _Rows:
+    """The rows of one layer's modules, by content. taken: those that sites have, kept here."""
 
+    def __init__(self, weights: Mapping[str, Float32], taken: dict[str, npt.NDArray[np.bool_]]) -> None:
+        self._taken = taken
+        self._numbers: dict[bytes, int] = {}  # of each row's content
+        self._modules = {
+            module: np.array(
+                [self._numbers.setdefault(_key(row), len(self._numbers)) for row in weight], np.int64
+            )
+            for module, weight in weights.items()
+        }
+        self._within: dict[int, set[str]] = {}
+        for module, rows in self._modules.items():
+            for row in np.unique(rows):
+                self._within.setdefault(int(row), set()).add(module)
+            taken.setdefault(module, np.zeros(len(rows), bool))
 
-def _parts(weight: Float32, rows: Mapping[bytes, list[tuple[str, int]]]) -> tuple[Part, ...] | None:
-    parts: list[Part] = []
-    for row in np.ascontiguousarray(weight):
-        places = rows.get(_key(row))
-        if not places:
+    def parts(self, weight: Float32, name: str) -> tuple[Part, ...] | None:
+        """What a MatMul's weight (out, in) is made of; None when a row of it is no module's."""
+        rows = np.array([self._numbers.get(_key(row), -1) for row in np.ascontiguousarray(weight)], np.int64)
+        if not len(rows) or rows.min() < 0:
             return None
-        # Equal rows (all zeros, say) are told apart by their neighbours: go on where the last row ended.
-        if parts and (parts[-1].module, parts[-1].stop) in places:
-            last = parts[-1]
-            parts[-1] = Part(last.module, last.start, last.stop + 1)
-        else:
-            module, number = min(places, key=lambda place: place[1])
-            parts.append(Part(module, number, number + 1))
-    return tuple(parts)
+        words, parts, at = set(_WORD.split(name)), list[Part](), 0
+        while at < len(rows):
+            part = max(self._candidates(rows[at:]), key=lambda part: self._rank(part, words))
+            self._taken[part.module][part.start : part.stop] = True
+            last = parts[-1] if parts else None
+            if last is not None and (last.module, last.stop) == (part.module, part.start):
+                parts[-1] = Part(last.module, last.start, part.stop)
+            else:
+                parts.append(part)
+            at += part.size
+        return tuple(parts)
+
+    def _candidates(self, rows: npt.NDArray[np.int64]) -> Iterator[Part]:
+        """For each module with such a row: as many rows from there on as are equal, taken ones too."""
+        for module in self._modules:
+            if module not in self._within[int(rows[0])]:
+                continue
+            own = self._modules[module]
+            places = np.flatnonzero(own == rows[0])
+            free = places[~self._taken[module][places]]
+            for start in {int(places[0]), int(free[0] if len(free) else places[0])}:
+                most = min(len(own) - start, len(rows))
+                other = np.flatnonzero(own[start : start + most] != rows[:most])
+                yield Part(module, start, start + (int(other[0]) if len(other) else most))
+
+    def _rank(self, part: Part, words: set[str]) -> tuple[bool, int, int, int, int]:
+        """How likely a candidate is it: free rows first, then many, then those of a module of that name."""
+        free = not self._taken[part.module][part.start : part.stop].any()
+        inner = _WORD.split(_LAYER.split(f"{part.module}.")[-1])
+        order = next((order.index(word) for order in _PACKED for word in inner if word in order), 0)
+        return free, part.size, len(words & set(inner)), -order, -part.start

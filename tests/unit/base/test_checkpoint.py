@@ -129,8 +129,11 @@ class TestRefused:
         with pytest.raises(CheckpointError, match=r"holds no model\.safetensors"):
             Checkpoint.open(tmp_path)
 
-    def test_a_pickle(self, tmp_path: Path) -> None:
-        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    @pytest.mark.parametrize(
+        "name", ["pytorch_model.bin", "a.pt", "a.pth", "a.pkl", "a.ckpt", "A.CKPT", "a.pickle"]
+    )
+    def test_a_pickle(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_bytes(b"\x80\x04.")
         with pytest.raises(CheckpointError, match="as a pickle"):
             Checkpoint.open(tmp_path)
 

@@ -16,6 +16,7 @@ from tests import exported, tiny
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import MismatchError, OutputError, PlanError, TargetError, VeraEdgeError
 from vera_edge.exporting import target
+from vera_edge.trained.inspection import inspect_folder
 
 Make = Callable[..., Path]
 
@@ -165,6 +166,24 @@ def test_an_int8_base_keeps_its_codes(make: Make, tiny_llama: tiny.TinyLlama, ti
     raw = load_file(tiny_llama.int8 / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     found = exported.data(out, "model.layers.1.mlp.down_proj.weight.int8").reshape(raw.shape)
     np.testing.assert_array_equal(found.astype(np.int16) - 128, raw)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8", "int4"])
+def test_inspect_tells_the_bytes_that_projections_take(
+    dtype: str, make: Make, tiny_llama: tiny.TinyLlama, float_adapter: Path
+) -> None:
+    import onnx
+
+    out = make("branch", "fp32", projections=dtype)
+    places = (place for name, place in exported.ranges(out).items() if name.startswith(("vera.A", "vera.B")))
+    stored = {byte for start, length, _ in places for byte in range(start, start + length)}
+    graph = onnx.load(out / "onnx" / "model.onnx", load_external_data=False).graph
+    # A few scales lie in the graph itself.
+    inside = sum(
+        len(one.raw_data) for one in graph.initializer if one.name in ("vera.A.scales", "vera.B.scales")
+    )
+    told = inspect_folder(float_adapter, tiny_llama.fp32).cost.projections
+    assert told is not None and told[dtype] == len(stored) + inside
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("int8", 1)])

@@ -64,6 +64,44 @@ def test_equal_rows_are_told_apart_by_their_neighbours() -> None:
     assert found == {"/layers.0/ab": (Part("layers.0.b", 0, 4), Part("layers.0.a", 0, 4))}
 
 
+def test_equal_weights_are_told_apart_by_their_names() -> None:
+    """Tied ones, and those that begin as zeros: no two products are one module's, whatever their order."""
+    same, zero = drawn(4, 6, 0), np.zeros((4, 6), np.float32)
+    for weight in (same, zero):
+        modules = {f"layers.0.attn.{name}_proj": weight.copy() for name in ("k", "o", "q", "v")}
+        nodes = {f"/layers.0/attn/{name}_proj": weight.T for name in ("v", "q", "k", "o")}
+        assert find(nodes, modules) == {
+            node: (Part(f"layers.0.attn.{node.rpartition('/')[2]}", 0, 4),) for node in nodes
+        }
+
+
+def test_equal_weights_in_one_product_are_in_the_order_of_their_kind() -> None:
+    zero = np.zeros((8, 6), np.float32)
+    modules = {"layers.0.k_proj": zero[:4], "layers.0.q_proj": zero, "layers.0.v_proj": zero[:4].copy()}
+    found = find({"/layers.0/qkv": np.zeros((6, 16), np.float32)}, modules)
+    parts = (Part("layers.0.q_proj", 0, 8), Part("layers.0.k_proj", 0, 4), Part("layers.0.v_proj", 0, 4))
+    assert found == {"/layers.0/qkv": parts}
+
+
+@given(st.lists(st.integers(0, 2), min_size=6, max_size=12), st.permutations("qkv"))
+def test_every_row_is_told_once_however_many_are_equal(kinds: list[int], order: list[str]) -> None:
+    """Rows of three kinds only, zeros among them, in three products."""
+    kind = np.stack([np.zeros(6, np.float32), *drawn(2, 6, 0)])
+    modules = {
+        f"layers.0.{name}_proj": kind[np.roll(kinds, turn)] for turn, name in enumerate(("q", "k", "v"))
+    }
+    found = find({f"/layers.0/{name}_proj": modules[f"layers.0.{name}_proj"].T for name in order}, modules)
+    assert found == {f"/layers.0/{n}_proj": (Part(f"layers.0.{n}_proj", 0, len(kinds)),) for n in "qkv"}
+
+
+def test_a_first_row_of_zeros_is_nobody_elses() -> None:
+    first, second = drawn(4, 6, 0), drawn(4, 6, 1)
+    first[0] = second[0] = 0.0
+    modules = {"layers.0.a": first, "layers.0.b": second}
+    found = find({"/layers.0/x": second.T, "/layers.0/y": first.T}, modules)
+    assert found == {"/layers.0/x": (Part("layers.0.b", 0, 4),), "/layers.0/y": (Part("layers.0.a", 0, 4),)}
+
+
 def test_a_layer_is_looked_up_among_its_own_modules() -> None:
     same = drawn(4, 6, 0)
     modules = {"h.0.a": same, "h.1.a": same.copy(), "head": drawn(3, 6, 1)}

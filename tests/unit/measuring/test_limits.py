@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vera_edge.errors import DriftExceeded, MismatchError, PlanError
-from vera_edge.measuring import baseline, junit, limits
+from vera_edge.measuring import baseline, html, junit, limits, plots
 from vera_edge.measuring.evaluate import measure
 from vera_edge.measuring.result import Artefact, DriftReport, TextFacts
 from vera_edge.measuring.verdict import judge
@@ -227,6 +227,19 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path, content: str) -> No
         ("fidelity", "flips", {"value": "0.1"}),
         ("fidelity", "flips", {"value": float("nan")}),
         ("fidelity", "kl", {"mean": {"value": 1.0}, "quantiles": []}),
+        ("fidelity", "kl", {"mean": {"value": 1e308}, "quantiles": {"p99": 1.0}}),
+        ("fidelity", "kl", {"mean": {"value": -1.0}, "quantiles": {"p99": 1.0}}),
+        ("fidelity", "flips", {"value": 10**400}),
+        ("fidelity", "same_top1", {"value": -(10**400)}),
+        ("candidate", "bytes", 10**4000),
+        ("candidate", "bytes", [1] * 10**6),
+        ("candidate", "name", "x" * 10**6),
+        ("candidate", "name", "a\x1b[2J"),
+        ("candidate", "name", "\ud800"),
+        ("text", "sha256", []),
+        ("text", "source", {}),
+        ("text", "tokens", "128"),
+        ("text", "window", 1.5),
     ],
 )
 def test_what_is_read_of_a_report_is_there_before_anything_is_measured(
@@ -242,6 +255,41 @@ def test_what_is_read_of_a_report_is_there_before_anything_is_measured(
     path.write_text(json.dumps(report))
     with pytest.raises(PlanError, match="isn't a report that `vera-edge drift --json` printed"):
         baseline.read(path)
+
+
+@pytest.mark.parametrize("value", [[1] * 10**6, "1" * 10**6, 10**4000, {}, None, True])
+def test_a_report_whose_format_is_anything_is_refused_in_a_short_sentence(
+    tmp_path: Path, value: object
+) -> None:
+    path = tmp_path / "baseline.json"
+    path.write_text(json.dumps(make_report().to_dict() | {"format": value, "text": "sha256 tokens window"}))
+    with pytest.raises(PlanError, match="isn't a report") as error:
+        baseline.read(path)
+    assert len(str(error.value)) < len(str(path)) + 100
+
+
+def test_a_report_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.json"
+    with path.open("wb") as stream:
+        stream.truncate(1 << 40)  # a file with a hole
+    with pytest.raises(PlanError, match="is larger than any report"):
+        baseline.read(path)
+
+
+def test_whatever_a_report_may_hold_can_be_drawn(tmp_path: Path) -> None:
+    """The smallest and largest figures, and names that are markup, formulas or no UTF-8."""
+    others, values = [], ((5e-324, 1), (0.0, 0), (1e6, 2**63), (1e-29, 10))
+    for number, (kl, size) in enumerate(values):
+        report = make_report().to_dict()
+        report["candidate"] |= {"bytes": size, "name": f"$\\frac{{ <script> {number}"}
+        report["fidelity"]["kl"]["mean"]["value"] = kl
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(report))
+        others.append(baseline.read(path))
+    named = replace(make_report(), candidate=Artefact("$\\frac{\udcff", "a", "b", 5))
+    page = html.render(named, others).decode()
+    assert "<script> 1" not in page and "\\udcff" in page
+    assert plots.render(make_report(), others)["size_against_drift.png"]
 
 
 def test_a_baseline_of_another_format_is_refused(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import numpy as np
@@ -33,8 +33,8 @@ from vera_edge.errors import AdapterError, CheckpointError, MismatchError, Outpu
 from vera_edge.plans import plan as plans
 from vera_edge.reference.model import load_dense
 from vera_edge.rounding.weight_rounding import merge_to_folder
-from vera_edge.storage import tensors
-from vera_edge.storage.tensors import Float32
+from vera_edge.storage import byte_ranges
+from vera_edge.storage.tensors import Bytes, Float32
 from vera_edge.trained.trained_model import TrainedModel
 
 TOKENS = torch.arange(3, 63)[None] * 5 % 384
@@ -453,13 +453,15 @@ def test_the_base_is_read_once(
     """Its digest is of the very bytes that were merged."""
     read: dict[str, int] = {}
 
-    def counted(stream: BinaryIO, nbytes: int, info: tensors.TensorInfo) -> tensors.Bytes:
-        read[info.name] = read.get(info.name, 0) + nbytes
-        return once(stream, nbytes, info)
+    def counted(path: Path, start: int, sizes: Iterable[int], what: str) -> Iterator[Bytes]:
+        for data in once(path, start, sizes, what):
+            name = what.removeprefix("tensor ")
+            read[name] = read.get(name, 0) + data.size
+            yield data
 
     ready = merge.prepare(tiny_llama.bf16, [(tiny_adapter, 1.0)], to, projection_dtype="float32")
-    once = tensors._read
-    monkeypatch.setattr(tensors, "_read", counted)
+    once = byte_ranges.read
+    monkeypatch.setattr(byte_ranges, "read", counted)
     report = merge.perform(ready, tmp_path / "out")
     assert report.warning is None, "a warning tries some layers again"
     assert read == {name: info.nbytes for name, info in ready.model.checkpoint.tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from vera_edge import merging as merge
 from vera_edge.adapters.projection import ProjectionSpec, regenerate
 from vera_edge.adapters.vera import Adapter, Vectors, WeightedAdapter
 from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.errors import CheckpointError, OutputError, PlanError
+from vera_edge.errors import CheckpointError, OutputError, PlanError, ReadError
 from vera_edge.merging import Resources, executor, memory, stage, units, work
 from vera_edge.merging.cutting import cut
 from vera_edge.merging.journal import Done, Journal, line
@@ -31,6 +33,8 @@ from vera_edge.merging.measure import Survival
 from vera_edge.merging.report import LayerReport
 from vera_edge.parallel import Engine
 from vera_edge.plans import plan as plans
+from vera_edge.storage.lock import exclusive
+from vera_edge.storage.shards import Shards
 from vera_edge.trained.trained_model import TrainedModel
 
 TWO = Resources(Engine(workers=2))
@@ -271,6 +275,100 @@ def test_a_refused_input_leaves_nothing_of_an_earlier_run(
     with pytest.raises(CheckpointError):
         merge.perform(ready, out)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_base_that_cannot_be_read_for_a_while(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, units_done: list[int]
+) -> None:
+    """It's the base's fault, not the output's, and what was finished is there for the next run."""
+    base = Path(shutil.copytree(tiny_llama.fp32, tmp_path / "base"))
+    ready, out = merge.prepare(base, [(tiny_adapter, 1.0)], "fp32"), tmp_path / "out"
+    file, gone = base / "model.safetensors", tmp_path / "gone"
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == executor.WHAT and len(units_done) == 5:
+            file.rename(gone)
+
+    with pytest.raises(ReadError, match=r"model\.safetensors can't be read: No such file") as error:
+        merge.perform(ready, out, progress)
+    assert "write" not in str(error.value)
+    gone.rename(file)
+    finished = len(units_done)
+    merge.perform(ready, out)
+    assert len(units_done) - finished < count(ready) - 3
+    merge.perform(ready, tmp_path / "again")
+    assert contents(out) == contents(tmp_path / "again")
+
+
+def test_a_side_file_of_the_base_that_cannot_be_read(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_llama.fp32, tmp_path / "base"))
+    (base / "generation_config.json").write_text("{}")
+    ready = merge.prepare(base, [(tiny_adapter, 1.0)], "fp32")
+    (base / "generation_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"generation_config\.json can't be read"):
+        merge.perform(ready, tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["before", "on the way", "at the end"])
+def test_a_disk_that_is_full_keeps_what_is_finished(
+    ready: merge.Prepared,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    units_done: list[int],
+    where: str,
+) -> None:
+    out = tmp_path / "out"
+    stop_after(ready, out, 5)
+    finished = len(units_done)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if where == "before":
+            patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+            patch.setattr(executor, "_allocated", lambda _: 0)
+        elif where == "on the way":
+            patch.setattr(Shards, "put_bytes", full)
+        else:
+            patch.setattr(executor, "_write_beside", full)
+        with pytest.raises(OutputError, match="free some"):
+            merge.perform(ready, out)
+    merge.perform(ready, out)
+    assert len(units_done) - finished <= count(ready) + 1
+    assert contents(out) == expected
+
+
+def test_a_run_that_begins_does_not_take_the_stage_of_one_at_work(
+    ready: merge.Prepared, tmp_path: Path
+) -> None:
+    """Of one that has its lock and no folder of files yet, or no more."""
+    out = tmp_path / "out"
+    out.mkdir()
+    folder = stage.folder_of(out)
+    folder.mkdir()
+    with exclusive(folder / "lock", "merge"):
+        with pytest.raises(OutputError, match="another merge"):
+            merge.perform(ready, out, force=True)
+        assert (folder / "lock").exists()
+
+
+def test_a_target_that_was_being_replaced_at_a_kill_is_put_back(
+    ready: merge.Prepared, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    stop_after(ready, out, 2)
+    old = tmp_path / ".out.partial-old-77"
+    old.mkdir()
+    (old / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="isn't empty"):
+        merge.perform(ready, out)
+    assert (out / "mine.txt").read_text() == "keep"
+    merge.perform(ready, out, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_merges_into_one_target(ready: merge.Prepared, tmp_path: Path) -> None:

@@ -172,3 +172,26 @@ def test_whatever_stands_in_a_recipe_it_is_read_or_refused(
     for adapter, variant in found.jobs:
         place = (folder / "out" / adapter.id / variant.name).resolve()
         assert place.parent.parent == (folder / "out").resolve(), "a bundle outside of the release"
+
+
+def test_a_strangers_recipe_reaches_nothing_outside_of_its_folder(tmp_path: Path) -> None:
+    """Whichever of its paths it is, and not one's own links."""
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "inputs" / "linked").symlink_to(tmp_path)
+    file = recipes.RecipeFile.model_validate(RECIPE)
+    confined = recipes.Recipe(file, tmp_path / "inputs", confined=True)
+    for path in (
+        "../x",
+        "a/../../x",
+        "/etc/hostname",
+        "~/x",
+        "~root/x",
+        "..",
+        "..\\x",
+        "C:\\x",
+        "\\\\host\\x",
+    ):
+        with pytest.raises(PlanError, match="leads out of"):
+            confined.path(path)
+    assert confined.path("linked/x") == tmp_path / "inputs" / "linked" / "x"
+    assert recipes.Recipe(file, tmp_path / "inputs").path("../x") == tmp_path / "inputs" / ".." / "x"

@@ -42,8 +42,9 @@ def test_counts(checkpoint: Checkpoint) -> None:
     assert told.cost.projections == {
         "fp32": 4 * values,
         "fp16": 2 * values,
-        "int8": values * 36 // 32,
-        "int4": values * 20 // 32,
+        # Blocks of 128 along A's rows, of 32 along B's short ones, the last one padded; a scale for each.
+        "int8": RANK * 2 * (128 + 4) + HIDDEN * (32 + 4),
+        "int4": RANK * 2 * (64 + 4) + HIDDEN * (16 + 4),
     }
 
 

@@ -29,6 +29,7 @@ from vera_edge.storage.files import (
     make_folder,
     output_error,
     safe_join,
+    settle,
     sha256_file,
 )
 from vera_edge.storage.lock import exclusive
@@ -73,6 +74,8 @@ def fetch(
     make_folder(place)
     try:
         with exclusive(place / "lock", f"fetch into {target}"):
+            settle(target.absolute())
+            check_output(target, force)
             stage = place / "files"
             manifest = _receive(link, stage, have, progress)
             if accept is not None:

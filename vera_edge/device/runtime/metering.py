@@ -9,85 +9,40 @@ factor is measured before it is made.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
 import jinja2
+import jinja2.filters
 import jinja2.nodes
 import jinja2.runtime
 import jinja2.sandbox
 import jinja2.visitor
 
-MAX_STEPS = (
-    2_000_000  # turns of loops, calls, filters and pieces of text; a long chat takes some ten thousand
+from vera_edge.device.runtime.meter import (
+    MAX_AT_ONCE,
+    TooMuchError,
+    check_size,
+    counted,
+    current,
+    held_items,
+    length_of,
+    size_of,
 )
-MAX_CHARACTERS = 1 << 26  # of all that is put out or captured; a million tokens are 4 million
-MAX_AT_ONCE = 1 << 25  # characters or items of one value
-MAX_SECONDS = 20.0
+
 _MAX_BITS = 1 << 16  # of a whole number
 # Filters and methods of strings that make what a number among their arguments says.
 _SIZED = {"center", "ljust", "rjust", "zfill", "expandtabs", "indent", "batch", "slice", "round", "tojson"}
 # Filters that look at a value's parts and not at its text: it needn't be measured for them.
 _STRUCTURAL = {
-    *(
-        "abs",
-        "attr",
-        "batch",
-        "count",
-        "d",
-        "default",
-        "dictsort",
-        "first",
-        "float",
-        "groupby",
-        "int",
-        "items",
-    ),
-    *("last", "length", "list", "map", "max", "min", "random", "reject", "rejectattr", "reverse", "round"),
-    *("select", "selectattr", "slice", "sort", "sum", "unique"),
+    *("abs", "attr", "batch", "count", "d", "default", "first", "float", "int", "items", "last", "length"),
+    *("list", "map", "random", "reject", "rejectattr", "reverse", "round", "select", "selectattr", "slice"),
 }
+# Filters whose time grows faster than the text does: the longest text that they take.
+_SLOW = {"wordwrap": 1 << 16, "urlize": 1 << 20, "striptags": 1 << 20}
 # A width of six digits, or one that an argument gives, in "%6d" or "{:6}".
 _WIDTH = re.compile(r"%[^a-zA-Z%]*(\d{6}|\*)|\{[^{}]*:[^{}]*(\d{6}|\{)")
-
-
-class TooMuchError(jinja2.TemplateError):
-    """A template took more than it may."""
-
-
-class Meter:
-    """What one rendering has left."""
-
-    def __init__(self) -> None:
-        self.steps, self.characters = MAX_STEPS, MAX_CHARACTERS
-        self.end = time.monotonic() + MAX_SECONDS
-
-    def spend(self, characters: int = 0) -> None:
-        """Count one step that made `characters`. Raises TooMuchError once nothing is left."""
-        self.steps -= 1
-        self.characters -= characters
-        if self.steps < 0:
-            raise TooMuchError(f"it takes more than {MAX_STEPS} steps")
-        if self.characters < 0:
-            raise TooMuchError(f"it makes more than {MAX_CHARACTERS} characters")
-        if time.monotonic() > self.end:
-            raise TooMuchError(f"it takes more than {MAX_SECONDS:.0f} seconds")
-
-
-_meter: ContextVar[Meter] = ContextVar("meter")
-
-
-@contextmanager
-def metered() -> Iterator[None]:
-    """Give what renders within a fresh meter."""
-    token = _meter.set(Meter())
-    try:
-        yield
-    finally:
-        _meter.reset(token)
 
 
 class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -99,7 +54,10 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(**options, optimized=False)  # nothing is computed on compiling
         for name, function in list(self.filters.items()):
             self.add_filter(name, function)
-        self.filters |= {"_turns": _turns, "_shown": _shown, "_joined": _joined}
+        self.add_filter("sum", _sum)
+        self.filters |= {"_turns": _turns, "_shown": _shown, "_joined": _joined, "_compared": _compared}
+        tests: Mapping[str, Any] = self.tests
+        self.tests = {name: _weighed(function) for name, function in tests.items()}
         del self.globals["lipsum"]  # random words, as many as asked for
 
     def add_filter(self, name: str, function: Callable[..., Any]) -> None:
@@ -114,26 +72,36 @@ class MeteredEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
         """An operator, unless its result is too large."""
         _check_operator(operator, left, right)
-        return super().call_binop(context, operator, left, right)
+        result = super().call_binop(context, operator, left, right)
+        # A text that grows in a loop is made anew in each turn, and only the last one stays.
+        current().spend(length_of(result) // (8 if isinstance(result, str) else 1))
+        return result
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """An item by its key, unless that is too large to be looked up."""
+        return super().getitem(obj, _checked(argument))
 
     # jinja2 names these two with underscores, so that a template's keyword arguments can't meet them.
     def call(__self, __context: jinja2.runtime.Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call, counted."""
-        _meter.get().spend()
+        current().spend()
         if isinstance(__obj, jinja2.runtime.LoopContext) and args:
             args = (_turns(__context, args[0]), *args[1:])  # a recursive loop
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         if isinstance(owner, str):
-            args = tuple(_held(arg) for arg in args)
+            args = tuple(held_items(arg) for arg in args)
             _check_growth(__obj.__name__, owner, args, kwargs)
+        elif not isinstance(__obj, jinja2.runtime.Macro):  # what else is called may compare and look up
+            for value in (*args, *kwargs.values(), *([owner] if isinstance(owner, (list, tuple)) else ())):
+                _checked(value)
         result = super().call(__context, __obj, *args, **kwargs)
         if not isinstance(__obj, jinja2.runtime.Macro):  # what a macro shows was counted
-            _meter.get().spend(_length(result))
+            current().spend(length_of(result))
         return result
 
 
 class _Counted(jinja2.visitor.NodeTransformer):
-    """Puts a filter around what loops turn over, what is shown and what `~` joins."""
+    """Puts a filter around what loops turn over, what is shown, joined by `~`, compared, or a key."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         self.environment = environment
@@ -161,33 +129,74 @@ class _Counted(jinja2.visitor.NodeTransformer):
         parts = jinja2.nodes.List(node.nodes, lineno=node.lineno)
         return self._filtered("_joined", parts)
 
+    def visit_Compare(self, node: jinja2.nodes.Compare) -> jinja2.nodes.Compare:
+        self.generic_visit(node)
+        node.expr = self._filtered("_compared", node.expr)
+        for operand in node.ops:
+            operand.expr = self._filtered("_compared", operand.expr)
+        return node
+
+    def visit_Pair(self, node: jinja2.nodes.Pair) -> jinja2.nodes.Pair:
+        self.generic_visit(node)
+        node.key = self._filtered("_compared", node.key)
+        return node
+
 
 # `pass_context` keeps jinja2 from computing these when it compiles.
 @jinja2.pass_context
 def _turns(_: Any, values: Any) -> Iterator[Any]:
     """The items of `values`, each counted; raises at once when it has none to give, as a loop does."""
-    return _counted(iter(values))
-
-
-def _counted(values: Iterator[Any]) -> Iterator[Any]:
-    meter = _meter.get()
-    for value in values:
-        meter.spend()
-        yield value
+    return counted(iter(values))
 
 
 @jinja2.pass_context
 def _shown(_: Any, value: Any) -> str:
     """The text of a value, measured."""
-    _meter.get().spend(_size(value))
+    current().spend(size_of(value))
     return str(value)
 
 
 @jinja2.pass_context
 def _joined(_: Any, values: list[Any]) -> str:
     """`a ~ b`, measured."""
-    _meter.get().spend(sum(map(_size, values)))
+    current().spend(sum(map(size_of, values)))
     return "".join(map(str, values))
+
+
+@jinja2.pass_context
+def _compared(_: Any, value: Any) -> Any:
+    """What is compared or looked up."""
+    return _checked(value)
+
+
+def _checked(value: Any) -> Any:
+    """The value, unless comparing it takes too long: a list that holds one list twice is compared twice."""
+    if isinstance(value, (list, tuple, dict, set)):
+        size_of(value)
+    return value
+
+
+def _weighed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A test of jinja2's that counts, and refuses what would take too long."""
+
+    @wraps(function)
+    def weighed(*args: Any, **kwargs: Any) -> Any:
+        current().spend()
+        for value in (*args, *kwargs.values()):
+            _checked(value)
+        return function(*args, **kwargs)
+
+    return weighed
+
+
+@jinja2.pass_environment
+def _sum(environment: Any, iterable: Any, attribute: str | int | None = None, start: Any = 0) -> Any:
+    """jinja2's `sum`, added up by the operator that is measured."""
+    if attribute is not None:
+        iterable = map(jinja2.filters.make_attrgetter(environment, attribute), iterable)
+    for value in iterable:
+        start = environment.call_binop(None, "+", start, value)
+    return start
 
 
 def _measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,16 +205,16 @@ def _measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def measured(*args: Any, **kwargs: Any) -> Any:
-        meter = _meter.get()
+        meter = current()
         meter.spend()
         if len(args) > first:
-            held = _held(args[first]) if name == "join" else args[first]
-            if name not in _STRUCTURAL:
-                _size(held)
+            held = held_items(args[first]) if name == "join" else args[first]
+            if name not in _STRUCTURAL and size_of(held) > _SLOW.get(name, MAX_AT_ONCE):
+                raise TooMuchError(f"{name} gets a text of more than {_SLOW[name]} characters")
             args = (*args[:first], held, *args[first + 1 :])
             _check_growth(name, held, args[first + 1 :], kwargs)
         result = function(*args, **kwargs)
-        meter.spend(_length(result))
+        meter.spend(length_of(result))
         return result
 
     return measured
@@ -216,15 +225,15 @@ def _check_growth(name: str, value: Any, args: tuple[Any, ...], named: Mapping[s
     given = [*args, *named.values()]
     if name == "join":  # a filter of parts, or a method of what stands between them
         parts = given.pop(0) if isinstance(value, str) and given else value
-        lengths = [_length(text) for text in (value, *given) if isinstance(text, str)]
-        _check_size(_size(parts) + _length(parts) * max(lengths, default=0))
+        lengths = [length_of(text) for text in (value, *given) if isinstance(text, str)]
+        check_size(size_of(parts) + length_of(parts) * max(lengths, default=0))
     elif name in ("format", "format_map"):
         _check_form(value, given)
     else:
         texts = [len(text) for arg in given for text in _texts(arg)]
         numbers = [abs(arg) for arg in given if type(arg) is int and name in _SIZED]
         if factor := max([*texts, *numbers], default=0):
-            _check_size(max(1, _size(value) if name == "tojson" else _length(value)) * factor)
+            check_size(max(1, size_of(value) if name == "tojson" else length_of(value)) * factor)
 
 
 def _texts(argument: Any) -> list[str]:
@@ -240,15 +249,19 @@ def _check_operator(operator: str, left: Any, right: Any) -> None:
         if isinstance(left, str):
             _check_form(left, right)
     elif isinstance(left, int) and isinstance(right, int):
-        bits = {"+": 0, "*": left.bit_length() + right.bit_length(), "**": left.bit_length() * abs(right)}
+        bits = {
+            "+": 0,
+            "*": left.bit_length() + right.bit_length(),
+            "**": left.bit_length() * abs(right),
+        }
         if bits[operator] > _MAX_BITS:
             raise TooMuchError(f"{operator} makes a number of {bits[operator]} bits")
     elif operator == "+":
-        _check_size(_length(left) + _length(right))
+        check_size(length_of(left) + length_of(right))
     elif operator == "*":
         for many, count in ((left, right), (right, left)):
             if isinstance(count, int):
-                _check_size(_length(many) * max(0, count))
+                check_size(length_of(many) * max(0, count))
 
 
 def _check_form(form: Any, values: Any) -> None:
@@ -256,42 +269,4 @@ def _check_form(form: Any, values: Any) -> None:
     if isinstance(form, str):
         if _WIDTH.search(form):
             raise TooMuchError("a format asks for a width that it can't have here")
-        _check_size(_size(values) * max(1, form.count("%") + form.count("{")))
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_AT_ONCE:
-        raise TooMuchError(f"it makes more than {MAX_AT_ONCE} characters at once")
-
-
-def _held(value: Any) -> Any:
-    """An iterator's items as a list, so that they can be measured; else the value."""
-    return list(_counted(value)) if isinstance(value, Iterator) else value
-
-
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, (str, bytes, list, tuple, dict, set)) else 0
-
-
-def _size(value: Any) -> int:
-    """About the characters of a value's text. Raises TooMuchError when it is too large to be written.
-
-    A list that holds one list many times is short in memory and long as text.
-    """
-    size = len(value) if isinstance(value, str) else _weigh(value, {})
-    _check_size(size)
-    return size
-
-
-def _weigh(value: Any, known: dict[int, int]) -> int:
-    if isinstance(value, str):
-        return len(value) + 2
-    if isinstance(value, Mapping):
-        parts: Iterable[Any] = [*value.keys(), *value.values()]
-    elif isinstance(value, (list, tuple, set)):
-        parts = value
-    else:
-        return 8
-    if id(value) not in known:
-        known[id(value)] = 2 + sum(2 + _weigh(part, known) for part in parts)
-    return known[id(value)]
+        check_size(size_of(values) * max(1, form.count("%") + form.count("{")))

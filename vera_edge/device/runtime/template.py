@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import jinja2
 import jinja2.meta
 import numpy as np
 
-from vera_edge.device.runtime.metering import metered
+from vera_edge.device.runtime.meter import metered
 from vera_edge.device.runtime.template_language import RefusedError, environment
 from vera_edge.errors import BundleError, DataError
 
@@ -27,6 +28,7 @@ DEFAULT = "default"  # the name of a model's one template, or of the one that is
 _TOOLS = "tool_use"
 # Names under which the thoughts of a message are passed; templates read the first, or the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_LONGEST = 1 << 17  # characters of a template, which is compiled before it can be metered; most have 5,000
 _TAG = "VERA_EDGE_GOES_ON_HERE "  # put where a message that goes on ends, and cut off there
 
 
@@ -44,10 +46,8 @@ def read(folder: Path, config: Mapping[str, Any]) -> Mapping[str, str]:
     if isinstance(given, str):
         return {DEFAULT: given}
     entries = [entry for entry in given if isinstance(entry, Mapping)] if isinstance(given, list) else []
-    named = {entry.get("name"): entry.get("template") for entry in entries}
-    return {
-        name: source for name, source in named.items() if isinstance(name, str) and isinstance(source, str)
-    }
+    named = [(entry.get("name"), entry.get("template")) for entry in entries]
+    return {name: source for name, source in named if isinstance(name, str) and isinstance(source, str)}
 
 
 def _read(path: Path) -> str:
@@ -104,10 +104,14 @@ class ChatTemplate:
         return next((name for name in arguments if name not in known), None)
 
     def variables(self) -> list[str]:
-        """What a person can set: the variables of the templates that no messages or tokenizer give."""
+        """What a person can set: the variables of the templates that no messages or tokenizer give.
+
+        Of a template that can't be compiled none, for `render` tells what is wrong with it.
+        """
         names = set[str]()
         for source in self.sources:
-            names |= self._template(source)[1]
+            with suppress(Exception):
+                names |= self._template(source)[1]
         return sorted(names - {"messages", "add_generation_prompt"} - set(self._special))
 
     def _choose(self, tools: Any) -> str:
@@ -122,6 +126,8 @@ class ChatTemplate:
     def _template(self, name: str) -> tuple[jinja2.Template, frozenset[str]]:
         """The compiled template of this name, and the variables it reads."""
         if name not in self._compiled:
+            if len(self.sources[name]) > _LONGEST:
+                raise BundleError(f"it has more than {_LONGEST} characters")
             language = environment()
             tree = language.parse(self.sources[name])
             variables = jinja2.meta.find_undeclared_variables(tree) - language.globals.keys()

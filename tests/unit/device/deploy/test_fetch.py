@@ -210,6 +210,20 @@ def test_a_link_that_breaks_leaves_what_arrived(tmp_path: Path, kind: type[Plain
     assert same(source, tmp_path / "target") and handler.sent < 20_000_000 - 10_000_000 + chunks.MAXIMUM
 
 
+def test_what_a_kill_left_of_a_replaced_target_is_not_lost(tmp_path: Path) -> None:
+    """It stands again under its name, and is replaced when that is asked for."""
+    source = make_bundle(tmp_path / "source", b"new" * 1000)
+    old = tmp_path / ".target.partial-old-7"
+    old.mkdir()
+    (old / "mine.txt").write_text("keep")
+    with pytest.raises(OutputError, match="isn't empty"):
+        fetch(str(source), tmp_path / "target")
+    assert (tmp_path / "target" / "mine.txt").read_text() == "keep"
+    fetch(str(source), tmp_path / "target", force=True)
+    assert same(source, tmp_path / "target")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "target"]
+
+
 def answering(*answers: bytes) -> tuple[str, threading.Thread]:
     """A server that gives each connection the next of these, as they are, and hangs up."""
     server = socket.create_server(("127.0.0.1", 0))

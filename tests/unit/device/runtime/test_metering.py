@@ -8,12 +8,36 @@ from pathlib import Path
 
 import pytest
 
-from vera_edge.device.runtime import metering
+from vera_edge.device.runtime import meter
 from vera_edge.device.runtime.template import ChatTemplate
 from vera_edge.errors import BundleError
 
 USER = {"role": "user", "content": "Hi"}
+# Two lists, of which each holds one list twice, sixty times over.
+_SHARED = (
+    "{% set ns = namespace(a=[], b=[], c=()) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}"
+    "{% set ns.b = [ns.b, ns.b] %}{% set ns.c = (ns.c, ns.c) %}{% endfor %}"
+)
 BOMBS = {
+    "lists compared": _SHARED + "{{ ns.a == ns.b }}",
+    "a list in a list": _SHARED + "{{ ns.a in [ns.b] }}",
+    "a list looked for": _SHARED + "{{ [ns.b].index(ns.a) }}",
+    "lists sorted": _SHARED + "{{ [ns.a, ns.b] | sort | length }}",
+    "lists made unique": _SHARED + "{{ [ns.a, ns.b] | unique | list | length }}",
+    "the largest of lists": _SHARED + "{{ [ns.a, ns.b] | max }}",
+    "lists tested": _SHARED + "{{ ns.a is eq(ns.b) }}",
+    "lists selected": _SHARED + "{{ [ns.a] | select('equalto', ns.b) | list }}",
+    "a key": _SHARED + "{% set d = {ns.c: 1} %}",
+    "a key that is looked up": _SHARED + "{{ {1: 2}[ns.c] }}",
+    "a key that is got": _SHARED + "{{ {1: 2}.get(ns.c) }}",
+    "a key of dict's": _SHARED + "{{ dict([[ns.c, 1]]) }}",
+    "lists summed": "{{ ([[1] * 10 ** 4] * 10 ** 4) | sum(start=[]) | length }}",
+    "long lines": "{{ ('a' * 10 ** 7) | wordwrap(1) | length }}",
+    "large strings kept": "{% set ns = namespace(s=[]) %}{% for i in range(60) %}"
+    "{% set ns.s = ns.s + ['a' * 33000000] %}{% endfor %}",
+    "many names": "".join(f"{{% set a{i} = 1 %}}" for i in range(10**5)),
+    "a sum of one": "{{ " + "+".join(["1"] * 20000) + " }}",
+    "one attribute of another": "{{ messages" + ".a" * 20000 + " }}",
     "a loop": "{% for i in range(10 ** 6) %}x{% endfor %}",
     "loops in a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "loops that show": "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
@@ -83,7 +107,7 @@ def test_a_template_that_takes_too_much_is_refused_in_one_sentence(what: str) ->
 
 
 def test_a_template_has_so_many_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metering, "MAX_SECONDS", -1.0)
+    monkeypatch.setattr(meter, "MAX_SECONDS", -1.0)
     with pytest.raises(BundleError, match=r"chat template fails \(it takes more than -1 seconds\)"):
         ChatTemplate({"default": "{{ messages }}"}, {}).render([USER])
 

@@ -25,7 +25,7 @@ from tests import tiny
 from tests.tiny_bundle import TinyBundles, rewrite
 from vera_edge.device.runtime.chat import Text
 from vera_edge.device.runtime.session import Session
-from vera_edge.device.runtime.template import ChatTemplate
+from vera_edge.device.runtime.template import ChatTemplate, read
 from vera_edge.errors import BundleError, DataError, VeraEdgeError
 
 FOLDER = Path(__file__).parents[3] / "templates"
@@ -389,3 +389,18 @@ def test_arguments_without_an_effect_are_refused(thinking: Path) -> None:
         session.generate("Hi", raw=True, template_args={"enable_thinking": False})
     with pytest.raises(DataError, match="tools is for a chat template, and the prompt is token ids"):
         session.generate(np.array([5, 6]), tools=[TOOL])
+
+
+def test_templates_of_a_config_that_are_none_are_left_out(tmp_path: Path) -> None:
+    """Names of any type, and a second template that can't be compiled."""
+    given = [{"name": ["a"], "template": "x"}, {"name": "default", "template": "{{ a }}"}, {"name": {}}, 1]
+    sources = read(tmp_path, {"chat_template": given})
+    assert sources == {"default": "{{ a }}"}
+    broken = ChatTemplate({**sources, "tool_use": "{% if"}, {})
+    assert broken.variables() == ["a"]
+
+
+def test_lists_are_summed_and_compared_as_jinja_does() -> None:
+    source = "{{ [[1], [2]] | sum(start=[]) }}{{ [1, 2] | sum }}{{ [{'a': 3}] | sum(attribute='a') }}"
+    source += "{{ [1, 2] == [1, 2] }}{{ 1 in [1] }}{{ 2 < 3 < 4 }}{{ {'a': 1}['a'] }}{{ 'a' is in(['a']) }}"
+    assert ChatTemplate({"default": source}, {}).render([USER]) == "[1, 2]33TrueTrueTrue1True"
