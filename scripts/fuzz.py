@@ -88,8 +88,7 @@ def _fuzz(name: str, seed: int, count: int, out: Path) -> Fared:
             words = [name, seed, first, count, out, place]
             done = subprocess.run(
                 [sys.executable, "-m", "tests.fuzzing.child", *map(str, words)],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                capture_output=True,
                 env={**os.environ, "TMPDIR": folder, "OMP_NUM_THREADS": "1"},
                 check=False,
             )

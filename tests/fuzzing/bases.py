@@ -201,11 +201,8 @@ def gguf_seeds() -> list[Seed]:
         with tempfile.TemporaryDirectory() as name:
             path = Path(name) / "model.gguf"
             writer = gguf.GGUFWriter(path, "llama")
-            for add, number in (
-                (writer.add_block_count, 1), (writer.add_context_length, 128), (writer.add_embedding_length, 32),
-                (writer.add_feed_forward_length, 64), (writer.add_head_count, 2), (writer.add_head_count_kv, 1),
-            ):  # fmt: skip
-                add(number)
+            for key, number in _GGUF_NUMBERS.items():
+                getattr(writer, f"add_{key}")(number)
             writer.add_token_list([f"t{n}".encode() for n in range(4)])
             for tensor, *shape in _GGUF:
                 values = np.ones(shape, np.float32)
@@ -222,6 +219,14 @@ def gguf_seeds() -> list[Seed]:
     return seeds
 
 
+_GGUF_NUMBERS = {
+    "block_count": 1,
+    "context_length": 128,
+    "embedding_length": 32,
+    "feed_forward_length": 64,
+    "head_count": 2,
+    "head_count_kv": 1,
+}
 _GGUF: tuple[tuple[Any, ...], ...] = (
     ("token_embd.weight", 4, 32), ("output_norm.weight", 32), ("blk.0.attn_norm.weight", 32),
     ("blk.0.attn_q.weight", 32, 32), ("blk.0.attn_k.weight", 16, 32), ("blk.0.ffn_down.weight", 32, 64),

@@ -44,7 +44,7 @@ def write_branch(path: Path) -> None:
 
 
 def write_decoder(path: Path) -> None:
-    """A decoder of one layer in form only: a token's logits are its row of a table, the cache goes through."""
+    """A decoder in form only: a token's logits are its row of a table, the cache goes through."""
     from onnx import TensorProto, helper, numpy_helper
 
     def port(name: str, kind: int, shape: list[int | str]) -> object:

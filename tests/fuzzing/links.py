@@ -125,7 +125,9 @@ def _read(seed: Seed, folder: Path) -> object:
             shutil.rmtree(path)
 
 
-_WORDS = ("Content-Length: ", "Transfer-Encoding: chunked", "Content-Encoding: gzip", "206", "204", "304", "100",
-          "500", "301", "Location: ", "http://[::1", "file:///etc/passwd", "//x/y", "\r\n", "\r\n\r\n", "\n",
-          "HTTP/9.9", "bytes 5-", "Connection: keep-alive", "ftp://x/")  # fmt: skip
+_WORDS = (
+    "Content-Length: ", "Transfer-Encoding: chunked", "Content-Encoding: gzip", "206", "204", "304",
+    "100", "500", "301", "Location: ", "http://[::1", "file:///etc/passwd", "//x/y", "\r\n", "\r\n\r\n",
+    "\n", "HTTP/9.9", "bytes 5-", "Connection: keep-alive", "ftp://x/",
+)  # fmt: skip
 TARGETS = (Target("http-answers", Form.HTTP, _seeds, _read, words=_WORDS),)

@@ -92,7 +92,7 @@ def _double(data: bytes, draw: Random) -> bytes:
 
 
 def _length(data: bytes, draw: Random) -> bytes:
-    """Another number where a small one stands, as lengths, counts and offsets are: 4 or 8 bytes, little-endian."""
+    """Another number where a small one stands, as lengths, counts and offsets are: 4 or 8 bytes."""
     width = draw.choice((4, 8))
     spots = [
         at
@@ -212,7 +212,7 @@ def _values(body: bytes, draw: Random) -> bytes:
 
 
 def _refitted(header: dict[str, Any], body: bytes, draw: Random) -> bytes:
-    """A sound file with other tensors: renamed, reshaped, of another dtype, gone, empty, or the metadata's."""
+    """A sound file with other tensors: renamed, reshaped, of another dtype, gone, or with other metadata."""
     tensors = {name: dict(entry) for name, entry in header.items() if name != "__metadata__"}
     contents = {name: body[slice(*entry["data_offsets"])] for name, entry in tensors.items()}
     for _ in range(draw.choice((1, 1, 2, 3))):

@@ -101,8 +101,10 @@ key = "publisher.key"
 public_key = "publisher.pem"
 chain = ["a.pem"]
 """
-_TOML = ("[", "[[", "]]", "=", '"""', "''", "true", "false", "inf", "-inf", "nan", "1979-05-27", "07:32:00", "{}",
-         "base", "adapter", "variant", "limits", "\n", "0x10", "1_000", "-0.0", "'x'", "a.b")  # fmt: skip
+_TOML = (
+    "[", "[[", "]]", "=", '"""', "''", "true", "false", "inf", "-inf", "nan", "1979-05-27", "07:32:00",
+    "{}", "base", "adapter", "variant", "limits", "\n", "0x10", "1_000", "-0.0", "'x'", "a.b",
+)  # fmt: skip
 
 
 def _recipe() -> Target:

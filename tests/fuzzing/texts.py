@@ -29,13 +29,14 @@ CONFIG: dict[str, Any] = {
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
 TOOL = {"type": "function", "name": "f", "parameters": {"properties": {"x": {"type": "string"}}}}
 WORDS = (
-    "for", "in", "if", "else", "endif", "endfor", "set", "endset", "macro", "endmacro", "block", "filter", "loop",
-    "range(99999)", "range(10**9)", "namespace()", "messages", "message", "content", "raise_exception('no')",
-    "**", "*", "~", "|", "tojson", "join", "length", "[0]", ".__class__", "__globals__", "{%", "%}", "{{", "}}",
-    "{#", "-%}", "'a'*10**9", "lipsum()", "cycler", "recursive", "loop(messages)", "call", "strftime_now('%Y')",
-    "|replace('a','b')", "|center(10**8)", "|indent(10**8)", "|batch(1)", "'%s'|format", "self", "none", "true",
-    "|map(attribute='x')", "|sum", "|sort", "|round(99)", "include 'x'", "import 'x' as y", "extends 'x'", "1/0",
-    "|wordwrap(1)", "|truncate", "|urlize", "|xmlattr", "|slice(0)", "|int(base=99)", "dict(a=1)", "break",
+    "for", "in", "if", "else", "endif", "endfor", "set", "endset", "macro", "endmacro", "block", "filter",
+    "loop", "range(99999)", "range(10**9)", "namespace()", "messages", "message", "content",
+    "raise_exception('no')", "**", "*", "~", "|", "tojson", "join", "length", "[0]", ".__class__",
+    "__globals__", "{%", "%}", "{{", "}}", "{#", "-%}", "'a'*10**9", "lipsum()", "cycler", "recursive",
+    "loop(messages)", "call", "strftime_now('%Y')", "|replace('a','b')", "|center(10**8)",
+    "|indent(10**8)", "|batch(1)", "'%s'|format", "self", "none", "true", "|map(attribute='x')", "|sum",
+    "|sort", "|round(99)", "include 'x'", "import 'x' as y", "extends 'x'", "1/0", "|wordwrap(1)",
+    "|truncate", "|urlize", "|xmlattr", "|slice(0)", "|int(base=99)", "dict(a=1)", "break",
 )  # fmt: skip
 
 
