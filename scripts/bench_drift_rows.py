@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from vera_edge.exporting.target import Runner
 from vera_edge.measuring import evaluate
-from vera_edge.storage.files import canonical_json, sha256_bytes, write_atomic
+from vera_edge.storage.files import sha256_bytes, write_atomic
+from vera_edge.storage.json_text import canonical_json
 from vera_edge.text.windows import Windows
 
 Int64 = npt.NDArray[np.int64]

@@ -35,7 +35,7 @@ from safetensors.numpy import save_file
 
 from vera_edge.cores import available_cores
 from vera_edge.requantize.gram import one_blas_thread
-from vera_edge.storage.files import canonical_json
+from vera_edge.storage.json_text import canonical_json
 from vera_edge.storage.shards import Shards, ShardWriter
 from vera_edge.storage.tensors import Float32, RawTensor, float32_to_bf16
 

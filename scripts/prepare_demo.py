@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from scripts import demo_model, demo_text, demo_training
-from vera_edge.storage.files import canonical_json, staged_folder, write_atomic
+from vera_edge.storage.files import staged_folder, write_atomic
+from vera_edge.storage.json_text import canonical_json
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,8 @@ import vera_edge
 from vera_edge.bundle.contents import Facts
 from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.exporting.target import ExportRequest
-from vera_edge.storage.files import canonical_json, sha256_bytes
+from vera_edge.storage.files import sha256_bytes
+from vera_edge.storage.json_text import canonical_json
 from vera_edge.tasks import task as tasks
 from vera_edge.trained.alignment import trained_names
 from vera_edge_onnx import options

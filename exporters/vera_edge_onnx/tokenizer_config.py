@@ -9,7 +9,8 @@ from pathlib import Path
 
 from vera_edge.device.runtime import template
 from vera_edge.errors import TargetError
-from vera_edge.storage.files import canonical_json, read_json, write_atomic
+from vera_edge.storage.files import write_atomic
+from vera_edge.storage.json_text import canonical_json, read_json
 
 FILE = "tokenizer_config.json"
 # transformers 5 names every tokenizer without a class of its own so; older ones have no class of that name.

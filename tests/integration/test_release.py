@@ -20,7 +20,7 @@ from tests.unit.bundle.test_signing import make_key
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle import signing
 from vera_edge.bundle.signing import Trust
-from vera_edge.storage.files import canonical_json
+from vera_edge.storage.json_text import canonical_json
 
 RECIPE = """
 [release]

@@ -19,7 +19,8 @@ import numpy as np
 from vera_edge.adapters import wrapper_names
 from vera_edge.adapters.projection import MAX_SIDE
 from vera_edge.errors import AdapterError, CheckpointError
-from vera_edge.storage.files import canonical_json, read_json, sha256_bytes
+from vera_edge.storage.files import sha256_bytes
+from vera_edge.storage.json_text import canonical_json, read_json
 from vera_edge.storage.tensors import FLOATS, Float32, RawTensor, TensorFolder
 
 CONFIG_NAME = "adapter_config.json"

@@ -21,7 +21,8 @@ from vera_edge.base.trained_files import gather
 from vera_edge.errors import CheckpointError, FormatError
 from vera_edge.formats import StoredLinear, Weight, checks, gguf
 from vera_edge.formats.dense import DTYPES, is_conv1d_module
-from vera_edge.storage.files import read_json, safe_join, sha256_bytes
+from vera_edge.storage.files import safe_join, sha256_bytes
+from vera_edge.storage.json_text import read_json
 from vera_edge.storage.side_files import SideFiles
 from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder, WitnessedFolder
 

@@ -6,14 +6,13 @@ adapter's folder. The model that is shipped must read text as it was trained to,
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vera_edge.errors import CheckpointError, MismatchError
-from vera_edge.storage.files import canonical_json
+from vera_edge.storage.json_text import TABLE, canonical_json, parse_json, read_json
 from vera_edge.storage.side_files import (
     GENERATION,
     MODULE_FILES,
@@ -125,16 +124,20 @@ def same(one: Path, other: Path) -> bool:
     if one.suffix != ".json":
         return False
     try:
-        return bool(json.loads(data[0]) == json.loads(data[1]))
-    except (ValueError, RecursionError):
+        values = [
+            parse_json(text, str(path), CheckpointError, TABLE)
+            for text, path in zip(data, (one, other), strict=True)
+        ]
+        return bool(values[0] == values[1])
+    except CheckpointError:
         return False
 
 
 def _inline_template(folder: Path) -> Any:
     """The chat template in a folder's tokenizer_config.json, where older models keep it."""
     try:
-        return json.loads((folder / TOKENIZER_CONFIG).read_bytes()).get("chat_template")
-    except (OSError, ValueError, RecursionError, AttributeError):
+        return read_json(folder / TOKENIZER_CONFIG, CheckpointError).get("chat_template")
+    except CheckpointError:
         return None
 
 

@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.errors import BundleError
-from vera_edge.storage.files import canonical_json, read_json
+from vera_edge.storage.json_text import Bound, canonical_json, read_json
 
 INDEX = "chunks.json"
 FORMAT = 1
 MINIMUM, AVERAGE, MAXIMUM = 16 << 10, 64 << 10, 256 << 10
+_LONGEST = Bound(32 << 20, 1_000_000)  # an index of 300 000 chunks: some 20 GB
 _WINDOW = 32
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 18  # bytes read at once; what hashing makes of them stays in the processor's cache
@@ -102,7 +103,7 @@ def index(files: Mapping[str, Sequence[Chunk]]) -> bytes:
 
 def read_index(path: Path) -> Mapping[str, tuple[Chunk, ...]]:
     """The chunks that a `chunks.json` lists, by file. Raises BundleError when it isn't sound."""
-    value = read_json(path, BundleError)
+    value = read_json(path, BundleError, _LONGEST)
     files = value.get("files")
     if value.get("format") != FORMAT or not isinstance(files, dict):
         raise BundleError(f"{path} isn't a chunk index that vera-edge knows; update vera-edge or fetch again")

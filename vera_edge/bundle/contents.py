@@ -35,14 +35,13 @@ from vera_edge.errors import BundleError, OutputError
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import (
     PARTIAL_MARK,
-    canonical_json,
     output_error,
-    read_json,
     safe_join,
     sha256_bytes,
     sha256_file,
     write_atomic,
 )
+from vera_edge.storage.json_text import Bound, canonical_json, read_json
 
 __all__ = [
     "FORMAT",
@@ -66,7 +65,7 @@ __all__ = [
 FORMAT = 1
 # Two spaces: a key of the manifest itself. One always comes after it: "files" and "format" do.
 _DIGEST_LINE = re.compile(rb'^  "digest": "[0-9a-f]*",\n', re.MULTILINE)
-_MAX_MANIFEST = 16 << 20  # bytes
+_LARGEST = Bound(16 << 20, 600_000)
 _QUICK = 64 << 20  # bytes
 _PENDING = f"{PARTIAL_MARK}add"
 
@@ -122,11 +121,7 @@ def read(folder: Path) -> Manifest:
         raise BundleError(f"{folder} is where bundles are installed; give {folder}/current, which runs")
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise BundleError(f"{path} isn't a plain file; copy the bundle again")
-    if path.is_file() and path.stat().st_size > _MAX_MANIFEST:
-        raise BundleError(
-            f"{path} is over {_MAX_MANIFEST >> 20} MiB, which no manifest is; copy the bundle again"
-        )
-    value = read_json(path, BundleError)
+    value = read_json(path, BundleError, _LARGEST)
     version: Json = value.get("format")
     if type(version) is int and version > FORMAT:
         raise BundleError(f"{path} has bundle format {version}, newer than {FORMAT}; update vera-edge")

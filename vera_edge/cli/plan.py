@@ -12,7 +12,8 @@ from vera_edge.base.trained_as import TrainedAs
 from vera_edge.cli import show
 from vera_edge.precision import FORMATS, Request, parse_ratio, parse_size
 from vera_edge.precision.choice import Choice
-from vera_edge.storage.files import canonical_json, check_output, write_atomic
+from vera_edge.storage.files import check_output, write_atomic
+from vera_edge.storage.json_text import canonical_json
 
 
 @click.command()

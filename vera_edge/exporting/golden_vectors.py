@@ -21,7 +21,7 @@ from vera_edge.device.runtime.chat import Text
 from vera_edge.device.runtime.encoder import CLASSES, Encoder
 from vera_edge.errors import BundleError, DataError, MismatchError, PlanError
 from vera_edge.progress import Progress, silent
-from vera_edge.storage.files import read_json
+from vera_edge.storage.json_text import read_json
 from vera_edge.storage.side_files import VOCABULARIES
 from vera_edge.tasks import task as tasks
 from vera_edge.trained import model as trained_base

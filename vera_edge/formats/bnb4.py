@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from vera_edge.formats.codes4 import LEVELS, block_codes, levels_of, nearest_cod
 from vera_edge.formats.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from vera_edge.formats.nested import Nested, quantize_absmax
 from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear
+from vera_edge.storage import json_text
 from vera_edge.storage.tensors import DTYPES, FLOATS, Bytes, Float32, RawTensor, TensorFolder
 
 STATE = ".weight.quant_state.bitsandbytes__"
@@ -284,10 +286,9 @@ def _read_state(tensors: TensorFolder, module: str, quant_type: str) -> dict[str
     info = tensors[name]
     state: Any = None
     if info.nbytes <= _MAX_STATE:
-        try:
-            state = json.loads(tensors.read(name).data.tobytes())
-        except (ValueError, RecursionError):
-            state = None
+        with suppress(CheckpointError):
+            text = tensors.read(name).data.tobytes()
+            state = json_text.parse_json(text, name, CheckpointError, json_text.SHORT)
     if not isinstance(state, dict):
         raise CheckpointError(f"{name} in {info.file} isn't the JSON object bitsandbytes writes")
     if not (_sound_state(state, quant_type) and _sound_nesting(state)):

@@ -1,6 +1,7 @@
 """A GGUF file as a base: its tensors under Hugging Face's names, in Hugging Face's order, as plain floats.
 
-The `gguf` package parses the file and dequantizes; what is ours is the mapping: names of Llama, Mistral,
+The `gguf` package dequantizes; what is ours is the header, read as one that nobody vouches for, and the
+mapping: names of Llama, Mistral,
 Qwen2 and Qwen3, the rows of q and k that llama.cpp reorders for its rotary embedding, and a config.json from
 the metadata. A quantized tensor reads as float32: GGUF is a source here, nothing writes it.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's convert_hf_to_gguf.py.
@@ -9,6 +10,7 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp'
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from vera_edge.errors import CheckpointError, FormatError
-from vera_edge.storage.files import read_json
+from vera_edge.formats import gguf_header
+from vera_edge.formats.gguf_header import GgufTensor
+from vera_edge.storage.json_text import read_json
 from vera_edge.storage.tensors import DTYPES, Bytes, RawTensor, TensorFolder, TensorInfo
 
 _FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
@@ -32,6 +36,7 @@ _LAYER = (
 _OUTER = ("model.embed_tokens", "model.norm", "lm_head")
 # Frequencies that llama.cpp derives from config.json's rope scaling; the metadata doesn't say how.
 _DERIVED = "rope_freqs.weight"
+_BLOCK = re.compile(r"blk\.(0|[1-9]\d{0,8})\.(.+)", re.DOTALL)
 
 
 def is_gguf(path: Path) -> bool:
@@ -57,8 +62,9 @@ class GgufFolder(TensorFolder):
         or tensor type.
         """
         file = _only_file(path)
-        self._reader = _open(file)
-        self.metadata: Mapping[str, Any] = MappingProxyType(_metadata(self._reader, file))
+        self._header = gguf_header.read(file)
+        self.metadata: Mapping[str, Any] = MappingProxyType(self._header.metadata)
+        _check_whole(self.metadata, file)
         architecture = self.metadata.get("general.architecture")
         if architecture not in _CLASSES:
             raise FormatError(
@@ -68,17 +74,26 @@ class GgufFolder(TensorFolder):
         self._parts = dict(self._named(file, str(architecture)))
         super().__init__({name: _info(name, part, file) for name, part in self._parts.items()}, [file])
 
-    def _named(self, file: Path, architecture: str) -> Iterator[tuple[str, Any]]:
-        names = _names(architecture, self.number("block_count"))
-        for tensor in self._reader.tensors:
+    def _named(self, file: Path, architecture: str) -> Iterator[tuple[str, GgufTensor]]:
+        names, blocks = _names(architecture), self.number("block_count")
+        if blocks > len(self._header.tensors):
+            raise CheckpointError(
+                f"{file} claims {blocks} blocks and holds {len(self._header.tensors)} tensors; copy it again"
+            )
+        for tensor in self._header.tensors:
             stem, _, suffix = tensor.name.rpartition(".")
             if tensor.name == _DERIVED:
                 continue
-            if stem not in names:
+            block = _BLOCK.match(stem)
+            if block is not None and int(block[1]) < blocks:
+                module = names.get(f"blk.0.{block[2]}", "").replace(".0.", f".{block[1]}.", 1)
+            else:
+                module = names.get(stem, "") if block is None else ""
+            if not module:
                 raise FormatError(
                     f"tensor {tensor.name} of {file} has no known place in a {architecture} model"
                 )
-            yield f"{names[stem]}.{suffix}", tensor
+            yield f"{module}.{suffix}", tensor
 
     def number(self, key: str, default: int | None = None) -> int:
         """A whole number of the architecture's metadata."""
@@ -88,22 +103,33 @@ class GgufFolder(TensorFolder):
             raise CheckpointError(f"{name} in the GGUF metadata is {value!r} where a positive number belongs")
         return value
 
+    def real(self, key: str, default: float) -> float:
+        """A positive number of the architecture's metadata."""
+        name = f"{self.metadata['general.architecture']}.{key}"
+        value = self.metadata.get(name, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise CheckpointError(f"{name} in the GGUF metadata is {value!r} where a positive number belongs")
+        return float(value)
+
     @property
     def scales_rope(self) -> bool:
         """Whether rotary embeddings are scaled, which only the original config.json tells fully."""
         kind = self.metadata.get(f"{self.metadata['general.architecture']}.rope.scaling.type", "none")
-        return kind != "none" or any(tensor.name == _DERIVED for tensor in self._reader.tensors)
+        return kind != "none" or any(tensor.name == _DERIVED for tensor in self._header.tensors)
 
     def read(self, name: str) -> RawTensor:
         """One tensor, dequantized, rows in transformers' order."""
         import gguf
 
-        part = self._parts[name]
-        kind = part.tensor_type.name
-        if kind in _QUANTIZED:
-            data = RawTensor.of(gguf.quants.dequantize(part.data, part.tensor_type).reshape(self[name].shape))
+        part, shape = self._parts[name], self[name].shape
+        stored = np.fromfile(self.files[0], np.uint8, part.nbytes, offset=part.start)
+        if stored.size != part.nbytes:
+            raise CheckpointError(f"{self.files[0]} ends inside tensor {part.name}; copy it again")
+        if part.kind in _QUANTIZED:
+            kind, rows = gguf.GGMLQuantizationType[part.kind], math.prod(shape[:-1])
+            data = RawTensor.of(gguf.quants.dequantize(stored.reshape(rows, -1), kind).reshape(shape))
         else:
-            data = RawTensor(_FLOATS[kind], self[name].shape, np.array(part.data).reshape(-1).view(np.uint8))
+            data = RawTensor(_FLOATS[part.kind], shape, stored)
         if self.metadata["general.architecture"] == "llama":
             for projection, heads in (
                 ("q_proj", "attention.head_count"),
@@ -139,54 +165,32 @@ def _only_file(path: Path) -> Path:
     return files[0]
 
 
-def _open(file: Path) -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise FormatError(f"reading {file} needs the gguf package: pip install 'vera-edge[build]'") from None
-    try:
-        return gguf.GGUFReader(file)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, OSError) as cause:
-        raise CheckpointError(
-            f"{file} isn't a sound GGUF file ({cause}); copy or download it again"
-        ) from None
-
-
-def _metadata(reader: Any, file: Path) -> dict[str, Any]:
-    """The metadata that is numbers and short texts; the tokenizer's lists are left out."""
-    try:
-        found = {key: each.contents() for key, each in reader.fields.items() if not _is_list(each)}
-    except (ValueError, IndexError, KeyError, TypeError) as cause:
-        raise CheckpointError(f"the metadata of {file} is damaged ({cause}); download it again") from None
-    if int(found.get("split.count", 0)) > 1:
-        raise FormatError(f"{file} is one part of a split model; join the parts with llama.cpp's gguf-split")
-    return found
-
-
-def _is_list(part: Any) -> bool:
-    return bool(part.types) and part.types[0].name == "ARRAY"
-
-
-def _names(architecture: str, blocks: int) -> dict[str, str]:
-    """GGUF's name of each module -> transformers' name."""
+def _names(architecture: str) -> dict[str, str]:
+    """GGUF's name of each module -> transformers' name; those of a block as of the first one."""
     import gguf
 
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    table = gguf.get_tensor_name_map(kind, blocks)
-    modules = [*_OUTER, *(f"model.layers.{n}.{part}" for n in range(blocks) for part in _LAYER)]
+    table = gguf.get_tensor_name_map(kind, 1)
+    modules = [*_OUTER, *(f"model.layers.0.{part}" for part in _LAYER)]
     return {found: module for module in modules if (found := table.get_name(module)) is not None}
 
 
-def _info(name: str, part: Any, file: Path) -> TensorInfo:
+def _check_whole(metadata: Mapping[str, Any], file: Path) -> None:
+    parts = metadata.get("split.count", 0)
+    if type(parts) is int and parts > 1:
+        raise FormatError(f"{file} is one part of a split model; join the parts with llama.cpp's gguf-split")
+
+
+def _info(name: str, part: GgufTensor, file: Path) -> TensorInfo:
     """dtype and shape as `read` gives them; `start` is the tensor's place in the file."""
-    kind = part.tensor_type.name
+    kind = part.kind
     if kind not in _QUANTIZED and kind not in _FLOATS:
         raise FormatError(
             f"tensor {part.name} of {file} is {kind}; vera-edge reads {', '.join((*_FLOATS, *_QUANTIZED))}"
         )
-    dtype, shape = _FLOATS.get(kind, "F32"), tuple(int(size) for size in reversed(part.shape))
-    start = int(part.data_offset)
-    return TensorInfo(name, dtype, shape, file, start, start + math.prod(shape) * DTYPES[dtype][0])
+    dtype = _FLOATS.get(kind, "F32")
+    end = part.start + math.prod(part.shape) * DTYPES[dtype][0]
+    return TensorInfo(name, dtype, part.shape, file, part.start, end)
 
 
 def open_model(path: Path) -> tuple[TensorFolder, dict[str, Any]]:
@@ -209,10 +213,14 @@ def config_of(tensors: GgufFolder) -> dict[str, Any]:
     found, number = tensors.metadata, tensors.number
     architecture = str(found["general.architecture"])
     hidden, heads = number("embedding_length"), number("attention.head_count")
+    if "model.embed_tokens.weight" not in tensors:
+        raise CheckpointError(f"{tensors.files[0]} has no token_embd.weight, so it is no whole model")
     ids = {
         f"{name}_token_id": found.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
+    if strange := [name for name, value in ids.items() if value is not None and type(value) is not int]:
+        raise CheckpointError(f"{strange[0]} in the metadata of {tensors.files[0]} is no number of a token")
     return {
         "model_type": architecture,
         "architectures": [_CLASSES[architecture]],
@@ -223,8 +231,8 @@ def config_of(tensors: GgufFolder) -> dict[str, Any]:
         "num_key_value_heads": number("attention.head_count_kv", heads),
         "head_dim": number("attention.key_length", hidden // heads),
         "max_position_embeddings": number("context_length"),
-        "rms_norm_eps": float(found.get(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-6)),
-        "rope_theta": float(found.get(f"{architecture}.rope.freq_base", 10000.0)),
+        "rms_norm_eps": tensors.real("attention.layer_norm_rms_epsilon", 1e-6),
+        "rope_theta": tensors.real("rope.freq_base", 10000.0),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
         "vocab_size": tensors["model.embed_tokens.weight"].shape[0],
         "hidden_act": "silu",

@@ -9,7 +9,6 @@ Int4Tensor, whose kernels need a GPU, the `int4_row_quantize_zp` that fills it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from vera_edge.formats import affine, checks
 from vera_edge.formats.fp8 import BlockFloat8
 from vera_edge.formats.readonly import ReadOnly
 from vera_edge.formats.weight import StoredLinear, Weight
+from vera_edge.storage import json_text
 from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder
 
 _CLASSES = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Float8Tensor")
@@ -100,9 +100,15 @@ def _metadata(file: Path) -> dict[str, Any]:
     try:
         with safe_open(file, framework="numpy") as opened:
             found = opened.metadata() or {}
-        return {name: json.loads(text) for name, text in found.items() if text.startswith("{")}
     except (SafetensorError, ValueError, RecursionError) as cause:
         raise CheckpointError(f"the metadata of {file} isn't what torchao writes: {cause}") from None
+    return {
+        name: json_text.parse_json(
+            text.encode(), f"the metadata of {name} in {file}", CheckpointError, json_text.SHORT
+        )
+        for name, text in found.items()
+        if text.startswith("{")
+    }
 
 
 def _stored(tensors: TensorFolder, module: str, facts: Mapping[str, Any]) -> StoredLinear:

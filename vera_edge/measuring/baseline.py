@@ -14,7 +14,7 @@ from typing import Any
 
 from vera_edge.errors import MismatchError, PlanError
 from vera_edge.measuring.result import FORMAT, DriftReport, Outcome
-from vera_edge.storage.files import read_json
+from vera_edge.storage.json_text import read_json
 
 TOLERANCE = 0.1
 _Figures = Mapping[str, Any]

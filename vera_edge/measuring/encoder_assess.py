@@ -24,7 +24,7 @@ from vera_edge.measuring.labels_and_values import MIN_TEXTS, LabelDrift, ValueDr
 from vera_edge.measuring.models import Candidate, Trained
 from vera_edge.measuring.result import TextFacts
 from vera_edge.progress import Progress
-from vera_edge.storage.files import read_json
+from vera_edge.storage.json_text import read_json
 from vera_edge.tasks import task as tasks
 from vera_edge.text.windows import Text, beyond, check_ids
 from vera_edge.trained.text_settings import vocabulary_size

@@ -12,7 +12,7 @@ from vera_edge.device.runtime.encoder import CLASSES, SHIFTED, Encoded, Encoder
 from vera_edge.device.runtime.graph import first_line
 from vera_edge.device.runtime.opened import Opened, open_graph
 from vera_edge.errors import BundleError, MismatchError
-from vera_edge.storage.files import read_json
+from vera_edge.storage.json_text import read_json
 from vera_edge.tasks import task as tasks
 from vera_edge.trained.text_settings import vocabulary_size
 

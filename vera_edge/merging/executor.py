@@ -26,7 +26,8 @@ from vera_edge.parallel import Engine
 from vera_edge.plans.plan import Plan, check_made_for
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes
-from vera_edge.storage.files import canonical_json, check_output, write_atomic
+from vera_edge.storage.files import check_output, write_atomic
+from vera_edge.storage.json_text import canonical_json
 from vera_edge.storage.shards import MAX_SHARD_BYTES, ShardWriter
 from vera_edge.storage.tensors import Float32
 

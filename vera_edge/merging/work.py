@@ -25,7 +25,8 @@ from vera_edge.merging.units import Unit
 from vera_edge.plans.plan import Plan
 from vera_edge.requantize import Codes
 from vera_edge.requantize.gram import one_blas_thread
-from vera_edge.storage.files import canonical_json, output_error, sha256_bytes
+from vera_edge.storage.files import output_error, sha256_bytes
+from vera_edge.storage.json_text import canonical_json
 from vera_edge.storage.shards import Shards, nbytes
 from vera_edge.storage.tensors import Bytes, RawTensor, WitnessedFolder
 

@@ -19,7 +19,7 @@ from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError, PlanError
 from vera_edge.formats import StoredLinear
-from vera_edge.storage.files import read_json
+from vera_edge.storage.json_text import TABLE, read_json
 
 VERSION = 1
 SAME = "same"
@@ -117,7 +117,7 @@ class Plan:
 def read(path: Path) -> Plan:
     """The plan in a JSON file. Raises PlanError when there is none."""
     try:
-        return Plan.from_dict(read_json(path, PlanError))
+        return Plan.from_dict(read_json(path, PlanError, TABLE))
     except PlanError as cause:
         raise PlanError(f"{path}: {cause}" if str(path) not in str(cause) else str(cause)) from None
 

@@ -20,7 +20,8 @@ from vera_edge.releasing.inputs import Inputs
 from vera_edge.releasing.job import Job
 from vera_edge.releasing.variant import PLAN
 from vera_edge.rounding.weight_rounding import Rounding
-from vera_edge.storage.files import canonical_json, write_atomic
+from vera_edge.storage.files import write_atomic
+from vera_edge.storage.json_text import canonical_json
 
 _NAME = "default"
 _ADAPTER_FILE = f"adapters/{_NAME}.onnx_adapter"

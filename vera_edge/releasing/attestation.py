@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
-from vera_edge.storage.files import canonical_json
+from vera_edge.storage.json_text import canonical_json
 
 BUILD_TYPE = "urn:vera-edge:release:v1"
 

@@ -23,14 +23,13 @@ from filelock import FileLock
 
 from vera_edge.errors import VeraEdgeError
 from vera_edge.storage.files import (
-    canonical_json,
     output_error,
-    read_json,
     sha256_bytes,
     sha256_file,
     staged_folder,
     sweep,
 )
+from vera_edge.storage.json_text import canonical_json, read_json
 
 _FILES, _FACTS = "files", "facts.json"  # of an entry: what was made, and what determined it
 # Coarser than any file system's time stamps: what was changed longer ago can't change again unnoticed.

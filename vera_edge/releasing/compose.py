@@ -17,7 +17,7 @@ from vera_edge.releasing.cache import Store, publish
 from vera_edge.releasing.evidence import REPORT, Evidence
 from vera_edge.releasing.inputs import Inputs, tools
 from vera_edge.releasing.job import Job
-from vera_edge.storage.files import canonical_json
+from vera_edge.storage.json_text import canonical_json
 
 EVIDENCE = "evidence"
 PROVENANCE = "provenance.json"

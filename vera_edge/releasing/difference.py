@@ -14,6 +14,8 @@ from vera_edge.adapters import vera as adapters
 from vera_edge.bundle import chunks
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
+from vera_edge.errors import BundleError
+from vera_edge.storage.json_text import TABLE, read_json
 from vera_edge.storage.tensors import Float32
 from vera_edge.trained import alignment
 
@@ -148,10 +150,10 @@ def _drift(old: Manifest, new: Manifest) -> dict[str, tuple[Any, Any]]:
     if _DRIFT not in old.files or _DRIFT not in new.files:
         return {}
     try:
-        values = [json.loads(one.path(_DRIFT).read_bytes()) for one in (old, new)]
+        values = [read_json(one.path(_DRIFT), BundleError, TABLE) for one in (old, new)]
         kl = [value["fidelity"]["kl"]["mean"]["value"] for value in values]
         top1 = [value["fidelity"]["same_top1"]["value"] for value in values]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (BundleError, KeyError, TypeError):
         return {"drift": ("unreadable", "unreadable")}
     return {"mean KL": (kl[0], kl[1]), "top-1 agreement": (top1[0], top1[1])}
 

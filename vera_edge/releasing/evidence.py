@@ -22,7 +22,7 @@ from vera_edge.progress import Progress
 from vera_edge.releasing.cache import Store, key_of, link
 from vera_edge.releasing.inputs import Inputs
 from vera_edge.releasing.job import Job
-from vera_edge.storage.files import canonical_json, read_json
+from vera_edge.storage.json_text import canonical_json, read_json
 from vera_edge.text import windows
 
 REPORT = "drift.json"

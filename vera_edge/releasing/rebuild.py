@@ -17,7 +17,7 @@ from vera_edge.releasing import work
 from vera_edge.releasing.compose import EVIDENCE, RECIPE
 from vera_edge.releasing.job import Job
 from vera_edge.releasing.recipe import Recipe, RecipeFile
-from vera_edge.storage.files import read_json
+from vera_edge.storage.json_text import read_json
 
 
 @dataclass(frozen=True)

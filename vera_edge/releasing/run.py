@@ -18,7 +18,8 @@ from vera_edge.releasing.cache import default_root, only_one
 from vera_edge.releasing.job import Job
 from vera_edge.releasing.recipe import Recipe
 from vera_edge.releasing.work import Result
-from vera_edge.storage.files import canonical_json, make_folder, sweep, write_atomic
+from vera_edge.storage.files import make_folder, sweep, write_atomic
+from vera_edge.storage.json_text import canonical_json
 
 INDEX = "release.json"
 SUMMARY = "SUMMARY.md"

@@ -29,15 +29,14 @@ from vera_edge.releasing.compose import EVIDENCE, PROVENANCE, Parts, compose, ow
 from vera_edge.releasing.evidence import Evidence
 from vera_edge.releasing.job import Job
 from vera_edge.storage.files import (
-    canonical_json,
     leftovers,
     make_folder,
     output_error,
-    read_json,
     staged_folder,
     sweep,
     write_atomic,
 )
+from vera_edge.storage.json_text import canonical_json, read_json
 
 LOCKS = ".locks"
 

@@ -1,4 +1,4 @@
-"""Files and digests: canonical JSON, SHA-256, atomic writes, paths that stay inside their folder.
+"""Files and digests: SHA-256, atomic writes, paths that stay inside their folder.
 
 Everything vera-edge writes goes through here, so that an output either exists whole or not at all, and
 the same inputs give the same bytes.
@@ -10,7 +10,6 @@ import ctypes
 import errno
 import glob
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -18,21 +17,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from vera_edge.errors import BundleError, OutputError, VeraEdgeError
 
 _PIECE = 4 << 20  # bytes
 PARTIAL_MARK = ".partial-"
-
-
-def canonical_json(value: Any) -> bytes:
-    """`value` as UTF-8 JSON with sorted keys, two-space indent and a final newline.
-
-    Raises ValueError on NaN and infinities: they aren't JSON, and never belong in a record.
-    """
-    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode()
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -52,21 +42,6 @@ def sha256_file(path: Path) -> str:
                 coming = reader.submit(stream.read, _PIECE)
                 digest.update(piece)
     return digest.hexdigest()
-
-
-def read_json(path: Path, error: type[VeraEdgeError]) -> dict[str, Any]:
-    """The JSON object in `path`; raises `error` when it's missing, unreadable or not an object."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise error(f"{path} is missing") from None
-    except OSError as cause:
-        raise error(f"{path} can't be read: {cause.strerror}") from None
-    except (ValueError, RecursionError) as cause:
-        raise error(f"{path} isn't valid JSON ({cause}); copy or download it again") from None
-    if not isinstance(value, dict):
-        raise error(f"{path} holds a JSON {type(value).__name__} where an object belongs")
-    return value
 
 
 def safe_join(root: Path, relative: str, error: type[VeraEdgeError] = BundleError) -> Path:

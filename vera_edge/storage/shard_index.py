@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vera_edge.errors import CheckpointError, VeraEdgeError
-from vera_edge.storage.files import read_json, safe_join
+from vera_edge.storage.files import safe_join
+from vera_edge.storage.json_text import TABLE, read_json
 
 
 def read(index: Path, error: type[VeraEdgeError]) -> tuple[dict[str, str], dict[str, Path]]:
@@ -14,7 +15,7 @@ def read(index: Path, error: type[VeraEdgeError]) -> tuple[dict[str, str], dict[
 
     Raises `error` when it is no index, or names a file that is absent or outside its folder.
     """
-    weight_map = read_json(index, error).get("weight_map")
+    weight_map = read_json(index, error, TABLE).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise error(f"{index} has no weight_map from tensor to file name; copy it again")
     files = {name: safe_join(index.parent, name, error) for name in sorted(set(weight_map.values()))}
@@ -43,7 +44,7 @@ def unread(index: Path, single: Path) -> tuple[str, ...]:
     if not index.is_file():
         return ()
     try:
-        named = set(read_json(index, CheckpointError)["weight_map"].values())
+        named = set(read_json(index, CheckpointError, TABLE)["weight_map"].values())
     except (CheckpointError, KeyError, AttributeError, TypeError):
         named = set()
     left = f"{index.name} beside {single.name} is left from other weights and isn't read; delete it"

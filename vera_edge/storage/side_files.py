@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge.errors import CheckpointError
-from vera_edge.storage.files import canonical_json, read_json, safe_join, sha256_bytes, write_atomic
+from vera_edge.storage.files import safe_join, sha256_bytes, write_atomic
+from vera_edge.storage.json_text import canonical_json, read_json, read_value
 
 # What a tokenizer's vocabulary is read from, any of them.
 VOCABULARIES = (
@@ -87,9 +88,9 @@ def find(folder: Path) -> tuple[str, ...]:
 def modules_of(folder: Path) -> list[tuple[str, str]]:
     """Kind and folder of each module that modules.json names; none when it can't be read."""
     try:
-        entries = json.loads((folder / MODULES).read_bytes())
+        entries = read_value(folder / MODULES, CheckpointError)
         return [(str(entry["type"]).rpartition(".")[2], str(entry["path"])) for entry in entries]
-    except (OSError, ValueError, RecursionError, TypeError, KeyError):
+    except (CheckpointError, TypeError, KeyError):
         return []
 
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, normalizers
 
 from vera_edge.errors import CheckpointError
 from vera_edge.quiet import first_line, quiet
-from vera_edge.storage.files import canonical_json
+from vera_edge.storage.json_text import canonical_json
 from vera_edge.storage.side_files import GENERATION, TOKENIZER_CONFIG, VOCABULARIES, SideFiles
 
 FAST = "tokenizer.json"

@@ -18,7 +18,8 @@ from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import AdapterError
-from vera_edge.storage.files import canonical_json, check_output, staged_folder, write_atomic
+from vera_edge.storage.files import check_output, staged_folder, write_atomic
+from vera_edge.storage.json_text import canonical_json
 from vera_edge.storage.tensors import RawTensor, write_header
 from vera_edge.trained import alignment, provenance
 

@@ -12,7 +12,8 @@ from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.exporting.target import ExportRequest
-from vera_edge.storage.files import canonical_json, sha256_bytes
+from vera_edge.storage.files import sha256_bytes
+from vera_edge.storage.json_text import canonical_json
 from vera_edge.storage.tensors import FLOATS, RawTensor
 
 VECTORS = "vectors"

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vera_edge.storage.files import canonical_json, write_atomic
+from vera_edge.storage.files import write_atomic
+from vera_edge.storage.json_text import canonical_json
 from vera_edge_onnx.decoder.rotary import context_length
 
 _KEPT = ("rope_theta", "partial_rotary_factor")

@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from vera_edge.errors import TargetError
 from vera_edge.storage import side_files
-from vera_edge.storage.files import canonical_json, read_json, write_atomic
+from vera_edge.storage.files import write_atomic
+from vera_edge.storage.json_text import canonical_json, read_json
 from vera_edge_onnx import tokenizer_config, transformers_js
 
 GENAI_CONFIG = "genai_config.json"

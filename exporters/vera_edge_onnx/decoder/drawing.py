@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 from vera_edge.errors import CheckpointError
-from vera_edge.storage.files import read_json
+from vera_edge.storage.json_text import read_json
 from vera_edge_onnx.decoder import attention, build, builder_config, configs, rotary_graph
 
 _EDITED = "drawn.onnx"

@@ -12,7 +12,8 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.reference.model import Reference, open_reference
-from vera_edge.storage.files import canonical_json, write_atomic
+from vera_edge.storage.files import write_atomic
+from vera_edge.storage.json_text import canonical_json
 from vera_edge_onnx.branch import adapters
 from vera_edge_onnx.decoder import parity, replica
 from vera_edge_onnx.decoder.drawing import Drawing, draw

@@ -24,7 +24,8 @@ from vera_edge.plans import plan as plans
 from vera_edge.reference.model import open_reference
 from vera_edge.rounding.weight_rounding import BLOCK
 from vera_edge.storage import side_files
-from vera_edge.storage.files import canonical_json, read_json, staged_folder, write_atomic
+from vera_edge.storage.files import staged_folder, write_atomic
+from vera_edge.storage.json_text import canonical_json, read_json
 from vera_edge_onnx import generated, options, parity, tokenizer_config, transformers_js
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.encoder import drawing, ranges

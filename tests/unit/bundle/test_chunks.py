@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vera_edge.bundle import chunks
 from vera_edge.errors import BundleError
-from vera_edge.storage.files import canonical_json
+from vera_edge.storage.json_text import canonical_json
 
 
 def test_rolling_hash_is_the_sum_in_its_docstring() -> None:

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import vera_edge
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import BundleError
-from vera_edge.storage.files import canonical_json, sha256_bytes
+from vera_edge.storage.files import sha256_bytes
+from vera_edge.storage.json_text import canonical_json
 
 HASH = "0" * 64
 

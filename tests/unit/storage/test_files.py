@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from vera_edge.errors import CheckpointError, OutputError
-from vera_edge.storage.files import check_output, read_json, safe_join, write_atomic
+from vera_edge.storage.files import check_output, safe_join, write_atomic
+from vera_edge.storage.json_text import read_json
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from vera_edge.device.runtime.chat import Text
 from vera_edge.errors import BundleError, DataError
 from vera_edge.progress import Progress, silent
-from vera_edge.storage.files import canonical_json, read_json
+from vera_edge.storage.json_text import TABLE, canonical_json, read_json
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -147,7 +147,7 @@ def to_bytes(golden: Golden) -> bytes:
 
 def read(path: Path, vocab_size: int) -> Golden:
     """Read golden vectors, checking every size and range. Raises BundleError when they are malformed."""
-    value = read_json(path, BundleError)
+    value = read_json(path, BundleError, TABLE)
     if value.get("format") != FORMAT:
         raise BundleError(
             f"{path} has format {value.get('format')!r} and vera-edge reads {FORMAT}; update it"

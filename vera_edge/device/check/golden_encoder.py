@@ -18,7 +18,7 @@ from vera_edge.device.check.golden import FORMAT
 from vera_edge.device.runtime.encoder import CLASSES, EMBEDDINGS, Encoded, Encoder
 from vera_edge.errors import BundleError, MismatchError
 from vera_edge.progress import Progress, silent
-from vera_edge.storage.files import canonical_json, read_json
+from vera_edge.storage.json_text import TABLE, canonical_json, read_json
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -94,7 +94,7 @@ def to_bytes(cases: Sequence[Case], reference: str) -> bytes:
 
 def read(path: Path) -> tuple[Case, ...]:
     """Read golden vectors, checking sizes and types. Raises BundleError when they are malformed."""
-    value = read_json(path, BundleError)
+    value = read_json(path, BundleError, TABLE)
     if value.get("format") != FORMAT:
         raise BundleError(
             f"{path} has format {value.get('format')!r} and vera-edge reads {FORMAT}; update it"

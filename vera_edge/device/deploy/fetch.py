@@ -35,7 +35,7 @@ from vera_edge.storage.lock import exclusive
 
 _MOST_AT_ONCE = 8 << 20  # bytes in one range request
 _BLOCK = 1 << 18  # bytes held in memory
-_SMALL = 64 << 20  # no manifest, index or signature is larger
+_SMALL = 32 << 20  # no manifest, index or signature is larger
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from vera_edge.device.runtime import template
 from vera_edge.device.runtime.template import ChatTemplate, Message
 from vera_edge.errors import BundleError, DataError
-from vera_edge.storage.files import read_json
+from vera_edge.storage.json_text import read_json
 
 Tokens = npt.NDArray[np.int64]
 _BROKEN = "�"

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.graph import Graph, Port, bind, first_line
 from vera_edge.errors import BundleError
-from vera_edge.storage.files import read_json
+from vera_edge.storage.json_text import read_json
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]

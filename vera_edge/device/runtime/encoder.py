@@ -19,7 +19,7 @@ from vera_edge.device.runtime.opened import AdapterChoice, Opened, open_graph
 from vera_edge.device.runtime.pooling import Pooling
 from vera_edge.device.runtime.pooling_layers import unit
 from vera_edge.errors import BundleError, DataError
-from vera_edge.storage.files import read_json
+from vera_edge.storage.json_text import read_json
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]

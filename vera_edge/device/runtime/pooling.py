@@ -7,7 +7,6 @@ over the tokens, and so do we.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ import numpy.typing as npt
 from vera_edge.device.runtime import pooling_layers
 from vera_edge.device.runtime.pooling_layers import Layer, unit
 from vera_edge.errors import BundleError
-from vera_edge.storage.files import read_json, safe_join
+from vera_edge.storage.files import safe_join
+from vera_edge.storage.json_text import read_json, read_value
 
 Float32 = npt.NDArray[np.float32]
 
@@ -122,9 +122,9 @@ def _prompt(folder: Path) -> str:
 def _modules(path: Path) -> list[tuple[str, str]]:
     """(kind, folder) of each module."""
     try:
-        found = json.loads(path.read_bytes())
+        found = read_value(path, BundleError)
         return [(entry["type"].rpartition(".")[2], entry["path"]) for entry in found]
-    except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError):
+    except (BundleError, TypeError, KeyError, AttributeError):
         raise BundleError(f"{path} isn't a list of modules with type and path") from None
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.errors import BundleError
-from vera_edge.storage.files import read_json, safe_join
+from vera_edge.storage.files import safe_join
+from vera_edge.storage.json_text import read_json
 from vera_edge.storage.tensors import TensorFolder
 
 Float32 = npt.NDArray[np.float32]

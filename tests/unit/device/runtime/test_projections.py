@@ -20,7 +20,8 @@ from vera_edge.device.deploy.install import current, install, rollback
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import BundleError, PlanError
 from vera_edge.exporting import target
-from vera_edge.storage.files import canonical_json, sha256_bytes
+from vera_edge.storage.files import sha256_bytes
+from vera_edge.storage.json_text import canonical_json
 
 FILE = "onnx/model.onnx_data_1"
 Change = Callable[[dict[str, Any]], Any]
