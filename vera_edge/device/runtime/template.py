@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ class ChatTemplate:
         """What a person can set: the variables of the templates that no messages or tokenizer give."""
         names = set[str]()
         for source in self.sources:
-            names |= self._template(source)[1]
+            with suppress(Exception):  # `render` tells what is wrong with it
+                names |= self._template(source)[1]
         return sorted(names - {"messages", "add_generation_prompt"} - set(self._special))
 
     def _choose(self, tools: Any) -> str:
