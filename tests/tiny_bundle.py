@@ -116,7 +116,15 @@ def branch(base: Path, folder: Path, batched: bool = False) -> Path:
         base={"digest": DIGEST},
         adapters=entries,
         default_adapter="first",
-        projection={"digest": DIGEST},
+        projection={
+            "digest": DIGEST,
+            "seed": 0,
+            "rank": RANK,
+            "in_max": INTERMEDIATE,
+            "out_max": HIDDEN,
+            "rounding": "float32",
+            "fused": True,
+        },
         exact=True,
         requires={"onnxruntime": "1.22"},
     )

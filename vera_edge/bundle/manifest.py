@@ -6,13 +6,17 @@ only: a device reads it before anything else is imported.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from vera_edge.bundle import consistency
 from vera_edge.errors import BundleError, PlanError
+from vera_edge.storage import json_schema
 from vera_edge.storage.files import safe_join
 
 MANIFEST = "vera_edge.json"
@@ -30,7 +34,6 @@ _MAX_FILES = 10_000
 _MAX_SIZE = 1 << 53  # the largest integer every JSON reader keeps exact
 _LARGEST_BOUND = 1e300  # of a limit; an integer may be too large for a float
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+){0,3}")
 
 # What a JSON reader hands over; the manifest's free-form records keep this type.
@@ -164,19 +167,20 @@ def parse(value: Mapping[str, Json], folder: Path, path: Path) -> Manifest:
     taken = set(UNLISTED)
     files = _parse_files(listed, folder, taken, need)
     _parse_files(generated, folder, taken, need)
-    for entry in generated.values():
-        need(
-            value.get("projection") is not None or entry.get("source") in files,
-            "generated files without a projection or a listed source",
-        )
     for key, (holds, what) in FIELDS.items():
         need(key in value or key in _OPTIONAL, f"{key} is missing")
         need(key not in value or holds(value[key]), f"{key} {what}")
-    need(value["model"] in files, "model names no listed file")
-    need(value["golden"] is None or value["golden"] in files, "golden names no listed file")
-    _check_adapters(value, files, need)
+    wrong = json_schema.problem(value, _schema())
+    need(wrong is None, str(wrong))
+    consistency.check(value, need)
     facts = {key: value[key] for key in FIELDS if key in value}
     return Manifest(folder=folder, files=files, digest=value["digest"], **facts)
+
+
+@cache
+def _schema() -> Mapping[str, Json]:
+    found: Mapping[str, Json] = json.loads(Path(__file__).with_name("bundle.schema.json").read_bytes())
+    return found
 
 
 def check_limits(limits: Mapping[str, float], where: str) -> None:
@@ -296,15 +300,3 @@ def _parse_files(
         need(sound, f"the entry of {name!r} has no size and sha256")
         files[name] = FileEntry(entry["size"], entry["sha256"])
     return files
-
-
-def _check_adapters(
-    value: Mapping[str, Json], files: Mapping[str, FileEntry], need: Callable[[bool, str], None]
-) -> None:
-    for name, entry in value["adapters"].items():
-        need(PLAIN_NAME.fullmatch(name) is not None, f"the adapter name {name[:80]!r} isn't a plain name")
-        file = entry.get("file")
-        need(file is None or (_is_text(file) and file in files), f"adapter {name} names no listed file")
-        need(file is not None or value["mode"] == "merged", f"adapter {name} of a branch bundle has no file")
-    default = value["default_adapter"]
-    need(default is None or default in value["adapters"], f"default_adapter {default!r} isn't an adapter")

@@ -13,7 +13,7 @@ import onnx
 from onnx import numpy_helper
 
 from vera_edge.bundle import contents as bundle
-from vera_edge.bundle.manifest import PLAIN_NAME
+from vera_edge.bundle.consistency import PLAIN_NAME
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.opened import AdapterChoice, Opened, open_graph
 from vera_edge.errors import MismatchError, OutputError

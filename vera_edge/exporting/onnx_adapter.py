@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.adapters import vera as adapters
-from vera_edge.adapters.projection import Projections, ProjectionSpec, regenerate
+from vera_edge.adapters.projection import Projections, ProjectionSpec, stream_digest
 from vera_edge.adapters.vera import Adapter
 from vera_edge.base.overlay import digest_of
 from vera_edge.bundle import contents as bundle
@@ -204,7 +204,7 @@ def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = No
 
 def _from_seed(facts: Mapping[str, Any]) -> bool:
     """Whether a bundle's projections are those of its spec, and not some that an adapter brought."""
-    return regenerate(_spec(facts)).digest == facts["digest"]
+    return stream_digest(_spec(facts)) == facts["digest"]
 
 
 def _spec(facts: Mapping[str, Any]) -> ProjectionSpec:

@@ -23,6 +23,23 @@ from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 
 HASH = "0" * 64
+PROJECTION = {
+    "digest": HASH,
+    "seed": 0,
+    "rank": 4,
+    "in_max": 8,
+    "out_max": 16,
+    "rounding": "float32",
+    "fused": True,
+}
+STEP = {
+    "module": "m",
+    "action": "branch",
+    "source": "nf4",
+    "result": "nf4",
+    "shape": [16, 8],
+    "options": {},
+}
 
 
 def make(folder: Path) -> bundle.Manifest:
@@ -42,7 +59,7 @@ def make(folder: Path) -> bundle.Manifest:
         base={"digest": HASH, "name": "tiny"},
         adapters={"demo": {"file": "adapters/demo.onnx_adapter", "digest": HASH}},
         default_adapter="demo",
-        projection={"digest": HASH, "seed": 0},
+        projection=PROJECTION,
         plan={"version": 1, "steps": []},
         limits={"max_kl": 0.01},
         requires={"onnxruntime": "1.22"},
@@ -264,7 +281,7 @@ def test_junk_in_a_field_is_a_bundle_error_or_harmless(
         ("cpu", ["avx9"], "cpu isn't a list of what vera-edge knows (vnni)"),
         ("cpu", "vnni", "cpu isn't a list of what vera-edge knows (vnni)"),
         ("default_adapter", "other", "default_adapter 'other' isn't an adapter"),
-        ("adapters", {"../x": {"digest": HASH, "file": "config.json"}}, "isn't a plain name"),
+        ("adapters", {"../x": {"digest": HASH, "file": "config.json"}}, "adapters: a name is '../x'"),
         ("adapters", {"demo": {"digest": HASH}}, "of a branch bundle has no file"),
         ("adapters", {"demo": {"digest": HASH, "file": "x"}}, "names no listed file"),
         ("files", {"config.json": {"size": True, "sha256": HASH}}, "has no size and sha256"),
@@ -311,10 +328,10 @@ def test_what_a_graph_asks_of_a_processor(tmp_path: Path) -> None:
     def needs(**changes: Any) -> bool:
         return bundle.write(tmp_path, bundle.change(manifest, **changes)).needs_vnni
 
-    steps = [{"options": {"activations": kind}} for kind in ("float", "dynamic")]
+    steps = [STEP | {"options": {"activations": kind}} for kind in ("float", "dynamic")]
     assert needs(cpu=["vnni"], plan=None) and not needs(cpu=[], plan={"steps": steps})
     assert needs(cpu=None, plan={"steps": steps}) and not needs(cpu=None, plan={"steps": steps[:1]})
-    for plan in (None, {}, {"steps": None}, {"steps": [None, {}, {"options": 3}]}):
+    for plan in (None, {"steps": []}, {"steps": [STEP]}):
         assert not needs(cpu=None, plan=plan)
 
 

@@ -126,9 +126,13 @@ def test_an_added_file_is_found(signed: Path, keys: tuple[Path, Path]) -> None:
 def test_a_file_that_is_drawn_after_signing_keeps_the_signature(
     signed: Path, keys: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    entry = {"size": 5, "sha256": sha256_bytes(b"drawn")}
+    tensors = {"a": {"matrix": "B", "start": 0, "stop": 1, "offset": 0}}
+    entry = {"size": 5, "sha256": sha256_bytes(b"drawn"), "dtype": "float32", "tensors": tensors}
+    spec = {"digest": "0" * 64, "seed": 0, "rank": 1, "in_max": 1, "out_max": 1}
     facts = bundle.change(
-        bundle.read(signed), generated={"onnx/drawn": entry}, projection={"digest": "0" * 64}
+        bundle.read(signed),
+        generated={"onnx/drawn": entry},
+        projection=spec | {"rounding": "float32", "fused": True},
     )
     bundle.write(signed, facts)
     signing.sign(signed, Signer(keys[0]))

@@ -92,6 +92,7 @@ def _weights(
     source = safe_join(folder, entry["source"])
     tensors = TensorFolder.open(source.parent, source.name.removesuffix(".safetensors"), BundleError)
     stored = {module: one for kind in _FORMATS for module, one in formats.get(kind).find(tensors, {}).items()}
+    left = entry["size"]
     for weight, place in places.items():
         parts = []
         for module, start, stop in place.rows:
@@ -99,6 +100,9 @@ def _weights(
                 raise BundleError(
                     f"{source} lacks rows {start} to {stop} of {module}; export the bundle again"
                 )
+            left -= (stop - start) * stored[module].in_features
+            if left < 0:
+                raise BundleError(f"the weights of {file} are more than it has room for; export it again")
             parts.append(blocks(formats.load(tensors, stored[module]), start, stop, block))
         codes, scales = ([getattr(part, name) for part in parts] for name in ("codes", "scales"))
         yield weight, place, np.concatenate(codes), np.concatenate(scales)

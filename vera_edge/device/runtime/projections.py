@@ -51,6 +51,8 @@ def draw(manifest: Manifest) -> Projections:
         found = regenerate(ProjectionSpec.from_dict(value))
     except AdapterError as cause:
         raise BundleError(f"{manifest.folder} doesn't say how to draw its projections: {cause}") from None
+    except MemoryError:
+        raise BundleError(f"the projections of {manifest.folder} don't fit this machine's memory") from None
     if found.digest != digest:
         raise BundleError(
             f"the projections drawn from seed {value['seed']} aren't those that {manifest.folder} was made "

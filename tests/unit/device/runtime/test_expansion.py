@@ -131,15 +131,18 @@ def weight_of(value: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda value: value["generated"][FILE].update(block=48), "doesn't say how"),
-        (lambda value: value["generated"][FILE].pop("weights"), "doesn't say how"),
-        (lambda value: weight_of(value).update(codes=-1), "doesn't say how"),
+        (lambda value: value["generated"][FILE].update(block=48), "block is 48, not 16 or 32"),
+        (lambda value: value["generated"][FILE].pop("weights"), "has no"),
+        (lambda value: weight_of(value).update(codes=-1), "codes is -1"),
         (lambda value: weight_of(value).update(codes=1 << 40), "reaches past the end"),
         (lambda value: weight_of(value)["rows"][0].__setitem__(0, "other"), "lacks rows 0 to"),
-        (lambda value: weight_of(value)["rows"][0].__setitem__(2, 1 << 40), "lacks rows 0 to"),
-        (lambda value: weight_of(value)["rows"][0].__setitem__(1, 1 << 50), "doesn't say how"),
+        (lambda value: weight_of(value)["rows"][0].__setitem__(2, 1 << 40), "lie over each other"),
+        (
+            lambda value: weight_of(value)["rows"][0].__setitem__(1, 1 << 50),
+            "asks for rows 11258",
+        ),
         (lambda value: value["generated"][FILE].update(sha256="0" * 64), "damaged"),
-        (lambda value: value["generated"][FILE].update(source="../x"), "without a projection or a listed"),
+        (lambda value: value["generated"][FILE].update(source="../x"), "names no listed source"),
     ],
 )
 def test_a_manifest_that_lies_is_refused(
