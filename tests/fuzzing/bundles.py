@@ -21,7 +21,8 @@ from vera_edge.device.runtime.chat import Text
 from vera_edge.device.runtime.decoding import Decoder, Steps
 from vera_edge.device.runtime.encoder import Encoder
 from vera_edge.exporting.onnx_adapter import module_sizes
-from vera_edge.storage.files import canonical_json, sha256_bytes
+from vera_edge.storage.files import sha256_bytes
+from vera_edge.storage.json_text import canonical_json
 
 HASH = "0" * 64
 _MODULE = "model.layers.0.mlp.down_proj"
