@@ -19,6 +19,7 @@ from tests.fuzzing.target import attempt
 from tests.fuzzing.targets import ALL
 
 _MOST_ENDS = 50  # processes of one target that end early, before the rest of its inputs is given up
+_UNTOLD = b"\xff" * 32
 _SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -84,7 +85,7 @@ def _fuzz(name: str, seed: int, count: int, out: Path) -> Fared:
     with tempfile.TemporaryDirectory(dir=root, prefix="vera-edge-fuzz-") as folder:
         place = Path(folder) / "place"
         while first < count and ends < _MOST_ENDS:
-            place.write_bytes(bytes(32))
+            place.write_bytes(_UNTOLD)
             words = [name, seed, first, count, out, place]
             done = subprocess.run(
                 [sys.executable, "-m", "tests.fuzzing.child", *map(str, words)],
@@ -93,6 +94,8 @@ def _fuzz(name: str, seed: int, count: int, out: Path) -> Fared:
                 check=False,
             )
             told = place.read_bytes()
+            if told == _UNTOLD:
+                sys.exit(f"{name} can't be begun:\n{done.stderr.decode(errors='replace')}")
             index, failures, taken, peak = (
                 int.from_bytes(told[at : at + 8], "little") for at in (0, 8, 16, 24)
             )

@@ -13,6 +13,7 @@ import numpy as np
 from tests.fuzzing import graphs, texts
 from tests.fuzzing.mutate import Form
 from tests.fuzzing.target import Seed, Target
+from vera_edge.adapters.projection import ProjectionSpec
 from vera_edge.bundle import chunks, contents
 from vera_edge.bundle.contents import Manifest
 from vera_edge.device.check import golden, golden_encoder
@@ -28,6 +29,14 @@ HASH = "0" * 64
 _MODULE = "model.layers.0.mlp.down_proj"
 
 
+_DRAWN = {
+    "size": 2560,
+    "sha256": HASH,
+    "dtype": "float32",
+    "tensors": {"A": {"matrix": "A.T", "start": 0, "stop": 160, "offset": 0}},
+}
+
+
 def _facts() -> contents.Facts:
     step = {"module": _MODULE, "action": "branch", "source": "nf4", "result": "nf4", "shape": [64, 160]}
     return contents.Facts(
@@ -37,17 +46,10 @@ def _facts() -> contents.Facts:
         base={"digest": HASH, "name": "tiny", "trained": {}},
         adapters={"demo": {"file": "adapters/demo.onnx_adapter", "digest": HASH}},
         default_adapter="demo",
-        projection={
-            "seed": 3,
-            "rank": 4,
-            "in_max": 160,
-            "out_max": 64,
-            "rounding": "float32",
-            "digest": HASH,
-        },
+        projection={**ProjectionSpec(3, 4, 160, 64).to_dict(), "digest": HASH},
         model_version=7,
         vectors=[(_MODULE, 0, 64)],
-        generated={"onnx/projections": {"size": 8, "sha256": HASH}},
+        generated={"onnx/projections": _DRAWN},
         plan={"version": 1, "steps": [{**step, "options": {"activations": "float"}}]},
         options={"head": "fp16"},
         exact=True,
@@ -56,12 +58,12 @@ def _facts() -> contents.Facts:
         requires={"onnxruntime": "1.22"},
         cpu=["vnni"],
         tools={"vera-edge": "0.1"},
-        checked={"sequences": 3},
+        checked={"tokens": 9, "bounds": {"n": 5}, "tolerance": 0.1},
     )
 
 
 def _manifest() -> Target:
-    files = {"onnx/model.onnx": b"graph", "adapters/demo.onnx_adapter": b"vectors", "golden.json": b"{}"}
+    files = {"onnx/model.onnx": b"graph", "adapters/demo.onnx_adapter": bytes(400), "golden.json": b"{}"}
 
     def prepare(folder: Path) -> None:
         for name, data in files.items():
