@@ -122,7 +122,7 @@ def _near(draw: Random, old: Any) -> Any:
         more = draw.choice(("", "x", ".", "/", "\n", "0", " ", "\x00", "é", "-"))
         return draw.choice((old[:at] + more + old[at:], old[:at], old[at:], old.upper(), old * 3, [old]))
     if isinstance(old, list):
-        return draw.choice((type(old)(), type(old)(old * 2), type(old)(old[:1]), [old], list(reversed(old))))
+        return draw.choice((type(old)(), type(old)(old * 2), type(old)(old[:1]), [old], type(old)(reversed(old))))
     return draw.choice((0, "", [], Pairs()))
 
 
