@@ -13,6 +13,7 @@ from tests.fuzzing import bases, graphs
 from tests.fuzzing.mutate import Form
 from tests.fuzzing.target import Seed, Target
 from vera_edge.adapters import vera
+from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime import adapters
 from vera_edge.exporting import onnx_adapter
 from vera_edge.plans import plan as plans
@@ -62,8 +63,8 @@ def _peft(name: str, file: str, form: Form) -> Target:
 
 
 @cache
-def _base(folder: str) -> bases.Checkpoint:
-    return bases.Checkpoint.open(Path(folder))
+def _base(folder: str) -> Checkpoint:
+    return Checkpoint.open(Path(folder))
 
 
 def _onnx_adapter() -> Target:

@@ -76,7 +76,13 @@ def _manifest() -> Target:
         folder.mkdir()
         prepare(folder)
         found = []
-        merged = {"mode": "merged", "vectors": [], "generated": {}, "projection": None, "golden": None}
+        merged: dict[str, Any] = {
+            "mode": "merged",
+            "vectors": [],
+            "generated": {},
+            "projection": None,
+            "golden": None,
+        }
         for facts in (_facts(), replace(_facts(), **merged)):
             contents.write(folder, facts)
             found.append(Seed((folder / contents.MANIFEST).read_bytes()))

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def write_decoder(path: Path) -> None:
     def port(name: str, kind: int, shape: list[int | str]) -> object:
         return helper.make_tensor_value_info(name, kind, shape)
 
-    past = ["b", HEADS, "t", SIZE]
+    past: list[int | str] = ["b", HEADS, "t", SIZE]
     inputs = [
         port("input_ids", TensorProto.INT64, ["b", "n"]),
         port("attention_mask", TensorProto.INT64, ["b", "m"]),
@@ -83,7 +84,7 @@ def write_encoder(path: Path, gives: str) -> None:
     _save(path, nodes, [ids, mask], [out], [table])
 
 
-def _save(path: Path, nodes: object, inputs: object, outputs: object, initializers: object) -> None:
+def _save(path: Path, nodes: Any, inputs: Any, outputs: Any, initializers: Any) -> None:
     import onnx
     from onnx import helper
 

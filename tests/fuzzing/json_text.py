@@ -12,7 +12,9 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
-Pairs = type("Pairs", (list,), {})  # of [key, value]; a list that isn't an array
+
+class Pairs(list[Any]):
+    """Of [key, value]; a list that isn't an array."""
 
 
 class Raw(str):
@@ -122,7 +124,9 @@ def _near(draw: Random, old: Any) -> Any:
         more = draw.choice(("", "x", ".", "/", "\n", "0", " ", "\x00", "é", "-"))
         return draw.choice((old[:at] + more + old[at:], old[:at], old[at:], old.upper(), old * 3, [old]))
     if isinstance(old, list):
-        return draw.choice((type(old)(), type(old)(old * 2), type(old)(old[:1]), [old], type(old)(reversed(old))))
+        return draw.choice(
+            (type(old)(), type(old)(old * 2), type(old)(old[:1]), [old], type(old)(reversed(old)))
+        )
     return draw.choice((0, "", [], Pairs()))
 
 

@@ -14,6 +14,7 @@ from tests.fuzzing.mutate import Form
 from tests.fuzzing.target import Seed, Target
 from vera_edge.adapters import vera
 from vera_edge.adapters.projection import Projections, ProjectionSpec
+from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.measuring import baseline, limits
 from vera_edge.measuring.aggregate import Aggregate
 from vera_edge.measuring.metrics import compare
@@ -29,7 +30,7 @@ ADAPTER = Path(__file__).parents[1] / "golden/adapters/peft-0.21.2/saved-fp32"
 def _planned(mode: str) -> tuple[Any, ...]:
     """A plan, and what it was made for."""
     base = graphs.scratch() / f"base-{mode}"
-    checkpoint, adapter = bases.Checkpoint.open(bases.write_base(base)), vera.read(ADAPTER)
+    checkpoint, adapter = Checkpoint.open(bases.write_base(base)), vera.read(ADAPTER)
     assert adapter.saved is not None
     spec = ProjectionSpec(adapter.seed, adapter.rank, adapter.saved[0].shape[1], adapter.saved[1].shape[0])
     projections = Projections(spec, *adapter.saved)

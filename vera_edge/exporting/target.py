@@ -24,6 +24,7 @@ from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.formats.blocks import SIZES, check_kind
 from vera_edge.plans import plan as plans
+from vera_edge.plans import step_options
 from vera_edge.plans.plan import ACTIVATIONS, FLOAT, Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes
@@ -267,6 +268,7 @@ def export(
     projections = plans.check_projections(read, [one.projections for one in found])
     if made is not None:
         plans.check_made_for(made, checkpoint, read, projections)
+        step_options.check(made, checkpoint, graph=True)
     from vera_edge.reference.loading import check_complete  # imports torch
 
     checkpoint = with_fast_tokenizer(checkpoint)

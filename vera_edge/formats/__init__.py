@@ -153,6 +153,11 @@ def find_linears(tensors: TensorFolder, config: Mapping[str, Any]) -> dict[str, 
                 raise CheckpointError(
                     f"{module} is stored both as {found[module].format} and {linear.format}"
                 )
+            if 0 in linear.shape:
+                raise CheckpointError(
+                    f"the weight of {module} is empty (shape {list(linear.shape)}); if the model was trained "
+                    "in parts (DeepSpeed ZeRO-3, FSDP), gather them when it is saved"
+                )
             found[module] = linear
     _check_none_left(tensors, found, method)
     return found

@@ -181,7 +181,14 @@ class Bnb4:
         if unknown := sorted(set(given) - set(_DEFAULTS)):
             raise PlanError(f"{self.name} takes no option {unknown[0]!r}; it takes {', '.join(_DEFAULTS)}")
         options = {**_DEFAULTS, **given}
-        if options["blocksize"] not in BLOCKSIZES:
+        if options["storage"] not in tuple(STORAGES) or options["dtype"] not in tuple(STORAGES.values())[1:]:
+            raise PlanError(
+                f"{self.name} is stored as {', '.join(STORAGES)} and computes in float32, float16 or "
+                f"bfloat16, not {options['storage']!r} and {options['dtype']!r}"
+            )
+        if type(options["double_quant"]) is not bool:
+            raise PlanError(f"double_quant of {self.name} is {options['double_quant']!r}, not true or false")
+        if type(options["blocksize"]) is not int or options["blocksize"] not in BLOCKSIZES:
             raise PlanError(
                 f"bitsandbytes reads no 4-bit block size {options['blocksize']}; choose one of "
                 f"{', '.join(map(str, BLOCKSIZES))}"

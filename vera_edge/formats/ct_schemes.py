@@ -4,15 +4,17 @@ written.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from vera_edge.errors import CheckpointError, FormatError, PlanError
 from vera_edge.formats import checks
+from vera_edge.formats.name_pattern import NamePattern
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+_MOST_PATTERNS = 256  # of a config group
 _STRATEGIES = ("tensor", "channel", "group", "block")
 
 
@@ -58,22 +60,34 @@ class Targets:
     targets: tuple[str, ...]
     scheme: Scheme
 
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(self.targets)
+
+    @cached_property
+    def _patterns(self) -> list[NamePattern]:
+        return [_pattern(target) for target in self.targets if target.startswith("re:")]
+
     def rank(self, module: str) -> int:
         """How closely it names a module: 3 by name, 2 by pattern, 1 by class, 0 not at all."""
-        ranks = [0]
-        for target in self.targets:
-            if target in (module, module.rsplit(".", 1)[-1]):
-                ranks.append(3)
-            elif target.startswith("re:"):
-                try:
-                    ranks.append(2 * bool(re.match(target[3:], module)))
-                except re.error:
-                    raise FormatError(
-                        f"config.json names layers by {target!r}, which is no pattern"
-                    ) from None
-            elif target == "Linear":
-                ranks.append(1)
-        return max(ranks)
+        if module in self._names or module.rsplit(".", 1)[-1] in self._names:
+            return 3
+        try:
+            named = any(pattern.matches(module) for pattern in self._patterns)
+        except ValueError as cause:
+            raise FormatError(
+                f"config.json names layers by a pattern, and {cause}; copy the base again"
+            ) from None
+        return 2 if named else int("Linear" in self._names)
+
+
+def _pattern(target: str) -> NamePattern:
+    try:
+        return NamePattern(target[3:])
+    except ValueError as cause:
+        raise FormatError(
+            f"config.json names layers by {target[:80]!r}, which is no pattern that vera-edge takes: {cause}"
+        ) from None
 
 
 def read(found: Mapping[str, Any]) -> Sequence[Targets]:
@@ -138,6 +152,8 @@ def _targets(name: str, group: Mapping[str, Any], default_format: Any) -> Target
         block=list(block) if isinstance(block, list) else None,
     )
     _check(scheme, name)
+    if sum(str(target).startswith("re:") for target in targets) > _MOST_PATTERNS:
+        raise FormatError(f"config group {name} has over {_MOST_PATTERNS} patterns of names, more than any")
     return Targets(tuple(str(target) for target in targets), scheme)
 
 
@@ -185,7 +201,7 @@ _PRESETS: Mapping[str, tuple[Scheme, Mapping[str, Any] | None]] = {
 
 def preset(options: Mapping[str, Any]) -> Scheme:
     """The scheme of a preset with its group size. Raises PlanError when there is none of that name."""
-    if options["preset"] not in _PRESETS:
+    if options["preset"] not in tuple(_PRESETS):  # a list can't be looked up
         raise PlanError(f"compressed-tensors is written as {', '.join(_PRESETS)}, not {options['preset']!r}")
     scheme = _PRESETS[options["preset"]][0]
     if scheme.strategy != "group":

@@ -9,7 +9,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vera_edge import formats
 from vera_edge.adapters.projection import Projections
 from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import MERGE_RECORD, Checkpoint
@@ -23,6 +22,7 @@ from vera_edge.merging.report import MergeReport
 from vera_edge.merging.stage import Stage, files_of, opened, tidy
 from vera_edge.merging.work import Job, do_unit, is_there, key_of
 from vera_edge.parallel import Engine
+from vera_edge.plans import step_options
 from vera_edge.plans.plan import Plan, check_made_for
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes
@@ -146,7 +146,7 @@ def check_plan(
             raise PlanError(
                 f"this plan stores {step.module} as {step.result} blocks, which only a graph holds; export it"
             )
-        formats.get(step.result)
+    step_options.check(plan, checkpoint, graph=False)
 
 
 def _write_tensors(

@@ -21,6 +21,7 @@ from vera_edge import merging as merge
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, FormatError
 from vera_edge.exporting import target
+from vera_edge.formats import ct_schemes
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats" / "compressed_tensors"
 MODULE = "model.layers.0.mlp.up_proj"
@@ -204,3 +205,23 @@ def test_a_base_whose_kv_cache_alone_is_rounded(tiny_llama: tiny.TinyLlama, tmp_
         out = tmp_path / f"out{number}"
         target.export(base, [(adapter, 1.0)], out, mode="merged", weights="fp32")
         assert exported.error(exported.logits(out, ids), expected) < 1e-4
+
+
+@pytest.mark.parametrize("pattern", ["re:(a+)+\\1", "re:(", "re:" + "a" * 1000, "re:a{9999}"])
+def test_a_pattern_that_no_name_needs_is_refused(pattern: str) -> None:
+    groups = {"a": {"targets": [pattern], "weights": {"num_bits": 8}, "format": "int-quantized"}}
+    found = ct_schemes.read({"config_groups": groups})
+    with pytest.raises(FormatError, match="which is no pattern that vera-edge takes"):
+        ct_schemes.scheme_of("model.layers.0", found)
+
+
+def test_a_pattern_that_goes_back_over_a_name_takes_no_time() -> None:
+    groups = {
+        "a": {"targets": ["re:(a+)+$", "Linear"], "weights": {"num_bits": 8}, "format": "int-quantized"}
+    }
+    found = ct_schemes.read({"config_groups": groups})
+    assert ct_schemes.scheme_of("a" * 60 + "!", found).bits == 8
+    assert found[0].rank("a" * 60) == 2
+    many = {"a": groups["a"] | {"targets": ["re:a"] * 300}}
+    with pytest.raises(FormatError, match="over 256 patterns"):
+        ct_schemes.read({"config_groups": many})

@@ -12,6 +12,7 @@ import pytest
 
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, FormatError
+from vera_edge.storage.tensors import write_header
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats"
 MODULE = "model.layers.0.mlp.up_proj"
@@ -204,3 +205,13 @@ def test_quantized_tensors_without_a_quantization_config(tmp_path: Path) -> None
     folder = _changed(GPTQ, tmp_path / "base", lambda config, tensors: config.clear())
     with pytest.raises(CheckpointError, match=r"config\.json says the model isn't quantized"):
         Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0), (0, 0)])
+@pytest.mark.parametrize("kind", ["F32", "BF16"])
+def test_an_empty_weight_is_a_sentence(tmp_path: Path, shape: tuple[int, int], kind: str) -> None:
+    with (tmp_path / "model.safetensors").open("wb") as stream:
+        write_header(stream, {"model.layers.0.q_proj.weight": (kind, shape)}, {})
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=r"q_proj is empty \(shape"):
+        Checkpoint.open(tmp_path)

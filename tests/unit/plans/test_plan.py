@@ -189,3 +189,64 @@ class TestRefused:
         facts = plans.make(nf4, [(adapter, 1.0)]).to_dict() | change
         with pytest.raises(PlanError, match="plan"):
             Plan.from_dict(facts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [64]},
+        {"shape": [64, 0]},
+        {"shape": [64, "64"]},
+        {"shape": [64, 2**70]},
+        {"shape": None},
+        {"action": "cut"},
+        {"action": ["keep"]},
+        {"module": 3},
+        {"source": None},
+        {"result": []},
+        {"options": []},
+        {"more": 1},
+    ],
+)
+def test_a_step_in_json_has_its_whole_shape(
+    nf4: Checkpoint, adapter: Adapter, change: dict[str, Any]
+) -> None:
+    facts = plans.make(nf4, [(adapter, 1.0)]).to_dict()
+    facts["steps"][0] |= change
+    with pytest.raises(PlanError, match="isn't a plan as vera-edge writes it"):
+        Plan.from_dict(facts)
+    del facts["steps"][0]["options"]
+    with pytest.raises(PlanError, match="isn't a plan as vera-edge writes it"):
+        Plan.from_dict(facts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"adapters": [{"digest": 1, "weight": 1.0}]},
+        {"adapters": [{"digest": "x", "weight": "1"}]},
+        {"adapters": 3},
+        {"adapters": [{"digest": "x", "weight": True}]},
+        {"projection": {}},
+        {"projection": []},
+        {"base": None},
+        {"weights": None},
+        {"others": 1},
+        {"options": None},
+        {"version": True},
+        {"mode": None},
+        {"steps": {}},
+    ],
+)
+def test_a_plan_in_json_has_its_whole_shape(
+    nf4: Checkpoint, adapter: Adapter, change: dict[str, Any]
+) -> None:
+    with pytest.raises(PlanError, match="plan"):
+        Plan.from_dict(plans.make(nf4, [(adapter, 1.0)]).to_dict() | change)
+
+
+def test_two_steps_for_one_module(nf4: Checkpoint, adapter: Adapter) -> None:
+    facts = plans.make(nf4, [(adapter, 1.0)]).to_dict()
+    facts["steps"].append(facts["steps"][0])
+    with pytest.raises(PlanError, match="two steps for one module"):
+        Plan.from_dict(facts)
