@@ -179,9 +179,17 @@ _CHANGES: tuple[Callable[[Random, list[Place]], None], ...] = (
 )  # fmt: skip
 
 
+def several(draw: Random, most: int) -> int:
+    """1, now and then more."""
+    count = 1
+    while count < most and draw.random() < 0.4:
+        count += 1
+    return count
+
+
 def changed(value: Any, draw: Random) -> Any:
     """`value` with one to four changes; it is changed in place where it can be."""
-    for _ in range(1 + min(3, int(draw.expovariate(1.0)))):
+    for _ in range(several(draw, 4)):
         found = places(value)
         if not found or draw.random() < 0.02:
             return draw.choice(draw.choice((NUMBERS, TEXTS, OTHERS)))

@@ -57,7 +57,7 @@ def _json(data: bytes, draw: Random) -> bytes:
 
 
 def _bytes(data: bytes, draw: Random) -> bytes:
-    for _ in range(1 + min(7, int(draw.expovariate(0.7)))):
+    for _ in range(json_text.several(draw, 8)):
         data = draw.choice(_BYTE_CHANGES)(data, draw)
     return data
 
@@ -126,7 +126,7 @@ _BYTE_CHANGES = (
 def _text(data: bytes, draw: Random, words: tuple[str, ...]) -> bytes:
     """Words of a text swapped, dropped, doubled, or replaced by others of its language."""
     parts = _TOKEN.findall(data)
-    for _ in range(1 + min(5, int(draw.expovariate(1.5)))):
+    for _ in range(json_text.several(draw, 5)):
         if not parts:
             break
         at, way = draw.randrange(len(parts)), draw.random()
