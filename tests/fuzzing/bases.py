@@ -18,6 +18,7 @@ from vera_edge import formats
 from vera_edge.base.checkpoint import MERGE_RECORD, Checkpoint
 from vera_edge.merging.config import merged_config
 from vera_edge.plans import plan as plans
+from vera_edge.storage.json_text import settings_json
 from vera_edge.storage.tensors import write_header
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "formats"
@@ -77,7 +78,7 @@ def whole(folder: Path) -> Checkpoint:
     for name in checkpoint.other_names:
         checkpoint.tensors.read(name)
     for weights in ("same", "fp32"):
-        merged_config(plans.make(checkpoint, [], weights=weights), checkpoint, untied=True)
+        settings_json(merged_config(plans.make(checkpoint, [], weights=weights), checkpoint, untied=True))
     return checkpoint
 
 

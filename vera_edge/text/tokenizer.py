@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, normalizers
 from vera_edge.errors import CheckpointError
 from vera_edge.quiet import first_line, quiet
 from vera_edge.storage import tokenizer_json
-from vera_edge.storage.json_text import canonical_json
+from vera_edge.storage.json_text import settings_json
 from vera_edge.storage.side_files import GENERATION, TOKENIZER_CONFIG, VOCABULARIES, SideFiles
 
 FAST = "tokenizer.json"
@@ -249,7 +249,7 @@ def ending(files: SideFiles, config: Mapping[str, Any]) -> tuple[SideFiles, tupl
             for name in ("bos_token_id", "pad_token_id")
             if type(fallback.get(name)) is int
         }
-    content = canonical_json({**settings, "eos_token_id": [*ends, end]})
+    content = settings_json({**settings, "eos_token_id": [*ends, end]})
     token = special_tokens(files)["eos_token"]
     return files.with_file(GENERATION, content), (
         f"text ends at {token!r} (id {end}) too, which is the tokenizer's eos_token",
