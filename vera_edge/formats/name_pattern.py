@@ -102,7 +102,8 @@ class _Run:
     def _part(self, node: Any, start: int) -> Iterable[int]:
         kind, value = node
         if kind in _REPEATS:
-            return self._repeats(*value, start)
+            least, most, inner = value
+            return self._repeats(least, most, inner, start)
         if kind is codes.SUBPATTERN:
             return self.sequence(value[3], {start})
         if kind is codes.BRANCH:

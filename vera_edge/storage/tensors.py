@@ -46,7 +46,7 @@ DTYPES: Mapping[str, tuple[int, str]] = {
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 _PIECE = 1 << 22
-_MAX_BYTES = 1 << 48  # of a tensor, were its empty dimensions 1: no array library counts much further
+_MAX_VALUES = 1 << 48  # of a tensor, were its empty sides 1: array libraries count little further
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _tensor_info(name: str, entry: Any, path: Path, base: int, error: type[VeraE
         raise error(f"the header entry of tensor {name} in {path} is malformed; copy the file again")
     if dtype not in DTYPES:
         raise error(f"tensor {name} in {path} has dtype {dtype}, which vera-edge doesn't know")
-    if math.prod(max(size, 1) for size in shape) >= _MAX_BYTES:
+    if math.prod(max(size, 1) for size in shape) >= _MAX_VALUES:
         raise error(f"tensor {name} in {path} has shape {list(shape)}, which no tensor has; copy it again")
     if math.prod(shape) * DTYPES[dtype][0] != end - start:
         raise error(

@@ -318,3 +318,34 @@ def test_does_not_depend_on_where_the_folder_is(written: Write, tmp_path: Path) 
     folder = written()
     copy = shutil.copytree(folder, tmp_path / "elsewhere")
     assert read(copy).digest == read(folder).digest
+
+
+@pytest.mark.parametrize("key", sorted(CONFIG))
+def test_junk_in_a_field_of_the_config_is_a_sentence_or_harmless(written: Write, key: str) -> None:
+    values: tuple[Any, ...] = (
+        None,
+        True,
+        -1,
+        2**70,
+        10**200,
+        1e300,
+        "",
+        "\ud800",
+        "x" * 5000,
+        [],
+        [[]],
+        {},
+        {"a": None},
+    )
+    for junk in values:
+        try:
+            read(written(**{key: junk}))
+        except AdapterError as cause:
+            assert "\n" not in str(cause)
+            str(cause).encode()
+
+
+def test_half_a_character_is_a_sentence(written: Write) -> None:
+    """It was a traceback where the digest is made."""
+    with pytest.raises(AdapterError, match="lone surrogate"):
+        read(written(peft_version="\ud800"))

@@ -35,7 +35,10 @@ def _model(path: Path, blocks: int = 1, **changes: Any) -> Path:
     for key, value in changes.items():
         writer.add_key_value(key.replace("__", "."), value, gguf.GGUFValueType.get_type(value))
     writer.add_token_list([b"a", b"b"])
-    add = lambda name, *shape: writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))  # noqa: E731
+
+    def add(name: str, *shape: int) -> None:
+        writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+
     add("token_embd", 2, WIDTH)
     add("output_norm", WIDTH)
     for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
@@ -166,7 +169,7 @@ def test_any_byte_changed_gives_a_model_or_a_sentence(tmp_path: Path) -> None:
     for _ in range(400):
         data = bytearray(whole)
         for place in draw.integers(0, 1600, draw.integers(1, 4)):
-            data[place] = draw.choice([0, 1, 0x7F, 0x80, 0xFF, draw.integers(256)])
+            data[place] = draw.choice(np.array([0, 1, 0x7F, 0x80, 0xFF, int(draw.integers(256))]))
         path.write_bytes(data)
         try:
             Checkpoint.open(path)

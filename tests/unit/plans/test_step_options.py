@@ -93,8 +93,8 @@ def test_what_a_format_does_not_take_is_a_sentence(
         {"symmetric": 1},
         {"activations": "none"},
         {"activations": []},
-    ]
-    + [{"rank": 4}],
+        {"rank": 4},
+    ],
 )
 @pytest.mark.parametrize("result", ["int8", "int4", "int2"])
 def test_blocks_of_a_graph(base: Checkpoint, pair: Any, result: str, options: dict[str, Any]) -> None:
