@@ -23,11 +23,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+_LONGEST = 2000  # characters; a longer sentence says no more
+
 
 class VeraEdgeError(Exception):
-    """Base of all errors that are the input's or the request's fault."""
+    """Base of all errors that are the input's or the request's fault.
+
+    Names out of a stranger's file stand in the messages: what would end a line, steer a terminal or be no
+    character is written as its escape, and what is too long to read is cut.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(_one_line(str(message)))
+
+
+def _one_line(text: str) -> str:
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
 
 
 class AdapterError(VeraEdgeError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from vera_edge.device.runtime import template
 from vera_edge.errors import TargetError
 from vera_edge.storage.files import write_atomic
-from vera_edge.storage.json_text import canonical_json, read_json
+from vera_edge.storage.json_text import read_json, settings_json
 
 FILE = "tokenizer_config.json"
 # transformers 5 names every tokenizer without a class of its own so; older ones have no class of that name.
@@ -37,4 +37,4 @@ def mend(folder: Path, inputs: Sequence[str]) -> None:
     elif templates:
         changed["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     if changed != facts:
-        write_atomic(folder / FILE, canonical_json(changed))
+        write_atomic(folder / FILE, settings_json(changed))

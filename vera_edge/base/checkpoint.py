@@ -66,6 +66,7 @@ class Checkpoint:
         else:
             tensors = TensorFolder.open(path, _stem(path))
             config = read_json(path / "config.json", CheckpointError)
+        checks.named(config, path / "config.json", CheckpointError)
         linears = formats.find_linears(tensors, config)
         _check_agreement(path, config, linears)
         if trained_as is not None:

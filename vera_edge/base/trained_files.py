@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge.errors import CheckpointError, MismatchError
-from vera_edge.storage.json_text import TABLE, canonical_json, parse_json, read_json
+from vera_edge.storage.json_text import TABLE, parse_json, read_json, settings_json
 from vera_edge.storage.side_files import (
     GENERATION,
     MODULE_FILES,
@@ -171,7 +171,7 @@ def _settings_of_both(folders: Mapping[str, Path], base: Path) -> bytes | None:
     if source == base or vocabulary != base or not (base / TOKENIZER_CONFIG).is_file():
         return None
     theirs, ours = (SideFiles({TOKENIZER_CONFIG: folder}).json(TOKENIZER_CONFIG) for folder in (base, source))
-    return canonical_json({**theirs, **ours})
+    return settings_json({**theirs, **ours})
 
 
 def _without_old_template(folders: Mapping[str, Path], base: Path) -> dict[str, Path]:

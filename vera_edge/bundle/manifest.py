@@ -7,7 +7,6 @@ only: a device reads it before anything else is imported.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ VNNI = "vnni"  # what a graph may ask of an x86 processor, see device/runtime/in
 CPU_NEEDS = (VNNI,)
 _MAX_FILES = 10_000
 _MAX_SIZE = 1 << 53  # the largest integer every JSON reader keeps exact
+_LARGEST_BOUND = 1e300  # of a limit; an integer may be too large for a float
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"[0-9]+(\.[0-9]+){0,3}")
 
@@ -195,8 +195,8 @@ def check_limits(limits: Mapping[str, float], where: str) -> None:
     That is one that isn't finite, a "max_" below 0, a "min_" above 1: what has a least is a share or cosine.
     """
     for name, bound in limits.items():
-        if not math.isfinite(bound):
-            raise PlanError(f"{where}: {name} is {bound!r} where a finite number belongs")
+        if not abs(bound) < _LARGEST_BOUND:  # nor is NaN
+            raise PlanError(f"{where}: {name} is {str(bound)[:40]} where a finite number belongs")
         if name.startswith("max_") and bound < 0:
             raise PlanError(f"{where}: {name} is {bound:g}, which nothing can keep; give 0 or more")
         if name.startswith("min_") and bound > 1:

@@ -143,7 +143,7 @@ def _group_size(found: Mapping[str, Any]) -> Any:
     if version != "gemm":
         raise FormatError(f"AWQ version {version!r} isn't known; save the model as AWQ gemm")
     bits = found.get("bits", found.get("w_bit", 4))
-    if bits != 4 or not found.get("zero_point", True):
+    if not checks.whole(bits, (4,)) or not found.get("zero_point", True):
         raise FormatError(
             f"AWQ with {bits!r} bits and zero_point={found.get('zero_point', True)} isn't known"
         )

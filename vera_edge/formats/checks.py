@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vera_edge.errors import CheckpointError, FormatError, PlanError
+from vera_edge.errors import CheckpointError, FormatError, PlanError, VeraEdgeError
 from vera_edge.storage.tensors import Float32, TensorFolder
 
 SCALES = frozenset({"F16", "BF16", "F32"})
@@ -77,6 +78,22 @@ def method(config: Mapping[str, Any]) -> str | None:
     if found and not isinstance(name, str):
         raise FormatError(f"quantization_config of config.json names no quant_method, but {name!r}")
     return name
+
+
+def named(config: Mapping[str, Any], path: Path, error: type[VeraEdgeError]) -> None:
+    """Raise `error` unless model_type and architectures, where config.json has them, are names."""
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if not isinstance(model_type, str | None):
+        raise error(f"{path}: model_type is {str(model_type)[:80]!r} where a name belongs")
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise error(f"{path}: architectures is {str(architectures)[:80]!r} where a list of names belongs")
+
+
+def whole(value: Any, known: Collection[int]) -> bool:
+    """Whether a value of a config is one of some whole numbers: Python takes 4.0 and True for numbers too."""
+    return type(value) is int and value in known
 
 
 def roles(tensors: TensorFolder, module: str, kind: str, suffixes: Mapping[str, str]) -> dict[str, str]:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from vera_edge.errors import CheckpointError, FormatError, PlanError
+from vera_edge.formats import checks
 from vera_edge.formats.name_pattern import NamePattern
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
@@ -160,7 +161,7 @@ def _check(scheme: Scheme, name: str) -> None:
     widths = {"int": (4, 8) if scheme.packed else (8,), "float": (8,)}.get(scheme.kind, ())
     sound = (
         scheme.format in _FORMATS
-        and scheme.bits in widths
+        and checks.whole(scheme.bits, widths)
         and scheme.strategy in _STRATEGIES
         and not (scheme.packed and scheme.kind == "float")
         and (scheme.kind == "int" or scheme.symmetric)

@@ -98,7 +98,7 @@ class Gptq:
         found = checks.known_options(given, {**_DEFAULTS, "bits": self.bits, _SHORT: False}, self.name)
         if not found[_SHORT]:
             del found[_SHORT]
-        if found["bits"] not in _BITS or found["checkpoint_format"] not in _VERSIONS:
+        if not checks.whole(found["bits"], _BITS) or found["checkpoint_format"] not in _VERSIONS:
             raise PlanError(
                 f"{self.name} has 2, 3, 4 or 8 bits and checkpoint_format {' or '.join(_VERSIONS)}, not "
                 f"{found['bits']} and {found['checkpoint_format']}"
@@ -191,7 +191,7 @@ def _settings(found: Mapping[str, Any]) -> Mapping[str, Any]:
             f"GPTQ checkpoint format {'marlin' if found.get('is_marlin_format') else version!r} isn't known; "
             f"save the model as {' or '.join(_VERSIONS)}"
         )
-    if found.get("bits") not in _BITS:
+    if not checks.whole(found.get("bits"), _BITS):
         raise FormatError(f"GPTQ with {found.get('bits')!r} bits isn't known; it has 2, 3, 4 or 8")
     if found.get("pack_dtype") not in (None, "int32") or found.get("planar"):
         raise FormatError(

@@ -82,7 +82,7 @@ def read_limits(path: Path) -> dict[str, float]:
         value = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PlanError(f"{path} is missing; give a TOML file with a [limits] table") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as cause:
+    except (OSError, ValueError, RecursionError) as cause:
         raise PlanError(f"{path} can't be read as TOML: {cause}") from None
     if set(value) != {"limits"} or not isinstance(value["limits"], dict):
         raise PlanError(f"{path} must hold one table, [limits], and nothing else")

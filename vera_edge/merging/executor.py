@@ -25,7 +25,7 @@ from vera_edge.plans.plan import Plan, check_made_for
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes
 from vera_edge.storage.files import check_output, write_atomic
-from vera_edge.storage.json_text import canonical_json
+from vera_edge.storage.json_text import canonical_json, settings_json
 from vera_edge.storage.shards import MAX_SHARD_BYTES, ShardWriter
 from vera_edge.storage.tensors import Float32
 from vera_edge.trained.trained_model import TrainedModel
@@ -232,7 +232,7 @@ def _base_digest(checkpoint: Checkpoint, done: Mapping[int, Done]) -> str:
 def _write_beside(stage: Path, report: MergeReport, config: dict[str, object], merge: Merge) -> None:
     """Everything but the weights."""
     checkpoint = merge.model.checkpoint
-    write_atomic(stage / "config.json", canonical_json(config))
+    write_atomic(stage / "config.json", settings_json(config))
     checkpoint.files.copy(stage)
     base_name = str(checkpoint.config.get("_name_or_path") or checkpoint.path.resolve().name)
     write_atomic(stage / "README.md", card.text(report, base_name, config).encode())

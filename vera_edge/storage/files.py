@@ -57,6 +57,7 @@ def safe_join(root: Path, relative: str, error: type[VeraEdgeError] = BundleErro
         or pure.is_absolute()
         or any(part in ("..", "") for part in relative.split("/"))
         or any(mark in relative for mark in ("\\", "\0", ":"))
+        or not _is_file_name(relative)
     )
     if bad:
         raise error(f"unsafe path {relative!r} in {root}; names must be relative and stay in the folder")
@@ -68,6 +69,14 @@ def safe_join(root: Path, relative: str, error: type[VeraEdgeError] = BundleErro
     if not any(Path(os.path.realpath(path)).is_relative_to(folder) for folder in within):
         raise error(f"{path} leads out of {root} through a link; replace the link by the file itself")
     return path
+
+
+def _is_file_name(relative: str) -> bool:
+    try:
+        os.fsencode(relative)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 def fsync_folder(path: Path) -> None:

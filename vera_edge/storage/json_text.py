@@ -43,6 +43,14 @@ def canonical_json(value: Any) -> bytes:
     return (text + "\n").encode()
 
 
+def settings_json(value: Any) -> bytes:
+    """A model's own settings, as `canonical_json` but with the NaN and infinities that they may hold.
+
+    They stand there as Python writes them, and as transformers reads them.
+    """
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def read_json(path: Path, error: type[VeraEdgeError], bound: Bound = SETTINGS) -> dict[str, Any]:
     """The JSON object in `path`; raises `error` when it's missing, unreadable, too large or not an object."""
     value = read_value(path, error, bound)

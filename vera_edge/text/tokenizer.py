@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, normalizers
 
 from vera_edge.errors import CheckpointError
 from vera_edge.quiet import first_line, quiet
-from vera_edge.storage.json_text import canonical_json
+from vera_edge.storage import tokenizer_json
+from vera_edge.storage.json_text import settings_json
 from vera_edge.storage.side_files import GENERATION, TOKENIZER_CONFIG, VOCABULARIES, SideFiles
 
 FAST = "tokenizer.json"
@@ -76,13 +77,10 @@ def _folder(files: SideFiles) -> Path:
 
 def _parsed(files: SideFiles) -> Tokenizer:
     try:
-        return Tokenizer.from_str(files.read(FAST).decode())
-    except CheckpointError:
-        raise
-    except Exception as cause:  # the tokenizers package raises bare Exception
-        raise CheckpointError(
-            f"{files.where(FAST)} isn't a tokenizer that the tokenizers package reads: {first_line(cause)}"
-        ) from None
+        text = files.read(FAST).decode()
+    except ValueError:
+        raise CheckpointError(f"{files.where(FAST)} isn't UTF-8 text; copy it again") from None
+    return tokenizer_json.parse(text, files.where(FAST), CheckpointError, "copy or download it again")
 
 
 @lru_cache(maxsize=4)
@@ -251,7 +249,7 @@ def ending(files: SideFiles, config: Mapping[str, Any]) -> tuple[SideFiles, tupl
             for name in ("bos_token_id", "pad_token_id")
             if type(fallback.get(name)) is int
         }
-    content = canonical_json({**settings, "eos_token_id": [*ends, end]})
+    content = settings_json({**settings, "eos_token_id": [*ends, end]})
     token = special_tokens(files)["eos_token"]
     return files.with_file(GENERATION, content), (
         f"text ends at {token!r} (id {end}) too, which is the tokenizer's eos_token",

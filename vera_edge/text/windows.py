@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from vera_edge.errors import CheckpointError, DataError, MismatchError
+from vera_edge.storage import tokenizer_json
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.side_files import SideFiles
 from vera_edge.text import tokenizer as tokenizer_files
@@ -126,9 +127,7 @@ def check_tokenizers(text: Text, folders: Sequence[Path]) -> None:
 def check_alike(text: Text, tokenizers: Sequence[tuple[Path, Tokenizer]]) -> None:
     """Raise MismatchError when the tokenizers of model folders read the start of `text` differently."""
     sample = text.content[:20_000]
-    encoded = [
-        (folder, tokenizer.encode(sample, add_special_tokens=False).ids) for folder, tokenizer in tokenizers
-    ]
+    encoded = [(folder, _ids(tokenizer, sample)) for folder, tokenizer in tokenizers]
     for folder, ids in encoded[1:]:
         if ids != encoded[0][1]:
             raise MismatchError(
@@ -148,7 +147,7 @@ def make(
     """
     if window < MIN_WINDOW or tokens < window:
         raise DataError(f"a window of {window} in {tokens} tokens is too small; use at least {MIN_WINDOW}")
-    ids = np.asarray(tokenizer.encode(text.content, add_special_tokens=False).ids, np.int64)
+    ids = np.asarray(_ids(tokenizer, text.content), np.int64)
     start = _prefix(tokenizer)
     check_ids(np.concatenate([start, ids]), tokenizer, vocab_size, f"{text.source} text")
     window = min(window, max(MIN_WINDOW, len(ids) // MIN_WINDOWS + len(start)))
@@ -168,10 +167,16 @@ def make(
     )
 
 
+def _ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
+    with tokenizer_json.told(
+        "the model's tokenizer can't be used", CheckpointError, "save the model's again"
+    ):
+        return tokenizer.encode(text, add_special_tokens=special).ids
+
+
 def _prefix(tokenizer: Tokenizer) -> Int64:
     """The tokens that the tokenizer puts before every text (BOS), usually none or one."""
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    plain, whole = _ids(tokenizer, "a"), _ids(tokenizer, "a", special=True)
     for length in range(len(whole) - len(plain) + 1):
         if whole[length : length + len(plain)] == plain:
             return np.asarray(whole[:length], np.int64)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge.storage.files import write_atomic
-from vera_edge.storage.json_text import canonical_json
+from vera_edge.storage.json_text import settings_json
 from vera_edge_onnx.decoder.rotary import context_length
 
 _KEPT = ("rope_theta", "partial_rotary_factor")
@@ -55,4 +55,4 @@ def write_folder(source: Path, target: Path, config: Mapping[str, Any]) -> None:
     for path in source.iterdir():
         if path.name != "config.json":
             (target / path.name).symlink_to(path.resolve())
-    write_atomic(target / "config.json", canonical_json(dict(config)))
+    write_atomic(target / "config.json", settings_json(dict(config)))

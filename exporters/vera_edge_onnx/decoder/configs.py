@@ -10,7 +10,7 @@ import onnx_ir as ir
 from vera_edge.errors import TargetError
 from vera_edge.storage import side_files
 from vera_edge.storage.files import write_atomic
-from vera_edge.storage.json_text import canonical_json, read_json
+from vera_edge.storage.json_text import canonical_json, read_json, settings_json
 from vera_edge_onnx import tokenizer_config, transformers_js
 
 GENAI_CONFIG = "genai_config.json"
@@ -51,7 +51,7 @@ def copy(source: Path, graph: Path, stage: Path, model: str, quiet: bool) -> Non
     write_atomic(stage / GENAI_CONFIG, canonical_json(settings))
     config = read_json(source / "config.json", TargetError)
     kept = {key: value for key, value in config.items() if key not in _ORIGINS}
-    write_atomic(stage / "config.json", canonical_json(transformers_js.described(kept, stage / model)))
+    write_atomic(stage / "config.json", settings_json(transformers_js.described(kept, stage / model)))
     own = side_files.copy(source, stage)
     # The builder saves the tokenizer in the form that GenAI reads, which isn't always the base's.
     for name in side_files.TOKENIZER_FILES:

@@ -25,7 +25,7 @@ from vera_edge.reference.model import open_reference
 from vera_edge.rounding.weight_rounding import BLOCK
 from vera_edge.storage import side_files
 from vera_edge.storage.files import staged_folder, write_atomic
-from vera_edge.storage.json_text import canonical_json, read_json
+from vera_edge.storage.json_text import read_json, settings_json
 from vera_edge_onnx import generated, options, parity, tokenizer_config, transformers_js
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.encoder import drawing, ranges
@@ -219,6 +219,6 @@ def _copy_beside(source: Path, stage: Path, inputs: list[str]) -> None:
     """config.json, the tokenizer's and the preprocessor's files."""
     config = read_json(source / "config.json", TargetError)
     kept = {key: value for key, value in config.items() if key not in _ORIGINS}
-    write_atomic(stage / "config.json", canonical_json(transformers_js.described(kept, stage / MODEL)))
+    write_atomic(stage / "config.json", settings_json(transformers_js.described(kept, stage / MODEL)))
     side_files.copy(source, stage)
     tokenizer_config.mend(stage, inputs)

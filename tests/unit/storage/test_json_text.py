@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from vera_edge.errors import BundleError, CheckpointError
-from vera_edge.storage.json_text import SETTINGS, Bound, canonical_json, parse_json, read_json, read_value
+from vera_edge.storage.json_text import (
+    SETTINGS,
+    Bound,
+    canonical_json,
+    parse_json,
+    read_json,
+    read_value,
+    settings_json,
+)
 from vera_edge.storage.tensors import read_header
 
 
@@ -122,3 +130,11 @@ def test_a_header_larger_than_any(tmp_path: Path) -> None:
         stream.truncate(90_000_008)
     with pytest.raises(CheckpointError, match="is over 64 MiB of JSON"):
         read_header(path)
+
+
+def test_a_models_own_settings_keep_their_infinities() -> None:
+    """Mamba's config.json has one; a record of ours has none."""
+    settings = {"time_step_limit": [0.0, float("inf")], "a": "é"}
+    assert json.loads(settings_json(settings)) == settings
+    with pytest.raises(ValueError):
+        canonical_json(settings)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Encoding
 
 from vera_edge.device.runtime import template
 from vera_edge.device.runtime.template import ChatTemplate, Message
 from vera_edge.errors import BundleError, DataError
+from vera_edge.storage import tokenizer_json
 from vera_edge.storage.json_text import read_json
 
 Tokens = npt.NDArray[np.int64]
@@ -31,11 +32,13 @@ class Text:
         """Read tokenizer.json, tokenizer_config.json and the chat templates; the last two may be missing."""
         path = folder / "tokenizer.json"
         try:
-            self.tokenizer = Tokenizer.from_str(path.read_text("utf-8"))
+            text = path.read_text("utf-8")
         except FileNotFoundError:
             raise BundleError(f"{path} is missing; export the bundle again") from None
-        except Exception as cause:  # tokenizers raises bare Exception
-            raise BundleError(f"{path} isn't a tokenizer ({cause}); copy the bundle again") from None
+        except (OSError, ValueError):
+            raise BundleError(f"{path} can't be read as UTF-8 text; copy the bundle again") from None
+        self.tokenizer = tokenizer_json.parse(text, path, BundleError, "copy the bundle again")
+        self._failing = f"{path} can't be used", BundleError, "export the bundle again"
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         config_path = folder / "tokenizer_config.json"
@@ -64,7 +67,8 @@ class Text:
     def tokens(self, text: str, special: bool = True) -> Tokens:
         """Token ids (n,) of `text`; `special` adds what the tokenizer puts around a plain text."""
         try:
-            return np.array(self.tokenizer.encode(text, add_special_tokens=special).ids, np.int64)
+            with tokenizer_json.told(*self._failing):
+                return np.array(self.tokenizer.encode(text, add_special_tokens=special).ids, np.int64)
         except (UnicodeEncodeError, TypeError):  # tokenizers has one in some versions, one in others
             raise DataError("the text holds half of a surrogate pair, which isn't a character") from None
 
@@ -97,7 +101,20 @@ class Text:
 
     def text(self, tokens: Sequence[int] | Tokens, special: bool = False) -> str:
         """The text of `tokens`, with special tokens only when `special`."""
-        return str(self.tokenizer.decode([int(token) for token in tokens], skip_special_tokens=not special))
+        ids = [int(token) for token in tokens]
+        with tokenizer_json.told(*self._failing):
+            return str(self.tokenizer.decode(ids, skip_special_tokens=not special))
+
+    def batch(self, texts: Sequence[str | tuple[str, str]]) -> list[Encoding]:
+        """Each text, or pair of texts, as the tokenizer gives it, with what it puts around it.
+
+        Raises DataError for what isn't text.
+        """
+        try:
+            with tokenizer_json.told(*self._failing):
+                return self.tokenizer.encode_batch(texts)
+        except (UnicodeEncodeError, TypeError):
+            raise DataError("a text isn't a string, or holds half of a surrogate pair") from None
 
     @cached_property
     def special_tokens(self) -> Mapping[int, str]:

@@ -7,7 +7,7 @@ has reached yet cost no memory, since the system maps them when they are first w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,22 +78,26 @@ class Decoder:
         config = read_json(path, BundleError)
         try:
             model, search = config["model"], config["search"]
-            heads = int(model["decoder"]["num_key_value_heads"])
-            size, context = int(model["decoder"]["head_size"]), int(model["context_length"])
-            vocab, layers = int(model["vocab_size"]), int(model["decoder"]["num_hidden_layers"])
+            inner = model["decoder"]
+            heads, size = _count(inner, "num_key_value_heads"), _count(inner, "head_size")
+            context, vocab = _count(model, "context_length"), _count(model, "vocab_size")
+            layers = _count(inner, "num_hidden_layers")
             ends = model["eos_token_id"]
             shared = search.get("past_present_share_buffer") is True
             if not shared:
                 raise BundleError(
                     f"{path} doesn't let past and present share a buffer; export the bundle again"
                 )
-            if min(heads, size, context, vocab, layers) < 1:
-                raise ValueError("a size below 1")
-            end_ids = frozenset(int(token) for token in (ends if isinstance(ends, list) else [ends]))
+            end_ids = frozenset(ends if isinstance(ends, list) else [ends])
+            if not all(type(token) is int for token in end_ids):
+                raise ValueError("eos_token_id")
         except (KeyError, TypeError, ValueError, AttributeError) as cause:
             raise BundleError(f"{path} lacks or garbles {cause}; export the bundle again") from None
         ports, rope = _cache_ports(graph, layers), RopeSwitch.of(graph)
         decoder = cls(graph, vocab, context, end_ids, ports, (heads, size), rope)
+        held = {side for past, _ in ports for side in zip(past.shape[1::2], (heads, size), strict=True)}
+        if wrong := [side for side in held if isinstance(side[0], int) and side[0] != side[1]]:
+            raise BundleError(f"{graph.path} keeps {wrong[0][0]} where {path.name} says {wrong[0][1]}")
         logits = graph.outputs.get("logits")
         if logits is None or logits.shape[-1] != vocab:
             raise BundleError(f"{graph.path} has no logits over the {vocab} tokens that {path.name} promises")
@@ -108,6 +112,14 @@ class Decoder:
         """Empty caches for `rows` sequences of `capacity` tokens at most: (rows, heads, capacity, size)."""
         heads, size = self.kv_shape
         return [np.zeros((rows, heads, capacity, size), past.dtype) for past, _ in self.caches]
+
+
+def _count(facts: Mapping[str, Any], key: str) -> int:
+    """A whole number of 1 or more; raises ValueError that names it."""
+    value = facts[key]
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ValueError(key)
+    return value
 
 
 def _cache_ports(graph: Graph, layers: int) -> tuple[tuple[Port, Port], ...]:

@@ -19,6 +19,7 @@ from vera_edge.device.runtime.opened import AdapterChoice, Opened, open_graph
 from vera_edge.device.runtime.pooling import Pooling
 from vera_edge.device.runtime.pooling_layers import unit
 from vera_edge.errors import BundleError, DataError
+from vera_edge.formats import checks
 from vera_edge.storage.json_text import read_json
 
 Float32 = npt.NDArray[np.float32]
@@ -26,6 +27,7 @@ Int64 = npt.NDArray[np.int64]
 EMBEDDINGS, CLASSES = "last_hidden_state", "logits"  # what the graph's output is called
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 _TOKENS = 2048  # fed at once, padding included: bounds memory
+_ENDLESS = 1 << 31  # neither a number of tokens nor an id
 # Their positions begin behind the padding's id.
 SHIFTED = {"roberta", "xlm-roberta", "camembert", "mpnet", "data2vec-text", "longformer", "ibert"}
 
@@ -59,6 +61,7 @@ class Encoder(Opened):
         hidden = size if isinstance(size, int) and self.gives == EMBEDDINGS else None
         self.text, self.pooling = text, pooling.read(manifest.folder, hidden)
         config = read_json(manifest.folder / "config.json", BundleError)
+        checks.named(config, manifest.folder / "config.json", BundleError)
         self.labels = _labels(config, size) if self.gives == CLASSES else ()
         problem = config.get("problem_type")
         self._multiple = problem == "multi_label_classification" or len(self.labels) == 1
@@ -115,12 +118,7 @@ class Encoder(Opened):
         if isinstance(texts, str):
             raise DataError("one text was given where a list of texts belongs; put it into a list")
         prompt = self.pooling.prompt if self.gives == EMBEDDINGS else ""
-        try:
-            found = self.text.tokenizer.encode_batch(
-                [prompt + text if isinstance(text, str) else text for text in texts]
-            )
-        except (UnicodeEncodeError, TypeError):
-            raise DataError("a text isn't a string, or holds half of a surrogate pair") from None
+        found = self.text.batch([prompt + text if isinstance(text, str) else text for text in texts])
         if not all(one.ids for one in found):
             raise DataError("a text has no token; leave empty texts out")
         return [Encoded(np.array(one.ids, np.int64), np.array(one.type_ids, np.int64)) for one in found]
@@ -182,14 +180,15 @@ def _longest(config: dict[str, Any], text: Text, found: Pooling) -> int:
     positions = config.get("max_position_embeddings")
     if type(positions) is int and config.get("model_type") in SHIFTED:
         positions -= _padding(config, text) + 1
-    bounds = [size for size in (positions, text.longest, found.longest) if type(size) is int and size > 0]
-    return min(bounds, default=512)
+    given = positions, text.longest, found.longest
+    # Tokenizers without a limit say 10**30.
+    return min((size for size in given if type(size) is int and 0 < size < _ENDLESS), default=512)
 
 
 def _padding(config: dict[str, Any], text: Text) -> int:
     # As config.json has it, for a decoder's classifier looks for the last token that isn't this one.
     found = config.get("pad_token_id")
-    if type(found) is not int or found < 0:
+    if type(found) is not int or not 0 <= found < _ENDLESS:
         found = text.tokenizer.token_to_id(text.special.get("pad_token", ""))
     return found if type(found) is int and found >= 0 else 0
 

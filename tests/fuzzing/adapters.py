@@ -1,0 +1,118 @@
+"""Readers of an adapter: PEFT's config and tensors, and packed vectors for ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from tests.fuzzing import bases, graphs
+from tests.fuzzing.mutate import Form
+from tests.fuzzing.target import Seed, Target
+from vera_edge.adapters import vera
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.device.runtime import adapters
+from vera_edge.exporting import onnx_adapter
+from vera_edge.plans import plan as plans
+from vera_edge.trained import fit, record
+from vera_edge.trained.inspection import inspect_folder
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "adapters"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@cache
+def _cases() -> dict[str, Path]:
+    """Adapters of the oldest and the newest PEFT, one of each kind."""
+    kinds = ("saved-fp32", "unsaved-fp16", "modules-to-save", "one-layer")
+    versions = sorted(GOLDEN.glob("peft-*"), key=lambda path: [int(n) for n in path.name[5:].split(".")])
+    return {
+        f"{version.name}-{kind}": version / kind
+        for version in (versions[0], versions[-1])
+        for kind in kinds
+        if (version / kind).is_dir()
+    }
+
+
+def _peft(name: str, file: str, form: Form) -> Target:
+    def prepare(folder: Path) -> None:
+        bases.write_base(folder / "base")
+        for case, source in _cases().items():
+            shutil.copytree(source, folder / case)
+
+    def read(seed: Seed, folder: Path) -> object:
+        own = folder / seed.beside
+        (own / file).write_bytes(seed.data)
+        try:
+            adapter = vera.read(own)
+            inspect_folder(own)
+            checkpoint = _base(str(folder / "base"))
+            record.notes(adapter, checkpoint)
+            fit.check_fit(adapter, checkpoint)
+            return plans.make(checkpoint, [(adapter, 1.0)])
+        finally:
+            shutil.copy(_cases()[seed.beside] / file, own / file)
+
+    def seeds() -> list[Seed]:
+        return [Seed((source / file).read_bytes(), case) for case, source in _cases().items()]
+
+    return Target(name, form, seeds, read, prepare)
+
+
+@cache
+def _base(folder: str) -> Checkpoint:
+    return Checkpoint.open(Path(folder))
+
+
+def _onnx_adapter() -> Target:
+    """The vectors of a graph, in a flatbuffer."""
+
+    def prepare(folder: Path) -> None:
+        graphs.write_branch(folder / "graph.onnx")
+
+    def read(seed: Seed, folder: Path) -> object:
+        path = folder / "a.onnx_adapter"
+        path.write_bytes(seed.data)
+        adapters.version(path)
+        return adapters.load(path, graphs.opened(str(folder / "graph.onnx")), 7)
+
+    @cache
+    def seeds() -> list[Seed]:
+        found = []
+        for names in ((onnx_adapter.LAMBDA_B, onnx_adapter.LAMBDA_D), (onnx_adapter.LAMBDA_B,)):
+            vectors = {
+                name: np.ones((1, 1, size), np.float32) for name, size in zip(names, (6, 4), strict=False)
+            }
+            path = graphs.scratch() / "a.onnx_adapter"
+            onnx_adapter.write(path, vectors, 7)
+            found.append(Seed(path.read_bytes()))
+        return found
+
+    return Target("onnx-adapter", Form.BINARY, seeds, read, prepare)
+
+
+def _card() -> Target:
+    """The model card, of which is read how the base was loaded."""
+    text = b"---\nload_in_4bit: True\n---\n- bnb_4bit_quant_type: nf4\n- bnb_4bit_use_double_quant: True\n"
+
+    def prepare(folder: Path) -> None:
+        shutil.copytree(_cases()["peft-0.21.2-one-layer"], folder / "a")
+        bases.write_base(folder / "base")
+
+    def read(seed: Seed, folder: Path) -> object:
+        (folder / "a" / record.CARD).write_bytes(seed.data)
+        return record.notes(vera.read(folder / "a"), _base(str(folder / "base")))
+
+    words = ("load_in_8bit", "bnb_4bit_compute_dtype", "torch.bfloat16", "True", json.dumps("x"))
+    return Target("adapter-card", Form.TEXT, lambda: [Seed(text)], read, prepare, words)
+
+
+TARGETS = (
+    _peft("adapter-config", CONFIG, Form.JSON),
+    _peft("adapter-tensors", TENSORS, Form.SAFETENSORS),
+    _onnx_adapter(),
+    _card(),
+)
