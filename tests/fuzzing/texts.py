@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests import tiny
 from tests.fuzzing import graphs
 from tests.fuzzing.mutate import Form
 from tests.fuzzing.target import Seed, Target
@@ -24,7 +23,7 @@ CONFIG: dict[str, Any] = {
     "pad_token": None,
     "model_max_length": 256,
     "added_tokens_decoder": {"1": {"content": "</s>", "special": True}},
-    "chat_template": tiny.CHAT_TEMPLATE,
+    "chat_template": "{{ bos_token }}{{ messages[0].content }}",
 }
 MESSAGES = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}]
 TOOL = {"type": "function", "name": "f", "parameters": {"properties": {"x": {"type": "string"}}}}

@@ -14,8 +14,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPMessage
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Any, Protocol
 
 from vera_edge.errors import BundleError
 from vera_edge.storage.files import safe_join
@@ -78,9 +79,35 @@ class _Folder:
             yield Answer(stream, start, whole=size is None)
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """urllib reads what a redirect says beside its place whole, however much it is, and follows it to ftp."""
+
+    def http_error_302(
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage
+    ) -> Any:
+        fp.close()  # then there is nothing to read
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        if urllib.parse.urlsplit(newurl).scheme not in ("http", "https"):
+            raise urllib.error.URLError(f"it leads to {newurl[:200]}, which is no address of http or https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 class _Server:
     def __init__(self, place: str) -> None:
         self.name = place.rstrip("/")
+        self._opener = urllib.request.build_opener(_Redirects)
         try:
             if not urllib.parse.urlsplit(place).hostname or not place.isprintable() or " " in place:
                 raise ValueError("it names no host, or holds a space")
@@ -104,7 +131,7 @@ class _Server:
 
     def _ask(self, request: urllib.request.Request, file: str) -> http.client.HTTPResponse | None:
         try:
-            answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT)
+            answer: http.client.HTTPResponse = self._opener.open(request, timeout=_TIMEOUT)
         except urllib.error.HTTPError as cause:
             cause.close()
             if cause.code == 404:

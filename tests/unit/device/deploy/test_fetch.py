@@ -299,3 +299,28 @@ def test_what_a_fetch_refuses_does_not_appear(tmp_path: Path, weights: bytes) ->
     with pytest.raises(BundleError, match="not signed"):
         fetch(str(source), tmp_path / "target", accept=accept)
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"302 Found\r\nLocation: /x\r\nContent-Length: 90071992547409930", "redirect"),
+        (b"302 Found\r\nLocation: ftp://127.0.0.1/x\r\nContent-Length: 0", "no address of http|not allowed"),
+    ],
+)
+def test_a_redirect_is_neither_read_whole_nor_followed_to_another_protocol(
+    head: bytes, said: str, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with suppress(OSError):
+                while True:
+                    link, _ = server.accept()
+                    with link:
+                        link.recv(1 << 16)
+                        link.sendall(b"HTTP/1.1 " + head + b"\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(BundleError, match=said):
+            fetch(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path / "got")
