@@ -74,7 +74,7 @@ def _bench(demo: Demo, out: Path, tokens: int) -> Bench:
     facts = f"{checkpoint.digest[:16]} {trained.digest[:16]} {[cut.scored for cut in texts.values()]}"
 
     @cache
-    def model() -> reference.Reference:
+    def model() -> reference.TorchReference:
         projections = provenance.resolve(trained, checkpoint).projections
         return reference.open_reference(checkpoint, [(trained, 1.0)], projections)
 

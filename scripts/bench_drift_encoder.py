@@ -14,12 +14,12 @@ from vera_edge import merging as merge
 from vera_edge.device.runtime.encoder import Encoded, Encoder
 from vera_edge.exporting import target
 from vera_edge.measuring import encoders, models
-from vera_edge.measuring.assess import Request, assess_any
+from vera_edge.measuring.assess import DriftRequest, assess_any
 from vera_edge.measuring.encoder_assess import cut_texts
 from vera_edge.measuring.encoder_report import EncoderReport
 from vera_edge.measuring.encoders import EmbeddingDrift
 from vera_edge.measuring.models import folder_bytes
-from vera_edge.reference.model import Reference
+from vera_edge.reference.model import TorchReference
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
 from vera_edge.text import windows
 
@@ -39,7 +39,7 @@ def encoder_table(demo: Demo, out: Path) -> str:
         folder = out / "encoder"
         ready = merge.prepare(encoder.base, [(encoder.adapter, 1.0)], to)
         merge_to_folder(ready, folder, Rounding(method, str(demo.calibration_text)), force=True)
-        asked = Request(
+        asked = DriftRequest(
             encoder.base, folder, str(demo.eval_text), adapters=((encoder.adapter, 1.0),), exact=True
         )
         found = assess_any(asked)
@@ -66,7 +66,7 @@ def _export_table(encoder: DemoEncoder, demo: Demo, out: Path) -> list[str]:
     trained = models.open_trained(encoder.base, adapter_paths=[(encoder.adapter, 1.0)])
     text = windows.read_text(demo.eval_text)
     texts = cut_texts(text, windows.open_tokenizer(encoder.base), windows.WINDOW)
-    assert isinstance(trained.runner, Reference) and isinstance(trained.base, Reference)
+    assert isinstance(trained.runner, TorchReference) and isinstance(trained.base, TorchReference)
     reference, base = (np.stack([one.embed(ids) for ids in texts]) for one in (trained.runner, trained.base))
     effect = encoders.embedding_distances(reference, base)
     lines = [

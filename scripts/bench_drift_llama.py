@@ -18,7 +18,7 @@ from scripts.bench_drift_rows import Made
 from scripts.prepare_demo import Demo
 from vera_edge import merging as merge
 from vera_edge.precision.trained import trained_model
-from vera_edge.reference.model import Reference
+from vera_edge.reference.model import TorchReference
 
 _LAYER = {
     "self_attn.q_proj": "attn_q",
@@ -50,7 +50,7 @@ def quantized(demo: Demo, out: Path, kind: str) -> Made:
         parameter.data = torch.from_numpy(values.reshape(parameter.shape))
         if values.ndim == 2 and tensor.name != _TABLE:
             stored, weights = stored + int(tensor.n_bytes), weights + values.size
-    runner = Reference(model, int(model.config.vocab_size), has_adapter=False)
+    runner = TorchReference(model, int(model.config.vocab_size), has_adapter=False)
     return Made(runner, 8 * stored / weights, after.stat().st_size)
 
 

@@ -29,7 +29,7 @@ from scripts.prepare_demo import Demo
 from vera_edge import merging as merge
 from vera_edge.measuring.models import folder_bytes
 from vera_edge.precision.trained import trained_model
-from vera_edge.reference.model import Reference
+from vera_edge.reference.model import TorchReference
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -130,7 +130,7 @@ def _weights_alone(demo: Demo, layers: Rounded, ends: Rounded | None = None) -> 
     if ends is not None:
         table = model.get_input_embeddings().weight
         table.data = torch.from_numpy(ends(table.detach().numpy())[0])
-    return Made(Reference(model, int(model.config.vocab_size), has_adapter=False), 8 * stored / weights)
+    return Made(TorchReference(model, int(model.config.vocab_size), has_adapter=False), 8 * stored / weights)
 
 
 def _ggml(kind: str, weight: Float32) -> tuple[Float32, float]:

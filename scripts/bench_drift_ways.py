@@ -22,7 +22,7 @@ from vera_edge.device.runtime.session import Session
 from vera_edge.exporting import target
 from vera_edge.measuring.models import folder_bytes
 from vera_edge.plans.plan import Plan
-from vera_edge.precision import Request
+from vera_edge.precision import PlanRequest
 from vera_edge.precision.choose import choose
 from vera_edge.precision.sizes import step_bytes
 from vera_edge.reference import model as reference
@@ -131,7 +131,7 @@ def _planned(demo: Demo, out: Path, bench: Bench, share: float, mode: str) -> Ma
     """Planned on the text of the training, since the measured one must be new to it."""
     folder, texts = out / f"planned-{mode}", (str(demo.calibration_text), str(demo.train_text))
     limit = share * next(iter(bench.bare.texts.values())).kl
-    request = Request(max_kl=limit, mode=mode, calibration=texts[0], data=texts[1])
+    request = PlanRequest(max_kl=limit, mode=mode, calibration=texts[0], data=texts[1])
     found = choose(demo.base, [(demo.adapter, 1.0)], request, folder, keep=folder)
     return _open(folder, found.plan)
 
@@ -177,7 +177,7 @@ def _peft(demo: Demo, out: Path) -> Made:
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     return Made(
-        reference.Reference(merged, int(merged.config.vocab_size), has_adapter=False),
+        reference.TorchReference(merged, int(merged.config.vocab_size), has_adapter=False),
         NF4_BITS,
         _saved_size(saved, out / "peft-nf4"),
         lambda: max(_torch_speed(merged, asked) for _ in range(2)),

@@ -33,11 +33,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from vera_edge.arrays import Float32
 from vera_edge.cores import available_cores
 from vera_edge.requantize.gram import one_blas_thread
 from vera_edge.storage.json_text import canonical_json
 from vera_edge.storage.shards import Shards, ShardWriter
-from vera_edge.storage.tensors import Float32, RawTensor, float32_to_bf16
+from vera_edge.storage.tensors import RawTensor, float32_to_bf16
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHARD_BYTES = 500_000_000

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from vera_edge import merging
-from vera_edge.adapters.vera import Vectors
+from vera_edge.adapters.vera import LambdaVectors
+from vera_edge.arrays import Float32, Int64
 from vera_edge.reference.calibration import Sees
 from vera_edge.reference.model import load_dense, oriented
 from vera_edge.requantize import CodesFolder, Effort, Grid, bnb_grid, int8_rows, int_blocks
 from vera_edge.rounding.writeback import Calibration, Recovered, write_back
-from vera_edge.storage.tensors import Float32
 from vera_edge.text import windows
 
 NF4, INT4, INT2 = bnb_grid("nf4"), *(int_blocks(bits, 32, symmetric=False) for bits in (4, 2))
@@ -108,7 +108,7 @@ class Bench:
         weight = merging.merged_weight(ready.model, module)
         return oriented(ready.model.checkpoint, module, weight)
 
-    def _delta(self, module: str, refitted: Mapping[str, Vectors]) -> torch.Tensor:
+    def _delta(self, module: str, refitted: Mapping[str, LambdaVectors]) -> torch.Tensor:
         if module not in refitted:
             return self.deltas[module]
         found, inside = refitted[module], self.ready.model.checkpoint.linears[module].in_features
@@ -140,7 +140,7 @@ class Bench:
         )
         return stored / sum(weight.numel() for weight in self.base.values())
 
-    def _log(self, window: windows.Int64) -> torch.Tensor:
+    def _log(self, window: Int64) -> torch.Tensor:
         with torch.inference_mode():
             return torch.log_softmax(self.model(input_ids=torch.from_numpy(window[None])).logits[0], -1)
 
@@ -157,7 +157,7 @@ class Bench:
             found[text] = (total / count, same / count)
         return found
 
-    def run(self, way: Way, calibration: Sequence[windows.Int64]) -> dict[str, Any]:
+    def run(self, way: Way, calibration: Sequence[Int64]) -> dict[str, Any]:
         began, cpu = time.perf_counter(), time.process_time()
         ready = self.ready
         with tempfile.TemporaryDirectory() as folder:

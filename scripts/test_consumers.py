@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from scripts import demo_encoder, prepare_demo
-from vera_edge.device.runtime.chat import Text
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.exporting import frozen_graph, target
 
 HERE = Path(__file__).resolve().parent / "consumers"
@@ -68,7 +68,7 @@ def _compare(what: str, commands: list[list[str]], words: list[str]) -> bool:
     for one in found:
         same = one["text"] == found[0]["text"]
         print(f"  {one['consumer']}: {'the same text' if same else one['text']!r}")
-    chat = Text(Path(words[0])).render([{"role": "user", "content": words[1]}])
+    chat = BundleText(Path(words[0])).render([{"role": "user", "content": words[1]}])
     return any(one["text"] != found[0]["text"] or one.get("chat", chat) != chat for one in found)
 
 

@@ -22,6 +22,7 @@ ORDER = (
     "sizes",
     "progress",
     "cores",
+    "arrays",
     "divergence",
     "versions",
     "quiet",
@@ -47,8 +48,8 @@ ORDER = (
     "api",
     "cli",
 )
-DEVICE_ROOMS = {"import_path", "errors", "progress", "cores", "divergence", "storage", "adapters"}
-DEVICE_ROOMS |= {"formats", "bundle"}
+DEVICE_ROOMS = {"import_path", "errors", "progress", "cores", "arrays", "divergence", "storage"}
+DEVICE_ROOMS |= {"adapters", "formats", "bundle"}
 DEVICE_ROOMS |= {"device"}
 NOT_ON_THE_DEVICE = {
     "torch",
@@ -219,3 +220,12 @@ def test_help_loads_no_library_that_takes_time() -> None:
 @pytest.mark.parametrize("module", sorted(name for name in core() if room(name) == "device"))
 def test_importing_the_device_part_loads_nothing_heavy(module: str) -> None:
     assert not loaded_by(f"import {module}") & NOT_ON_THE_DEVICE
+
+
+def test_a_class_has_its_name_to_itself() -> None:
+    places: dict[str, list[str]] = {}
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert not {name: where for name, where in places.items() if len(where) > 1}

@@ -213,14 +213,14 @@ def rewrite(folder: Path, **changes: Any) -> None:
 def with_golden(bundles: TinyBundles, source: Path, folder: Path, limits: dict[str, float]) -> Path:
     """A copy of a bundle with golden vectors by torch, for the base and every adapter it can swap to."""
     from vera_edge.device.check import golden
-    from vera_edge.device.runtime.chat import Text
+    from vera_edge.device.runtime.chat import BundleText
 
     shutil.copytree(source, folder)
-    references: dict[str | None, golden.Reference] = {None: TorchRunner(tiny.load(bundles.base))}
+    references: dict[str | None, golden.GivesLogits] = {None: TorchRunner(tiny.load(bundles.base))}
     for name, seed in (("first", 1), ("second", 2)) if bundle.read(folder).adapters else ():
         references[name] = TorchRunner(with_delta(bundles.base, vectors(seed)))
     prompts = ("The adapter", "Merge the two in float32")
-    made = golden.make(references, Text(folder), "torch", prompts, frozenset({2}), new_tokens=8, k=64)
+    made = golden.make(references, BundleText(folder), "torch", prompts, frozenset({2}), new_tokens=8, k=64)
     (folder / golden.FILE).write_bytes(golden.to_bytes(made))
     rewrite(folder, golden=golden.FILE, limits=limits)
     return folder

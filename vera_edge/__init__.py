@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vera_edge.api.diff import diff_adapters as diff_adapters
     from vera_edge.api.drift import DriftReport as DriftReport
     from vera_edge.api.drift import EncoderReport as EncoderReport
-    from vera_edge.api.drift import Estimate as Estimate
+    from vera_edge.api.drift import Interval as Interval
     from vera_edge.api.drift import drift as drift
     from vera_edge.api.export import Export as Export
     from vera_edge.api.export import export as export
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from vera_edge.api.merge import plan_merge as plan_merge
     from vera_edge.api.merge import plan_merge_each as plan_merge_each
     from vera_edge.api.open_bundle import open_bundle as open_bundle
-    from vera_edge.api.plan import Choice as Choice
+    from vera_edge.api.plan import ChosenPlan as ChosenPlan
     from vera_edge.api.plan import plan as plan
     from vera_edge.api.projections import Provenance as Provenance
     from vera_edge.api.projections import projections as projections
@@ -81,7 +81,7 @@ _PUBLIC = {
     "api.adapters": ("freeze_adapter", "pack_adapter", "to_lora"),
     "api.bench": ("Bench", "bench"),
     "api.diff": ("Difference", "diff", "diff_adapters"),
-    "api.drift": ("DriftReport", "EncoderReport", "Estimate", "drift"),
+    "api.drift": ("DriftReport", "EncoderReport", "Interval", "drift"),
     "api.export": ("Export", "export"),
     "api.fetch": ("Fetched", "fetch"),
     "api.golden": ("golden",),
@@ -92,7 +92,7 @@ _PUBLIC = {
         *("merge", "merge_each", "plan_merge", "plan_merge_each"),
     ),
     "api.open_bundle": ("open_bundle",),
-    "api.plan": ("Choice", "plan"),
+    "api.plan": ("ChosenPlan", "plan"),
     "api.projections": ("Provenance", "projections"),
     "api.quantize": ("Quantized", "quantize"),
     "api.release": ("Release", "plan_release", "rebuild", "release"),

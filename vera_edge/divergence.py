@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Float64 = npt.NDArray[np.float64]
+from vera_edge.arrays import Float64
+
 _LEAST = (
     1e-9  # listed log-probabilities are rounded, so what is left over may come out a little below nothing
 )

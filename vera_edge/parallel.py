@@ -25,7 +25,7 @@ from vera_edge.errors import PlanError, VeraEdgeError
 T = TypeVar("T")
 R = TypeVar("R")
 S = TypeVar("S")
-Kind = Literal["local", "ray"]
+EngineKind = Literal["local", "ray"]
 _TRIES = 3
 
 
@@ -43,8 +43,10 @@ class Engine:
     address: str | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise PlanError(f"engine {self.kind!r} isn't known; choose from {', '.join(get_args(Kind))}")
+        if self.kind not in get_args(EngineKind):
+            raise PlanError(
+                f"engine {self.kind!r} isn't known; choose from {', '.join(get_args(EngineKind))}"
+            )
         if self.workers < 1:
             raise PlanError(f"{self.workers} workers can't work; give 1 or more")
         if self.address is not None and self.kind != "ray":

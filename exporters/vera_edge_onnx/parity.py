@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
+from vera_edge.arrays import Array
 from vera_edge.device.runtime.graph import first_line
 from vera_edge.errors import CheckpointError, TargetError
 from vera_edge.exporting.target import ExportRequest
@@ -25,7 +25,6 @@ from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.graph.weaver import Weaver
 
-Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 # Two float32 computations of one model differ by 1e-6 to 1e-5 of its outputs' scale; a setting that is left
 # out, by 1e-2 and more.

@@ -18,7 +18,7 @@ from vera_edge.bundle import chunks, contents
 from vera_edge.bundle.contents import Manifest
 from vera_edge.device.check import golden, golden_encoder
 from vera_edge.device.runtime import pooling
-from vera_edge.device.runtime.chat import Text
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.decoding import Decoder, Steps
 from vera_edge.device.runtime.encoder import Encoder
 from vera_edge.exporting.onnx_adapter import module_sizes
@@ -136,7 +136,9 @@ def _golden() -> Target:
 
 def _golden_encoder() -> Target:
     values = np.linspace(-1, 1, 8, dtype=np.float32)
-    cases = [golden_encoder.Case(name, "A text.", np.array([1, 2, 3]), values) for name in (None, "demo")]
+    cases = [
+        golden_encoder.EncoderCase(name, "A text.", np.array([1, 2, 3]), values) for name in (None, "demo")
+    ]
 
     def read(seed: Seed, folder: Path) -> object:
         (folder / golden.FILE).write_bytes(seed.data)
@@ -174,7 +176,7 @@ def _encoder(gives: str, value: dict[str, Any]) -> Target:
         entry = contents.FileEntry(1, HASH)
         facts = {**_facts().__dict__, "kind": "encoder", "mode": "merged"}
         manifest = Manifest(folder=folder, files={"onnx/model.onnx": entry}, digest=HASH, **facts)
-        encoder = Encoder(manifest, graphs.opened(str(folder / "onnx/model.onnx")), Text(folder))
+        encoder = Encoder(manifest, graphs.opened(str(folder / "onnx/model.onnx")), BundleText(folder))
         return encoder.outputs(encoder.encode(["a b", "c"]))
 
     name = f"encoder-config-{'classes' if gives == 'logits' else 'embeddings'}"

@@ -11,7 +11,7 @@ from tests.fuzzing import graphs
 from tests.fuzzing.mutate import Form
 from tests.fuzzing.target import Seed, Target
 from vera_edge.base.trained_files import gather
-from vera_edge.device.runtime.chat import Text
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.storage.side_files import GENERATION, SideFiles, find
 from vera_edge.text import tokenizer as tokenizers
 
@@ -81,7 +81,7 @@ def _tokenizers() -> list[Seed]:
 
 def _used(folder: Path) -> object:
     """What a session does with a folder's text files, on the device and where a bundle is made."""
-    text = Text(folder)
+    text = BundleText(folder)
     ids = text.tokens("a b abc é")
     _ = text.text(ids), text.special_tokens
     if text.has_template:
@@ -126,7 +126,7 @@ def _template() -> Target:
 
     def read(seed: Seed, folder: Path) -> object:
         (folder / "chat_template.jinja").write_bytes(seed.data)
-        text = Text(folder)
+        text = BundleText(folder)
         text.template.variables()
         return text.render(MESSAGES, {"tools": [TOOL]})
 

@@ -19,9 +19,9 @@ from scripts.prepare_demo import Demo
 from tests import tiny
 from tests.conftest import Cli
 from tests.exported import divergence
+from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.reference.model import load_dense
-from vera_edge.storage.tensors import Float32
 
 
 def tokens(demo: Demo) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig
 from tests import tiny, tiny_encoder
 from tests.conftest import Cli
 from vera_edge.adapters import projection
-from vera_edge.storage.tensors import Float32
+from vera_edge.arrays import Float32
 from vera_edge.trained.record import ASSUMED
 
 TOKENS = torch.arange(3, 63)[None] * 5 % 384

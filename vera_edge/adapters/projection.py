@@ -20,12 +20,13 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.storage.files import open_atomic
-from vera_edge.storage.tensors import Float32, bf16_to_float32, float32_to_bf16, write_header
+from vera_edge.storage.tensors import bf16_to_float32, float32_to_bf16, write_header
 
-Rounding = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
-ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
+ProjectionDtype = Literal["float32", "bfloat16", "float16", "float8_e4m3fn"]
+ROUNDINGS: tuple[ProjectionDtype, ...] = get_args(ProjectionDtype)
 
 MAX_SIDE = 1 << 24
 MAX_ELEMENTS = 1 << 30  # A and B together; 4 GiB in float32
@@ -50,7 +51,7 @@ class ProjectionSpec:
     rank: int
     in_max: int
     out_max: int
-    rounding: Rounding = "float32"
+    rounding: ProjectionDtype = "float32"
     fused: bool = True
 
     def __post_init__(self) -> None:
@@ -205,7 +206,7 @@ def _pieces(source: Projections | ProjectionSpec) -> Iterator[Float32]:
         yield from (values for _, _, values in stream(source))
 
 
-def round_to(values: Float32, rounding: Rounding) -> Float32:
+def round_to(values: Float32, rounding: ProjectionDtype) -> Float32:
     """`values` rounded to another float dtype (to nearest, ties to even) and widened back to float32.
 
     For float8_e4m3fn they must be within 448, its largest value; projections are within 2.5.

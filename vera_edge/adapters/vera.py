@@ -18,10 +18,11 @@ import numpy as np
 
 from vera_edge.adapters import wrapper_names
 from vera_edge.adapters.projection import MAX_SIDE
+from vera_edge.arrays import Float32
 from vera_edge.errors import AdapterError, CheckpointError
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json, read_json
-from vera_edge.storage.tensors import FLOATS, Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import FLOATS, RawTensor, TensorFolder
 
 CONFIG_NAME = "adapter_config.json"
 _UNGATHERED = (
@@ -34,7 +35,7 @@ _HEAD = "predictions.decoder"  # of a BERT
 
 
 @dataclass(frozen=True, eq=False)
-class Vectors:
+class LambdaVectors:
     """What VeRA trained for one linear layer: `lambda_b` (out_features,) and `lambda_d` (rank,), float32."""
 
     lambda_b: Float32
@@ -60,7 +61,7 @@ class Adapter:
     base_name: str | None
     rank: int
     seed: int
-    vectors: Mapping[str, Vectors]
+    vectors: Mapping[str, LambdaVectors]
     saved: tuple[Float32, Float32] | None
     biases: Mapping[str, Float32]
     modules_to_save: Mapping[str, RawTensor]
@@ -235,7 +236,7 @@ def _floats(key: str, raw: RawTensor, dimensions: int, path: Path) -> Float32:
     return raw.float32()
 
 
-def _pair(parts: _Parts, rank: int, path: Path) -> dict[str, Vectors]:
+def _pair(parts: _Parts, rank: int, path: Path) -> dict[str, LambdaVectors]:
     vectors = {}
     for module in sorted(parts.lambda_b.keys() | parts.lambda_d.keys()):
         for kind, found in (("lambda_b", parts.lambda_b), ("lambda_d", parts.lambda_d)):
@@ -243,7 +244,7 @@ def _pair(parts: _Parts, rank: int, path: Path) -> dict[str, Vectors]:
                 raise AdapterError(
                     f"{path} holds no vera_{kind} for {module}, only the other half of the pair"
                 )
-        pair = Vectors(parts.lambda_b[module], parts.lambda_d[module])
+        pair = LambdaVectors(parts.lambda_b[module], parts.lambda_d[module])
         if pair.lambda_d.size != rank:
             raise AdapterError(
                 f"vera_lambda_d of {module} in {path} has {pair.lambda_d.size} values, but the config gives "
@@ -258,7 +259,7 @@ def _pair(parts: _Parts, rank: int, path: Path) -> dict[str, Vectors]:
 
 
 def _saved(
-    parts: _Parts, config: Mapping[str, Any], vectors: Mapping[str, Vectors], rank: int, path: Path
+    parts: _Parts, config: Mapping[str, Any], vectors: Mapping[str, LambdaVectors], rank: int, path: Path
 ) -> tuple[Float32, Float32] | None:
     found = parts.projections
     if not found:

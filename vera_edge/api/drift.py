@@ -10,13 +10,13 @@ from vera_edge.base.trained_as import TrainedAs
 from vera_edge.measuring import baseline as baselines
 from vera_edge.measuring import limits as bounds
 from vera_edge.measuring import outputs
-from vera_edge.measuring.assess import Request, assess_any
-from vera_edge.measuring.comparison import Comparison, Estimate
+from vera_edge.measuring.assess import DriftRequest, assess_any
+from vera_edge.measuring.comparison import Comparison, Interval
 from vera_edge.measuring.encoder_report import EncoderReport
 from vera_edge.measuring.result import DriftReport
 from vera_edge.progress import Progress, silent
 
-__all__ = ["Comparison", "DriftReport", "EncoderReport", "Estimate", "drift"]
+__all__ = ["Comparison", "DriftReport", "EncoderReport", "Interval", "drift"]
 
 
 def drift(
@@ -29,8 +29,8 @@ def drift(
     projection_dtype: str | None = None,
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
-    tokens: int = Request.tokens,
-    window: int = Request.window,
+    tokens: int = DriftRequest.tokens,
+    window: int = DriftRequest.window,
     exact: bool = False,
     by_layer: bool = False,
     max_kl: float | None = None,
@@ -98,7 +98,7 @@ def drift(
     others = [baselines.read(Path(path)) for path in beside]
     files = (path_or_none(report), path_or_none(junit), path_or_none(plots))
     outputs.check(*files)
-    request = Request(
+    request = DriftRequest(
         Path(reference),
         Path(artefact),
         data=str(data),

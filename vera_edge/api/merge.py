@@ -22,15 +22,15 @@ from vera_edge.api.arguments import (
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.cores import available_cores
 from vera_edge.formats import block_option
-from vera_edge.merging import Estimate, LayerReport, MergeReport
+from vera_edge.merging import LayerReport, MergeCost, MergeReport
 from vera_edge.parallel import Engine
 from vera_edge.plans.plan import SAME, Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folders
 
 __all__ = [
-    "Estimate",
     "LayerReport",
+    "MergeCost",
     "MergeReport",
     "Plan",
     "PlannedMerge",
@@ -49,7 +49,7 @@ class PlannedMerge:
     notes: tuple[str, ...]
     _ready: merging.Prepared = field(repr=False)
 
-    def estimate(self) -> Estimate:
+    def estimate(self) -> MergeCost:
         """Bytes read and written, bytes of memory and seconds, of one worker; computes one layer to tell."""
         return merging.estimate(self._ready)
 

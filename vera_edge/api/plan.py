@@ -15,13 +15,13 @@ from vera_edge.api.arguments import (
     weighted,
 )
 from vera_edge.base.trained_as import TrainedAs
-from vera_edge.precision import Request, parse_ratio
-from vera_edge.precision.choice import Choice
+from vera_edge.precision import PlanRequest, parse_ratio
+from vera_edge.precision.choice import ChosenPlan
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import check_output, write_atomic
 from vera_edge.storage.json_text import canonical_json
 
-__all__ = ["Choice", "plan"]
+__all__ = ["ChosenPlan", "plan"]
 
 
 def plan(
@@ -36,7 +36,7 @@ def plan(
     target: str = "onnx",
     formats: Sequence[str] = ("int4", "int8"),
     data: StrPath | None = None,
-    tokens: int = Request.tokens,
+    tokens: int = PlanRequest.tokens,
     export: StrPath | None = None,
     method: str | None = None,
     calibration: StrPath = BUILT_IN,
@@ -45,7 +45,7 @@ def plan(
     trained_as: str | TrainedAs | None = None,
     force: bool = False,
     progress: Progress = silent,
-) -> Choice:
+) -> ChosenPlan:
     """Choose how each layer is stored: what loses least within a size or latency, or is smallest within a KL.
 
     Every unit is quantized alone and measured; the plan as a whole in torch, then exported and measured.
@@ -86,14 +86,14 @@ def plan(
         (True, True)
     """
     pairs = weighted(adapter, weight)
-    request = Request(
+    request = PlanRequest(
         max_size=size_or_none(max_size),
         max_kl=max_kl,
         max_latency=parse_ratio(max_latency) if isinstance(max_latency, str) else max_latency,
         mode=mode,
         formats=tuple(formats),
         target=target,
-        method=method or Request.method,
+        method=method or PlanRequest.method,
         calibration=str(calibration),
         data=None if data is None else str(data),
         tokens=tokens,

@@ -10,12 +10,12 @@ from vera_edge.parallel import Engine
 from vera_edge.progress import Progress, silent
 from vera_edge.releasing import rebuild as rebuilding
 from vera_edge.releasing import run as releases
-from vera_edge.releasing.job import Job
+from vera_edge.releasing.job import ReleaseJob
 from vera_edge.releasing.rebuild import Rebuilt
 from vera_edge.releasing.run import Release
 from vera_edge.releasing.work import Result
 
-__all__ = ["Job", "Rebuilt", "Release", "Result", "plan_release", "rebuild", "release"]
+__all__ = ["Rebuilt", "Release", "ReleaseJob", "Result", "plan_release", "rebuild", "release"]
 
 
 def release(
@@ -64,7 +64,7 @@ def release(
     return releases.release(*places, progress, on_result, fresh=not resume)
 
 
-def plan_release(recipe: StrPath, *, out: StrPath, store: StrPath | None = None) -> tuple[Job, ...]:
+def plan_release(recipe: StrPath, *, out: StrPath, store: StrPath | None = None) -> tuple[ReleaseJob, ...]:
     """Say which bundles a recipe describes, and touch nothing (`vera-edge release --dry-run`).
 
     Args:

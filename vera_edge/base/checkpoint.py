@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge import formats
+from vera_edge.arrays import Float32
 from vera_edge.base.overlay import OverlaidFolder, Overlay
 from vera_edge.base.trained_as import LoadedFolder, TrainedAs, loaded
 from vera_edge.base.trained_files import gather
@@ -24,7 +25,7 @@ from vera_edge.formats.dense import DTYPES, is_conv1d_module
 from vera_edge.storage.files import safe_join, sha256_bytes
 from vera_edge.storage.json_text import read_json
 from vera_edge.storage.side_files import SideFiles
-from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder, WitnessedFolder
+from vera_edge.storage.tensors import RawTensor, TensorFolder, WitnessedFolder
 
 NAMED_WEIGHTS = (
     "transformers_weights"  # of config.json: a file of weights that isn't called model.safetensors

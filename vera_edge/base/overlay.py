@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vera_edge.arrays import Bytes
 from vera_edge.storage.side_files import SideFiles
-from vera_edge.storage.tensors import Bytes, RawTensor, TensorFolder, TensorInfo
+from vera_edge.storage.tensors import RawTensor, TensorFolder, TensorInfo
 
 _PIECE = 1 << 22
 

@@ -14,7 +14,7 @@ import vera_edge
 from vera_edge.cli import show
 
 if TYPE_CHECKING:
-    from vera_edge.api.drift import Comparison, DriftReport, EncoderReport, Estimate
+    from vera_edge.api.drift import Comparison, DriftReport, EncoderReport, Interval
 
 _STATES = {"kept": "green", "broken": "red", "undecided": "yellow"}
 _LEVELS = {"faithful": "green", "degraded": "yellow", "lost": "red", "undecided": "yellow"}
@@ -38,7 +38,7 @@ _ROWS: tuple[tuple[str, Callable[[Comparison], str]], ...] = (
 )
 
 
-def _interval(estimate: Estimate) -> str:
+def _interval(estimate: Interval) -> str:
     return f"{estimate.low:.3g} to {estimate.high:.3g}"
 
 
@@ -163,9 +163,9 @@ def _encoder_figures(found: EncoderReport) -> Table:
     """Every estimate of the artefact, beside the base's."""
     table = Table("", "artefact", "95 % interval", "base", box=None, pad_edge=False)
     for name, estimate in vars(found.measured).items():
-        if isinstance(estimate, vera_edge.Estimate):
+        if isinstance(estimate, vera_edge.Interval):
             beside = getattr(found.effect, name, None)
-            base = f"{beside.value:.4f}" if isinstance(beside, vera_edge.Estimate) else ""
+            base = f"{beside.value:.4f}" if isinstance(beside, vera_edge.Interval) else ""
             table.add_row(name.replace("_", " "), f"{estimate.value:.4f}", _interval(estimate), base)
     if found.retained is not None:
         table.add_row("retained effect", f"{found.retained.value:.4f}", _interval(found.retained), "")

@@ -34,7 +34,7 @@ from vera_edge.cli.show import (
 from vera_edge.cli.show import note as tell_note
 
 if TYPE_CHECKING:
-    from vera_edge.api.merge import Estimate, MergeReport, Plan, PlannedMerge
+    from vera_edge.api.merge import MergeCost, MergeReport, Plan, PlannedMerge
 
 _SHOWN = 5
 
@@ -185,7 +185,7 @@ def _plan_table(plan: Plan) -> Table:
     return table
 
 
-def _show_estimate(found: Estimate) -> None:
+def _show_estimate(found: MergeCost) -> None:
     table = Table("one worker", "", box=SIMPLE_HEAD)
     table.add_row("reads", f"{found.reads / 1e6:,.1f} MB")
     table.add_row("writes", f"{found.writes / 1e6:,.1f} MB")

@@ -111,7 +111,7 @@ def plan(
         _show(file, found)
 
 
-def _show(file: Path, found: vera_edge.Choice) -> None:
+def _show(file: Path, found: vera_edge.ChosenPlan) -> None:
     console, trial = show.out(), found.trial
     table = Table(str(file), "", box=SIMPLE_HEAD)
     counts: dict[str, int] = {}
@@ -136,7 +136,7 @@ def _show(file: Path, found: vera_edge.Choice) -> None:
         console.print(note)
 
 
-def _front(found: vera_edge.Choice) -> Table:
+def _front(found: vera_edge.ChosenPlan) -> Table:
     """What else could be had, by prediction."""
     table = Table("size, MB", "KL, predicted", "", box=SIMPLE_HEAD)
     for point in found.front:

@@ -11,7 +11,7 @@ import vera_edge
 from vera_edge.cli import printable, show
 
 if TYPE_CHECKING:
-    from vera_edge.api.release import Job, Result
+    from vera_edge.api.release import ReleaseJob, Result
 
 
 class _RecipeGroup(click.Group):
@@ -112,7 +112,7 @@ def _line(result: Result) -> str:
     return "  ".join(part for part in (f"{result.state:>9}", result.name, spent, result.message) if part)
 
 
-def _show_plan(jobs: tuple[Job, ...], as_json: bool) -> None:
+def _show_plan(jobs: tuple[ReleaseJob, ...], as_json: bool) -> None:
     if as_json:
         bundles = [
             {"name": job.name, "base": job.adapter.base, "variant": job.variant.model_dump(mode="json")}

@@ -16,8 +16,8 @@ from vera_edge.base.trained_as import TrainedAs
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.device.check import golden, golden_encoder, validate, validate_encoder
-from vera_edge.device.check.golden import PROMPTS, Reference
-from vera_edge.device.runtime.chat import Text
+from vera_edge.device.check.golden import PROMPTS, GivesLogits
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.encoder import CLASSES, Encoder
 from vera_edge.errors import BundleError, DataError, MismatchError, PlanError
 from vera_edge.progress import Progress, silent
@@ -32,7 +32,7 @@ _NEW_TOKENS = 16
 
 def attach(
     folder: Path,
-    references: Mapping[str | None, Reference],
+    references: Mapping[str | None, GivesLogits],
     reference: str,
     limits: Mapping[str, float] | None = None,
     prompts: Sequence[str] = PROMPTS,
@@ -53,7 +53,7 @@ def attach(
 
 def _answers(
     manifest: Manifest,
-    references: Mapping[str | None, Reference],
+    references: Mapping[str | None, GivesLogits],
     reference: str,
     prompts: Sequence[str],
     new_tokens: int,
@@ -63,7 +63,7 @@ def _answers(
     ends = config.get("model", {}).get("eos_token_id", [])
     return golden.make(
         references,
-        Text(manifest.folder),
+        BundleText(manifest.folder),
         reference,
         prompts,
         frozenset(ends if isinstance(ends, list) else [ends]),

@@ -18,13 +18,13 @@ import numpy.typing as npt
 from vera_edge.adapters import vera as adapters
 from vera_edge.adapters.projection import Projections, ProjectionSpec, stream_digest
 from vera_edge.adapters.vera import Adapter
+from vera_edge.arrays import Float32
 from vera_edge.base.overlay import digest_of
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.errors import AdapterError, MismatchError, OutputError, PlanError
 from vera_edge.storage.files import check_output, sha256_bytes, write_atomic
 from vera_edge.storage.json_text import canonical_json
-from vera_edge.storage.tensors import Float32
 from vera_edge.trained import alignment
 
 ADAPTER_VERSION = 1

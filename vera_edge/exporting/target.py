@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.formats.blocks import SIZES, check_kind
@@ -27,7 +28,6 @@ from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes
 from vera_edge.requantize.correction import Correction
 from vera_edge.storage.files import check_output
-from vera_edge.storage.tensors import Float32
 from vera_edge.trained.text_settings import with_fast_tokenizer
 from vera_edge.trained.trained_model import TrainedModel, open_model
 
@@ -104,7 +104,7 @@ class Export:
         }
 
 
-class Rounded(NamedTuple):
+class RoundedWeights(NamedTuple):
     """What rounding gave. codes: by module. notes: sentences for a person to read.
 
     model: what to export; its adapters' vectors may have been refitted to the rounded base.
@@ -117,7 +117,7 @@ class Rounded(NamedTuple):
     corrections: Mapping[str, Correction] = MappingProxyType({})
 
 
-class Rounding(Protocol):
+class RoundsWeights(Protocol):
     """Rounds the weights of a plan before the exporter sees them; see `weight_rounding.Rounding`."""
 
     @property
@@ -126,7 +126,7 @@ class Rounding(Protocol):
 
     def codes(
         self, model: TrainedModel, plan: Plan, out: Path, progress: Progress
-    ) -> AbstractContextManager[Rounded]:
+    ) -> AbstractContextManager[RoundedWeights]:
         """The weights rounded; codes are kept beside `out` while the context lasts."""
 
 
@@ -228,7 +228,7 @@ def export(
     projection_dtype: str | None = None,
     force: bool = False,
     progress: Progress = silent,
-    rounding: Rounding | None = None,
+    rounding: RoundsWeights | None = None,
     made: Plan | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
@@ -267,7 +267,9 @@ def export(
     notes = dict.fromkeys([*model.notes, *model.checkpoint.notes])
     if target in OLD_NAMES:
         notes[f"the target {target} is called {exporter.name} now; write that"] = None
-    rounds = rounding.codes(model, plan, out, progress) if rounding else nullcontext(Rounded({}, (), model))
+    rounds = (
+        rounding.codes(model, plan, out, progress) if rounding else nullcontext(RoundedWeights({}, (), model))
+    )
     with rounds as rounded:
         request = ExportRequest(
             rounded.model,

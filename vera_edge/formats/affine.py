@@ -13,15 +13,15 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats.weight import row_chunks
-from vera_edge.storage.tensors import Bytes, Float32
 
 _TINIEST = 2.0**-100
 
 
 @dataclass(frozen=True)
-class Grid:
+class AffineParams:
     """A weight on an affine grid: codes uint8 (out, in), scales and zeros (out, groups) in float32.
 
     Group g is inputs `g * in / groups` up to the next group's, unless a format keeps an index beside it.
@@ -40,7 +40,7 @@ class Integers:
     """
 
     bits: int
-    grid: Grid
+    grid: AffineParams
     index: npt.NDArray[np.int64] | None = None
 
 
@@ -93,7 +93,7 @@ def floor_fp16(scales: Float32) -> Float32:
 
 def fit(
     weight: Float32, bits: int, groups: int, symmetric: bool, fp16: bool = False, least_zero: int = 0
-) -> Grid:
+) -> AffineParams:
     """Round a weight (out, in) to the nearest points of a grid that spans each group's values.
 
     symmetric: zero is `2 ** (bits - 1)`. Otherwise the grid runs from the group's least value (or 0) to its
@@ -114,7 +114,7 @@ def fit(
         nearest = np.copysign(np.floor(np.abs(scaled) + np.float32(0.5)), scaled) + z[:, :, None]
         codes[start:stop] = np.clip(nearest, 0, 2**bits - 1).reshape(stop - start, inside).astype(np.uint8)
         scales[start:stop], zeros[start:stop] = s, z
-    return Grid(codes, scales, zeros)
+    return AffineParams(codes, scales, zeros)
 
 
 def _span(part: Float32, bits: int, symmetric: bool, fp16: bool, least_zero: int) -> tuple[Float32, Float32]:

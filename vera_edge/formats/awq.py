@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import FormatError, PlanError
 from vera_edge.formats import affine, bitpack, checks
-from vera_edge.formats.affine import Grid, Integers
+from vera_edge.formats.affine import AffineParams, Integers
 from vera_edge.formats.weight import Layout, StoredLinear
-from vera_edge.storage.tensors import Bytes, Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import RawTensor, TensorFolder
 
 _ORDER = np.array([0, 2, 4, 6, 1, 3, 5, 7])
 _WIDTH = 8  # outputs in a word
@@ -60,7 +61,7 @@ class AwqWeight:
         return self.stored
 
     def integers(self) -> Integers:
-        return Integers(4, Grid(_unpack(self.qweight).T, self.scales.T, self.zeros.T))
+        return Integers(4, AffineParams(_unpack(self.qweight).T, self.scales.T, self.zeros.T))
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class Awq:
         """Bits, group size (-1: the whole row) and whether it's symmetric: the grid `pack` takes codes of."""
         return 4, options["group_size"], False
 
-    def pack(self, grid: Grid, options: Mapping[str, Any]) -> AwqWeight:
+    def pack(self, grid: AffineParams, options: Mapping[str, Any]) -> AwqWeight:
         """A weight from codes chosen elsewhere; scales are rounded to float16, zeros whole, from 0 to 15."""
         zeros = np.ascontiguousarray(grid.zeros.T)
         scales = np.ascontiguousarray(grid.scales.T.astype(np.float16).astype(np.float32))

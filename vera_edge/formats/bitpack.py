@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.storage.tensors import Bytes
+from vera_edge.arrays import Bytes
 
 
 def unpack(words: npt.NDArray[Any], bits: int, count: int) -> Bytes:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats.weight import row_chunks
-from vera_edge.storage.tensors import Bytes, Float32
 
 BITS = (2, 4, 8)
 SIZES = (16, 32, 64, 128, 256)

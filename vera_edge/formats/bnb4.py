@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import CheckpointError, FormatError, PlanError
 from vera_edge.formats.codes4 import LEVELS, block_codes, levels_of, nearest_codes, pack
 from vera_edge.formats.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from vera_edge.formats.nested import Nested, quantize_absmax
 from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear
 from vera_edge.storage import json_text
-from vera_edge.storage.tensors import DTYPES, FLOATS, Bytes, Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import DTYPES, FLOATS, RawTensor, TensorFolder
 
 STATE = ".weight.quant_state.bitsandbytes__"
 STORAGES = {"U8": "uint8", "BF16": "bfloat16", "F16": "float16", "F32": "float32"}

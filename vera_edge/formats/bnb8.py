@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import CheckpointError, FormatError, PlanError
 from vera_edge.formats.weight import Layout, StoredLinear, row_chunks
-from vera_edge.storage.tensors import FLOATS, Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import FLOATS, RawTensor, TensorFolder
 
 # The factor bitsandbytes multiplies by; not the float32 nearest to 1 / 127 by division, hence spelled out.
 _ONE_127TH = np.float32(7.874015718698502e-3)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import CheckpointError, FormatError, PlanError, VeraEdgeError
-from vera_edge.storage.tensors import Float32, TensorFolder
+from vera_edge.storage.tensors import TensorFolder
 
 SCALES = frozenset({"F16", "BF16", "F32"})
 

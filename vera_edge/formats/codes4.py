@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.storage.tensors import Bytes, Float32
+from vera_edge.arrays import Bytes, Float32
 
 # NF4: quantiles of a normal distribution. FP4: sign, 2 exponent bits, 1 mantissa bit; in twelfths.
 _NF4 = (

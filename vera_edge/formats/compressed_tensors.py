@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import CheckpointError, PlanError
 from vera_edge.formats import affine, bitpack, checks, ct_schemes
-from vera_edge.formats.affine import Grid, Integers
+from vera_edge.formats.affine import AffineParams, Integers
 from vera_edge.formats.ct_schemes import Scheme
 from vera_edge.formats.fp8 import BlockFloat8, quantize_blocks
 from vera_edge.formats.weight import Layout, StoredLinear, Weight
-from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import RawTensor, TensorFolder
 
 _PACKED = ("weight_packed", "weight_shape")
 _ZERO_DTYPES = frozenset({"I8", "U8", "I16", "I32", "I64"})
@@ -62,7 +63,7 @@ class IntegerWeight:
         else:
             codes = bitpack.unpack(self.codes, bits, self.shape[1])
         zeros = np.zeros_like(self.scales) if self.zeros is None else self.zeros
-        return Integers(bits, Grid(codes, self.scales, zeros + np.float32(half)), self.index)
+        return Integers(bits, AffineParams(codes, self.scales, zeros + np.float32(half)), self.index)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ class CompressedTensors:
         scheme = ct_schemes.preset(options)
         return (scheme.bits, scheme.group_size or -1, scheme.symmetric) if scheme.kind == "int" else None
 
-    def pack(self, grid: Grid, options: Mapping[str, Any]) -> IntegerWeight:
+    def pack(self, grid: AffineParams, options: Mapping[str, Any]) -> IntegerWeight:
         """A weight from codes chosen elsewhere; scales of packed presets are rounded to float16."""
         scheme, shape = ct_schemes.preset(options), (grid.codes.shape[0], grid.codes.shape[1])
         half = 1 << scheme.bits - 1

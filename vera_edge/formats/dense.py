@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear
-from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder, float32_to_bf16
+from vera_edge.storage.tensors import RawTensor, TensorFolder, float32_to_bf16
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 

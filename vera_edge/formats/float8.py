@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vera_edge.storage.tensors import Bytes, Float32
+from vera_edge.arrays import Bytes, Float32
 
 MAX = 448.0  # the largest E4M3 value
 

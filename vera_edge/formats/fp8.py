@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import FormatError, PlanError
 from vera_edge.formats import affine, checks, float8
 from vera_edge.formats.weight import Layout, StoredLinear, row_chunks
-from vera_edge.storage.tensors import Bytes, Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import RawTensor, TensorFolder
 
 _SUFFIXES = {"weight": ".weight", "weight_scale_inv": ".weight_scale_inv"}
 

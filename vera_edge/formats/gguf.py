@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge.arrays import Bytes
 from vera_edge.errors import CheckpointError, FormatError
 from vera_edge.formats import gguf_header
 from vera_edge.formats.gguf_header import GgufTensor
 from vera_edge.storage.json_text import read_json
-from vera_edge.storage.tensors import DTYPES, Bytes, RawTensor, TensorFolder, TensorInfo
+from vera_edge.storage.tensors import DTYPES, RawTensor, TensorFolder, TensorInfo
 
 _FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import CheckpointError, FormatError, PlanError
 from vera_edge.formats import affine, bitpack, checks
-from vera_edge.formats.affine import Grid, Integers
+from vera_edge.formats.affine import AffineParams, Integers
 from vera_edge.formats.weight import Layout, StoredLinear
-from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import RawTensor, TensorFolder
 
 _BITS = (2, 3, 4, 8)
 _VERSIONS = ("gptq", "gptq_v2")
@@ -54,7 +55,7 @@ class GptqWeight:
 
     def integers(self) -> Integers:
         codes = bitpack.unpack(self.qweight.T, self.bits, self.shape[1])
-        return Integers(self.bits, Grid(codes, self.scales.T, self.zeros.T), self.index)
+        return Integers(self.bits, AffineParams(codes, self.scales.T, self.zeros.T), self.index)
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,14 @@ class Gptq:
             padded, options["bits"], count, options["sym"], fp16=True, least_zero=_least_zero(options)
         )
         codes = np.ascontiguousarray(grid.codes[:, : weight.shape[1]])
-        return self.pack(Grid(codes, grid.scales, grid.zeros), options)
+        return self.pack(AffineParams(codes, grid.scales, grid.zeros), options)
 
     def integer_grid(self, options: Mapping[str, Any]) -> tuple[int, int, bool]:
         """Bits, group size (-1: the whole row) and whether it's symmetric: the grid `pack` takes codes of."""
         return options["bits"], options["group_size"], options["sym"]
 
     def pack(
-        self, grid: Grid, options: Mapping[str, Any], index: npt.NDArray[Any] | None = None
+        self, grid: AffineParams, options: Mapping[str, Any], index: npt.NDArray[Any] | None = None
     ) -> GptqWeight:
         """A weight from codes chosen elsewhere; index (in,): each input's group, when act-order permuted
         them.

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import CheckpointError, FormatError
 from vera_edge.formats import checks
 from vera_edge.formats.readonly import ReadOnly
 from vera_edge.formats.weight import StoredLinear
-from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import RawTensor, TensorFolder
 
 # packing -> (bits, codes in a word, dtype of a word)
 _PACKINGS = {

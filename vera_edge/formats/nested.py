@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 
-from vera_edge.storage.tensors import Bytes, Float32
+from vera_edge.arrays import Bytes, Float32
 
 _STEPS = np.float32(65535)
 BLOCKSIZE = 256

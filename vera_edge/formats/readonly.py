@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats.weight import Layout, StoredLinear, Weight
-from vera_edge.storage.tensors import Float32
 
 
 class ReadOnly:

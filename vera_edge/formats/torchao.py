@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import CheckpointError, FormatError
 from vera_edge.formats import affine, checks
 from vera_edge.formats.fp8 import BlockFloat8
 from vera_edge.formats.readonly import ReadOnly
 from vera_edge.formats.weight import StoredLinear, Weight
 from vera_edge.storage import json_text
-from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import RawTensor, TensorFolder
 
 _CLASSES = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "Float8Tensor")
 _PARTS = ("qdata", "scale", "zero_point", "act_quant_scale", "act_quant_zero_point")

@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.storage.tensors import Float32, RawTensor, TensorFolder
+from vera_edge.arrays import Float32
+from vera_edge.storage.tensors import RawTensor, TensorFolder
 
 # Rows are handled in pieces of about this many values: temporaries stay in the processor's cache, and small
 # beside the weight.

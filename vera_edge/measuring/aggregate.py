@@ -16,19 +16,18 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float64
 from vera_edge.errors import DataError
 from vera_edge.measuring.comparison import (
     HISTOGRAM_EDGES,
     QUANTILES,
     Comparison,
     Distribution,
-    Estimate,
+    Interval,
     WorstToken,
 )
 from vera_edge.measuring.metrics import TokenMetrics
 from vera_edge.text import bootstrap
-
-Float64 = npt.NDArray[np.float64]
 
 SAMPLE = 1 << 20
 WORST = 20
@@ -210,33 +209,33 @@ class _Summary:
             },
         )
 
-    def _plain(self, column: str) -> Estimate:
+    def _plain(self, column: str) -> Interval:
         return self._combined({column: 1.0})
 
-    def _combined(self, weights: Mapping[str, float]) -> Estimate:
+    def _combined(self, weights: Mapping[str, float]) -> Interval:
         """A weighted sum of column means."""
         vector = np.zeros(len(_COLUMNS))
         for column, weight in weights.items():
             vector[_AT[column]] = weight
         variance = float(vector @ self._covariance @ vector)
         low, high = bootstrap.interval(self._replicates @ vector)
-        return Estimate(float(self._mean @ vector), math.sqrt(max(variance, 0.0)), low, high)
+        return Interval(float(self._mean @ vector), math.sqrt(max(variance, 0.0)), low, high)
 
-    def _root(self, column: str) -> Estimate:
+    def _root(self, column: str) -> Interval:
         """The square root of a mean; the error by the delta method."""
         mean = self._plain(column)
         root = math.sqrt(mean.value)
         error = 0.5 * mean.standard_error / root if root > 0 else 0.0
-        return Estimate(root, error, math.sqrt(max(mean.low, 0.0)), math.sqrt(max(mean.high, 0.0)))
+        return Interval(root, error, math.sqrt(max(mean.low, 0.0)), math.sqrt(max(mean.high, 0.0)))
 
-    def _perplexities(self) -> dict[str, Estimate]:
+    def _perplexities(self) -> dict[str, Interval]:
         own, reference = _exponential(self._plain("nll")), _exponential(self._plain("reference_nll"))
         log_ratio = self._combined({"nll": 1.0, "reference_nll": -1.0})
         between = own.value * reference.value * self._covariance[_AT["nll"], _AT["reference_nll"]]
         variance = own.standard_error**2 + reference.standard_error**2 - 2.0 * between
         replicates = np.exp(self._replicates[:, [_AT["nll"], _AT["reference_nll"]]])
         low, high = bootstrap.interval(replicates[:, 0] - replicates[:, 1])
-        difference = Estimate(own.value - reference.value, math.sqrt(max(variance, 0.0)), low, high)
+        difference = Interval(own.value - reference.value, math.sqrt(max(variance, 0.0)), low, high)
         return {
             "perplexity": own,
             "reference_perplexity": reference,
@@ -251,7 +250,7 @@ class _Summary:
         return float(covariance[_AT[a], _AT[b]] / math.sqrt(product)) if product > 0 else 1.0
 
 
-def _exponential(log: Estimate) -> Estimate:
+def _exponential(log: Interval) -> Interval:
     # A broken model's loss can pass what exp holds; e^700 says "broken" as well and stays a number.
     value, low, high = (math.exp(min(x, 700.0)) for x in (log.value, log.low, log.high))
-    return Estimate(value, value * log.standard_error, low, high)
+    return Interval(value, value * log.standard_error, low, high)

@@ -15,20 +15,20 @@ from vera_edge.measuring.continuations import continue_both
 from vera_edge.measuring.encoder_assess import assess_encoder
 from vera_edge.measuring.encoder_report import EncoderReport
 from vera_edge.measuring.evaluate import Measurement, check_vocabularies, measure
-from vera_edge.measuring.models import Candidate, Trained
+from vera_edge.measuring.models import OpenedCandidate, OpenedReference
 from vera_edge.measuring.result import DriftReport, TextFacts, WorstText
 from vera_edge.measuring.verdict import judge
 from vera_edge.progress import Progress, silent
 from vera_edge.tasks import task as tasks
 from vera_edge.text import windows
-from vera_edge.text.windows import Text, Windows
+from vera_edge.text.windows import SourceText, Windows
 
 _CONTEXT_SHOWN = 24
 _TOOLS = ("vera-edge", "numpy", "onnxruntime", "tokenizers", "torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
-class Request:
+class DriftRequest:
     """What to compare with what, and on what.
 
     reference: an adapter folder (its base from `base` or its config), a base folder (with `adapters`, each
@@ -62,13 +62,13 @@ class Request:
 class _Opened:
     """Both sides, the text, and the tokenizer that reads it for both."""
 
-    trained: Trained
-    candidate: Candidate
-    text: Text
+    trained: OpenedReference
+    candidate: OpenedCandidate
+    text: SourceText
     tokenizer: Tokenizer
 
 
-def assess(request: Request, progress: Progress = silent) -> DriftReport:
+def assess(request: DriftRequest, progress: Progress = silent) -> DriftReport:
     """Measure a text model's `request.candidate` against it as trained. Limits are `drift.limits`' business.
 
     Raises a VeraEdgeError in one sentence when an input is at fault.
@@ -76,7 +76,7 @@ def assess(request: Request, progress: Progress = silent) -> DriftReport:
     return _assess_text(request, _open(request, progress), progress)
 
 
-def assess_any(request: Request, progress: Progress = silent) -> DriftReport | EncoderReport:
+def assess_any(request: DriftRequest, progress: Progress = silent) -> DriftReport | EncoderReport:
     """`assess`, and for models that give embeddings or classes what is measured of those."""
     opened = _open(request, progress)
     if _gives_text(opened.trained):
@@ -91,11 +91,11 @@ def assess_any(request: Request, progress: Progress = silent) -> DriftReport | E
     )
 
 
-def _gives_text(trained: Trained) -> bool:
+def _gives_text(trained: OpenedReference) -> bool:
     return trained.task.gives == tasks.TEXT
 
 
-def _open(request: Request, progress: Progress) -> _Opened:
+def _open(request: DriftRequest, progress: Progress) -> _Opened:
     text = windows.read_text(request.data)
     progress("opening the models", 0, 2)
     given = (request.base, request.adapters, request.projection_dtype)
@@ -114,7 +114,7 @@ def _open(request: Request, progress: Progress) -> _Opened:
     return _Opened(trained, candidate, text, tokenizer)
 
 
-def _assess_text(request: Request, opened: _Opened, progress: Progress) -> DriftReport:
+def _assess_text(request: DriftRequest, opened: _Opened, progress: Progress) -> DriftReport:
     trained, candidate, text = opened.trained, opened.candidate, opened.text
     limits.check_text(request.limits)
     if request.by_layer:
@@ -155,7 +155,7 @@ def _assess_text(request: Request, opened: _Opened, progress: Progress) -> Drift
     )
 
 
-def _check_context(cut: Windows, trained: Trained, candidate: Candidate) -> None:
+def _check_context(cut: Windows, trained: OpenedReference, candidate: OpenedCandidate) -> None:
     for context in (trained.context, candidate.context):
         if context is not None and cut.window > context:
             raise DataError(

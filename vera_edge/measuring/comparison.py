@@ -14,7 +14,7 @@ HISTOGRAM_EDGES: tuple[float, ...] = tuple(10.0 ** (exponent / 4) for exponent i
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Interval:
     """A figure, its standard error over tokens, and its 95 % bootstrap interval over windows."""
 
     value: float
@@ -27,7 +27,7 @@ class Estimate:
 class Distribution:
     """A per-token figure: its mean, extremes, and quantiles with the intervals of some of them."""
 
-    mean: Estimate
+    mean: Interval
     minimum: float
     maximum: float
     quantiles: Mapping[str, float]
@@ -53,23 +53,23 @@ class Comparison:
     windows: int
     kl: Distribution
     reverse_kl: Distribution
-    same_top1: Estimate
-    top5: Estimate
-    right_to_wrong: Estimate
-    wrong_to_right: Estimate
-    flips: Estimate
+    same_top1: Interval
+    top5: Interval
+    right_to_wrong: Interval
+    wrong_to_right: Interval
+    flips: Interval
     reference_accuracy: float
     accuracy: float
     delta_p: Distribution
-    delta_p_rms: Estimate
-    reference_perplexity: Estimate
-    perplexity: Estimate
-    perplexity_ratio: Estimate
-    log_perplexity_ratio: Estimate
-    perplexity_difference: Estimate
+    delta_p_rms: Interval
+    reference_perplexity: Interval
+    perplexity: Interval
+    perplexity_ratio: Interval
+    log_perplexity_ratio: Interval
+    perplexity_difference: Interval
     log_perplexity_correlation: float
-    logit_cosine: Estimate
-    logit_rms: Estimate
+    logit_cosine: Interval
+    logit_rms: Interval
     logit_largest_error: float
     kl_histogram: tuple[int, ...]  # counts below, between and above HISTOGRAM_EDGES
     kl_by_position: tuple[float, ...]

@@ -12,26 +12,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from vera_edge.arrays import Float32, Float64, Int64
 from vera_edge.device.check import answers
 from vera_edge.device.runtime.pooling import Pooling
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring import encoders, labels_and_values, token_classes
 from vera_edge.measuring.encoder_report import EncoderReport, judge
 from vera_edge.measuring.labels_and_values import MIN_TEXTS, LabelDrift, ValueDrift
-from vera_edge.measuring.models import Candidate, Trained
+from vera_edge.measuring.models import OpenedCandidate, OpenedReference
 from vera_edge.measuring.result import TextFacts
 from vera_edge.progress import Progress
 from vera_edge.storage.json_text import read_json
 from vera_edge.tasks import task as tasks
-from vera_edge.text.windows import Text, beyond, check_ids
+from vera_edge.text.windows import SourceText, beyond, check_ids
 from vera_edge.trained.text_settings import vocabulary_size
 
-Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 Encode = Callable[[Int64], Float32]
 
 _TEXTS = 500
@@ -39,9 +36,9 @@ _LONGEST = 256
 
 
 def assess_encoder(
-    trained: Trained,
-    candidate: Candidate,
-    text: Text,
+    trained: OpenedReference,
+    candidate: OpenedCandidate,
+    text: SourceText,
     tokenizer: Tokenizer,
     tools: dict[str, str],
     progress: Progress,
@@ -93,7 +90,7 @@ def assess_encoder(
     )
 
 
-def _kind(trained: Trained, candidate: Candidate, width: int) -> str:
+def _kind(trained: OpenedReference, candidate: OpenedCandidate, width: int) -> str:
     """What the logits of both are, of `answers`; raises MismatchError when they aren't of one kind."""
     assert trained.checkpoint is not None
     asked = trained.checkpoint.config.get("problem_type")
@@ -111,7 +108,7 @@ def _kind(trained: Trained, candidate: Candidate, width: int) -> str:
     return kinds[0]
 
 
-def cut_texts(text: Text, tokenizer: Tokenizer, longest: int) -> list[Int64]:
+def cut_texts(text: SourceText, tokenizer: Tokenizer, longest: int) -> list[Int64]:
     """Token ids of at most 500 paragraphs spread over `text`. Raises DataError when there are too few."""
     paragraphs = [part for part in re.split(r"\n\s*\n", text.content) if part.strip()]
     if len(paragraphs) < MIN_TEXTS:
@@ -127,11 +124,11 @@ def cut_texts(text: Text, tokenizer: Tokenizer, longest: int) -> list[Int64]:
 def _encoder(runner: object, gives: str, pooling: Pooling | None) -> Encode:
     """What gives a text's embedding (d,), class logits (classes,), or rows of logits of tokens or spans."""
     from vera_edge.measuring.exported_encoder import ExportedEncoder
-    from vera_edge.reference.model import Reference
+    from vera_edge.reference.model import TorchReference
 
     if isinstance(runner, ExportedEncoder):
         return runner.outputs
-    assert isinstance(runner, Reference)
+    assert isinstance(runner, TorchReference)
     model = runner
     if gives == tasks.SPANS:
         return model.spans

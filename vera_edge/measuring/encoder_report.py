@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vera_edge.measuring.comparison import Estimate
+from vera_edge.measuring.comparison import Interval
 from vera_edge.measuring.encoders import ClassDrift, EmbeddingDrift
 from vera_edge.measuring.labels_and_values import LabelDrift, ValueDrift
 from vera_edge.measuring.result import FORMAT, Artefact, Outcome, TextFacts, Verdict, raise_when_exceeded
@@ -48,7 +48,7 @@ class EncoderReport:
     labels: LabelDrift | None
     values: ValueDrift | None
     effect: Measured | None
-    retained: Estimate | None
+    retained: Interval | None
     verdict: Verdict
     notes: tuple[str, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
@@ -62,10 +62,10 @@ class EncoderReport:
         return found
 
     @property
-    def figures(self) -> dict[str, Estimate | None]:
+    def figures(self) -> dict[str, Interval | None]:
         """What a limit may be set on, by the limit's name."""
         measured = self.measured
-        found: dict[str, Estimate | None] = {
+        found: dict[str, Interval | None] = {
             limit: getattr(measured, name) for limit, name in LIMITS[type(measured)].items()
         }
         return found | {"min_retained": self.retained}
@@ -84,7 +84,7 @@ class EncoderReport:
         return asdict(self) | {"format": FORMAT, "kind": "encoder", "passed": self.passed}
 
 
-def judge(lost: float, effect: float | None, retained: Estimate | None) -> Verdict:
+def judge(lost: float, effect: float | None, retained: Interval | None) -> Verdict:
     """The verdict, from what the artefact changes and what dropping the adapter does (`effect`)."""
     if effect is None:
         return Verdict(

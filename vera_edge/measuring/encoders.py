@@ -19,19 +19,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Float32, Float64, Int64
 from vera_edge.device.check.answers import rank_correlation
 from vera_edge.divergence import log_softmax
 from vera_edge.errors import DataError, MismatchError
-from vera_edge.measuring.comparison import Estimate
+from vera_edge.measuring.comparison import Interval
 from vera_edge.measuring.labels_and_values import MIN_TEXTS, mean_over_texts
 from vera_edge.measuring.metrics import TokenMetrics, compare
 from vera_edge.text import bootstrap
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
 
 NEAREST = 10
 _BINS = 15
@@ -44,11 +40,11 @@ class EmbeddingDrift:
 
     texts: int
     nearest: int
-    cosine: Estimate
+    cosine: Interval
     cosine_minimum: float
     cosine_p1: float
-    rank_correlation: Estimate
-    overlap: Estimate
+    rank_correlation: Interval
+    overlap: Interval
 
 
 @dataclass(frozen=True)
@@ -56,11 +52,11 @@ class ClassDrift:
     """How an artefact's classes differ from the reference's; what needs labels is None without them."""
 
     texts: int
-    kl: Estimate
-    agreement: Estimate
-    right_to_wrong: Estimate | None
-    wrong_to_right: Estimate | None
-    flips: Estimate | None
+    kl: Interval
+    agreement: Interval
+    right_to_wrong: Interval | None
+    wrong_to_right: Interval | None
+    flips: Interval | None
     reference_accuracy: float | None
     accuracy: float | None
     reference_calibration: float | None
@@ -182,7 +178,7 @@ def calibration_error(logits: Float32, labels: Int64) -> float:
     return float(np.abs(gaps).sum() / len(labels))
 
 
-def retained(lost: Float64, effect: Float64) -> Estimate | None:
+def retained(lost: Float64, effect: Float64) -> Interval | None:
     """1 - sum(lost) / sum(effect): the share of the adapter's effect that is kept, None when it has none.
 
     lost, effect: (n,) distances from the reference to the artefact, and to the base without the adapter.
@@ -194,4 +190,4 @@ def retained(lost: Float64, effect: Float64) -> Estimate | None:
     drawn = bootstrap.totals(np.stack([lost, effect], axis=1))
     low, high = bootstrap.interval(1.0 - drawn[:, 0] / np.maximum(drawn[:, 1], 1e-300))
     spread = float(np.sqrt(((lost - ratio * effect) ** 2).sum())) / total
-    return Estimate(1.0 - ratio, spread, low, high)
+    return Interval(1.0 - ratio, spread, low, high)

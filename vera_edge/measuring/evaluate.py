@@ -9,7 +9,7 @@ import numpy as np
 
 from vera_edge.errors import MismatchError
 from vera_edge.measuring.aggregate import Aggregate
-from vera_edge.measuring.comparison import Comparison, Estimate
+from vera_edge.measuring.comparison import Comparison, Interval
 from vera_edge.measuring.metrics import compare_all
 from vera_edge.progress import Progress, silent
 from vera_edge.text import bootstrap
@@ -35,7 +35,7 @@ class Measurement:
     fidelity: Comparison
     effect: Comparison | None
     noise: Comparison | None
-    retained: Estimate | None
+    retained: Interval | None
 
 
 def measure(
@@ -86,7 +86,7 @@ def check_vocabularies(reference: Runner, candidate: Runner) -> None:
         )
 
 
-def _retained(artefact: Aggregate, base: Aggregate) -> Estimate | None:
+def _retained(artefact: Aggregate, base: Aggregate) -> Interval | None:
     """R with its error by the delta method over windows, and its interval from paired resamples."""
     lost, effect = artefact.window_sums("kl"), base.window_sums("kl")
     if effect.sum() <= 0.0:
@@ -98,4 +98,4 @@ def _retained(artefact: Aggregate, base: Aggregate) -> Estimate | None:
     low, high = bootstrap.interval(1.0 - drawn[:, 0] / drawn[:, 1])
     count = len(lost)
     spread = np.sum((lost - ratio * effect) ** 2) * count / max(count - 1, 1)
-    return Estimate(float(1.0 - ratio), float(np.sqrt(spread) / effect.sum()), low, high)
+    return Interval(float(1.0 - ratio), float(np.sqrt(spread) / effect.sum()), low, high)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Float32, Int64
 from vera_edge.device.runtime.encoder import CLASSES, SHIFTED, Encoded, Encoder
 from vera_edge.device.runtime.graph import first_line
 from vera_edge.device.runtime.opened import Opened, open_graph
@@ -16,8 +16,6 @@ from vera_edge.storage.json_text import read_json
 from vera_edge.tasks import task as tasks
 from vera_edge.trained.text_settings import vocabulary_size
 
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
 _ROWS = {tasks.TOKEN_CLASSES: ("logits",), tasks.SPANS: ("start_logits", "end_logits")}
 
 

@@ -18,14 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32, Float64
 from vera_edge.device.check import answers
 from vera_edge.divergence import kl_of_labels
 from vera_edge.errors import DataError, MismatchError
-from vera_edge.measuring.comparison import Estimate
+from vera_edge.measuring.comparison import Interval
 from vera_edge.text import bootstrap
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 MIN_TEXTS = 3
 _DIGITS = 12  # of a correlation: the sums of a resample are no better
@@ -36,9 +34,9 @@ class ValueDrift:
     """How an artefact's values differ from the reference's over a set of texts."""
 
     texts: int
-    relative_error: Estimate
-    largest_error: Estimate
-    rank_correlation: Estimate
+    relative_error: Interval
+    largest_error: Interval
+    rank_correlation: Interval
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,9 @@ class LabelDrift:
     """How an artefact's labels differ from the reference's over a set of texts."""
 
     texts: int
-    kl: Estimate
-    agreement: Estimate
-    label_agreement: Estimate
+    kl: Interval
+    agreement: Interval
+    label_agreement: Interval
 
 
 def compare_values(reference: Float32, candidate: Float32) -> ValueDrift:
@@ -62,7 +60,7 @@ def compare_values(reference: Float32, candidate: Float32) -> ValueDrift:
     return ValueDrift(
         texts=len(reference),
         relative_error=mean_over_texts(value_distances(reference, candidate)),
-        largest_error=Estimate(largest, 0.0, largest, largest),
+        largest_error=Interval(largest, 0.0, largest, largest),
         rank_correlation=min(ranks, key=lambda one: one.value),
     )
 
@@ -90,11 +88,11 @@ def label_distances(reference: Float32, candidate: Float32) -> Float64:
     return kl_of_labels(reference, candidate)
 
 
-def mean_over_texts(values: Float64) -> Estimate:
+def mean_over_texts(values: Float64) -> Interval:
     """Mean of per-text values (n,) with its standard error and bootstrap interval."""
     low, high = bootstrap.interval(bootstrap.totals(values[:, None])[:, 0] / len(values))
     error = float(values.std(ddof=1) / np.sqrt(len(values)))
-    return Estimate(float(values.mean()), error, low, high)
+    return Interval(float(values.mean()), error, low, high)
 
 
 def _errors(reference: Float32, candidate: Float32) -> Float64:
@@ -120,15 +118,15 @@ def _check(reference: Float32, candidate: Float32) -> None:
             raise DataError(f"the {name} gives logits that aren't finite; the model is broken")
 
 
-def _rank_correlation(reference: Float32, candidate: Float32) -> Estimate:
+def _rank_correlation(reference: Float32, candidate: Float32) -> Interval:
     """Spearman's of (n,) and (n,), its interval by resampling pairs of ranks."""
     value = answers.rank_correlation(reference, candidate)
     x, y = (answers.average_ranks(side) - (len(side) - 1) / 2 for side in (reference, candidate))
     if not x.any() or not y.any():  # one side has no order: nothing varies with the sample
-        return Estimate(value, 0.0, value, value)
+        return Interval(value, 0.0, value, value)
     sums = bootstrap.totals(np.stack([x, y, x * x, y * y, x * y], axis=1)) / len(x)
     variances = (sums[:, 2] - sums[:, 0] ** 2) * (sums[:, 3] - sums[:, 1] ** 2)
     resampled = (sums[:, 4] - sums[:, 0] * sums[:, 1]) / np.sqrt(np.maximum(variances, 1e-300))
     resampled = np.clip(np.round(resampled, _DIGITS), -1.0, 1.0)
     low, high = bootstrap.interval(resampled)
-    return Estimate(round(value, _DIGITS), float(resampled.std()), low, high)
+    return Interval(round(value, _DIGITS), float(resampled.std()), low, high)

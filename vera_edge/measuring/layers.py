@@ -16,16 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring.metrics import compare
-from vera_edge.measuring.models import Candidate, Trained
+from vera_edge.measuring.models import OpenedCandidate, OpenedReference
 from vera_edge.measuring.result import LayerDrift
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.layers import stack_of
 from vera_edge.text.windows import Windows
-
-Float32 = npt.NDArray[np.float32]
 
 # Tokens that the passes run on: layers are ranked by them, not measured to the last digit.
 _TOKENS = 256
@@ -42,7 +41,7 @@ class _Pair:
     delta: Float32 | None
 
 
-def check(trained: Trained, candidate: Candidate) -> None:
+def check(trained: OpenedReference, candidate: OpenedCandidate) -> None:
     """Raise DataError when layers can't be compared: that needs both sides' weights, not exports."""
     if trained.checkpoint is None or candidate.checkpoint is None:
         side = trained.artefact if trained.checkpoint is None else candidate.artefact
@@ -53,7 +52,7 @@ def check(trained: Trained, candidate: Candidate) -> None:
 
 
 def by_layer(
-    trained: Trained, candidate: Candidate, windows: Windows, progress: Progress = silent
+    trained: OpenedReference, candidate: OpenedCandidate, windows: Windows, progress: Progress = silent
 ) -> tuple[LayerDrift, ...]:
     """Every linear layer that both have, in the model's order.
 
@@ -82,7 +81,9 @@ def by_layer(
 class _Passes:
     """Forward passes over the same pieces, in which layers before one that changed give what they gave."""
 
-    def __init__(self, trained: Trained, pieces: list[npt.NDArray[np.int64]], modules: Sequence[str]) -> None:
+    def __init__(
+        self, trained: OpenedReference, pieces: list[npt.NDArray[np.int64]], modules: Sequence[str]
+    ) -> None:
         self.pieces, self._runner = pieces, trained.runner
         model, names = _model(trained), _names(trained)
         self._stack, self._layers = stack_of(model, [names[module] for module in modules])
@@ -134,25 +135,25 @@ def _pieces(windows: Windows) -> list[npt.NDArray[np.int64]]:
     return [window[: _TOKENS // _PIECES] for window in windows.tokens[::step]][:_PIECES]
 
 
-def _in_model_order(trained: Trained, stored: Checkpoint) -> list[str]:
+def _in_model_order(trained: OpenedReference, stored: Checkpoint) -> list[str]:
     assert trained.checkpoint is not None
     known = trained.checkpoint.linears
     return [name for name in _names(trained) if name in stored.linears and name in known]
 
 
-def _names(trained: Trained) -> dict[str, str]:
+def _names(trained: OpenedReference) -> dict[str, str]:
     """The model's own names of modules, by those in its checkpoint, in its order."""
     return {name.removeprefix(_WRAPPED): name for name, _ in _model(trained).named_modules()}
 
 
-def _model(trained: Trained) -> Any:
-    from vera_edge.reference.model import Reference
+def _model(trained: OpenedReference) -> Any:
+    from vera_edge.reference.model import TorchReference
 
-    assert isinstance(trained.runner, Reference)
+    assert isinstance(trained.runner, TorchReference)
     return trained.runner.model
 
 
-def _load(trained: Trained, base: Checkpoint, stored: Checkpoint, module: str) -> _Pair:
+def _load(trained: OpenedReference, base: Checkpoint, stored: Checkpoint, module: str) -> _Pair:
     weight, quantized = base.dequantize(module), stored.dequantize(module)
     if weight.shape != quantized.shape:
         raise MismatchError(
@@ -171,7 +172,7 @@ def _load(trained: Trained, base: Checkpoint, stored: Checkpoint, module: str) -
 
 
 @contextmanager
-def _replaced(trained: Trained, module: str, pair: _Pair) -> Iterator[list[tuple[float, float]]]:
+def _replaced(trained: OpenedReference, module: str, pair: _Pair) -> Iterator[list[tuple[float, float]]]:
     """Let one layer compute with the artefact's weight; yields (signal, error) powers of its outputs."""
     layer = _model(trained).get_submodule(_names(trained)[module])
     inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import PlanError
-from vera_edge.measuring.comparison import Comparison, Estimate
+from vera_edge.measuring.comparison import Comparison, Interval
 from vera_edge.measuring.encoder_report import EncoderReport
 from vera_edge.measuring.result import DriftReport, Outcome
 from vera_edge.measuring.verdict import FAIL_RETAINED
@@ -29,17 +29,17 @@ class _Metric:
     """What a limit bounds: how it is called in a sentence, and where its figure is."""
 
     words: str
-    read: Callable[[DriftReport], Estimate | None] | None  # None: measured of encoders only
+    read: Callable[[DriftReport], Interval | None] | None  # None: measured of encoders only
 
 
-def _of(read: Callable[[Comparison], Estimate]) -> Callable[[DriftReport], Estimate | None]:
+def _of(read: Callable[[Comparison], Interval]) -> Callable[[DriftReport], Interval | None]:
     return lambda report: read(report.fidelity)
 
 
-def _quantile(name: str) -> Callable[[DriftReport], Estimate | None]:
-    def read(report: DriftReport) -> Estimate | None:
+def _quantile(name: str) -> Callable[[DriftReport], Interval | None]:
+    def read(report: DriftReport) -> Interval | None:
         low, high = report.fidelity.kl.intervals[name]
-        return Estimate(report.fidelity.kl.quantiles[name], 0.0, low, high)
+        return Interval(report.fidelity.kl.quantiles[name], 0.0, low, high)
 
     return read
 
@@ -160,7 +160,7 @@ def _outcome(report: DriftReport | EncoderReport, name: str, bound: float) -> Ou
     return Outcome(name, bound, found.value, found.low, found.high, state, f"{figures}: {words}")
 
 
-def _figure(report: DriftReport | EncoderReport, name: str, metric: _Metric) -> Estimate | None:
+def _figure(report: DriftReport | EncoderReport, name: str, metric: _Metric) -> Interval | None:
     if isinstance(report, EncoderReport):
         if name not in report.figures:
             raise PlanError(

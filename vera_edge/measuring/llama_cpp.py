@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from vera_edge.measuring.comparison import Comparison, Distribution, Estimate
+from vera_edge.measuring.comparison import Comparison, Distribution, Interval
 
 _KLD = {
     "99.9%": "p99.9", "99.0%": "p99", "95.0%": "p95", "90.0%": "p90", "Median": "median",
@@ -37,7 +37,7 @@ def statistics(found: Comparison) -> dict[str, tuple[float, float | None]]:
     }
 
 
-def _pair(estimate: Estimate, scale: float = 1.0) -> tuple[float, float | None]:
+def _pair(estimate: Interval, scale: float = 1.0) -> tuple[float, float | None]:
     return scale * estimate.value, scale * estimate.standard_error
 
 

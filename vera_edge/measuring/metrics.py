@@ -24,15 +24,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Bool, Float32, Float64, Int64
 from vera_edge.divergence import expected, log_softmax
 from vera_edge.errors import DataError, MismatchError
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
-Bool = npt.NDArray[np.bool_]
-Int64 = npt.NDArray[np.int64]
 
 TOP_K = 5
 # Rows handled at once: at a vocabulary of 50,000 a block of float64 is then 3 MB and stays near the cache.

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Trained:
+class OpenedReference:
     """The reference and its yardsticks; `base` is it without its adapter, `noise` it computed in bfloat16.
 
     `tokenizer` is None where its folders hold none; `folder` is where it was looked for. `checkpoint`,
@@ -72,7 +72,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class OpenedCandidate:
     """The artefact; `checkpoint` is set when its weights can be read layer by layer.
 
     `gives`: see `tasks.Task`.
@@ -96,7 +96,7 @@ def open_trained(
     projection_dtype: str | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
-) -> Trained:
+) -> OpenedReference:
     """The model as trained from an adapter folder, a base folder (with `adapter_paths`), or a branch export.
 
     trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer reads the text,
@@ -144,7 +144,7 @@ def base_folder(path: Path, base: Path | None) -> Path:
 
 def _trained_checkpoint(
     checkpoint: Checkpoint, read: tuple[tuple[adapters.Adapter, float], ...], projection_dtype: str | None
-) -> Trained:
+) -> OpenedReference:
     found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
     if any(other.projections.digest != found[0].projections.digest for other in found[1:]):
         raise MismatchError("the adapters were trained on different projections, which one model can't hold")
@@ -159,7 +159,7 @@ def _trained_checkpoint(
     own = base_bytes + sum(folder_bytes(adapter.path) for adapter, _ in read)
     name = " + ".join(path.resolve().name for path in paths)
     base_kind = f"{_weights_of(checkpoint)} base without the adapter"
-    return Trained(
+    return OpenedReference(
         runner=model,
         base=model.adapter_off() if read else None,
         noise=model.bfloat16(),
@@ -177,7 +177,7 @@ def _trained_checkpoint(
     )
 
 
-def _trained_export(path: Path) -> Trained:
+def _trained_export(path: Path) -> OpenedReference:
     from vera_edge.device.runtime.session import Session
 
     manifest = bundle.read(path)
@@ -190,7 +190,7 @@ def _trained_export(path: Path) -> Trained:
         )
     session = Session.open(path)
     kind = f"branch export, {manifest.weights} weights, adapter on"
-    return Trained(
+    return OpenedReference(
         runner=session,
         base=_Swapped(session, None, session.adapter),
         noise=None,
@@ -224,7 +224,7 @@ class _Swapped:
             self.session.swap(self.default)
 
 
-def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ()) -> Candidate:
+def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ()) -> OpenedCandidate:
     """The artefact in `path`: an exported folder, or a Hugging Face folder of any weight format.
 
     trained: digests of the reference's adapters; of a branch export's own, the one among them runs.
@@ -259,10 +259,10 @@ def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ())
         runner = reference.open_reference(checkpoint, auto_class=task.auto_class)
         kind = f"checkpoint, {weights}, computed in float32"
     facts = (_artefact(path, kind), path, context_of(checkpoint), tuple(notes), checkpoint, task.gives)
-    return Candidate(runner, *facts, tokenizer=tokenizer_of(checkpoint), pooling=pooling_of(checkpoint))
+    return OpenedCandidate(runner, *facts, tokenizer=tokenizer_of(checkpoint), pooling=pooling_of(checkpoint))
 
 
-def _candidate_export(path: Path, trained: Sequence[str]) -> Candidate:
+def _candidate_export(path: Path, trained: Sequence[str]) -> OpenedCandidate:
     manifest = bundle.read(path)
     own = {name: entry["digest"] for name, entry in manifest.adapters.items()}
     notes: tuple[str, ...] = ()
@@ -278,12 +278,12 @@ def _candidate_export(path: Path, trained: Sequence[str]) -> Candidate:
 
         encoder = ExportedEncoder(path, adapter)
         facts = (_artefact(path, kind), path, encoder.context, notes)
-        return Candidate(encoder, *facts, gives=encoder.gives, tokenizer=exported_tokenizer(path))
+        return OpenedCandidate(encoder, *facts, gives=encoder.gives, tokenizer=exported_tokenizer(path))
     from vera_edge.device.runtime.session import Session
 
     session = Session.open(path, adapter)
     facts = (_artefact(path, kind), path, session.decoder.context, notes)
-    return Candidate(session, *facts, tokenizer=exported_tokenizer(path))
+    return OpenedCandidate(session, *facts, tokenizer=exported_tokenizer(path))
 
 
 def _split_blocks(checkpoint: Checkpoint) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vera_edge.errors import DriftExceeded
 from vera_edge.measuring import llama_cpp
-from vera_edge.measuring.comparison import HISTOGRAM_EDGES, Comparison, Estimate
+from vera_edge.measuring.comparison import HISTOGRAM_EDGES, Comparison, Interval
 
 FORMAT = 1
 
@@ -115,7 +115,7 @@ class DriftReport:
     fidelity: Comparison
     effect: Comparison | None
     noise: Comparison | None
-    retained: Estimate | None
+    retained: Interval | None
     verdict: Verdict
     notes: tuple[str, ...] = ()
     outcomes: tuple[Outcome, ...] = ()

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Float32, Float64
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring.encoders import ClassDrift
 from vera_edge.measuring.labels_and_values import MIN_TEXTS, mean_over_texts
 from vera_edge.measuring.metrics import TokenMetrics, compare
-
-Float32 = npt.NDArray[np.float32]
-Float64 = npt.NDArray[np.float64]
 
 
 def compare_rows(reference: Sequence[Float32], candidate: Sequence[Float32]) -> ClassDrift:

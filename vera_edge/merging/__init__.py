@@ -6,7 +6,7 @@ first use.
 
 from __future__ import annotations
 
-from vera_edge.merging.costs import Estimate
+from vera_edge.merging.costs import MergeCost
 from vera_edge.merging.executor import Merge, check_plan, merged_weight, write, write_each
 from vera_edge.merging.measure import Survival
 from vera_edge.merging.memory import ONE_PROCESS, Resources
@@ -15,9 +15,9 @@ from vera_edge.merging.report import LayerReport, MergeReport
 
 __all__ = [
     "ONE_PROCESS",
-    "Estimate",
     "LayerReport",
     "Merge",
+    "MergeCost",
     "MergeReport",
     "Prepared",
     "Resources",

@@ -7,20 +7,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vera_edge.arrays import Bytes
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.merging.memory import process_size, unit_peak
-from vera_edge.merging.units import Linear, Unit
-from vera_edge.merging.work import Job
+from vera_edge.merging.units import Linear, MergeUnit
+from vera_edge.merging.work import MergeJob
 from vera_edge.plans.plan import Plan
 from vera_edge.requantize.gram import one_blas_thread
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.shards import MAX_SHARD_BYTES
-from vera_edge.storage.tensors import Bytes, RawTensor, WitnessedFolder
+from vera_edge.storage.tensors import RawTensor, WitnessedFolder
 from vera_edge.trained.trained_model import TrainedModel
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MergeCost:
     """reads, writes: bytes. memory: bytes of one process at its peak, as `--max-memory` counts them.
 
     seconds: for one process on this machine, by the time that one layer took, rounded to nearest; calibration
@@ -33,9 +34,9 @@ class Estimate:
     seconds: float
 
 
-def estimate(plan: Plan, model: TrainedModel) -> Estimate:
+def estimate(plan: Plan, model: TrainedModel) -> MergeCost:
     """Estimate the merge that `plan` says; computes one layer of middling size and writes nothing."""
-    job = Job("", plan, model, {}, Path(), MAX_SHARD_BYTES)
+    job = MergeJob("", plan, model, {}, Path(), MAX_SHARD_BYTES)
     checkpoint = model.checkpoint
     read = {id(unit): sum(checkpoint.tensors[name].nbytes for name in unit.names) for unit in job.units}
     computed = sorted((unit for unit in job.units if isinstance(unit, Linear)), key=lambda u: read[id(u)])
@@ -46,7 +47,7 @@ def estimate(plan: Plan, model: TrainedModel) -> Estimate:
         seconds += _time(sample, checkpoint) * sum(read[id(unit)] for unit in computed) / read[id(sample)]
     if others:
         seconds += _copying_time(checkpoint) * others
-    return Estimate(
+    return MergeCost(
         reads=sum(read.values()),
         writes=job.shards.total,
         memory=process_size(job) + max((unit_peak(job, unit) for unit in job.units), default=0),
@@ -66,7 +67,7 @@ class _Nowhere:
             sha256_bytes(piece.data)
 
 
-def _time(unit: Unit, checkpoint: Checkpoint) -> float:
+def _time(unit: MergeUnit, checkpoint: Checkpoint) -> float:
     begun = time.perf_counter()
     with one_blas_thread():
         unit.run(WitnessedFolder(checkpoint.tensors), _Nowhere())

@@ -8,14 +8,14 @@ from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.formats import dense
 from vera_edge.merging import tying
-from vera_edge.merging.units import Cast, Copy, Linear, Place, Unit
+from vera_edge.merging.units import Cast, Copy, Linear, MergeUnit, Place
 from vera_edge.plans.plan import SAME, Plan
 from vera_edge.requantize import Codes
 from vera_edge.storage.tensors import FLOATS, RawTensor
 from vera_edge.trained.trained_model import TrainedModel
 
 
-def cut(plan: Plan, model: TrainedModel, requantized: Mapping[str, Codes]) -> tuple[list[Unit], bool]:
+def cut(plan: Plan, model: TrainedModel, requantized: Mapping[str, Codes]) -> tuple[list[MergeUnit], bool]:
     """The units of a plan, in the order in which the base's files hold what they read, new tensors last.
 
     requantized: weights that were rounded elsewhere, by module. Also says whether the output head is untied
@@ -38,13 +38,13 @@ def cut(plan: Plan, model: TrainedModel, requantized: Mapping[str, Codes]) -> tu
     return units + apart, untied
 
 
-def _of_step(unit: Linear) -> Unit:
+def _of_step(unit: Linear) -> MergeUnit:
     """The work on a linear; a copy when its bytes stay, which vectors of zeros leave them too."""
     stays = unit.step.copies or (unit.on_grid and unit.delta() is None)
     return Copy(unit.checkpoint, unit.names) if stays else unit
 
 
-def _of_tensor(checkpoint: Checkpoint, name: str, target: str | None) -> Unit:
+def _of_tensor(checkpoint: Checkpoint, name: str, target: str | None) -> MergeUnit:
     dtype = checkpoint.tensors[name].dtype
     if target and dtype in FLOATS and dtype != target:
         return Cast(checkpoint, name, target)
@@ -71,7 +71,7 @@ def _untie(
     adapters: Sequence[tuple[Adapter, float]],
     replaced: Mapping[str, RawTensor],
     target: str | None,
-) -> tuple[list[Unit], bool]:
+) -> tuple[list[MergeUnit], bool]:
     """Tensors that weren't stored since they were tied, where a merge leaves two values; and whether it does.
 
     PEFT replaces one of a pair alone and leaves the other with the base's value.
@@ -80,7 +80,7 @@ def _untie(
     values = tying.Values(plan, checkpoint, adapters, replaced)
     if not any(values.differ(head, source) for head, source in tied):
         return [], False
-    units: list[Unit] = []
+    units: list[MergeUnit] = []
     for pair in tied:
         for name, other in (pair, pair[::-1]):
             if name not in replaced and not values.is_stored(name) and other in checkpoint.tensors:

@@ -10,10 +10,10 @@ import numpy as np
 
 from vera_edge.adapters.projection import Projections
 from vera_edge.adapters.vera import Adapter
+from vera_edge.arrays import Float32
 from vera_edge.errors import AdapterError, CheckpointError
 from vera_edge.formats import Weight, row_chunks
 from vera_edge.merging.measure import ROWS
-from vera_edge.storage.tensors import Float32
 
 # Values of one product: fewer make it slow, more fall out of the processor's cache before they're stored.
 PRODUCT_VALUES = 1 << 21

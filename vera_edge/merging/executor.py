@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import MERGE_RECORD, Checkpoint
 from vera_edge.errors import OutputError, PlanError
 from vera_edge.merging import advice, card
@@ -18,7 +19,7 @@ from vera_edge.merging.journal import Done
 from vera_edge.merging.memory import ONE_PROCESS, Resources, allowed_workers
 from vera_edge.merging.report import MergeReport
 from vera_edge.merging.stage import Stage, files_of, opened, tidy
-from vera_edge.merging.work import Job, do_unit, is_there, key_of
+from vera_edge.merging.work import MergeJob, do_unit, is_there, key_of
 from vera_edge.parallel import Engine
 from vera_edge.plans import step_options
 from vera_edge.plans.plan import Plan, check_made_for
@@ -27,7 +28,6 @@ from vera_edge.requantize import Codes
 from vera_edge.storage.files import check_output, write_atomic
 from vera_edge.storage.json_text import canonical_json, settings_json
 from vera_edge.storage.shards import MAX_SHARD_BYTES, ShardWriter
-from vera_edge.storage.tensors import Float32
 from vera_edge.trained.trained_model import TrainedModel
 
 WHAT = "merging"  # in progress, whose unit is a byte
@@ -102,14 +102,14 @@ def write_each(
     return reports
 
 
-def _job(merge: Merge, force: bool, max_shard_bytes: int, resources: Resources) -> Job:
+def _job(merge: Merge, force: bool, max_shard_bytes: int, resources: Resources) -> MergeJob:
     check_plan(merge.plan, merge.model)
     tidy(merge.out)
     check_output(merge.out, force, merge.model.folders)
     key = key_of(merge.plan, merge.requantized, max_shard_bytes)
     folder = files_of(merge.out.absolute(), key)  # a worker may stand elsewhere
     in_flight = resources.in_flight or 1
-    return Job(key, merge.plan, merge.model, merge.requantized, folder, max_shard_bytes, in_flight)
+    return MergeJob(key, merge.plan, merge.model, merge.requantized, folder, max_shard_bytes, in_flight)
 
 
 def check_plan(plan: Plan, model: TrainedModel) -> None:
@@ -129,7 +129,7 @@ def check_plan(plan: Plan, model: TrainedModel) -> None:
 
 
 def _write_tensors(
-    jobs: list[Job], stages: list[Stage], engine: Engine, workers: int | None, progress: Progress
+    jobs: list[MergeJob], stages: list[Stage], engine: Engine, workers: int | None, progress: Progress
 ) -> list[dict[int, Done]]:
     """Do the units that aren't done yet; all of them, by job."""
     for job, stage in zip(jobs, stages, strict=True):
@@ -157,11 +157,11 @@ def _write_tensors(
     return found
 
 
-def _do(jobs: list[Job], item: tuple[int, int]) -> Done:
+def _do(jobs: list[MergeJob], item: tuple[int, int]) -> Done:
     return do_unit(jobs[item[0]], item[1])
 
 
-def _keep_only_shards(job: Job, stage: Stage) -> None:
+def _keep_only_shards(job: MergeJob, stage: Stage) -> None:
     """Remove what a run that was killed near its end left beside the shards, half-written files among it."""
     shards = set(job.shards.files.values())
     for path in stage.files.iterdir():
@@ -169,7 +169,7 @@ def _keep_only_shards(job: Job, stage: Stage) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _check_space(jobs: list[Job], stages: list[Stage]) -> None:
+def _check_space(jobs: list[MergeJob], stages: list[Stage]) -> None:
     free = shutil.disk_usage(stages[0].files).free
     held = sum(_allocated(path) for stage in stages for path in stage.files.iterdir())
     total = sum(job.shards.total for job in jobs)
@@ -187,7 +187,7 @@ def _allocated(path: Path) -> int:
     return facts.st_blocks * 512 if hasattr(facts, "st_blocks") else facts.st_size  # Windows has none
 
 
-def _take_up(job: Job, stage: Stage, progress: Progress) -> dict[int, Done]:
+def _take_up(job: MergeJob, stage: Stage, progress: Progress) -> dict[int, Done]:
     """What earlier runs finished, as far as the files hold it."""
     said, found = sorted(stage.journal.done.items()), {}
     for number, (unit, done) in enumerate(said, 1):

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge.arrays import Float32
 from vera_edge.formats import Weight, WeightFormat
-from vera_edge.storage.tensors import Float32
 
 MAX_NOISE = 1.0
 MIN_RETAINED = 0.5

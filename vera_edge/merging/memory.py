@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from vera_edge import formats
 from vera_edge.errors import PlanError
 from vera_edge.merging.measure import measured_rows
-from vera_edge.merging.units import Linear, Unit
-from vera_edge.merging.work import Job
+from vera_edge.merging.units import Linear, MergeUnit
+from vera_edge.merging.work import MergeJob
 from vera_edge.parallel import Engine
 from vera_edge.storage.shards import nbytes
 
@@ -35,7 +35,7 @@ class Resources:
 ONE_PROCESS = Resources(Engine())
 
 
-def unit_peak(job: Job, unit: Unit) -> int:
+def unit_peak(job: MergeJob, unit: MergeUnit) -> int:
     """Bytes a unit takes at its peak: what it reads, what it gives, and pieces."""
     making = job.model.checkpoint.making(unit.names)
     if not isinstance(unit, Linear):
@@ -58,7 +58,7 @@ def unit_peak(job: Job, unit: Unit) -> int:
     return making + taken + _PIECES
 
 
-def process_size(job: Job) -> int:
+def process_size(job: MergeJob) -> int:
     """Bytes a process takes before it does a unit: the program, the projections and the adapters."""
     spec = job.model.projections.spec
     vectors = sum(
@@ -72,7 +72,7 @@ def process_size(job: Job) -> int:
     return _PROCESS + 4 * spec.elements + vectors + tensors
 
 
-def allowed_workers(jobs: Sequence[Job], resources: Resources) -> int | None:
+def allowed_workers(jobs: Sequence[MergeJob], resources: Resources) -> int | None:
     """How many units may be at work at once, for all to fit in the memory that is allowed; None for any.
 
     Where nothing is said of memory, workers of this process take no more than `ROOM`, if they are several.

@@ -13,7 +13,7 @@ from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import PlanError
 from vera_edge.formats import FORMATS
 from vera_edge.merging import costs
-from vera_edge.merging.costs import Estimate
+from vera_edge.merging.costs import MergeCost
 from vera_edge.merging.executor import Merge, check_plan, write_each
 from vera_edge.merging.memory import ONE_PROCESS, Resources
 from vera_edge.merging.report import MergeReport
@@ -97,7 +97,7 @@ def prepare_each(
     return ready
 
 
-def estimate(ready: Prepared) -> Estimate:
+def estimate(ready: Prepared) -> MergeCost:
     """What `perform` would read, write and take, rounding to nearest."""
     return costs.estimate(ready.plan, ready.model)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from vera_edge.adapters import vera as adapters
 from vera_edge.adapters.vera import Adapter
+from vera_edge.arrays import Bytes
 from vera_edge.base.checkpoint import MERGE_RECORD, Checkpoint
 from vera_edge.base.trained_as import LoadedFolder, TrainedAs, quantized_as
 from vera_edge.base.trained_as.spec import FOUR_BIT
@@ -26,7 +27,7 @@ from vera_edge.progress import Progress, silent
 from vera_edge.storage import side_files
 from vera_edge.storage.files import check_output, staged_folder, write_atomic
 from vera_edge.storage.shards import Shards, ShardWriter
-from vera_edge.storage.tensors import Bytes, RawTensor
+from vera_edge.storage.tensors import RawTensor
 from vera_edge.trained import alignment, provenance
 from vera_edge.trained import record as training_record
 from vera_edge.trained.peft_rounding import rounds_to_compute_dtype

@@ -15,6 +15,7 @@ import numpy as np
 from vera_edge import formats
 from vera_edge.adapters.projection import Projections
 from vera_edge.adapters.vera import Adapter
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, PlanError
 from vera_edge.formats import Rounder, Weight, affine, dense, row_chunks
@@ -24,7 +25,7 @@ from vera_edge.merging.report import LayerReport
 from vera_edge.plans.plan import Step
 from vera_edge.requantize import Codes
 from vera_edge.storage.shards import Layout
-from vera_edge.storage.tensors import DTYPES, FLOATS, Bytes, Float32, RawTensor, TensorFolder
+from vera_edge.storage.tensors import DTYPES, FLOATS, RawTensor, TensorFolder
 
 
 class Output(Protocol):
@@ -37,7 +38,7 @@ class Output(Protocol):
         """Take a tensor's bytes piece by piece."""
 
 
-class Unit(Protocol):
+class MergeUnit(Protocol):
     """One piece of work."""
 
     @property
@@ -194,7 +195,7 @@ class _Chosen:
         zeros = np.full_like(codes.scales, codes.grid.middle)
         if codes.zeros is not None:
             zeros = codes.zeros.astype(np.float32)
-        weight: Weight = pack(affine.Grid(codes.codes, codes.scales, zeros), self.step.options)
+        weight: Weight = pack(affine.AffineParams(codes.codes, codes.scales, zeros), self.step.options)
         return weight
 
 

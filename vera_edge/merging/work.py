@@ -16,26 +16,27 @@ import numpy.typing as npt
 from vera_edge import __version__
 from vera_edge.adapters.projection import Projections
 from vera_edge.adapters.vera import WeightedAdapter
+from vera_edge.arrays import Bytes
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.overlay import Overlay
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.merging.cutting import cut
 from vera_edge.merging.journal import Done
-from vera_edge.merging.units import Unit
+from vera_edge.merging.units import MergeUnit
 from vera_edge.plans.plan import Plan
 from vera_edge.requantize import Codes
 from vera_edge.requantize.gram import one_blas_thread
 from vera_edge.storage.files import output_error, sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 from vera_edge.storage.shards import Shards, nbytes
-from vera_edge.storage.tensors import Bytes, RawTensor, WitnessedFolder
+from vera_edge.storage.tensors import RawTensor, WitnessedFolder
 from vera_edge.trained.trained_model import TrainedModel
 
 _AHEAD = 1 << 28  # bytes of one tensor to fetch ahead; a longer one is read in order, which the system sees
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class MergeJob:
     """A merge, as its workers need it. Pickled, it carries the base's path, and a worker opens that once.
 
     folder: where the shards are, made already. max_shard_bytes: as for `Shards`. ahead: how many units are
@@ -52,11 +53,11 @@ class Job:
     run: str = field(default_factory=lambda: uuid4().hex)
 
     @cached_property
-    def _cut(self) -> tuple[list[Unit], bool]:
+    def _cut(self) -> tuple[list[MergeUnit], bool]:
         return cut(self.plan, self.model, self.requantized)
 
     @property
-    def units(self) -> list[Unit]:
+    def units(self) -> list[MergeUnit]:
         """The units, in the order in which the base's files hold what they read."""
         return self._cut[0]
 
@@ -98,7 +99,7 @@ class _Base(NamedTuple):
         return checkpoint if self.overlay is None else checkpoint.overlaid(self.overlay)
 
 
-_reopened: dict[str, Job] = {}  # in a worker: the jobs it works on
+_reopened: dict[str, MergeJob] = {}  # in a worker: the jobs it works on
 _HELD = 64
 
 
@@ -109,11 +110,11 @@ def _reopen(
     base: _Base,
     adapters: tuple[tuple[WeightedAdapter, ...], Projections],
     rest: tuple[Mapping[str, Codes], Path, int],
-) -> Job:
+) -> MergeJob:
     if run not in _reopened:
         while len(_reopened) >= _HELD:
             _reopened.pop(next(iter(_reopened)))
-        _reopened[run] = Job(key, Plan.from_dict(plan), TrainedModel(base.open(), *adapters), *rest)
+        _reopened[run] = MergeJob(key, Plan.from_dict(plan), TrainedModel(base.open(), *adapters), *rest)
     return _reopened[run]
 
 
@@ -138,7 +139,7 @@ def _codes_digest(codes: Codes) -> str:
 class _Written:
     """Puts tensors in their place in the shards; `digests` is the SHA-256 of each."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: MergeJob) -> None:
         self._job = job
         self.digests: dict[str, str] = {}
 
@@ -162,7 +163,7 @@ class _Written:
         self.digests[name] = state.hexdigest()
 
 
-def do_unit(job: Job, number: int) -> Done:
+def do_unit(job: MergeJob, number: int) -> Done:
     """Do one unit and write what it gives. Safe to do again, to be killed in, and beside others in threads.
 
     Raises as units do, and OutputError when the disk refuses.
@@ -177,7 +178,7 @@ def do_unit(job: Job, number: int) -> Done:
     return Done(number, digest_of(written.digests), read.digests, layer)
 
 
-def is_there(job: Job, done: Done) -> bool:
+def is_there(job: MergeJob, done: Done) -> bool:
     """Whether the files hold what a unit is said to have written, made of what the base holds now."""
     unit = job.units[done.unit] if done.unit < len(job.units) else None
     if unit is None or set(done.read) != set(unit.names):
@@ -194,7 +195,7 @@ def digest_of(tensors: Mapping[str, str]) -> str:
     return sha256_bytes(canonical_json(dict(tensors)))
 
 
-def _read_ahead(job: Job, number: int) -> None:
+def _read_ahead(job: MergeJob, number: int) -> None:
     """Ask the system to fetch what a unit reads while another one computes."""
     if number >= len(job.units) or not hasattr(os, "posix_fadvise"):
         return

@@ -16,6 +16,6 @@ choice    what was found
 
 from __future__ import annotations
 
-from vera_edge.precision.request import FORMATS, TARGETS, Request, parse_ratio
+from vera_edge.precision.request import FORMATS, TARGETS, PlanRequest, parse_ratio
 
-__all__ = ["FORMATS", "TARGETS", "Request", "parse_ratio"]
+__all__ = ["FORMATS", "TARGETS", "PlanRequest", "parse_ratio"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vera_edge.plans.plan import Plan
-from vera_edge.precision.units import Unit
+from vera_edge.precision.units import MeasuredUnit
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenPlan:
     """A plan that keeps the limit that was asked for.
 
     trial: its own measurement; trials: all that were exported on the way. gap: by what share of its loss (of
@@ -74,7 +74,7 @@ class Choice:
     plan: Plan
     trial: Trial
     trials: tuple[Trial, ...]
-    units: tuple[Unit, ...]
+    units: tuple[MeasuredUnit, ...]
     picks: Mapping[str, str]
     bits: float
     gap: float

@@ -16,10 +16,10 @@ from vera_edge.exporting import target as targets
 from vera_edge.merging import Prepared
 from vera_edge.plans import plan as plans
 from vera_edge.plans.plan import DENSE, SAME, Plan, Step
-from vera_edge.precision.choice import Choice
-from vera_edge.precision.codes import Rounded
+from vera_edge.precision.choice import ChosenPlan
+from vera_edge.precision.codes import UnitCodes
 from vera_edge.precision.replay import Replay
-from vera_edge.precision.request import Request, split
+from vera_edge.precision.request import PlanRequest, split
 from vera_edge.precision.solver import Solver, finished
 from vera_edge.precision.trained import check_adapters, trained_model
 from vera_edge.precision.trial import Trials
@@ -36,13 +36,13 @@ from vera_edge.text import windows
 def choose(
     base: Path,
     adapters: Sequence[tuple[Path, float]],
-    request: Request,
+    request: PlanRequest,
     beside: Path,
     projection_dtype: str | None = None,
     progress: Progress = silent,
     keep: Path | None = None,
     trained_as: TrainedAs | None = None,
-) -> Choice:
+) -> ChosenPlan:
     """The plan that loses least within `request.max_size`, or the smallest within `request.max_kl`.
 
     base, adapters: folders, each adapter with its weight. beside: a path in whose folder scratch files may
@@ -96,18 +96,18 @@ def candidates(ready: Prepared, formats: Sequence[str]) -> tuple[str, Plan, dict
 @dataclass
 class _Search:
     ready: Prepared
-    request: Request
+    request: PlanRequest
     work: Path
     progress: Progress
     keep: Path | None
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self) -> Choice:
+    def run(self) -> ChosenPlan:
         first, start, steps = candidates(self.ready, self.request.formats)
         stores = {name: CodesFolder(self.work / name) for name in steps}
         for store in stores.values():
             store.folder.mkdir()
-        rounded = Rounded(self.ready, steps, self.request.method, stores)
+        rounded = UnitCodes(self.ready, steps, self.request.method, stores)
         calibration, sensitivity, check = self._windows()
         trials, heads = Trials(self.ready, self.request.target, self.work), heads_of(self.request.formats)
         with self._timed("weighing"):

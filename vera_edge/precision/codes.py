@@ -15,26 +15,26 @@ from typing import Any
 import torch
 
 from vera_edge import merging as merge
+from vera_edge.arrays import Float32, Int64
 from vera_edge.errors import PlanError
 from vera_edge.formats.blocks import quantize
 from vera_edge.merging import Prepared
 from vera_edge.plans.plan import Step
 from vera_edge.precision.replay import Change
 from vera_edge.progress import Progress
-from vera_edge.reference.calibration import Inputs, Int64, Walk
+from vera_edge.reference.calibration import LayerInputs, Walk
 from vera_edge.reference.layers import Changed
 from vera_edge.reference.model import oriented
 from vera_edge.requantize import Codes, CodesFolder, Gram, Grid, requantize
 from vera_edge.requantize.gram import in_threads
 from vera_edge.rounding.weight_rounding import grid_of
-from vera_edge.storage.tensors import Float32
 
 # A graph's layers of these formats round what they read, see replay.py.
 INTEGER = ("int4", "int8")
 
 
 @dataclass
-class Rounded:
+class UnitCodes:
     """Codes of every module by format. steps: format -> module -> what the plan would say.
 
     groups: the modules that read the same input, in the order of computation, once calibrated.
@@ -57,7 +57,7 @@ class Rounded:
                 "or choose formats yourself (--weights)"
             )
 
-    def _answer(self, inputs: Inputs) -> Mapping[str, Changed]:
+    def _answer(self, inputs: LayerInputs) -> Mapping[str, Changed]:
         self.groups.append(inputs.modules)
         wanted = [
             (name, module, grid)

@@ -25,17 +25,17 @@ _MICROSOFT = "com.microsoft"
 
 Weights = Mapping[str, npt.NDArray[Any]]
 # What decides how long a product takes: format, shape (out, in) and block.
-Kind = tuple[str, tuple[int, int], int]
+ProductKind = tuple[str, tuple[int, int], int]
 
 
-def kind_of(step: Step) -> Kind:
+def kind_of(step: Step) -> ProductKind:
     """What a plan's step is multiplied as."""
     if step.result in DENSE:
         return ("fp32", step.shape, 0)
     return (step.result, step.shape, int(step.options.get("blocksize", step.options.get("block", BLOCK))))
 
 
-def nanoseconds(kind: Kind) -> int:
+def nanoseconds(kind: ProductKind) -> int:
     """The time of one product (1, in) x (in, out) of this kind: the shortest of several runs."""
     import onnxruntime as ort
 
@@ -57,7 +57,7 @@ def nanoseconds(kind: Kind) -> int:
     return max(1, min(times) // copies)
 
 
-def _weights(kind: Kind) -> Weights:
+def _weights(kind: ProductKind) -> Weights:
     """Initializers of one product, in the order of the operator's inputs; what they hold doesn't matter."""
     name, (out, inside), block = kind
     if name == "fp32":
@@ -78,7 +78,7 @@ def _weights(kind: Kind) -> Weights:
     return found
 
 
-def graph(kind: Kind, copies: int) -> bytes:
+def graph(kind: ProductKind, copies: int) -> bytes:
     """An ONNX model of `copies` products of x (1, in), each with weights of its own."""
     from onnx import TensorProto, helper, numpy_helper
 

@@ -17,16 +17,14 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
+from vera_edge.arrays import Int64
 from vera_edge.errors import DataError
 from vera_edge.exporting.target import Runner
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.layers import stack_of
-
-Int64 = npt.NDArray[np.int64]
 
 # Rows of logits at once: with a vocabulary of 50,000 they take 3 MB, which caches hold.
 _ROWS = 16

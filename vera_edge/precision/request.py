@@ -20,7 +20,7 @@ CHECKED = 2
 
 
 @dataclass(frozen=True)
-class Request:
+class PlanRequest:
     """max_size: bytes of all files of the export. max_kl: mean KL in nats on `data`. max_latency: time of the
     layers' products over that of the quickest choice, on this machine. One of the three.
 

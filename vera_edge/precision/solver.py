@@ -12,13 +12,13 @@ import numpy as np
 from vera_edge.errors import PlanError
 from vera_edge.merging import Prepared
 from vera_edge.plans.plan import SAME, Plan
-from vera_edge.precision.choice import Choice, FrontPoint, Trial
-from vera_edge.precision.codes import INTEGER, Rounded
+from vera_edge.precision.choice import ChosenPlan, FrontPoint, Trial
+from vera_edge.precision.codes import INTEGER, UnitCodes
 from vera_edge.precision.knapsack import Front, front
 from vera_edge.precision.replay import Change, Replay
-from vera_edge.precision.request import Request, split
+from vera_edge.precision.request import PlanRequest, split
 from vera_edge.precision.trial import Trials
-from vera_edge.precision.units import ENDS, Unit, ends_change
+from vera_edge.precision.units import ENDS, MeasuredUnit, ends_change
 from vera_edge.progress import Progress
 from vera_edge.rounding.weight_rounding import Rounding
 
@@ -33,7 +33,7 @@ _AIM = 0.96
 _SHOWN = 12
 
 
-def finished(plan: Plan, head: str, request: Request, ready: Prepared) -> Plan:
+def finished(plan: Plan, head: str, request: PlanRequest, ready: Prepared) -> Plan:
     """`plan` with what an export needs to know beside the steps."""
     options = {"base_digest": ready.model.checkpoint.digest, "head": head, "method": request.method}
     if request.mode == "branch":
@@ -50,10 +50,10 @@ class Solver:
     together over the sum of each alone. gain: KL of an export over that of layers rounded alone, in torch.
     """
 
-    request: Request
+    request: PlanRequest
     start: Plan
-    rounded: Rounded
-    units: tuple[Unit, ...]
+    rounded: UnitCodes
+    units: tuple[MeasuredUnit, ...]
     model: Any
     replay: Replay
     trials: Trials
@@ -139,7 +139,7 @@ class Solver:
     def _run(self, point: int) -> float:
         """The KL of all units of a plan together, in torch."""
         picks = self._picks(point)
-        layers: dict[int, list[Unit]] = {}
+        layers: dict[int, list[MeasuredUnit]] = {}
         for unit in self.units:
             if unit.modules:
                 layers.setdefault(self.replay.depth_of(unit.modules[0]), []).append(unit)
@@ -209,7 +209,7 @@ class Solver:
             replace(self.start, steps=steps), self._picks(point)[ENDS], self.request, self.rounded.ready
         )
 
-    def choice(self, point: int, seconds: Mapping[str, float], notes: tuple[str, ...]) -> Choice:
+    def choice(self, point: int, seconds: Mapping[str, float], notes: tuple[str, ...]) -> ChosenPlan:
         """Everything that is known about a point."""
         points, trial = self.points, self.tried[point]
         shown = {point, *np.linspace(0, len(points) - 1, min(_SHOWN, len(points))).astype(int).tolist()}
@@ -226,7 +226,7 @@ class Solver:
         gap = points.loss_gap(point) if self.request.max_kl is None else points.size_gap(point)
         picks, trials = self._picks(point), tuple(self.tried.values())
         facts = (self.plan(point), trial, trials, self.units, picks, self._bits(picks), gap, line)
-        return Choice(*facts, seconds, notes, self._latency(point))
+        return ChosenPlan(*facts, seconds, notes, self._latency(point))
 
     def _latency(self, point: int) -> float | None:
         """Time of the layers' products over that of the quickest choice; None when it wasn't asked for."""

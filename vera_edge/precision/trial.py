@@ -18,7 +18,7 @@ from vera_edge.rounding.weight_rounding import Rounding
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredTrial:
     """What was found. size: bytes of all files of the export in `folder`. kl: mean KL in nats."""
 
     folder: Path
@@ -40,7 +40,7 @@ class Trials:
 
     def measure(
         self, plan: Plan, rounding: Rounding, number: int, replay: Replay, progress: Progress
-    ) -> Measured:
+    ) -> MeasuredTrial:
         """Round and export as trial `number`, as `vera-edge export` does; measure on the text of `replay`.
 
         Raises as the rounding and the exporter do.
@@ -48,7 +48,7 @@ class Trials:
         ready, out = self.ready, self.work / f"trial-{number}"
         with rounding.codes(ready.model, plan, out, progress) as rounded:
             self._export(plan, rounded.codes, out, progress)
-        return Measured(out, _size(out), replay.kl_of(Session.open(out), progress))
+        return MeasuredTrial(out, _size(out), replay.kl_of(Session.open(out), progress))
 
     def _export(self, plan: Plan, codes: Mapping[str, Codes], out: Path, progress: Progress) -> Path:
         request = ExportRequest(

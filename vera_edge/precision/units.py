@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from vera_edge.formats.blocks import quantize
-from vera_edge.precision.codes import INTEGER, Rounded
+from vera_edge.precision.codes import INTEGER, UnitCodes
 from vera_edge.precision.knapsack import Option
-from vera_edge.precision.latency import Kind, kind_of, nanoseconds
+from vera_edge.precision.latency import ProductKind, kind_of, nanoseconds
 from vera_edge.precision.replay import Change, Replay, rounded
 from vera_edge.precision.request import split
 from vera_edge.precision.sizes import HEADS, matrix_bytes, step_bytes
@@ -28,7 +28,7 @@ ENDS = "embeddings"
 
 
 @dataclass(frozen=True)
-class Unit:
+class MeasuredUnit:
     """Linears that get one format together, or `ENDS`: embeddings and output head.
 
     options: what each format costs. Empty `modules` are the ends.
@@ -45,16 +45,16 @@ class Sensitivities:
 
     model: Any
     replay: Replay
-    codes: Rounded
+    codes: UnitCodes
     timed: bool = False
-    _times: dict[Kind, int] = field(default_factory=dict)
+    _times: dict[ProductKind, int] = field(default_factory=dict)
 
-    def units(self, heads: Sequence[str], progress: Progress) -> tuple[Unit, ...]:
+    def units(self, heads: Sequence[str], progress: Progress) -> tuple[MeasuredUnit, ...]:
         """Every unit with its options measured, each alone; `heads`: what the ends may be stored as."""
         found, groups = [self._ends(heads)], self.codes.groups
         for number, modules in enumerate(groups):
             progress("measuring sensitivities", number, len(groups))
-            found.append(Unit(_name(modules), modules, self._options(modules)))
+            found.append(MeasuredUnit(_name(modules), modules, self._options(modules)))
         progress("measuring sensitivities", len(groups), len(groups))
         return tuple(found)
 
@@ -73,7 +73,7 @@ class Sensitivities:
             for name, steps in self.codes.steps.items()
         }
 
-    def _time(self, kind: Kind) -> int:
+    def _time(self, kind: ProductKind) -> int:
         if self.timed and kind not in self._times:
             self._times[kind] = nanoseconds(kind)
         return self._times.get(kind, 0)
@@ -95,7 +95,7 @@ class Sensitivities:
                 total += 0.0 if error is None else float(error.double().square().sum())
         return total
 
-    def _ends(self, heads: Sequence[str]) -> Unit:
+    def _ends(self, heads: Sequence[str]) -> MeasuredUnit:
         """Embeddings and head; tied ones are stored once. Every kind is measured."""
         shapes = [tuple(weight.shape) for weight in _end_weights(self.model).values()]
         # The lookup of embeddings has no short blocks.
@@ -107,7 +107,7 @@ class Sensitivities:
             change = ends_change(self.model, kind)
             time = self._time((kind, (shapes[-1][0], shapes[-1][1]), BLOCK)) if whole else 0
             options[kind] = Option(size, self.replay.kl(change) if change.weights else 0.0, time)
-        return Unit(ENDS, (), options)
+        return MeasuredUnit(ENDS, (), options)
 
 
 def ends_change(model: Any, kind: str) -> Change:
@@ -146,7 +146,7 @@ def heads_of(formats: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in HEADS if name in kinds) or ("fp32",)
 
 
-def bytes_of(units: Sequence[Unit], layers: str, head: str) -> int:
+def bytes_of(units: Sequence[MeasuredUnit], layers: str, head: str) -> int:
     """Bytes of all units when every one has the same format; ends that can't become `head` stay float32."""
     total = 0
     for unit in units:

@@ -21,25 +21,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
+from vera_edge.arrays import Float32, Int64
 from vera_edge.errors import DataError
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.layers import Changed, Layer, Stack
 from vera_edge.requantize.gram import one_blas_thread
 
-Float32 = npt.NDArray[np.float32]
 # How much damping a token less per input costs: errors on other text were least between 1 and 4.
 _DAMP = 2.0
 _LEAST_DAMP = 0.01
-Int64 = npt.NDArray[np.int64]
 Sees = Literal["original", "inputs"]
 
 
 @dataclass(frozen=True)
-class Inputs:
+class LayerInputs:
     """The statistics of one input. `modules`: the linears that read it. `gram`: X^T X / n (in, in) float32.
 
     `count`: n, the tokens. `cross`: X^T X~ / n (in, in), original against requantized inputs, where they
@@ -65,7 +63,7 @@ class Inputs:
 
 
 # Called once for every input; gives what modules have from now on, those that change.
-Answer = Callable[[Inputs], Mapping[str, Changed]]
+Answer = Callable[[LayerInputs], Mapping[str, Changed]]
 
 
 @dataclass
@@ -117,7 +115,7 @@ def _plain(layer: Layer, hidden: list[torch.Tensor], answer: Answer) -> list[tor
     for group in groups:
         gram = grams.pop(group[0])
         mean = gram.mean()
-        answer(Inputs(group, gram.value(), gram.count, means=(mean, mean, None)))
+        answer(LayerInputs(group, gram.value(), gram.count, means=(mean, mean, None)))
     return outputs
 
 
@@ -144,7 +142,7 @@ def _following(
         alone = len(group) == 1 and bool(stream)
         means = gram.mean(), cross.mean(), off.mean() if alone else None
         shift = off.value() if alone else None
-        changed |= answer(Inputs(group, gram.value(), gram.count, cross.value(), shift, means))
+        changed |= answer(LayerInputs(group, gram.value(), gram.count, cross.value(), shift, means))
     layer.use(kept | changed)
     outputs = [layer(x, row) for row, x in enumerate(hidden)]
     return outputs, [output for _, output in passes if output is not None]
@@ -175,7 +173,7 @@ class _Mean:
         return found
 
 
-def follow_target(weight: Float32, inputs: Inputs, share: float, damp: float | None = None) -> Float32:
+def follow_target(weight: Float32, inputs: LayerInputs, share: float, damp: float | None = None) -> Float32:
     """`weight` (out, in) moved towards the best one for inputs and a stream that changed; `share` of the way.
 
     W + share * (W (C - H) + S)(H + damp * mean diagonal)^-1, C = X^T X~, H = X~^T X~, S = (R - R~)^T X~.

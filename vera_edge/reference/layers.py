@@ -9,13 +9,12 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
+from vera_edge.arrays import Int64
 from vera_edge.errors import DataError
 
-Int64 = npt.NDArray[np.int64]
 # The place of a layer's own input, among those of its submodules.
 OWN_INPUT = ""
 

@@ -25,14 +25,12 @@ from torch import nn
 
 from vera_edge.adapters.projection import Projections
 from vera_edge.adapters.vera import Adapter
+from vera_edge.arrays import Float32, Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, CheckpointError, MismatchError
 from vera_edge.quiet import first_line, quiet
 from vera_edge.reference.loading import LOCAL, config_of, loaded
 from vera_edge.trained.alignment import as_loaded
-
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class _Swap:
 
 
 @dataclass(frozen=True)
-class Reference:
+class TorchReference:
     """A Runner over the model as trained; `adapter_off` and `bfloat16` view the same weights otherwise."""
 
     model: Any
@@ -115,11 +113,11 @@ class Reference:
                 stack.enter_context(torch.autocast("cpu", torch.bfloat16))
             yield
 
-    def adapter_off(self) -> Reference:
+    def adapter_off(self) -> TorchReference:
         """The same base without the adapter: what an artefact falls back to when the adapter is lost."""
         return replace(self, adapter_on=False)
 
-    def bfloat16(self) -> Reference:
+    def bfloat16(self) -> TorchReference:
         """The same model computed in bfloat16 (autocast): the noise floor that any runtime may have."""
         return replace(self, autocast=True)
 
@@ -155,7 +153,7 @@ def open_reference(
     adapters: Sequence[tuple[Adapter, float]] = (),
     projections: Projections | None = None,
     auto_class: str = "AutoModelForCausalLM",
-) -> Reference:
+) -> TorchReference:
     """The model as trained: `checkpoint` with `adapters`, each with its weight, on their `projections`.
 
     A weight scales an adapter's delta. Without adapters it is the base itself. `auto_class` names the
@@ -166,14 +164,14 @@ def open_reference(
     model = load_dense(checkpoint, auto_class)
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))
     if not adapters:
-        return Reference(model.eval(), vocabulary, has_adapter=False)
+        return TorchReference(model.eval(), vocabulary, has_adapter=False)
     if projections is None:
         raise AdapterError("a reference with an adapter needs the projections it was trained with")
     speaks = auto_class == "AutoModelForCausalLM"
     trained = [(as_loaded(adapter, model, speaks), weight) for adapter, weight in adapters]
     with quiet():
         wrapped, swaps = _with_adapters(model, trained, projections)
-    return Reference(wrapped.eval(), vocabulary, True, tuple(swaps))
+    return TorchReference(wrapped.eval(), vocabulary, True, tuple(swaps))
 
 
 def load_dense(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM") -> Any:
@@ -312,7 +310,7 @@ def _swap(model: nn.Module, name: str, values: Float32, adapter: Adapter) -> _Sw
     return _Swap(parameter, trained, base)
 
 
-def load_as_stored(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM") -> Reference:
+def load_as_stored(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM") -> TorchReference:
     """The checkpoint as its users load it: transformers' own loading, bitsandbytes' own kernels, no adapter.
 
     Those kernels have a noise of their own (a mean KL of about 2e-4 on SmolLM2). Raises CheckpointError when
@@ -328,4 +326,4 @@ def load_as_stored(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausal
         except Exception as cause:  # of transformers, and of whatever package reads the format
             raise CheckpointError(f"transformers can't load {checkpoint.path}: {first_line(cause)}") from None
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))
-    return Reference(model.eval(), vocabulary, has_adapter=False)
+    return TorchReference(model.eval(), vocabulary, has_adapter=False)

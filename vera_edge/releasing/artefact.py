@@ -16,8 +16,8 @@ from vera_edge.plans import plan as plans
 from vera_edge.plans.plan import Plan
 from vera_edge.progress import Progress
 from vera_edge.releasing.cache import Store, link
-from vera_edge.releasing.inputs import Inputs
-from vera_edge.releasing.job import Job
+from vera_edge.releasing.inputs import ReleaseInputs
+from vera_edge.releasing.job import ReleaseJob
 from vera_edge.releasing.variant import PLAN
 from vera_edge.rounding.weight_rounding import Rounding
 from vera_edge.storage.files import write_atomic
@@ -28,7 +28,7 @@ _ADAPTER_FILE = f"adapters/{_NAME}.onnx_adapter"
 _PLAN_FILE = "plan.json"
 
 
-def export(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Manifest:
+def export(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progress) -> Manifest:
     """Export a job's base and adapter, or find it exported; `folder` of the manifest says where."""
     facts = inputs.facts | {"stage": "export"}
     if not job.variant.shares_graph:
@@ -43,7 +43,7 @@ def export(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Manife
     return bundle.read(folder)
 
 
-def _plan(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Plan | None:
+def _plan(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progress) -> Plan | None:
     """The recipe's plan, read or searched for; None when the variant has no plan."""
     variant = job.variant
     if variant.weights != PLAN:
@@ -72,7 +72,7 @@ def _plan(job: Job, store: Store, inputs: Inputs, progress: Progress) -> Plan | 
     return plans.read(folder / _PLAN_FILE)
 
 
-def _export(job: Job, stage: Path, progress: Progress, made: Plan | None) -> None:
+def _export(job: ReleaseJob, stage: Path, progress: Progress, made: Plan | None) -> None:
     variant, base = job.variant, job.recipe.base(job.adapter.base)
     target.export(
         base=job.recipe.path(base.path),
@@ -95,7 +95,7 @@ def _export(job: Job, stage: Path, progress: Progress, made: Plan | None) -> Non
         bundle.write(stage, bundle.change(manifest, adapters={_NAME: entry}), known=manifest.files)
 
 
-def _swap_in(graph: Path, stage: Path, inputs: Inputs) -> None:
+def _swap_in(graph: Path, stage: Path, inputs: ReleaseInputs) -> None:
     """The shared graph with this adapter's vectors in the place of those it was exported with."""
     manifest = bundle.read(graph)
     same = {name: entry for name, entry in manifest.files.items() if not name.startswith("adapters/")}

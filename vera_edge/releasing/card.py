@@ -12,7 +12,7 @@ import jinja2
 from vera_edge.bundle.contents import Manifest
 from vera_edge.releasing.attestation import Material
 from vera_edge.releasing.evidence import Evidence
-from vera_edge.releasing.job import Job
+from vera_edge.releasing.job import ReleaseJob
 
 _TITLES = {
     "kl_by_position.svg": "Mean KL by position",
@@ -33,7 +33,7 @@ _RUNTIMES = {"onnx": "ONNX Runtime", "genai": "ONNX Runtime GenAI"}
 
 
 def render(
-    job: Job,
+    job: ReleaseJob,
     manifest: Manifest,
     evidence: Evidence,
     materials: tuple[Material, ...],

@@ -16,8 +16,8 @@ from vera_edge.releasing import attestation, card
 from vera_edge.releasing.attestation import Material
 from vera_edge.releasing.cache import Store, publish
 from vera_edge.releasing.evidence import REPORT, Evidence
-from vera_edge.releasing.inputs import Inputs, tools
-from vera_edge.releasing.job import Job
+from vera_edge.releasing.inputs import ReleaseInputs, tools
+from vera_edge.releasing.job import ReleaseJob
 from vera_edge.releasing.recipe import leaves
 from vera_edge.storage.json_text import canonical_json
 
@@ -34,13 +34,13 @@ class Parts:
     """
 
     exported: Manifest
-    inputs: Inputs
+    inputs: ReleaseInputs
     evidence: Evidence
     golden: Path | None
     key: str
 
 
-def compose(job: Job, stage: Path, parts: Parts, store: Store) -> Manifest:
+def compose(job: ReleaseJob, stage: Path, parts: Parts, store: Store) -> Manifest:
     """Put a bundle together in `stage`, its manifest last. Raises BundleError when the store is damaged."""
     exported, evidence = parts.exported, parts.evidence
     for name, entry in exported.files.items():
@@ -78,7 +78,7 @@ def _index_chunks(stage: Path, exported: Manifest, written: list[str], store: St
     (stage / chunks.INDEX).write_bytes(chunks.index(found))
 
 
-def _statements(job: Job, parts: Parts) -> dict[str, bytes]:
+def _statements(job: ReleaseJob, parts: Parts) -> dict[str, bytes]:
     """What a bundle says of itself, by file: recipe, bill of materials, provenance, model card."""
     inputs, digest = parts.inputs, parts.exported.digest
     release = job.recipe.file.release
@@ -106,7 +106,7 @@ def _statements(job: Job, parts: Parts) -> dict[str, bytes]:
     }
 
 
-def own_recipe(job: Job) -> dict[str, Any]:
+def own_recipe(job: ReleaseJob) -> dict[str, Any]:
     """The part of the recipe that makes this bundle alone, without what is private to who made it.
 
     What lies outside of the recipe's folder is named by its last part: a rebuild reads nothing out there.

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from vera_edge.adapters import vera as adapters
+from vera_edge.arrays import Float32
 from vera_edge.bundle import chunks
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.errors import BundleError
 from vera_edge.storage.json_text import TABLE, read_json
-from vera_edge.storage.tensors import Float32
 from vera_edge.trained import alignment
 
 _FIELDS = (

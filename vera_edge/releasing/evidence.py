@@ -20,8 +20,8 @@ from vera_edge.measuring.encoder_report import EncoderReport
 from vera_edge.measuring.result import DriftReport
 from vera_edge.progress import Progress
 from vera_edge.releasing.cache import Store, key_of, link
-from vera_edge.releasing.inputs import Inputs
-from vera_edge.releasing.job import Job
+from vera_edge.releasing.inputs import ReleaseInputs
+from vera_edge.releasing.job import ReleaseJob
 from vera_edge.storage.json_text import canonical_json, read_json
 from vera_edge.text import windows
 
@@ -56,7 +56,7 @@ class Evidence:
 class Question:
     """What is to be measured of a job's export. `key` names all that determines the answer."""
 
-    job: Job
+    job: ReleaseJob
     text: str
     bounds: Mapping[str, float]
     facts: Mapping[str, Any]
@@ -66,7 +66,7 @@ class Question:
         return key_of(self.facts)
 
 
-def question(job: Job, inputs: Inputs) -> Question:
+def question(job: ReleaseJob, inputs: ReleaseInputs) -> Question:
     """What the recipe asks. Raises a VeraEdgeError when its text or limits can't be used."""
     entry = job.recipe.file.limits
     text = job.recipe.text(entry.data)
@@ -94,7 +94,7 @@ def measure(asked: Question, store: Store, folder: Path, progress: Progress) -> 
     entry = recipe.file.limits
 
     def make(stage: Path) -> None:
-        request = assess.Request(
+        request = assess.DriftRequest(
             reference=recipe.path(adapter.path),
             candidate=folder,
             data=asked.text,

@@ -15,7 +15,7 @@ from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError
 from vera_edge.releasing.cache import Store
-from vera_edge.releasing.job import Job
+from vera_edge.releasing.job import ReleaseJob
 from vera_edge.text import windows
 from vera_edge.trained import model as trained_base
 from vera_edge.trained import provenance
@@ -43,7 +43,7 @@ def tools() -> Mapping[str, str]:
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ReleaseInputs:
     """The adapter as read, its projections' spec, and the facts that determine the export, as JSON.
 
     notes: sentences for a person to read.
@@ -56,7 +56,7 @@ class Inputs:
     notes: tuple[str, ...] = ()
 
 
-def read(job: Job, store: Store) -> Inputs:
+def read(job: ReleaseJob, store: Store) -> ReleaseInputs:
     """What a job is made from. Raises a VeraEdgeError when something of it can't be read or doesn't fit."""
     base = job.recipe.base(job.adapter.base)
     base_path = job.recipe.path(base.path)
@@ -77,7 +77,7 @@ def read(job: Job, store: Store) -> Inputs:
         facts["trained_as"] = str(base.spec)
     if job.variant.plan is not None:
         facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
-    return Inputs(adapter, found.spec, base_digest, facts, found.notes)
+    return ReleaseInputs(adapter, found.spec, base_digest, facts, found.notes)
 
 
 def _trained(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _trained(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"files": checkpoint.files.digest, "tensors": whole}
 
 
-def check(job: Job, digests: Mapping[str, str]) -> None:
+def check(job: ReleaseJob, digests: Mapping[str, str]) -> None:
     """Raise MismatchError unless base and adapter have these digests ("base" and "adapter")."""
     inputs = read(job, Store(job.store))
     for kind, found in (("base", inputs.base_digest), ("adapter", inputs.adapter.digest)):

@@ -10,7 +10,7 @@ from vera_edge.releasing.variant import Variant
 
 
 @dataclass(frozen=True)
-class Job:
+class ReleaseJob:
     """One bundle to make. Picklable, so that any worker can do it; `rank` is its place in the recipe.
 
     fresh: the name of a run that takes nothing from earlier ones (see `Store`); None takes what is there.

@@ -34,7 +34,7 @@ Id = Annotated[str, AfterValidator(identifier)]
 Line = Annotated[str, AfterValidator(_line)]
 
 
-class Table(BaseModel):
+class RecipeTable(BaseModel):
     """A table of a recipe: no key that isn't known, no value of another kind than the key's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)

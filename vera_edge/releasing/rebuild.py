@@ -15,7 +15,7 @@ from vera_edge.progress import Progress, silent
 from vera_edge.releasing import inputs as inputs_of
 from vera_edge.releasing import work
 from vera_edge.releasing.compose import EVIDENCE, RECIPE
-from vera_edge.releasing.job import Job
+from vera_edge.releasing.job import ReleaseJob
 from vera_edge.releasing.recipe import Recipe, RecipeFile, leaves
 from vera_edge.storage.json_text import read_json
 
@@ -52,7 +52,7 @@ def rebuild(folder: Path, inputs: Path, progress: Progress = silent) -> Rebuilt:
     with tempfile.TemporaryDirectory(prefix="vera-edge-rebuild-") as name:
         place = Path(name)
         adapter, variant = recipe.jobs[0]
-        job = Job(recipe, adapter, variant, place / "out", place / "store")
+        job = ReleaseJob(recipe, adapter, variant, place / "out", place / "store")
         inputs_of.check(job, _materials(statement, folder))
         try:
             result = work.run_alone(job, progress)

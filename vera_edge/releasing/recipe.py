@@ -13,17 +13,17 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from vera_edge.adapters.projection import Rounding
+from vera_edge.adapters.projection import ProjectionDtype
 from vera_edge.base.trained_as import TrainedAs, parse
 from vera_edge.bundle.signing import Signer, Trust
 from vera_edge.errors import PlanError
 from vera_edge.exporting import target
-from vera_edge.releasing.names import Id, Line, Table
+from vera_edge.releasing.names import Id, Line, RecipeTable
 from vera_edge.releasing.variant import Variant
 from vera_edge.text import windows
 
 
-class Release(Table):
+class ReleaseTable(RecipeTable):
     """[release]: what the release is called; `golden`: whether bundles carry vectors to validate by."""
 
     name: Id
@@ -31,7 +31,7 @@ class Release(Table):
     golden: bool = True
 
 
-class Base(Table):
+class Base(RecipeTable):
     """[[base]]: a model's Hugging Face folder; `licence` is an SPDX expression, for the SBOM.
 
     trained_as: how it was loaded when the adapters were trained, in the words of `--trained-as`; for a folder
@@ -57,17 +57,17 @@ class Base(Table):
         return None if self.trained_as is None else parse(self.trained_as)
 
 
-class AdapterEntry(Table):
+class AdapterEntry(RecipeTable):
     """[[adapter]]: a VeRA adapter and the base it was trained on."""
 
     id: Id
     base: Id
     path: Line
-    projection_dtype: Rounding | None = None
+    projection_dtype: ProjectionDtype | None = None
     licence: Line | None = None
 
 
-class LimitsEntry(Table):
+class LimitsEntry(RecipeTable):
     """[limits]: the text that drift is measured on, and what may not be exceeded. Units as in `drift`.
 
     Which limits there are depends on what a model gives; tokens and window are for those that give text.
@@ -98,7 +98,7 @@ class LimitsEntry(Table):
         return self
 
 
-class Signing(Table):
+class Signing(RecipeTable):
     """[sign]: the key (PEM) that bundles are signed with, or the identity that a CI job signs by.
 
     certificate: the key's (PEM). chain: those between it and its issuer's. public_key: that, or the issuer's
@@ -122,10 +122,10 @@ class Signing(Table):
         return self
 
 
-class RecipeFile(Table):
+class RecipeFile(RecipeTable):
     """A recipe as written: paths are still relative to the file's folder."""
 
-    release: Release
+    release: ReleaseTable
     base: tuple[Base, ...] = Field(min_length=1, strict=False)
     adapter: tuple[AdapterEntry, ...] = Field(min_length=1, strict=False)
     variant: tuple[Variant, ...] = Field(min_length=1, strict=False)

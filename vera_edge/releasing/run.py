@@ -15,7 +15,7 @@ from vera_edge.progress import Progress, silent
 from vera_edge.releasing import recipe as recipes
 from vera_edge.releasing import work
 from vera_edge.releasing.cache import default_root, only_one
-from vera_edge.releasing.job import Job
+from vera_edge.releasing.job import ReleaseJob
 from vera_edge.releasing.recipe import Recipe
 from vera_edge.releasing.work import Result
 from vera_edge.storage.files import make_folder, sweep, write_atomic
@@ -61,7 +61,7 @@ class Release:
 
 def plan(
     recipe_path: Path, out: Path, store: Path | None = None, fresh: bool = False
-) -> tuple[Recipe, tuple[Job, ...]]:
+) -> tuple[Recipe, tuple[ReleaseJob, ...]]:
     """The jobs of a recipe, in its order; touches nothing.
 
     Raises PlanError when the recipe is at fault, OutputError when it would be published into its own inputs.
@@ -70,14 +70,14 @@ def plan(
     root = (store or default_root()).absolute()
     run = uuid4().hex if fresh else None
     jobs = tuple(
-        Job(recipe, adapter, variant, out.absolute(), root, rank, run)
+        ReleaseJob(recipe, adapter, variant, out.absolute(), root, rank, run)
         for rank, (adapter, variant) in enumerate(recipe.jobs)
     )
     _check_apart(recipe, jobs, out)
     return recipe, jobs
 
 
-def _check_apart(recipe: Recipe, jobs: tuple[Job, ...], out: Path) -> None:
+def _check_apart(recipe: Recipe, jobs: tuple[ReleaseJob, ...], out: Path) -> None:
     """Raise OutputError when what is published would come to lie in an input, or in its place."""
     paths = [*(base.path for base in recipe.file.base), *(adapter.path for adapter in recipe.file.adapter)]
     inputs = [recipe.path(path).resolve() for path in paths]
@@ -131,9 +131,9 @@ def _write_index(release: Release) -> None:
             write_atomic(path, data)
 
 
-def _in_turn(jobs: tuple[Job, ...]) -> list[list[Job]]:
+def _in_turn(jobs: tuple[ReleaseJob, ...]) -> list[list[ReleaseJob]]:
     """Jobs in two waves: the first of every base and variant makes what the others share."""
-    first: dict[tuple[str, str], Job] = {}
+    first: dict[tuple[str, str], ReleaseJob] = {}
     for job in jobs:
         first.setdefault((job.adapter.base, job.variant.name), job)
     ahead = list(first.values())

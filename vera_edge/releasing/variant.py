@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 
 from vera_edge.errors import PlanError
 from vera_edge.exporting import target
-from vera_edge.precision import Request
-from vera_edge.releasing.names import Id, Line, Table
+from vera_edge.precision import PlanRequest
+from vera_edge.releasing.names import Id, Line, RecipeTable
 from vera_edge.sizes import parse_size
 from vera_edge.text import windows
 
@@ -30,7 +30,7 @@ _OF_A_BRANCH = ("projections_dtype", "vectors")
 _OF_A_FORMAT = ("run", "block", "symmetric", "activations")
 
 
-class Variant(Table):
+class Variant(RecipeTable):
     """[[variant]]: a form that every adapter is released in; `adapters` restricts it to some of them.
 
     weights: a format, or "plan": from the file `plan`, or searched for within `max_kl` nats or `max_size`
@@ -83,16 +83,16 @@ class Variant(Table):
             self.request()
         return self
 
-    def request(self, calibration: str = Request.calibration) -> Request:
+    def request(self, calibration: str = PlanRequest.calibration) -> PlanRequest:
         """What automatic precision is asked for; `calibration` as `Rounding` takes it. Raises ValueError."""
         try:
-            asked = Request(
+            asked = PlanRequest(
                 max_size=None if self.max_size is None else parse_size(self.max_size),
                 max_kl=self.max_kl,
                 mode=self.mode,
                 formats=self.formats,
                 target=self.target,
-                method=self.method or Request.method,
+                method=self.method or PlanRequest.method,
                 calibration=calibration,
             )
             asked.check()

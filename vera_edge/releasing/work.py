@@ -27,7 +27,7 @@ from vera_edge.releasing import inputs as inputs_of
 from vera_edge.releasing.cache import Store, key_of, only_one
 from vera_edge.releasing.compose import EVIDENCE, PROVENANCE, Parts, compose, own_recipe
 from vera_edge.releasing.evidence import Evidence
-from vera_edge.releasing.job import Job
+from vera_edge.releasing.job import ReleaseJob
 from vera_edge.storage.files import (
     leftovers,
     make_folder,
@@ -68,7 +68,7 @@ class Result:
         return {key: value for key, value in facts.items() if value not in (None, "")}
 
 
-def run(job: Job, progress: Progress = silent) -> Result:
+def run(job: ReleaseJob, progress: Progress = silent) -> Result:
     """Do one job. Whatever it ends in is a Result, never an error, so that the other jobs go on."""
     work = _Work(job, progress)
     try:
@@ -86,13 +86,13 @@ def run(job: Job, progress: Progress = silent) -> Result:
     return replace(result, seconds=work.seconds, notes=work.notes)
 
 
-def run_alone(job: Job, progress: Progress = silent) -> Result:
+def run_alone(job: ReleaseJob, progress: Progress = silent) -> Result:
     """Do one job, and let its errors through."""
     return _Work(job, progress).run()
 
 
 class _Work:
-    def __init__(self, job: Job, progress: Progress) -> None:
+    def __init__(self, job: ReleaseJob, progress: Progress) -> None:
         self.job, self.progress = job, progress
         self.store = Store(job.store, job.fresh)
         self.target = job.out / job.name

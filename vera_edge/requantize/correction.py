@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vera_edge.arrays import Float32
 from vera_edge.requantize.gram import Gram, one_blas_thread
-from vera_edge.storage.tensors import Float32
 
 
 @dataclass(frozen=True, eq=False)

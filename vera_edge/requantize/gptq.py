@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.requantize.gram import Gram
 from vera_edge.requantize.grids import Grid, inverse, spread
 from vera_edge.requantize.search import search
-from vera_edge.storage.tensors import Float32
 
 _PANEL = 64
 

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import ThreadpoolController
 
+from vera_edge.arrays import Float32
 from vera_edge.cores import available_cores
 from vera_edge.errors import DataError
-from vera_edge.storage.tensors import Float32
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 T = TypeVar("T")

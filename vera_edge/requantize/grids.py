@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats.blocks import IntBlocks, check_kind
 from vera_edge.formats.bnb4 import Bnb4Weight
 from vera_edge.formats.bnb8 import Int8Weight
 from vera_edge.formats.codes4 import LEVELS, pack
 from vera_edge.formats.nested import Nested
-from vera_edge.storage.tensors import Bytes, Float32
 
 # Cells of the table that finds the nearest level; a value this near to a bound may go to either side.
 _CELLS = 1 << 14

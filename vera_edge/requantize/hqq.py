@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from vera_edge.arrays import Float32
 from vera_edge.requantize.grids import Grid, inverse
 from vera_edge.requantize.rtn import range_scales
 from vera_edge.requantize.search import blocks_of
-from vera_edge.storage.tensors import Float32
 
 _POWER = 0.7
 _TURNS = 20

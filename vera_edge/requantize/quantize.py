@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import DataError, PlanError
 from vera_edge.formats.weight import row_chunks
 from vera_edge.requantize.gptq import compensate, descend
@@ -15,7 +16,6 @@ from vera_edge.requantize.hqq import half_quadratic
 from vera_edge.requantize.refit import NestedScales, Normal
 from vera_edge.requantize.rtn import range_scales
 from vera_edge.requantize.search import search
-from vera_edge.storage.tensors import Bytes, Float32
 
 METHODS = ("rtn", "search", "hqq", "gptq")
 

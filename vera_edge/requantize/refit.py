@@ -12,12 +12,11 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Bytes, Float32, Float64
 from vera_edge.formats.nested import BLOCKSIZE, Nested, code_book, quantize_absmax
 from vera_edge.requantize.gram import Gram
 from vera_edge.requantize.grids import Grid
-from vera_edge.storage.tensors import Bytes, Float32
 
-Float64 = npt.NDArray[np.float64]
 # Pull towards the scales that are there, relative to the mean diagonal: a block of zeros keeps its scale.
 _RIDGE = 1e-5
 

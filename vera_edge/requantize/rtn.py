@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from vera_edge.arrays import Float32
 from vera_edge.requantize.grids import Grid, inverse
 from vera_edge.requantize.search import blocks_of
-from vera_edge.storage.tensors import Float32
 
 
 def range_scales(weight: Float32, grid: Grid) -> tuple[Float32, Float32]:

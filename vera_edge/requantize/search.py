@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vera_edge.arrays import Float32
 from vera_edge.requantize.grids import Grid, inverse
-from vera_edge.storage.tensors import Float32
 
 _FACTORS = np.linspace(0.5, 1.1, 13, dtype=np.float32)
 _TURNS = 3

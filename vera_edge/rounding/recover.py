@@ -13,13 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter, Vectors
+from vera_edge.adapters.vera import Adapter, LambdaVectors
+from vera_edge.arrays import Float32, Float64
 from vera_edge.errors import PlanError
 from vera_edge.requantize.gram import Gram, one_blas_thread
-from vera_edge.storage.tensors import Float32
 
 VECTORS = ("lambda_b", "lambda_d")
 LOW_RANK, BIAS = "low-rank", "bias"
@@ -28,8 +27,6 @@ PARTS = (*VECTORS, f"{LOW_RANK}=RANK", BIAS)
 _RIDGE = 0.01
 _TURNS = 2
 _MOST_RANK = 1024
-
-Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,12 @@ def check(
 
 
 def refit(
-    vectors: Vectors, left: Float32, projections: Projections, gram: Gram, parts: Sequence[str] = VECTORS
-) -> Vectors:
+    vectors: LambdaVectors,
+    left: Float32,
+    projections: Projections,
+    gram: Gram,
+    parts: Sequence[str] = VECTORS,
+) -> LambdaVectors:
     """The vectors of `parts` that bring the branch closest to `left` (out, in), the others as they are.
 
     With both, they take turns. The damping in `gram` and a pull towards the trained values keep what the
@@ -87,14 +88,18 @@ def refit(
     with one_blas_thread():
         for _ in range(_TURNS if len(set(parts)) > 1 else 1):
             if "lambda_b" in parts:
-                found = Vectors(_lambda_b(vectors, found.lambda_d, left, projections, gram), found.lambda_d)
+                found = LambdaVectors(
+                    _lambda_b(vectors, found.lambda_d, left, projections, gram), found.lambda_d
+                )
             if "lambda_d" in parts:
-                found = Vectors(found.lambda_b, _lambda_d(vectors, found.lambda_b, left, projections, gram))
+                found = LambdaVectors(
+                    found.lambda_b, _lambda_d(vectors, found.lambda_b, left, projections, gram)
+                )
     return found
 
 
 def _lambda_b(
-    trained: Vectors, lambda_d: Float32, left: Float32, projections: Projections, gram: Gram
+    trained: LambdaVectors, lambda_d: Float32, left: Float32, projections: Projections, gram: Gram
 ) -> Float32:
     """Row by row: b = (L_i H C_i) / (C_i H C_i) for rows C = B diag(d) A."""
     rows = projections.delta(np.ones_like(trained.lambda_b), lambda_d, left.shape[1])
@@ -107,7 +112,7 @@ def _lambda_b(
 
 
 def _lambda_d(
-    trained: Vectors, lambda_b: Float32, left: Float32, projections: Projections, gram: Gram
+    trained: LambdaVectors, lambda_b: Float32, left: Float32, projections: Projections, gram: Gram
 ) -> Float32:
     """All at once: ((B^T diag(b)^2 B) * (A H A^T)) d = diag(B^T diag(b) L H A^T)."""
     b = (lambda_b[:, None] * projections.b[: left.shape[0]]).astype(np.float64)

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge import merging
-from vera_edge.adapters.vera import Vectors, WeightedAdapter
+from vera_edge.adapters.vera import LambdaVectors, WeightedAdapter
+from vera_edge.arrays import Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
-from vera_edge.exporting.target import Rounded
+from vera_edge.exporting.target import RoundedWeights
 from vera_edge.formats import FORMATS
 from vera_edge.formats.blocks import BITS, block_within
 from vera_edge.plans.plan import FLOAT, Plan, Step
@@ -93,7 +94,7 @@ class Rounding:
         out: Path,
         progress: Progress = silent,
         exported: bool = True,
-    ) -> Iterator[Rounded]:
+    ) -> Iterator[RoundedWeights]:
         """The weights rounded; codes are kept beside `out` while the context lasts.
 
         No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or one
@@ -106,7 +107,7 @@ class Rounding:
         if asked.corrects and not exported:
             raise PlanError("only an exported graph has a place for a low-rank term or a bias of its own")
         if method == "rtn":
-            yield Rounded({}, (), model)
+            yield RoundedWeights({}, (), model)
             return
         changed = [step for step in plan.steps if not step.copies]
         # At 8 bits rounding to nearest loses next to nothing, and formats and exporters do it by themselves.
@@ -116,7 +117,7 @@ class Rounding:
             if (grid := grid_of(step, exported)) is not None and (self.method or grid.bits != 8)
         }
         if not grids and self.method is None and not self.recover:
-            yield Rounded({}, (), model)
+            yield RoundedWeights({}, (), model)
             return
         if not grids:
             raise PlanError(
@@ -135,10 +136,10 @@ class Rounding:
             if count := max(len(won.vectors), len(won.corrections)):
                 parts = " and ".join(self.recover)
                 notes = (*notes, f"{parts} of {count} layers were fitted to the rounding")
-            yield Rounded(store, notes, _with_vectors(model, won.vectors), won.corrections)
+            yield RoundedWeights(store, notes, _with_vectors(model, won.vectors), won.corrections)
 
 
-def _with_vectors(model: TrainedModel, vectors: Mapping[str, Vectors]) -> TrainedModel:
+def _with_vectors(model: TrainedModel, vectors: Mapping[str, LambdaVectors]) -> TrainedModel:
     if not vectors:
         return model
     (adapter, weight), *_ = model.adapters
@@ -181,7 +182,7 @@ def merge_to_folders(
         return merging.write_each(merges, progress, force, resources=resources)
 
 
-def calibration_texts(checkpoint: Checkpoint, source: str, tokens: int) -> list[windows.Int64]:
+def calibration_texts(checkpoint: Checkpoint, source: str, tokens: int) -> list[Int64]:
     """Token ids of paragraphs of a text, with what the tokenizer puts around them; about `tokens` in all.
 
     source: a UTF-8 file, or "built-in". Raises DataError on unusable text, CheckpointError without tokenizer.
@@ -211,7 +212,7 @@ def _longest(config: Mapping[str, Any]) -> int:
 
 def _windows(
     checkpoint: Checkpoint, method: str, source: str, tokens: int
-) -> tuple[tuple[windows.Int64, ...], tuple[str, ...]]:
+) -> tuple[tuple[Int64, ...], tuple[str, ...]]:
     if method == "hqq":
         return (), ("weights were rounded by hqq, which needs no calibration",)
     _check_takes_text(checkpoint, method)

@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from vera_edge.adapters.vera import Vectors
+from vera_edge.adapters.vera import LambdaVectors
+from vera_edge.arrays import Float32, Int64
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.progress import Progress, silent
-from vera_edge.reference.calibration import Inputs, Sees, Walk, follow_target
-from vera_edge.reference.layers import Changed, Int64
+from vera_edge.reference.calibration import LayerInputs, Sees, Walk, follow_target
+from vera_edge.reference.layers import Changed
 from vera_edge.reference.model import load_dense, oriented
 from vera_edge.requantize import Codes, Effort, Gram, Grid, requantize
 from vera_edge.requantize.correction import Correction, low_rank
 from vera_edge.requantize.gram import in_threads
 from vera_edge.rounding import recover
-from vera_edge.storage.tensors import Float32
 from vera_edge.trained.alignment import names_in
 from vera_edge.trained.trained_model import TrainedModel
 
@@ -34,7 +34,7 @@ from vera_edge.trained.trained_model import TrainedModel
 class Recovered:
     """By module: an adapter's vectors where they were refitted, and corrections where there are any."""
 
-    vectors: Mapping[str, Vectors]
+    vectors: Mapping[str, LambdaVectors]
     corrections: Mapping[str, Correction]
 
 
@@ -92,7 +92,7 @@ class _WriteBack:
     merged: bool
     asked: recover.Recovery
     done: set[str] = field(default_factory=set)
-    refitted: dict[str, Vectors] = field(default_factory=dict)
+    refitted: dict[str, LambdaVectors] = field(default_factory=dict)
     corrections: dict[str, Correction] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
     stored: dict[str, str] = field(default_factory=dict)  # the model's name of a module -> the checkpoint's
@@ -121,13 +121,13 @@ class _WriteBack:
                 self.biases[module] = bias.data
         return list(self.stored)
 
-    def answer(self, inputs: Inputs) -> Mapping[str, Changed]:
+    def answer(self, inputs: LayerInputs) -> Mapping[str, Changed]:
         """What modules have from now on, by the model's names."""
         live = {self.stored[name]: name for name in inputs.modules}
         changed = self._answer(replace(inputs, modules=tuple(live)))
         return {live[module]: change for module, change in changed.items()}
 
-    def _answer(self, inputs: Inputs) -> Mapping[str, Changed]:
+    def _answer(self, inputs: LayerInputs) -> Mapping[str, Changed]:
         effort = self.calibration.effort
         gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order)
         if self.calibration.method == "gptq":
@@ -144,7 +144,7 @@ class _WriteBack:
             changed[module] = Changed(oriented(self.model.checkpoint, module, weight), total)
         return changed
 
-    def _rounded(self, module: str, inputs: Inputs, gram: Gram) -> tuple[Codes, Float32, Float32 | None]:
+    def _rounded(self, module: str, inputs: LayerInputs, gram: Gram) -> tuple[Codes, Float32, Float32 | None]:
         """The codes, the effective weight that the model has from now on, and what its bias gets."""
         base, delta = self.model.checkpoint.dequantize(module), self._delta(module)
         trained = base + delta
@@ -167,7 +167,7 @@ class _WriteBack:
         self.corrections[module] = Correction(up, down)
         return up @ down
 
-    def _bias(self, module: str, trained: Float32, found: Float32, inputs: Inputs) -> Float32:
+    def _bias(self, module: str, trained: Float32, found: Float32, inputs: LayerInputs) -> Float32:
         """The bias that brings the mean of the output to that of the model as trained.
 
         W mean(X) + mean(R - R~) - V mean(X~), W trained and V found; see calibration.py for the letters.

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Bytes
 from vera_edge.errors import CheckpointError, ReadError
-
-Bytes = npt.NDArray[np.uint8]
 
 
 def read(path: Path, start: int, sizes: Iterable[int], what: str) -> Iterator[Bytes]:

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from vera_edge.arrays import Bytes
 from vera_edge.storage.files import write_atomic
 from vera_edge.storage.json_text import canonical_json
-from vera_edge.storage.tensors import DTYPES, Bytes, RawTensor, write_header
+from vera_edge.storage.tensors import DTYPES, RawTensor, write_header
 
 MAX_SHARD_BYTES = 5_000_000_000
 _PIECE = 1 << 22

@@ -19,11 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import CheckpointError, VeraEdgeError
 from vera_edge.storage import byte_ranges, json_text, shard_index
-
-Float32 = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
 
 # Widths in bytes. The 16-bit and 8-bit floats that numpy lacks are carried as their bits.
 DTYPES: Mapping[str, tuple[int, str]] = {

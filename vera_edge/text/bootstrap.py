@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-Float64 = npt.NDArray[np.float64]
+from vera_edge.arrays import Float64
 
 REPLICATES = 2000
 # Quantiles cost a pass over all tokens per replicate.

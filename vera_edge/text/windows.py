@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from vera_edge.arrays import Int64
 from vera_edge.errors import CheckpointError, DataError, MismatchError
 from vera_edge.storage import tokenizer_json
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.side_files import SideFiles
 from vera_edge.text import tokenizer as tokenizer_files
 from vera_edge.text.bootstrap import MIN_WINDOWS
-
-Int64 = npt.NDArray[np.int64]
 
 BUILT_IN = "built-in"
 WINDOW = 256
@@ -33,7 +31,7 @@ _BUILT_IN_FILES = ("english.txt", "code.txt")
 
 
 @dataclass(frozen=True)
-class Text:
+class SourceText:
     """Text to measure on: where it is from, and the SHA-256 of its UTF-8 bytes."""
 
     source: str
@@ -45,7 +43,7 @@ class Text:
 class Windows:
     """Token windows of one text. `scored` is the number of tokens that have a token before them."""
 
-    text: Text
+    text: SourceText
     tokens: tuple[Int64, ...]
     window: int
 
@@ -54,7 +52,7 @@ class Windows:
         return sum(len(window) - 1 for window in self.tokens)
 
 
-def read_text(source: str | Path) -> Text:
+def read_text(source: str | Path) -> SourceText:
     """The text of a UTF-8 file, or the text that ships with vera-edge for "built-in".
 
     Raises DataError when the file is missing, empty, not UTF-8, or larger than 64 MiB.
@@ -70,7 +68,7 @@ def read_text(source: str | Path) -> Text:
         raise DataError(f"{source} isn't UTF-8 text (byte {cause.start}); give a plain text file") from None
     if not content.strip():
         raise DataError(f"{source} holds no text; give a file with some, or {BUILT_IN}")
-    return Text(str(source), content, sha256_bytes(raw))
+    return SourceText(str(source), content, sha256_bytes(raw))
 
 
 def _read_file(path: Path) -> bytes:
@@ -115,7 +113,7 @@ def beyond(tokenizer: Tokenizer, vocab_size: int) -> tuple[str, ...]:
     return (f"the tokenizer knows {count} tokens beyond the model's {vocab_size}; none is in this text",)
 
 
-def check_tokenizers(text: Text, folders: Sequence[Path]) -> None:
+def check_tokenizers(text: SourceText, folders: Sequence[Path]) -> None:
     """Raise MismatchError when the tokenizers of two model folders read the start of `text` differently.
 
     Folders without a tokenizer.json are left out: they are read with the first one's tokens.
@@ -124,7 +122,7 @@ def check_tokenizers(text: Text, folders: Sequence[Path]) -> None:
     check_alike(text, [(folder, open_tokenizer(folder)) for folder in having])
 
 
-def check_alike(text: Text, tokenizers: Sequence[tuple[Path, Tokenizer]]) -> None:
+def check_alike(text: SourceText, tokenizers: Sequence[tuple[Path, Tokenizer]]) -> None:
     """Raise MismatchError when the tokenizers of model folders read the start of `text` differently."""
     sample = text.content[:20_000]
     encoded = [(folder, _ids(tokenizer, sample)) for folder, tokenizer in tokenizers]
@@ -137,7 +135,7 @@ def check_alike(text: Text, tokenizers: Sequence[tuple[Path, Tokenizer]]) -> Non
 
 
 def make(
-    text: Text, tokenizer: Tokenizer, vocab_size: int, tokens: int = TOKENS, window: int = WINDOW
+    text: SourceText, tokenizer: Tokenizer, vocab_size: int, tokens: int = TOKENS, window: int = WINDOW
 ) -> Windows:
     """Windows of `window` tokens, about `tokens` in all, spread evenly over the text.
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from vera_edge.adapters import vera as adapters
 from vera_edge.adapters.projection import ProjectionSpec
-from vera_edge.adapters.vera import Adapter, Vectors
+from vera_edge.adapters.vera import Adapter, LambdaVectors
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import AdapterError, MismatchError
@@ -186,7 +186,7 @@ def kind_of(module: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", inner)
 
 
-def _is_dead(pair: Vectors) -> bool:
+def _is_dead(pair: LambdaVectors) -> bool:
     return not pair.lambda_b.any()
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vera_edge.adapters.projection import Rounding
+from vera_edge.adapters.projection import ProjectionDtype
 from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError
@@ -20,13 +20,13 @@ from vera_edge.formats import StoredLinear, checks
 ASK = "give the dtype with --projection-dtype float32, bfloat16 or float16"
 
 # As torch spells them, as vera-edge's weight formats do, and as safetensors does.
-_SPELLINGS: Mapping[Rounding, tuple[str, ...]] = {
+_SPELLINGS: Mapping[ProjectionDtype, tuple[str, ...]] = {
     "float32": ("float32", "fp32", "F32"),
     "bfloat16": ("bfloat16", "bf16", "BF16"),
     "float16": ("float16", "fp16", "F16"),
     "float8_e4m3fn": ("float8_e4m3fn", "fp8"),
 }
-NAMES: Mapping[str, Rounding] = {name: key for key, names in _SPELLINGS.items() for name in names}
+NAMES: Mapping[str, ProjectionDtype] = {name: key for key, names in _SPELLINGS.items() for name in names}
 # Bases whose weights are integers, or no attribute called weight: PEFT has no float dtype to round to there.
 _AS_DRAWN = {"int8": "an LLM.int8 base", "hqq": "an HQQ base", "awq": "an AWQ base"} | dict.fromkeys(
     ("gptq", "gptq8"), "a GPTQ base"
@@ -34,12 +34,12 @@ _AS_DRAWN = {"int8": "an LLM.int8 base", "hqq": "an HQQ base", "awq": "an AWQ ba
 _STORAGES = {"float32": "uint8 or float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
-def infer(adapter: Adapter, checkpoint: Checkpoint) -> tuple[Rounding, str]:
+def infer(adapter: Adapter, checkpoint: Checkpoint) -> tuple[ProjectionDtype, str]:
     """What PEFT rounded the adapter's projections to, and why, as the second half of a sentence.
 
     Raises AdapterError, asking for the dtype, when base and PEFT version don't tell.
     """
-    reasons: dict[Rounding, str] = {}
+    reasons: dict[ProjectionDtype, str] = {}
     for module in adapter.vectors:
         rounding, why = _layer_rounding(adapter, checkpoint, checkpoint.linears[module])
         reasons.setdefault(rounding, why)
@@ -54,7 +54,9 @@ def infer(adapter: Adapter, checkpoint: Checkpoint) -> tuple[Rounding, str]:
     return rounding, reasons[rounding]
 
 
-def _layer_rounding(adapter: Adapter, checkpoint: Checkpoint, linear: StoredLinear) -> tuple[Rounding, str]:
+def _layer_rounding(
+    adapter: Adapter, checkpoint: Checkpoint, linear: StoredLinear
+) -> tuple[ProjectionDtype, str]:
     """What PEFT rounds the shared projections to when it adapts this layer, and why."""
     if linear.format in NAMES:
         rounding = NAMES[linear.format]
@@ -70,7 +72,7 @@ def _layer_rounding(adapter: Adapter, checkpoint: Checkpoint, linear: StoredLine
     )
 
 
-def _torchao_rounding(config: Mapping[str, Any]) -> tuple[Rounding, str]:
+def _torchao_rounding(config: Mapping[str, Any]) -> tuple[ProjectionDtype, str]:
     """A torchao weight says it is of the dtype it had before it was quantized."""
     given = config.get("dtype") or config.get("torch_dtype")
     rounding = NAMES.get(str(given).removeprefix("torch."))
@@ -81,7 +83,7 @@ def _torchao_rounding(config: Mapping[str, Any]) -> tuple[Rounding, str]:
 
 def _four_bit_rounding(
     adapter: Adapter, config: Mapping[str, Any], linear: StoredLinear
-) -> tuple[Rounding, str]:
+) -> tuple[ProjectionDtype, str]:
     """PEFT 0.19 and later round to the 4-bit layer's compute dtype, earlier ones to its storage dtype.
 
     See https://github.com/huggingface/peft/pull/2893.
@@ -107,7 +109,7 @@ def _four_bit_rounding(
     return storage, f"PEFT {name} {_does(storage)} on a 4-bit base stored as {_STORAGES[storage]}"
 
 
-def _does(rounding: Rounding) -> str:
+def _does(rounding: ProjectionDtype) -> str:
     return "leaves them as drawn" if rounding == "float32" else f"rounds them to {rounding}"
 
 

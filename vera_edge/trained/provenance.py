@@ -17,17 +17,17 @@ import numpy as np
 
 from vera_edge.adapters.projection import (
     ROUNDINGS,
+    ProjectionDtype,
     Projections,
     ProjectionSpec,
-    Rounding,
     regenerate,
     round_to,
     stream,
 )
 from vera_edge.adapters.vera import Adapter
+from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, MismatchError
-from vera_edge.storage.tensors import Float32
 from vera_edge.trained import record as training_record
 from vera_edge.trained.fit import check_fit
 from vera_edge.trained.peft_rounding import ASK, NAMES, infer
@@ -158,8 +158,8 @@ def _size_note(adapter: Adapter, checkpoint: Checkpoint, spec: ProjectionSpec) -
     )
 
 
-def _from_saved(adapter: Adapter, a: Float32, b: Float32, asked: Rounding | None) -> Provenance:
-    def spec_of(rounding: Rounding, fused: bool) -> ProjectionSpec:
+def _from_saved(adapter: Adapter, a: Float32, b: Float32, asked: ProjectionDtype | None) -> Provenance:
+    def spec_of(rounding: ProjectionDtype, fused: bool) -> ProjectionSpec:
         return ProjectionSpec(adapter.seed, adapter.rank, a.shape[1], b.shape[0], rounding, fused)
 
     for fused, rounding in itertools.product((True, False), ROUNDINGS):
@@ -188,7 +188,7 @@ def _beside(a: Float32, b: Float32, spec: ProjectionSpec) -> Iterator[tuple[Floa
         yield saved[name][start : start + drawn.size], drawn
 
 
-def _representable(a: Float32, b: Float32, rounding: Rounding) -> bool:
+def _representable(a: Float32, b: Float32, rounding: ProjectionDtype) -> bool:
     return all(np.array_equal(array, round_to(array, rounding)) for array in (a, b))
 
 

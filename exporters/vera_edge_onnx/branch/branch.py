@@ -16,11 +16,11 @@ import onnx_ir as ir
 
 from vera_edge.adapters.projection import Projections
 from vera_edge_onnx.branch.projections import StoredProjections
-from vera_edge_onnx.branch.vectors import Vectors
+from vera_edge_onnx.branch.vectors import VectorInputs
 from vera_edge_onnx.graph.groups import Group, groups
 from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.graph.weaver import Weaver, leading
-from vera_edge_onnx.weights.linear import Linear
+from vera_edge_onnx.weights.linear import StoredProduct
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Branches:
 
     weaver: Weaver
     stored: StoredProjections
-    vectors: Vectors
+    vectors: VectorInputs
     _down: dict[ir.Value, ir.Value] = field(default_factory=dict)
 
     def delta(self, group: Group) -> ir.Value:
@@ -98,7 +98,7 @@ class Branches:
 def weave(
     weaver: Weaver,
     sites: Sequence[Site],
-    bases: Mapping[str, Linear],
+    bases: Mapping[str, StoredProduct],
     sizes: Mapping[str, int],
     projections: Projections | None,
     dtype: str,
@@ -119,7 +119,7 @@ def weave(
         return
     widest = max(group.sites[0].in_features for group in branched)
     stored = StoredProjections(projections, dtype, widest)
-    branches = Branches(weaver, stored, Vectors.of(weaver, branched, stored.rank, vector_dtype))
+    branches = Branches(weaver, stored, VectorInputs.of(weaver, branched, stored.rank, vector_dtype))
     for group in branched:
         for site, delta in zip(group.sites, _parts(weaver, group, branches.delta(group)), strict=True):
             base, shape = _base(weaver, site, bases), (*leading(delta), site.out_features)
@@ -136,7 +136,7 @@ def _parts(weaver: Weaver, group: Group, delta: ir.Value) -> Sequence[ir.Value]:
     return weaver.split(delta, widths, f"{group.name}/vera/Split", names, before=group.node)
 
 
-def _base(weaver: Weaver, site: Site, bases: Mapping[str, Linear]) -> ir.Value:
+def _base(weaver: Weaver, site: Site, bases: Mapping[str, StoredProduct]) -> ir.Value:
     """The site's own product, as a value of its own."""
     if site.name in bases:
         return _product(weaver, site, bases[site.name])
@@ -146,5 +146,5 @@ def _base(weaver: Weaver, site: Site, bases: Mapping[str, Linear]) -> ir.Value:
     return weaver.node("MatMul", [x, weight], f"{site.name}/base/MatMul", shape, before=site.node)
 
 
-def _product(weaver: Weaver, site: Site, base: Linear) -> ir.Value:
+def _product(weaver: Weaver, site: Site, base: StoredProduct) -> ir.Value:
     return base.product(weaver, site.input, site.weight_name, site.name, site.node)

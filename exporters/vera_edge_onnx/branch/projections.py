@@ -18,9 +18,9 @@ import numpy as np
 import onnx_ir as ir
 
 from vera_edge.adapters.projection import Projections
+from vera_edge.arrays import Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats.blocks import BLOCK_OF_A, block_of_b, quantize
-from vera_edge.storage.tensors import Float32
 from vera_edge_onnx.graph.weaver import MICROSOFT, Weaver, leading
 from vera_edge_onnx.weights.linear import Blocks
 

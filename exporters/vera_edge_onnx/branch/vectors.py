@@ -21,7 +21,7 @@ ROWS = "adapter_rows"
 
 
 @dataclass(frozen=True)
-class Vectors:
+class VectorInputs:
     """The parts of both vectors; each broadcasts against (..., size) of the group's x.
 
     lambda_b: (rows, 1, width) by group. lambda_d: (rows, 1, rank) by module, or (rows, 1, parts * rank) by
@@ -32,7 +32,7 @@ class Vectors:
     lambda_d: dict[str, ir.Value]
 
     @classmethod
-    def of(cls, weaver: Weaver, found: Sequence[Group], rank: int, dtype: str = "float32") -> Vectors:
+    def of(cls, weaver: Weaver, found: Sequence[Group], rank: int, dtype: str = "float32") -> VectorInputs:
         """Give the graph both inputs, with zeros for defaults, and cut them up for the groups.
 
         dtype: of the inputs, "float32" or "float16"; the graph computes in float32 either way.

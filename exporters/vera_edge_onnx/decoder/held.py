@@ -11,7 +11,7 @@ import transformers
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting.target import ExportRequest
-from vera_edge.reference.model import Reference, open_reference
+from vera_edge.reference.model import TorchReference, open_reference
 from vera_edge.storage.files import write_atomic
 from vera_edge.storage.json_text import canonical_json
 from vera_edge_onnx.branch import adapters
@@ -51,7 +51,7 @@ def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]
 
 
 def _compare_branch(
-    request: ExportRequest, drawing: Drawing, reference: Reference, found: tuple[sites.Site, ...]
+    request: ExportRequest, drawing: Drawing, reference: TorchReference, found: tuple[sites.Site, ...]
 ) -> None:
     """Hold the graph with side-branches, the first adapter's vectors in them, against the model with it."""
     graph = woven(request, drawing.model, found)
@@ -81,14 +81,14 @@ def _hold_replica(drawing: Drawing) -> Checked:
     copy = Checkpoint.open(folder)
     shapes = {module: linear.shape for module, linear in copy.linears.items()}
     found = sites.find(small.model, shapes, copy.dequantize)
-    reference = Reference(model, config.vocab_size, has_adapter=False)
+    reference = TorchReference(model, config.vocab_size, has_adapter=False)
     _compare(small, reference, lengths, found, ", seen on a small copy of the model")
     return Checked(lengths.longest, bounds)
 
 
 def _compare(
     drawing: Drawing,
-    reference: Reference,
+    reference: TorchReference,
     lengths: parity.Lengths,
     found: tuple[sites.Site, ...],
     how: str = "",

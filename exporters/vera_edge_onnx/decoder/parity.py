@@ -8,15 +8,12 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Array, Float32, Int64
 from vera_edge.device.runtime.decoding import ROPE_LENGTH
-from vera_edge.storage.tensors import Float32
 from vera_edge_onnx.decoder.rotary import all_parameters, context_length
 from vera_edge_onnx.parity import Feeds, hold, run
 
-Int64 = npt.NDArray[np.int64]
-Array = npt.NDArray[Any]
 _LONGEST = 400  # tokens that a sequence on the model itself has at most,
 _LONGEST_OF_ALL = 1300  # and where no small copy of it can go further
 _SHORT, _USUAL, _PAST = 5, 48, 20  # tokens: of a short sequence, of a usual one, and past a bound

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import transformers
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import TargetError
-from vera_edge.storage.tensors import Float32
 
 
-class Table(NamedTuple):
+class RotaryTable(NamedTuple):
     """cos and sin, (positions, rotated dimensions / 2) each."""
 
     cos: Float32
@@ -54,9 +54,9 @@ class Rotary:
     Beyond it the positions are looked up in `beyond`: another table, or how one is computed.
     """
 
-    table: Table
+    table: RotaryTable
     switch: int | None = None
-    beyond: Table | Growth | None = None
+    beyond: RotaryTable | Growth | None = None
 
 
 def context_length(config: Any) -> int:
@@ -140,11 +140,11 @@ def _tables(rotary: Any, config: Any, layer_type: str | None, context: int, arch
     return Rotary(short, original, growth)
 
 
-def _run(rotary: Any, start: int, stop: int, layer_type: str | None) -> Table:
+def _run(rotary: Any, start: int, stop: int, layer_type: str | None) -> RotaryTable:
     """What the module gives for positions `start` to `stop` of a sequence of `stop`."""
     positions = torch.arange(start, stop)[None]
     options = {} if layer_type is None else {"layer_type": layer_type}
     with torch.no_grad():
         halves = [half[0] for half in rotary(torch.zeros(1), positions, **options)]
     cos, sin = (half[:, : half.shape[1] // 2].float().contiguous().numpy() for half in halves)
-    return Table(cos, sin)
+    return RotaryTable(cos, sin)

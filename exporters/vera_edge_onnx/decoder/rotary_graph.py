@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vera_edge.device.runtime.decoding import ROPE_KIND, ROPE_LENGTH, ROPE_SWITCH
-from vera_edge_onnx.decoder.rotary import Growth, Rotary, Table, module_of, tables_of
+from vera_edge_onnx.decoder.rotary import Growth, Rotary, RotaryTable, module_of, tables_of
 from vera_edge_onnx.graph.weaver import Weaver
 
 _LAYER = re.compile(r"layers\.(\d+)/")
@@ -37,7 +37,7 @@ def put_in(model: ir.Model, config: Any, architecture: str) -> None:
         tables = tables_of(config, architecture, layers, rotary)
         _replace(edits, cos, sin, tables)
         if tables.switch is not None:
-            kind = "longrope" if isinstance(tables.beyond, Table) else "dynamic"
+            kind = "longrope" if isinstance(tables.beyond, RotaryTable) else "dynamic"
             model.metadata_props.update({ROPE_KIND: kind, ROPE_SWITCH: str(tables.switch)})
     model.graph.sort()
 
@@ -86,7 +86,7 @@ def _chosen_by_length(
     condition = edits.node("Greater", [longest, switch], f"{scope}/Greater", (1,), before=before,
                            dtype=ir.DataType.BOOL)  # fmt: skip
     short = [edits.initializer(f"{name}.short", half) for name, half in zip(names, rotary.table, strict=True)]
-    if isinstance(rotary.beyond, Table):
+    if isinstance(rotary.beyond, RotaryTable):
         long = [
             edits.initializer(f"{name}.long", half) for name, half in zip(names, rotary.beyond, strict=True)
         ]

@@ -47,7 +47,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True)
-class Task:
+class EncoderTask:
     """What a model does: the task's name, the transformers class that loads a model for it, what it takes.
 
     half: only the encoder of the model does it.
@@ -63,11 +63,11 @@ class Task:
         return self.main_input == "input_ids"
 
 
-def task(architecture: str, model_type: str) -> Task:
+def task(architecture: str, model_type: str) -> EncoderTask:
     """The task of a model class by its name; raises TargetError when none of TASKS, or of another type."""
     found: Any = getattr(transformers, architecture, None)
     if architecture in ENCODER_OF and found.config_class.model_type == model_type:
-        return Task("feature-extraction", ENCODER_OF[architecture], found.main_input_name, half=True)
+        return EncoderTask("feature-extraction", ENCODER_OF[architecture], found.main_input_name, half=True)
     known = tasks.of_class(architecture)
     try:
         name = TasksManager.infer_task_from_model(found, library_name="transformers")
@@ -80,10 +80,10 @@ def task(architecture: str, model_type: str) -> Task:
         )
     if found.config_class.model_type != model_type:
         raise TargetError(f"config.json names {architecture}, which isn't of model type {model_type!r}")
-    return Task(known.name, known.auto_class, found.main_input_name)
+    return EncoderTask(known.name, known.auto_class, found.main_input_name)
 
 
-def draw(checkpoint: Checkpoint, task: Task) -> ir.Model:
+def draw(checkpoint: Checkpoint, task: EncoderTask) -> ir.Model:
     """The float32 graph of a checkpoint, its MatMul nodes named after the modules they belong to.
 
     Raises CheckpointError when transformers can't load it, TargetError when it can't draw it.
@@ -114,7 +114,7 @@ def draw(checkpoint: Checkpoint, task: Task) -> ir.Model:
     return graph
 
 
-def _check_form(model: Any, task: Task) -> None:
+def _check_form(model: Any, task: EncoderTask) -> None:
     """Raise TargetError for a model whose graph would hold for some texts only.
 
     A classifier of a decoder's class looks for the last token that isn't padding. Scaling that depends on a

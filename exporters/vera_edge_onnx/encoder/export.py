@@ -85,7 +85,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
     )
 
 
-def _check(request: ExportRequest, target: str, architecture: str) -> drawing.Task:
+def _check(request: ExportRequest, target: str, architecture: str) -> drawing.EncoderTask:
     """The model's task; raises before any work is done when the request can't be met."""
     options.check(request, target)
     task = drawing.task(architecture, str(request.model.checkpoint.config.get("model_type")))
@@ -128,7 +128,7 @@ def _in_encoder(module: str) -> bool:
 
 
 def _float_graph(
-    request: ExportRequest, task: drawing.Task, work: Path
+    request: ExportRequest, task: drawing.EncoderTask, work: Path
 ) -> tuple[ir.Model, tuple[sites.Site, ...], Path]:
     """The float32 graph, its weights merged or the base's own; its linear layers; the float folder."""
     checkpoint, adapted = request.model.checkpoint, adapters.sizes(request)
@@ -147,7 +147,7 @@ def _float_graph(
 
 def _held(
     request: ExportRequest,
-    task: drawing.Task,
+    task: drawing.EncoderTask,
     architecture: str,
     model: ir.Model,
     found: tuple[sites.Site, ...],
@@ -171,7 +171,7 @@ def _held(
 
 def _calibrated(
     request: ExportRequest,
-    task: drawing.Task,
+    task: drawing.EncoderTask,
     model: ir.Model,
     found: tuple[sites.Site, ...],
     layout: Sequence[Piece],

@@ -8,16 +8,15 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from vera_edge.arrays import Array
 from vera_edge.errors import TargetError
-from vera_edge.reference.model import Reference
+from vera_edge.reference.model import TorchReference
 from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.parity import Checked, Differs, Feeds, hold, opened, refusal, run, save
 
-Array = npt.NDArray[Any]
 _SHORT, _USUAL, _PAST, _LONGEST = 4, 40, 20, 2048  # tokens
 _SEED = 20240311
 # How far each token looks, in families that don't all look at everything.
@@ -27,7 +26,7 @@ _WINDOWS = ("local_attention", "sliding_window", "attention_window")
 def compare(
     graph: ir.Model,
     sites: Sequence[Site],
-    reference: Reference,
+    reference: TorchReference,
     model: Any,
     architecture: str,
     folder: Path,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime
 
+from vera_edge.arrays import Array, Int64
 from vera_edge.errors import DataError
 from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting.onnx_adapter import Piece
@@ -25,8 +25,6 @@ from vera_edge_onnx import parity
 from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.weights.activations import Seen, kind_of
 
-Int64 = npt.NDArray[np.int64]
-Array = npt.NDArray[Any]
 _TOKENS = 8192  # of all texts
 
 

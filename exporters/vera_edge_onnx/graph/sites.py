@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import TargetError
-from vera_edge.storage.tensors import Float32
 
 _WORD = re.compile(r"[./]")
 # The orders in which layers are packed into one product.

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vera_edge.arrays import Float32
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.formats.bnb8 import Int8Weight
 from vera_edge.plans.plan import FLOAT, Step
-from vera_edge.storage.tensors import Float32
 from vera_edge_onnx.graph.sites import Part, Site
 from vera_edge_onnx.weights import qdq
 
@@ -88,18 +88,24 @@ def linear(
     parts: each with its rows (rows, in). kind: "dynamic" or "static". seen: of x, where it was calibrated.
     """
     levels = seen.levels() if level and seen is not None else None
-    rows = qdq.Rows.stacked([_rows(request, steps[part.module], part, rows, levels) for part, rows in parts])
+    rows = qdq.RowCodes.stacked(
+        [_rows(request, steps[part.module], part, rows, levels) for part, rows in parts]
+    )
     if kind == "dynamic":
         return qdq.Dynamic(rows, levels)
     assert seen is not None
     return qdq.Static(rows, levels, seen.span(levels))
 
 
-def _rows(request: ExportRequest, step: Step, part: Part, rows: Float32, levels: Float32 | None) -> qdq.Rows:
+def _rows(
+    request: ExportRequest, step: Step, part: Part, rows: Float32, levels: Float32 | None
+) -> qdq.RowCodes:
     """A part's codes with a scale for each row: its own where it has some, on LLM.int8's grid."""
     codes = request.requantized.get(step.module)
     if codes is None and not step.copies:
-        return qdq.Rows.fitting(rows if levels is None else rows * levels)
+        return qdq.RowCodes.fitting(rows if levels is None else rows * levels)
     made = request.model.checkpoint.load(step.module) if codes is None else codes.bnb8()
     assert isinstance(made, Int8Weight)
-    return qdq.Rows.of([Int8Weight(made.codes[part.start : part.stop], made.scales[part.start : part.stop])])
+    return qdq.RowCodes.of(
+        [Int8Weight(made.codes[part.start : part.stop], made.scales[part.start : part.stop])]
+    )

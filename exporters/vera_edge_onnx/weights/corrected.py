@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import PlanError
 from vera_edge.requantize.correction import Correction
-from vera_edge.storage.tensors import Float32
 from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.graph.weaver import Weaver, leading
-from vera_edge_onnx.weights.linear import Linear
+from vera_edge_onnx.weights.linear import StoredProduct
 
 
 @dataclass(frozen=True, eq=False)
 class Corrected:
     """`linear` and what its output gets besides; the low-rank term is stored in float16."""
 
-    linear: Linear
+    linear: StoredProduct
     correction: Correction
     out: int
 
@@ -41,8 +41,8 @@ class Corrected:
 
 
 def correct(
-    stored: Mapping[str, Linear], sites: Sequence[Site], corrections: Mapping[str, Correction]
-) -> dict[str, Linear]:
+    stored: Mapping[str, StoredProduct], sites: Sequence[Site], corrections: Mapping[str, Correction]
+) -> dict[str, StoredProduct]:
     """`stored` with the corrections of its sites' modules.
 
     Raises PlanError when one has no place: its layer's weight isn't in the graph as it was rounded.

@@ -26,7 +26,7 @@ def store(weaver: Weaver, dtype: str, block: int, by_row: bool = False) -> None:
         if dtype == "fp16":
             weaver.narrow(table, gather)
         elif dtype == "int8" and by_row:
-            qdq.look_up(weaver, gather, qdq.Rows.nearest(table.const_value.numpy()), name)
+            qdq.look_up(weaver, gather, qdq.RowCodes.nearest(table.const_value.numpy()), name)
         elif not table.const_value.shape.numpy()[1] % block:
             blocks = head.quantized(table.const_value.numpy(), dtype, block)
             head.look_up(weaver, gather, blocks, name, name.removesuffix(".weight"))

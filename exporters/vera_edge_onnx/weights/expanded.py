@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from vera_edge.arrays import Float32
 from vera_edge.device.runtime import expansion
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.formats import Bnb4Weight
 from vera_edge.rounding.weight_rounding import BLOCK
 from vera_edge.storage.files import output_error
-from vera_edge.storage.tensors import Float32, write_header
+from vera_edge.storage.tensors import write_header
 from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.weights import stored as weights
-from vera_edge_onnx.weights.linear import Blocks, Linear, join_blocks
+from vera_edge_onnx.weights.linear import Blocks, StoredProduct, join_blocks
 
 SHIPPED = "model.4bit.safetensors"
 
@@ -64,7 +65,7 @@ class Shipped:
         return {"source": source, "block": BLOCK, "weights": found}
 
 
-def ship(request: ExportRequest, sites: Sequence[Site], stored: dict[str, Linear]) -> Shipped:
+def ship(request: ExportRequest, sites: Sequence[Site], stored: dict[str, StoredProduct]) -> Shipped:
     """Add int8 blocks to `stored` (by site name) where a weight is shipped in 4 bits; what they are of.
 
     Nothing where the weights run as what is shipped.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats.blocks import SIZES, quantize
-from vera_edge.storage.tensors import Float32
 from vera_edge_onnx.graph.weaver import MICROSOFT, Range, Weaver, leading
 from vera_edge_onnx.weights.linear import Blocks
 

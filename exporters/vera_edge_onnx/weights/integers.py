@@ -19,7 +19,7 @@ from vera_edge.formats.affine import Integers
 from vera_edge.formats.blocks import SIZES, IntBlocks
 from vera_edge.storage.files import sha256_bytes
 from vera_edge_onnx.graph.weaver import Weaver, leading
-from vera_edge_onnx.weights.linear import Blocks, Linear, join_blocks
+from vera_edge_onnx.weights.linear import Blocks, StoredProduct, join_blocks
 
 Order = npt.NDArray[np.int64]
 INSTEAD = "export with --weights int4 or int8 instead of same"
@@ -48,7 +48,7 @@ class Stacked:
     parts: (rows, linear) each.
     """
 
-    parts: tuple[tuple[int, Linear], ...]
+    parts: tuple[tuple[int, StoredProduct], ...]
 
     def product(self, weaver: Weaver, x: ir.Value, weight: str, node: str, before: ir.Node) -> ir.Value:
         products, start = [], 0
@@ -95,7 +95,7 @@ def of_checkpoint(found: Integers, module: str) -> tuple[IntBlocks, Order | None
     return whole, None if np.array_equal(order, np.arange(inside)) else order
 
 
-def join(parts: Sequence[tuple[IntBlocks, Order | None]]) -> Linear:
+def join(parts: Sequence[tuple[IntBlocks, Order | None]]) -> StoredProduct:
     """Weights stacked by rows, in one product where they are of one kind and order."""
     first, order = parts[0]
     alike = {(part.bits, part.block) for part, _ in parts} == {(first.bits, first.block)} and all(

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import TargetError
 from vera_edge.formats.blocks import IntBlocks
-from vera_edge.storage.tensors import Bytes, Float32
 from vera_edge_onnx.graph.weaver import MICROSOFT, Weaver, leading
 
 _QUANT_TYPES = {"fp4": 0, "nf4": 1}
@@ -23,7 +23,7 @@ _QUANT_TYPES = {"fp4": 0, "nf4": 1}
 _ACCURACY = 4
 
 
-class Linear(Protocol):
+class StoredProduct(Protocol):
     """A weight (out, in) in some stored form."""
 
     def product(self, weaver: Weaver, x: ir.Value, weight: str, node: str, before: ir.Node) -> ir.Value:
@@ -35,7 +35,7 @@ class Linear(Protocol):
 
 
 @dataclass(frozen=True)
-class Bnb4:
+class Bnb4Product:
     """NF4 or FP4: bitsandbytes' own bytes.
 
     packed: uint8, flat, two codes a byte. absmax: float32, one for each `blocksize` values, row-major.
@@ -54,7 +54,7 @@ class Bnb4:
                 f"{self.blocksize}; export with --weights int8 instead"
             )
 
-    def rows(self, start: int, stop: int) -> Bnb4:
+    def rows(self, start: int, stop: int) -> Bnb4Product:
         """Some rows of the weight, cut out of the bytes; raises TargetError when they don't begin a block."""
         inside, size = self.shape[1], self.blocksize
         first, last = start * inside, stop * inside
@@ -65,7 +65,7 @@ class Bnb4:
             )
         packed = self.packed[first // 2 : -(-last // 2)]
         absmax = self.absmax[first // size : -(-last // size)]
-        return Bnb4((stop - start, inside), self.quant_type, size, packed, absmax)
+        return Bnb4Product((stop - start, inside), self.quant_type, size, packed, absmax)
 
     def product(self, weaver: Weaver, x: ir.Value, weight: str, node: str, before: ir.Node) -> ir.Value:
         out, inside = self.shape
@@ -85,7 +85,7 @@ class Bnb4:
         )
 
 
-def join_bnb4(parts: list[Bnb4]) -> Bnb4:
+def join_bnb4(parts: list[Bnb4Product]) -> Bnb4Product:
     """Weights stacked by rows. Their bytes are joined as they are, so each must end where a block ends.
 
     Raises TargetError when one doesn't, or when they differ in type or block size.
@@ -100,7 +100,7 @@ def join_bnb4(parts: list[Bnb4]) -> Bnb4:
     kinds = {(part.quant_type, part.blocksize, part.shape[1]) for part in parts}
     if len(kinds) > 1:
         raise TargetError("layers that are computed together differ in their 4-bit block size or type")
-    return Bnb4(
+    return Bnb4Product(
         (sum(part.shape[0] for part in parts), first.shape[1]),
         first.quant_type,
         first.blocksize,

@@ -22,10 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vera_edge.arrays import Float32
 from vera_edge.device.runtime.int8_products import PAIR, pairs_overflow
 from vera_edge.formats.bnb8 import Int8, Int8Weight
 from vera_edge.formats.weight import row_chunks
-from vera_edge.storage.tensors import Float32
 from vera_edge_onnx.graph.weaver import Dimension, Weaver, leading
 
 _TOP = 255  # of uint8
@@ -57,25 +57,25 @@ class Span(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class RowCodes:
     """A weight as int8 codes (out, in) and the float32 scale of each row (out,)."""
 
     codes: npt.NDArray[np.int8]
     scales: Float32
 
     @classmethod
-    def of(cls, parts: Sequence[Int8Weight]) -> Rows:
+    def of(cls, parts: Sequence[Int8Weight]) -> RowCodes:
         """Weights stacked by rows."""
         scales = [part.scales / np.float32(127) for part in parts]
         return cls(np.concatenate([part.codes for part in parts]), np.concatenate(scales))
 
     @classmethod
-    def nearest(cls, matrix: Float32) -> Rows:
+    def nearest(cls, matrix: Float32) -> RowCodes:
         """A float matrix rounded to nearest, for what is only looked up: its products may overflow."""
         return cls.of([Int8().quantize(matrix, {})])
 
     @classmethod
-    def fitting(cls, matrix: Float32) -> Rows:
+    def fitting(cls, matrix: Float32) -> RowCodes:
         """A float matrix (out, in) rounded to nearest, to scales with which no product overflows."""
         codes, scales = np.empty(matrix.shape, np.int8), np.empty(matrix.shape[0], np.float32)
         for start, stop in row_chunks((matrix.shape[0], matrix.shape[1])):
@@ -89,7 +89,7 @@ class Rows:
         return cls(codes, scales)
 
     @classmethod
-    def stacked(cls, parts: Sequence[Rows]) -> Rows:
+    def stacked(cls, parts: Sequence[RowCodes]) -> RowCodes:
         """Rows below each other."""
         return cls(
             np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts])
@@ -115,7 +115,7 @@ class Dynamic:
     levels: what x is divided by first (in,); the rows are of a weight that was multiplied by it.
     """
 
-    rows: Rows
+    rows: RowCodes
     levels: Float32 | None = None
 
     def product(self, weaver: Weaver, x: ir.Value, weight: str, node: str, before: ir.Node) -> ir.Value:
@@ -158,7 +158,7 @@ class Static:
     span: of x divided by the levels.
     """
 
-    rows: Rows
+    rows: RowCodes
     levels: Float32 | None
     span: Span
 
@@ -214,7 +214,7 @@ def _reader(x: ir.Value, op: str) -> ir.Node | None:
     return next((node for node in x.consumers() if node.op_type == op), None)
 
 
-def look_up(weaver: Weaver, gather: ir.Node, rows: Rows, name: str) -> None:
+def look_up(weaver: Weaver, gather: ir.Node, rows: RowCodes, name: str) -> None:
     """Replace a Gather of a float table by one of int8 rows, each taken with its scale.
 
     rows: of the table (vocabulary, hidden). name: the table's.

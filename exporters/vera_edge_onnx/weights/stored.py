@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vera_edge import formats
+from vera_edge.arrays import Float32
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.formats import Bnb4Weight, Int8Weight, Weight
@@ -17,13 +18,12 @@ from vera_edge.formats.affine import HoldsIntegers
 from vera_edge.formats.blocks import IntBlocks, quantize
 from vera_edge.plans.plan import FLOAT, SAME, Plan, Step
 from vera_edge.rounding.weight_rounding import BLOCK, grid_of
-from vera_edge.storage.tensors import Float32
 from vera_edge_onnx.graph.sites import Part, Site
 from vera_edge_onnx.weights import activations, integers
 from vera_edge_onnx.weights.activations import Seen
 from vera_edge_onnx.weights.corrected import correct
 from vera_edge_onnx.weights.integers import Order
-from vera_edge_onnx.weights.linear import Bnb4, Linear, join_bnb4
+from vera_edge_onnx.weights.linear import Bnb4Product, StoredProduct, join_bnb4
 
 ACCURACY, RUN = "accuracy_level", "run"
 INTEGERS = ("int8", "int4", "int2")
@@ -131,7 +131,7 @@ def _unknown(weights: str) -> TargetError:
 
 def stored(
     request: ExportRequest, sites: Sequence[Site], seen: Mapping[str, Seen] = MappingProxyType({})
-) -> dict[str, Linear]:
+) -> dict[str, StoredProduct]:
     """The weight of every site, by site name; a site that isn't named is stored as float32.
 
     seen: of what sites read whose activations were calibrated, by its name in the graph.
@@ -140,7 +140,7 @@ def stored(
     """
     steps = {step.module: step for step in request.plan.steps}
     fixed = activations.fixed(request, sites, steps)
-    found: dict[str, Linear] = {}
+    found: dict[str, StoredProduct] = {}
     for done, site in enumerate(sites):
         request.progress("quantizing", done, len(sites))
         results = {stored_as(steps[part.module]) for part in site.parts}
@@ -208,9 +208,9 @@ def _rowwise(own: Int8Weight, part: Part) -> IntBlocks:
     return IntBlocks(8, codes.shape[1], codes.reshape(-1, count, BLOCK), scales)
 
 
-def _bnb4(request: ExportRequest, step: Step, part: Part, rows: Float32) -> Bnb4:
+def _bnb4(request: ExportRequest, step: Step, part: Part, rows: Float32) -> Bnb4Product:
     made = four_bit(request, step, rows)
-    whole = Bnb4(made.shape, made.quant_type, made.blocksize, made.packed, made.absmax)
+    whole = Bnb4Product(made.shape, made.quant_type, made.blocksize, made.packed, made.absmax)
     return whole if part.size == made.shape[0] else whole.rows(part.start, part.stop)
 
 

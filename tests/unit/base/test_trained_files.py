@@ -16,7 +16,7 @@ from vera_edge.base.trained_files import gather
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import CheckpointError, MismatchError
 from vera_edge.exporting import target
-from vera_edge.measuring.assess import Request, assess
+from vera_edge.measuring.assess import DriftRequest, assess
 from vera_edge.rounding.weight_rounding import Rounding
 from vera_edge.storage import side_files
 
@@ -201,12 +201,12 @@ def test_a_token_without_a_row_is_no_matter_until_it_occurs(
     made = target.export(base, [(adapter, 1.0)], tmp_path / "out", weights="int4", rounding=rounding)
     assert any("1 tokens beyond the model's 384" in note for note in made.notes)
     merge.to_folder(base, [(adapter, 1.0)], tmp_path / "m", to="fp32")
-    found = assess(Request(adapter, tmp_path / "m", base=base, tokens=256))
+    found = assess(DriftRequest(adapter, tmp_path / "m", base=base, tokens=256))
     assert found.fidelity.kl.mean.value < 1e-9
     assert any("beyond the model's 384" in note for note in found.notes)
     (tmp_path / "text").write_text(tiny.TEXT * 9 + "<|beyond|>")
     with pytest.raises(MismatchError, match=r"holds the token '<\|beyond\|>' of id 384") as caught:
-        assess(Request(adapter, tmp_path / "m", base=base, tokens=256, data=str(tmp_path / "text")))
+        assess(DriftRequest(adapter, tmp_path / "m", base=base, tokens=256, data=str(tmp_path / "text")))
     assert "\n" not in str(caught.value)
 
 

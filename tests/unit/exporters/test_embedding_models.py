@@ -19,7 +19,7 @@ from vera_edge.device.check.validate import validate
 from vera_edge.device.runtime.encoder import Encoder
 from vera_edge.errors import BundleError
 from vera_edge.exporting import golden_vectors, target
-from vera_edge.measuring.assess import Request, assess_any
+from vera_edge.measuring.assess import DriftRequest, assess_any
 
 TEXTS = list(tiny_encoder.TEXTS)
 _QWEN = {**FAMILIES["qwen3"].config, "vocab_size": 160}
@@ -104,7 +104,7 @@ def test_one_trained_under_a_head_for_words_gives_embeddings_too(
     made = target.export(base, [(tmp_path / "adapter", 1.0)], tmp_path / "out")
     model = trained.train(base).get_base_model().model
     _close(Encoder.open(made.folder).embed(TEXTS), torch.nn.functional.normalize(_truth(model, base)))
-    report = assess_any(Request(tmp_path / "adapter", made.folder, base=base)).to_dict()
+    report = assess_any(DriftRequest(tmp_path / "adapter", made.folder, base=base)).to_dict()
     assert report["embeddings"]["cosine"]["value"] > 1 - 1e-6
     assert report["effect"]["cosine"]["value"] < 1 - 1e-3
     printed = json.loads(cli("run", made.folder, TEXTS[0]).stdout)["embedding"]
@@ -227,7 +227,7 @@ def test_layers_behind_the_pooling_are_run_as_in_torch(
         truth = torch.nn.functional.normalize(norm(second(found)))
     _close(Encoder.open(made.folder).embed(TEXTS), truth)
     merge.to_folder(folder, [(adapter, 1.0)], tmp_path / "m", to="fp32")
-    report = assess_any(Request(adapter, tmp_path / "m", base=folder)).to_dict()
+    report = assess_any(DriftRequest(adapter, tmp_path / "m", base=folder)).to_dict()
     assert report["embeddings"]["cosine"]["value"] > 1 - 1e-6
 
 

@@ -22,7 +22,7 @@ from vera_edge.exporting import target
 from vera_edge.formats.affine import HoldsIntegers
 from vera_edge.reference.model import load_dense
 from vera_edge_onnx.weights import integers
-from vera_edge_onnx.weights.linear import Linear
+from vera_edge_onnx.weights.linear import StoredProduct
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "formats"
 CASES = sorted(
@@ -34,13 +34,13 @@ CASES = sorted(
 Make = Callable[[str, dict[str, Any]], Path]
 
 
-def own(checkpoint: Checkpoint, module: str) -> Linear:
+def own(checkpoint: Checkpoint, module: str) -> StoredProduct:
     weight = checkpoint.load(module)
     assert isinstance(weight, HoldsIntegers)
     return integers.join([integers.of_checkpoint(weight.integers(), module)])
 
 
-def multiplied_out(linear: Linear, width: int, out: int, folder: Path) -> np.ndarray[Any, Any]:
+def multiplied_out(linear: StoredProduct, width: int, out: int, folder: Path) -> np.ndarray[Any, Any]:
     """The weight (out, in) as ONNX Runtime sees it: an identity times it, in float32, is exact."""
     weaver, value, end = graph(width, out=out)
     product = linear.product(weaver, value, "w", "/w", end)

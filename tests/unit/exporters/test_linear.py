@@ -21,7 +21,14 @@ from vera_edge.formats.blocks import quantize
 from vera_edge_onnx.branch.projections import StoredProjections
 from vera_edge_onnx.graph import storage
 from vera_edge_onnx.graph.weaver import Range, Weaver
-from vera_edge_onnx.weights.linear import Blocks, Bnb4, Linear, join_blocks, join_bnb4, pack_bits
+from vera_edge_onnx.weights.linear import (
+    Blocks,
+    Bnb4Product,
+    StoredProduct,
+    join_blocks,
+    join_bnb4,
+    pack_bits,
+)
 
 Float32 = npt.NDArray[np.float32]
 
@@ -48,7 +55,7 @@ def run(weaver: Weaver, value: ir.Value, end: ir.Node, folder: Path, x: Float32)
     return found
 
 
-def apply(linear: Linear, folder: Path, x: Float32, out: int) -> Float32:
+def apply(linear: StoredProduct, folder: Path, x: Float32, out: int) -> Float32:
     weaver, value, end = graph(x.shape[1], out=out)
     return run(weaver, linear.product(weaver, value, "w", "/w", end), end, folder, x)
 
@@ -115,16 +122,16 @@ def test_blocks_at_the_ends_of_their_ranges_overflow_nowhere(
 def test_four_bits_multiply_as_they_dequantize(kind: str, tmp_path: Path) -> None:
     form = get(kind)
     made: Any = form.quantize(drawn(24, 96), form.options({}))
-    linear = Bnb4(made.shape, kind, made.blocksize, made.packed, made.absmax)
+    linear = Bnb4Product(made.shape, kind, made.blocksize, made.packed, made.absmax)
     x = drawn(3, 96, seed=1)
     truth = x @ made.rows(0, 24).T
     assert np.abs(apply(linear, tmp_path, x, 24) - truth).max() < 1e-5 * np.abs(truth).max()
 
 
-def bnb4(rows: int, width: int, blocksize: int = 64, seed: int = 0) -> tuple[Bnb4, Float32]:
+def bnb4(rows: int, width: int, blocksize: int = 64, seed: int = 0) -> tuple[Bnb4Product, Float32]:
     form = get("nf4")
     made: Any = form.quantize(drawn(rows, width, seed=seed), form.options({"blocksize": blocksize}))
-    return Bnb4(made.shape, "nf4", made.blocksize, made.packed, made.absmax), made.rows(0, rows)
+    return Bnb4Product(made.shape, "nf4", made.blocksize, made.packed, made.absmax), made.rows(0, rows)
 
 
 def test_joined_and_cut_four_bit_weights(tmp_path: Path) -> None:
@@ -145,7 +152,7 @@ def test_four_bit_weights_that_do_not_fit() -> None:
         bnb4(4, 96)[0].rows(1, 2)
     for odd in (8, 24, 100):
         with pytest.raises(TargetError, match=f"these are of {odd}"):
-            Bnb4((2, 96), "nf4", odd, np.zeros(96, np.uint8), np.zeros(1, np.float32))
+            Bnb4Product((2, 96), "nf4", odd, np.zeros(96, np.uint8), np.zeros(1, np.float32))
 
 
 def test_joined_blocks(tmp_path: Path) -> None:

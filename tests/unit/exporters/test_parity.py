@@ -19,9 +19,9 @@ from vera_edge.bundle import contents as bundle
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import TargetError, VeraEdgeError
 from vera_edge.exporting import target
-from vera_edge.reference.model import Reference
+from vera_edge.reference.model import TorchReference
 from vera_edge_onnx.decoder import attention, drawing, parity, replica, rotary_graph
-from vera_edge_onnx.decoder.rotary import Rotary, Table, all_parameters
+from vera_edge_onnx.decoder.rotary import Rotary, RotaryTable, all_parameters
 from vera_edge_onnx.encoder import drawing as encoder_drawing
 from vera_edge_onnx.parity import Differs, opened
 
@@ -34,7 +34,7 @@ def outcome(case: Case, folder: Path) -> str:
         drawn = drawing.draw(base, model.config, case.architecture, folder / "graph", fuse_qkv=True)
         lengths = parity.lengths_of(drawn.config, parity.bounds_of(drawn.config, drawn.windows))
         assert lengths.reached
-        parity.compare(opened(drawn.path), Reference(model, model.config.vocab_size, False), lengths)
+        parity.compare(opened(drawn.path), TorchReference(model, model.config.vocab_size, False), lengths)
     except (VeraEdgeError, Differs) as cause:
         return str(cause)
     return CARRIED
@@ -134,8 +134,8 @@ def test_a_graph_that_lacks_a_setting_is_refused(
         chosen = rotary_graph._chosen_by_length
 
         def mixed_up(edits: Any, names: Any, tables: Rotary, before: Any) -> Any:
-            assert isinstance(tables.beyond, Table)
-            beyond = Table(tables.beyond.cos[:, ::-1], tables.beyond.sin[:, ::-1])
+            assert isinstance(tables.beyond, RotaryTable)
+            beyond = RotaryTable(tables.beyond.cos[:, ::-1], tables.beyond.sin[:, ::-1])
             return chosen(edits, names, replace(tables, beyond=beyond), before)
 
         monkeypatch.setattr(rotary_graph, "_chosen_by_length", mixed_up)

@@ -33,20 +33,20 @@ from vera_edge.formats.bnb8 import Int8
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
 from vera_edge_onnx.graph import storage
 from vera_edge_onnx.weights.activations import Seen
-from vera_edge_onnx.weights.qdq import Dynamic, Rows, Span, Static
+from vera_edge_onnx.weights.qdq import Dynamic, RowCodes, Span, Static
 
 KINDS = ("dynamic", "static")
 FUSED = {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 LINEARS = 2 * 6  # of the tiny encoder
 
 
-def rows(out: int, width: int, seed: int = 0) -> tuple[Rows, Float32]:
+def rows(out: int, width: int, seed: int = 0) -> tuple[RowCodes, Float32]:
     """int8 rows, and what they mean in float32."""
     made = Int8().quantize(drawn(out, width, seed=seed), {})
-    return Rows.of([made]), made.rows(0, out)
+    return RowCodes.of([made]), made.rows(0, out)
 
 
-def linear(kind: str, weight: Rows, x: Float32) -> Dynamic | Static:
+def linear(kind: str, weight: RowCodes, x: Float32) -> Dynamic | Static:
     return (
         Dynamic(weight) if kind == "dynamic" else Static(weight, None, Span(float(x.min()), float(x.max())))
     )
@@ -98,7 +98,7 @@ def test_products_are_those_of_the_standard_and_of_rounded_values(kind: str, tmp
 def test_fitting_rows_are_near_and_no_two_neighbours_leave_16_bits(matrix: Float32, same: bool) -> None:
     """`same`: all of one sign and size, which is the worst that a row can be."""
     matrix = np.broadcast_to(np.abs(matrix[:, :1]), matrix.shape) if same else matrix
-    made = Rows.fitting(matrix)
+    made = RowCodes.fitting(matrix)
     codes = made.codes.astype(np.int64)
     for left, right in ((codes[:, :-1], codes[:, 1:]), (codes[:, 1:], codes[:, :-1])):
         for one, other in ((0, 255), (255, 0), (255, 255)):
@@ -121,7 +121,7 @@ def test_products_are_sums_of_integers_whatever_the_processor(
     x = draw.choice(np.array([-1.0, 2.5, 3.0], np.float32), (count, width), p=[0.1, 0.1, 0.8])
     x[0, :2] = -1, 3
     matrix = draw.choice(np.array([-1.0, 0.5, 1.0], np.float32), (24, width), p=[0.1, 0.1, 0.8])
-    weight = Rows.fitting(matrix) if form == "fitting" else Rows.nearest(matrix)
+    weight = RowCodes.fitting(matrix) if form == "fitting" else RowCodes.nearest(matrix)
     assert int8_products.pairs_overflow(weight.codes.T) is (form != "fitting")
     path = saved([linear(kind, weight, x)] * 2, x, tmp_path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -152,7 +152,7 @@ def test_levelled_channels_change_the_product_by_less(kind: str, tmp_path: Path)
     seen = Seen(np.full(96, np.inf, np.float32), np.full(96, -np.inf, np.float32)).with_values(x)
     errors = []
     for name, levels in (("plain", None), ("levelled", seen.levels())):
-        weights = Rows.nearest(weight if levels is None else weight * levels)
+        weights = RowCodes.nearest(weight if levels is None else weight * levels)
         one = Dynamic(weights, levels) if kind == "dynamic" else Static(weights, levels, seen.span(levels))
         path = saved([one, one], x, tmp_path / name)
         assert operators(path)["Mul"] == (levels is not None) + 4 * (kind == "dynamic")

@@ -12,7 +12,7 @@ import pytest
 
 from tests import tiny, tiny_encoder
 from vera_edge.device.deploy import install
-from vera_edge.device.runtime.chat import Text
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.exporting import frozen_graph, target
 
 KEY = "transformers.js_config"
@@ -107,7 +107,7 @@ def test_the_chat_template_is_in_the_tokenizers_config(
         (base / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS {{ tools | tojson }}")
     out = tmp_path / "out"
     target.export(base, [(adapter, 1.0)], out)
-    text = Text(out)
+    text = BundleText(out)
     arguments = {"tools": [{"name": "f"}]}
     expected = text.render(MESSAGES) + text.render(MESSAGES, arguments)
     assert ("TOOLS" in expected) is (place == "several files") and "<|im_start|>user\nHi" in expected

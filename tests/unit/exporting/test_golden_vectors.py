@@ -19,7 +19,7 @@ from vera_edge.device.check.validate import validate
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import DataError, MismatchError, OutputError, PlanError
 from vera_edge.exporting import golden_vectors, target
-from vera_edge.reference.model import Reference, open_reference
+from vera_edge.reference.model import TorchReference, open_reference
 from vera_edge.trained import provenance
 
 PROMPTS = ("The adapter", "Merge the two in float32, then quantize again")
@@ -88,7 +88,7 @@ def test_the_reference_has_the_weight_that_the_bundle_has(
     assert exported_folders.divergence(whole, Session.open(folder).logits(ids)) > 1e-4
 
 
-def trained(base: Path, adapter: Path) -> Reference:
+def trained(base: Path, adapter: Path) -> TorchReference:
     checkpoint = Checkpoint.open(base)
     read = adapters.read(adapter)
     return open_reference(checkpoint, [(read, 1.0)], provenance.resolve(read, checkpoint).projections)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats import blocks
 from vera_edge.formats.blocks import IntBlocks
-from vera_edge.storage.tensors import Bytes, Float32
 
 
 def random_weight(out: int, inside: int, seed: int = 0) -> Float32:

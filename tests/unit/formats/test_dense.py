@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from vera_edge import formats
+from vera_edge.arrays import Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats import dense
-from vera_edge.storage.tensors import Float32, TensorFolder
+from vera_edge.storage.tensors import TensorFolder
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

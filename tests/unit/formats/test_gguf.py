@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, FormatError
-from vera_edge.storage.tensors import Float32
 
 WIDTH, BLOCKS, VOCABULARY = 256, 2, 32
 # what gguf can quantize itself, and what is filled with random blocks of sane scales

@@ -69,7 +69,7 @@ def test_the_librarys_codes_pack_to_the_librarys_bytes(case: str) -> None:
     scales, zeros = weight.scales.T, weight.zeros.T  # type: ignore[attr-defined]
     wide = [np.repeat(part, linear.in_features // scales.shape[1], axis=1) for part in (scales, zeros)]
     codes = np.rint(checkpoint.dequantize(module) / wide[0] + wide[1]).astype(np.uint8)
-    grid = affine.Grid(codes, np.ascontiguousarray(scales), np.ascontiguousarray(zeros))
+    grid = affine.AffineParams(codes, np.ascontiguousarray(scales), np.ascontiguousarray(zeros))
     packed = weight_format.pack(grid, weight_format.options_of(linear))  # type: ignore[attr-defined]
     for suffix, raw in packed.tensors().items():
         np.testing.assert_array_equal(raw.data, checkpoint.tensors.read(f"{module}{suffix}").data)

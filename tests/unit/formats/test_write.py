@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from vera_edge import formats
+from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
 from vera_edge.formats import bitpack, float8
-from vera_edge.storage.tensors import Float32, write_header
+from vera_edge.storage.tensors import write_header
 
 MODULE = "model.layers.0.mlp.up_proj"
 WRITABLE: list[tuple[str, dict[str, Any]]] = [

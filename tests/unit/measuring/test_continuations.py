@@ -11,9 +11,9 @@ import torch
 from tests import tiny
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.measuring.continuations import NEW_TOKENS, PROMPT_TOKENS, continue_both, pieces
-from vera_edge.reference.model import Reference, open_reference
+from vera_edge.reference.model import TorchReference, open_reference
 from vera_edge.text import windows
-from vera_edge.text.windows import Text, Windows
+from vera_edge.text.windows import SourceText, Windows
 
 Int64 = npt.NDArray[np.int64]
 
@@ -22,7 +22,7 @@ Int64 = npt.NDArray[np.int64]
 class _Plain:
     """A Runner that offers logits alone, and from `changes` on says another token."""
 
-    inner: Reference
+    inner: TorchReference
     changes: int = 10_000
 
     @property
@@ -38,7 +38,7 @@ class _Plain:
 
 def _windows(tiny_llama: tiny.TinyLlama) -> Windows:
     tokenizer = windows.open_tokenizer(tiny_llama.fp32)
-    text = Text("test", tiny.TEXT * 12, "")
+    text = SourceText("test", tiny.TEXT * 12, "")
     return windows.make(text, tokenizer, tiny.VOCABULARY, tokens=4 * 64, window=64)
 
 

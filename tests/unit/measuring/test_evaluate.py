@@ -13,7 +13,7 @@ import scipy.stats
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring import evaluate, verdict
 from vera_edge.measuring.evaluate import Measurement, measure
-from vera_edge.text.windows import Text, Windows
+from vera_edge.text.windows import SourceText, Windows
 
 VOCAB = 31
 Int64 = npt.NDArray[np.int64]
@@ -44,7 +44,7 @@ def _tables(seed: int = 0) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.floa
 
 def _windows(count: int = 12) -> Windows:
     rng = np.random.default_rng(1)
-    return Windows(Text("test", "", ""), tuple(rng.integers(0, VOCAB, 64) for _ in range(count)), 64)
+    return Windows(SourceText("test", "", ""), tuple(rng.integers(0, VOCAB, 64) for _ in range(count)), 64)
 
 
 def _measure(share: float, **yardsticks: object) -> Measurement:

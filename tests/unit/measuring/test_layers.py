@@ -13,7 +13,7 @@ from tests import tiny
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring import layers, models
-from vera_edge.measuring.models import Candidate, Trained
+from vera_edge.measuring.models import OpenedCandidate, OpenedReference
 from vera_edge.measuring.result import LayerDrift
 from vera_edge.text import windows
 from vera_edge.text.windows import Windows
@@ -23,7 +23,7 @@ BROKEN = "model.layers.1.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_llama: tiny.TinyLlama, tiny_adapter: Path) -> Trained:
+def trained(tiny_llama: tiny.TinyLlama, tiny_adapter: Path) -> OpenedReference:
     return models.open_trained(tiny_adapter, tiny_llama.nf4)
 
 
@@ -34,7 +34,9 @@ def cut(tiny_llama: tiny.TinyLlama) -> Windows:
 
 
 @pytest.fixture(scope="module")
-def merged(trained: Trained, tiny_llama: tiny.TinyLlama, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merged(
+    trained: OpenedReference, tiny_llama: tiny.TinyLlama, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The exactly merged weights in float32, but for one layer that is rounded coarsely."""
     folder = tmp_path_factory.mktemp("merged")
     model = tiny.load(tiny_llama.fp32)
@@ -50,12 +52,12 @@ def merged(trained: Trained, tiny_llama: tiny.TinyLlama, tmp_path_factory: pytes
 
 
 @pytest.fixture(scope="module")
-def candidate(merged: Path) -> Candidate:
+def candidate(merged: Path) -> OpenedCandidate:
     return models.open_candidate(merged)
 
 
 @pytest.fixture(scope="module")
-def found(trained: Trained, candidate: Candidate, cut: Windows) -> dict[str, LayerDrift]:
+def found(trained: OpenedReference, candidate: OpenedCandidate, cut: Windows) -> dict[str, LayerDrift]:
     return {layer.module: layer for layer in layers.by_layer(trained, candidate, cut)}
 
 
@@ -68,7 +70,9 @@ def test_only_the_layer_that_differs_drifts(found: dict[str, LayerDrift]) -> Non
         assert layer.retained == pytest.approx(1.0, abs=1e-5)
 
 
-def test_its_weight_errors_are_numpys(found: dict[str, LayerDrift], trained: Trained, merged: Path) -> None:
+def test_its_weight_errors_are_numpys(
+    found: dict[str, LayerDrift], trained: OpenedReference, merged: Path
+) -> None:
     assert trained.checkpoint is not None and trained.projections is not None
     base = trained.checkpoint.dequantize(BROKEN)
     pair = trained.adapters[0][0].vectors[BROKEN]
@@ -83,7 +87,7 @@ def test_its_weight_errors_are_numpys(found: dict[str, LayerDrift], trained: Tra
 
 
 def test_its_kl_is_that_of_the_whole_artefact_since_nothing_else_differs(
-    found: dict[str, LayerDrift], trained: Trained, candidate: Candidate, cut: Windows
+    found: dict[str, LayerDrift], trained: OpenedReference, candidate: OpenedCandidate, cut: Windows
 ) -> None:
     kl = []
     for piece in (cut.tokens[0], cut.tokens[2]):
@@ -96,12 +100,12 @@ def test_its_kl_is_that_of_the_whole_artefact_since_nothing_else_differs(
 
 
 def test_its_output_snr_is_torchs_on_the_inputs_it_gets(
-    found: dict[str, LayerDrift], candidate: Candidate, trained: Trained, cut: Windows
+    found: dict[str, LayerDrift], candidate: OpenedCandidate, trained: OpenedReference, cut: Windows
 ) -> None:
     """The layer's inputs come from layers that the artefact has exactly, so both models see the same ones."""
-    from vera_edge.reference.model import Reference
+    from vera_edge.reference.model import TorchReference
 
-    assert isinstance(candidate.runner, Reference)
+    assert isinstance(candidate.runner, TorchReference)
     seen: list[torch.Tensor] = []
     layer = candidate.runner.model.get_submodule(BROKEN)
     handle = layer.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0][0]))
@@ -121,7 +125,7 @@ def test_its_output_snr_is_torchs_on_the_inputs_it_gets(
 
 
 def test_measuring_leaves_the_reference_as_it_was(
-    found: dict[str, LayerDrift], trained: Trained, tiny_llama: tiny.TinyLlama, tiny_adapter: Path
+    found: dict[str, LayerDrift], trained: OpenedReference, tiny_llama: tiny.TinyLlama, tiny_adapter: Path
 ) -> None:
     tokens = np.arange(40, dtype=np.int64)
     fresh = models.open_trained(tiny_adapter, tiny_llama.nf4)
@@ -140,7 +144,9 @@ def test_conv1d_layers_without_an_adapter(tiny_gpt2: Path, cut: Windows, tmp_pat
     assert all((layer.kl or 0.0) < 1e-8 for layer in found if layer is not worst)
 
 
-def test_another_shape_is_refused(trained: Trained, merged: Path, cut: Windows, tmp_path: Path) -> None:
+def test_another_shape_is_refused(
+    trained: OpenedReference, merged: Path, cut: Windows, tmp_path: Path
+) -> None:
     folder = tmp_path / "cut"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json"):
@@ -148,12 +154,14 @@ def test_another_shape_is_refused(trained: Trained, merged: Path, cut: Windows, 
     tensors = load_file(merged / "model.safetensors")
     tensors[f"{BROKEN}.weight"] = tensors[f"{BROKEN}.weight"][:-8].contiguous()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    other = Candidate(trained.runner, trained.artefact, folder, None, checkpoint=Checkpoint.open(folder))
+    other = OpenedCandidate(
+        trained.runner, trained.artefact, folder, None, checkpoint=Checkpoint.open(folder)
+    )
     with pytest.raises(MismatchError, match="they are different models"):
         layers.by_layer(trained, other, cut)
 
 
-def test_an_export_has_no_layers_to_read(trained: Trained) -> None:
-    export = Candidate(trained.runner, trained.artefact, Path("out"), None)
+def test_an_export_has_no_layers_to_read(trained: OpenedReference) -> None:
+    export = OpenedCandidate(trained.runner, trained.artefact, Path("out"), None)
     with pytest.raises(DataError, match="leave --by-layer out"):
         layers.check(trained, export)

@@ -16,7 +16,7 @@ from vera_edge.measuring import baseline, html, junit, limits, plots
 from vera_edge.measuring.evaluate import measure
 from vera_edge.measuring.result import Artefact, DriftReport, TextFacts
 from vera_edge.measuring.verdict import judge
-from vera_edge.text.windows import Text, Windows
+from vera_edge.text.windows import SourceText, Windows
 
 VOCAB = 31
 Make = Callable[..., DriftReport]
@@ -37,7 +37,9 @@ def make_report(share: float = 0.3, windows: int = 12, adapter: bool = True, see
     rng = np.random.default_rng(seed)
     trained = 2 * rng.standard_normal((VOCAB, VOCAB))
     base = trained + rng.standard_normal((VOCAB, VOCAB))
-    cut = Windows(Text("t.txt", "", "ab"), tuple(rng.integers(0, VOCAB, 64) for _ in range(windows)), 64)
+    cut = Windows(
+        SourceText("t.txt", "", "ab"), tuple(rng.integers(0, VOCAB, 64) for _ in range(windows)), 64
+    )
     between = _Table((1 - share) * trained + share * base)
     found = measure(_Table(trained), between, cut, base=_Table(base) if adapter else None)
     side = Artefact("model", "out/model", "checkpoint, int4", 1000)

@@ -16,7 +16,7 @@ from tests.heads import DECODERS, ENCODERS
 from vera_edge import merging as merge
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.exporting import target
-from vera_edge.measuring.assess import Request, assess_any
+from vera_edge.measuring.assess import DriftRequest, assess_any
 from vera_edge.measuring.token_classes import compare_rows, row_distances
 
 Float32 = npt.NDArray[np.float32]
@@ -68,7 +68,7 @@ def test_every_head_is_measured(name: str, tmp_path: Path) -> None:
     merge.to_folder(base, [(adapter, 1.0)], tmp_path / "m", to="fp32")
     target.export(base, [(adapter, 1.0)], tmp_path / "out", mode="branch", weights="int8")
     for folder, exact in (("m", True), ("out", False)):
-        found: Any = assess_any(Request(adapter, tmp_path / folder, base=base, data=_text(tmp_path)))
+        found: Any = assess_any(DriftRequest(adapter, tmp_path / folder, base=base, data=_text(tmp_path)))
         assert found.classes.kl.value < (1e-9 if exact else found.effect.kl.value / 2)
         assert found.effect.kl.value > 1e-4 and found.text.windows == len(tiny_encoder.TEXTS * 2)
     assert any("as trained" in note for note in found.notes)
@@ -81,7 +81,7 @@ def test_the_effect_is_that_of_the_vectors_under_the_head_that_was_trained(tmp_p
     trained = ENCODERS["roberta tags"]
     base, adapter = trained.make(tmp_path)
     merge.to_folder(base, [(adapter, 1.0)], tmp_path / "m", to="fp32")
-    found: Any = assess_any(Request(adapter, tmp_path / "m", base=base, data=_text(tmp_path)))
+    found: Any = assess_any(DriftRequest(adapter, tmp_path / "m", base=base, data=_text(tmp_path)))
     from transformers import AutoTokenizer
 
     tokenizer, on = AutoTokenizer.from_pretrained(base), trained.train(base)
@@ -106,7 +106,7 @@ def test_a_model_of_images_is_refused_in_one_sentence(tmp_path: Path) -> None:
     family.make().save_pretrained(tmp_path / "base")
     family.adapted(tmp_path / "base", tmp_path / "adapter")
     with pytest.raises(DataError, match="ViTForImageClassification, which takes pixel_values") as caught:
-        assess_any(Request(tmp_path / "adapter", tmp_path / "base", base=tmp_path / "base"))
+        assess_any(DriftRequest(tmp_path / "adapter", tmp_path / "base", base=tmp_path / "base"))
     assert "\n" not in str(caught.value)
 
 
@@ -115,6 +115,6 @@ def test_positions_that_begin_behind_the_padding_bound_the_texts(tmp_path: Path)
     base, adapter = ENCODERS["roberta classes"].make(tmp_path)
     merge.to_folder(base, [(adapter, 1.0)], tmp_path / "m", to="fp32")
     (tmp_path / "text").write_text("\n\n".join(["row " * 90] * 3))
-    found: Any = assess_any(Request(adapter, tmp_path / "m", base=base, data=str(tmp_path / "text")))
+    found: Any = assess_any(DriftRequest(adapter, tmp_path / "m", base=base, data=str(tmp_path / "text")))
     assert found.text.window == 62 and found.classes.kl.value < 1e-9
     assert heads.feeds()["input_ids"].shape[1] < 62

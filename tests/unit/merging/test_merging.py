@@ -27,14 +27,14 @@ from vera_edge import formats
 from vera_edge import merging as merge
 from vera_edge.adapters import vera as adapters
 from vera_edge.adapters.projection import Projections, ProjectionSpec, regenerate
-from vera_edge.adapters.vera import Adapter, Vectors, WeightedAdapter
+from vera_edge.adapters.vera import Adapter, LambdaVectors, WeightedAdapter
+from vera_edge.arrays import Bytes, Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, CheckpointError, MismatchError, OutputError, PlanError
 from vera_edge.plans import plan as plans
 from vera_edge.reference.model import load_dense
 from vera_edge.rounding.weight_rounding import merge_to_folder
 from vera_edge.storage import byte_ranges
-from vera_edge.storage.tensors import Bytes, Float32
 from vera_edge.trained.trained_model import TrainedModel
 
 TOKENS = torch.arange(3, 63)[None] * 5 % 384
@@ -409,7 +409,7 @@ def synthetic(folder: Path, out: int, inside: int, layers: int = 1) -> Checkpoin
 def made_adapter(path: Path, modules: list[str], out: int, rank: int, seed: int = 0) -> Adapter:
     rng = np.random.default_rng(seed)
     vectors = {
-        module: Vectors(
+        module: LambdaVectors(
             rng.standard_normal(out).astype(np.float32) * np.float32(0.1),
             rng.standard_normal(rank).astype(np.float32),
         )

@@ -23,7 +23,7 @@ from scripts.soak_merge import Merge, contents, soak
 from tests import tiny
 from vera_edge import merging as merge
 from vera_edge.adapters.projection import ProjectionSpec, regenerate
-from vera_edge.adapters.vera import Adapter, Vectors, WeightedAdapter
+from vera_edge.adapters.vera import Adapter, LambdaVectors, WeightedAdapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, OutputError, PlanError, ReadError
 from vera_edge.merging import Resources, executor, memory, stage, units, work
@@ -78,7 +78,7 @@ def units_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The units that are done in this process from here on."""
     done: list[int] = []
 
-    def watched(job: work.Job, number: int) -> Done:
+    def watched(job: work.MergeJob, number: int) -> Done:
         done.append(number)
         return work.do_unit(job, number)
 
@@ -200,7 +200,7 @@ def count(ready: merge.Prepared) -> int:
     return len(_units(ready))
 
 
-def _units(ready: merge.Prepared) -> list[units.Unit]:
+def _units(ready: merge.Prepared) -> list[units.MergeUnit]:
     return cut(ready.plan, ready.model, {})[0]
 
 
@@ -268,7 +268,7 @@ def test_a_refused_input_leaves_nothing_of_an_earlier_run(
     out = tmp_path / "out"
     stop_after(ready, out, 5)
 
-    def refuse(job: work.Job, number: int) -> Done:
+    def refuse(job: work.MergeJob, number: int) -> Done:
         raise CheckpointError("damaged")
 
     monkeypatch.setattr(executor, "do_unit", refuse)
@@ -475,12 +475,12 @@ class TestMemory:
         save_file({"layers.0.fc.weight": weight}, tmp_path / "model.safetensors")
         (tmp_path / "config.json").write_text('{"model_type": "made"}')
         checkpoint = Checkpoint.open(tmp_path)
-        vectors = Vectors(weight[0], weight[1, :64].copy())
+        vectors = LambdaVectors(weight[0], weight[1, :64].copy())
         adapter = Adapter(tmp_path, "a", None, 64, 7, {"layers.0.fc": vectors}, None, {}, {}, {}, None, "0")
         projections = regenerate(ProjectionSpec(3, 64, 1024, 1024))
         model = TrainedModel(checkpoint, (WeightedAdapter(adapter, 1.0),), projections)
         plan = plans.make(checkpoint, model.adapters, weights=to, projections=projections)
-        job = work.Job("key", plan, model, {}, tmp_path / "out", 1 << 30)
+        job = work.MergeJob("key", plan, model, {}, tmp_path / "out", 1 << 30)
         (tmp_path / "out").mkdir()
         job.shards.create()
         (unit,) = job.units

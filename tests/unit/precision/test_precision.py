@@ -24,10 +24,10 @@ from vera_edge.errors import MismatchError, PlanError, TargetError
 from vera_edge.exporting import target
 from vera_edge.measuring.metrics import compare
 from vera_edge.plans import plan as plans
-from vera_edge.precision import Request, latency
-from vera_edge.precision.choice import Choice
+from vera_edge.precision import PlanRequest, latency
+from vera_edge.precision.choice import ChosenPlan
 from vera_edge.precision.choose import candidates, choose
-from vera_edge.precision.codes import Rounded
+from vera_edge.precision.codes import UnitCodes
 from vera_edge.precision.replay import Change, Replay
 from vera_edge.precision.trained import trained_model
 from vera_edge.precision.units import ENDS, Sensitivities
@@ -39,8 +39,8 @@ from vera_edge.sizes import parse_size
 from vera_edge.text import windows
 from vera_edge.trained.provenance import resolve
 
-QUICK = Request(tokens=256, calibration_tokens=2048)
-Plan = Callable[..., Choice]
+QUICK = PlanRequest(tokens=256, calibration_tokens=2048)
+Plan = Callable[..., ChosenPlan]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,10 +68,10 @@ def make(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Plan:
     """Choices on the tiny NF4 Llama, each made once: make(max_kl=..., mode=...)."""
-    done: dict[str, Choice] = {}
+    done: dict[str, ChosenPlan] = {}
     beside = tmp_path_factory.mktemp("plans") / "plan.json"
 
-    def chosen(**options: Any) -> Choice:
+    def chosen(**options: Any) -> ChosenPlan:
         request = replace(QUICK, calibration=str(texts[0]), data=str(texts[1]), **options)
         if repr(request) not in done:
             done[repr(request)] = choose(tiny_llama.nf4, [(tiny_adapter, 1.0)], request, beside)
@@ -113,7 +113,7 @@ def kl_of(folder: Path, base: Path, adapter: Path, text: Path) -> float:
     return float(np.concatenate(found).mean())
 
 
-def as_measured(found: Choice) -> Any:
+def as_measured(found: ChosenPlan) -> Any:
     """What a prediction must come to. It takes ONNX Runtime to round what integer blocks read; where its
     kernels don't, exports lose less than predicted, by the few parts in ten that this is of int8's loss."""
     return pytest.approx(found.trial.kl, rel=0.2 if kernels.blocks_round_inputs() else 0.5)
@@ -258,7 +258,7 @@ def test_a_formats_loss_follows_from_anothers_by_the_output_error(
     """Only the worst format of a unit is measured; what is inferred for the others, against measuring it."""
     ready = merge.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)])
     _, _, steps = candidates(ready, ("int4", "int8", "nf4", "fp32"))
-    rounded = Rounded(ready, steps, "gptq", {name: CodesFolder(tmp_path / name) for name in steps})
+    rounded = UnitCodes(ready, steps, "gptq", {name: CodesFolder(tmp_path / name) for name in steps})
     for store in rounded.stores.values():
         store.folder.mkdir()
     text, tokenizer = windows.read_text(texts[0]), windows.open_tokenizer(tiny_llama.nf4)
@@ -278,7 +278,7 @@ def test_conv1d_weights_are_exchanged_the_right_way_round(
     """GPT-2 holds (in, out): a square weight put in transposed would cost a hundred times as much."""
     ready = merge.prepare(tiny_gpt2, [(tiny_gpt2_adapter, 1.0)])
     _, _, steps = candidates(ready, ("int4", "int8"))
-    rounded = Rounded(ready, steps, "gptq", {name: CodesFolder(tmp_path / name) for name in steps})
+    rounded = UnitCodes(ready, steps, "gptq", {name: CodesFolder(tmp_path / name) for name in steps})
     for store in rounded.stores.values():
         store.folder.mkdir()
     text, tokenizer = windows.read_text(texts[0]), windows.open_tokenizer(tiny_gpt2)

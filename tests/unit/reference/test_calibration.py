@@ -12,7 +12,7 @@ import torch
 
 from tests import tiny
 from vera_edge.errors import DataError
-from vera_edge.reference.calibration import Inputs, Sees, Walk, follow_target
+from vera_edge.reference.calibration import LayerInputs, Sees, Walk, follow_target
 from vera_edge.reference.layers import OWN_INPUT, Changed, Layer, Stack
 
 WINDOWS = [np.random.default_rng(seed).integers(3, 300, size) for seed, size in enumerate((48, 48, 30))]
@@ -46,7 +46,7 @@ def hooked(model: Any) -> dict[str, np.ndarray]:
     return {name: (total / count).numpy() for name, total in sums.items()}
 
 
-def nothing(inputs: Inputs) -> Mapping[str, Changed]:
+def nothing(inputs: LayerInputs) -> Mapping[str, Changed]:
     return {}
 
 
@@ -58,7 +58,7 @@ def test_statistics_are_those_of_whole_forward_passes(
     model = tiny.load(tiny_llama.fp32 if family == "llama" else tiny_gpt2).eval()
     expected, found = hooked(model), {}
 
-    def keep(inputs: Inputs) -> Mapping[str, Changed]:
+    def keep(inputs: LayerInputs) -> Mapping[str, Changed]:
         for module in inputs.modules:
             found[module] = inputs
         return {}
@@ -76,7 +76,7 @@ def test_linears_of_one_input_are_visited_once(tiny_llama: tiny.TinyLlama) -> No
     model = tiny.load(tiny_llama.fp32).eval()
     groups: list[tuple[str, ...]] = []
 
-    def visit(inputs: Inputs) -> dict[str, Any]:
+    def visit(inputs: LayerInputs) -> dict[str, Any]:
         groups.append(inputs.modules)
         return {}
 
@@ -97,7 +97,7 @@ def test_what_later_layers_see(tiny_llama: tiny.TinyLlama, sees: Sees) -> None:
     first = hooked(model)
     seen: dict[str, Any] = {}
 
-    def halve(inputs: Inputs) -> Mapping[str, Changed]:
+    def halve(inputs: LayerInputs) -> Mapping[str, Changed]:
         seen.update(dict.fromkeys(inputs.modules, inputs.gram))
         return {module: Changed(before[module] * 0.5) for module in inputs.modules}
 
@@ -115,7 +115,7 @@ def test_following_finds_the_best_weight_for_changed_inputs() -> None:
     original = rng.standard_normal((400, 24)).astype(np.float32)
     changed = (original + 0.3 * rng.standard_normal((400, 24))).astype(np.float32)
     weight = rng.standard_normal((8, 24)).astype(np.float32)
-    inputs = Inputs(
+    inputs = LayerInputs(
         ("m",),
         (changed.T @ changed / 400).astype(np.float32),
         400,
@@ -130,7 +130,7 @@ def test_following_finds_the_best_weight_for_changed_inputs() -> None:
     np.testing.assert_allclose(followed, best.T, atol=1e-4)
     errors = [error(follow_target(weight, inputs, share)) for share in (0.0, 0.5, 1.0)]
     assert errors[0] > errors[1] > errors[2]
-    assert follow_target(weight, Inputs(("m",), inputs.gram, 400), 1.0) is weight
+    assert follow_target(weight, LayerInputs(("m",), inputs.gram, 400), 1.0) is weight
 
 
 def test_models_and_texts_that_cannot_be_walked(tiny_llama: tiny.TinyLlama) -> None:
@@ -179,5 +179,5 @@ def test_linears_that_write_to_the_stream_are_found(
 
 def test_few_tokens_are_damped_more() -> None:
     gram = np.eye(64, dtype=np.float32)
-    assert Inputs(("m",), gram, 1280).damp == pytest.approx(0.1)
-    assert Inputs(("m",), gram, 10**6).damp == 0.01
+    assert LayerInputs(("m",), gram, 1280).damp == pytest.approx(0.1)
+    assert LayerInputs(("m",), gram, 10**6).damp == 0.01

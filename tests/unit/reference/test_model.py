@@ -19,13 +19,13 @@ from tests import tiny
 from vera_edge.adapters import vera as adapters
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, MismatchError
-from vera_edge.reference.model import Reference, open_reference
+from vera_edge.reference.model import TorchReference, open_reference
 from vera_edge.trained import provenance
 
 TOKENS = np.arange(3, 90, dtype=np.int64) * 4 % tiny.VOCABULARY
 
 
-def _open(base: Path, folder: Path, weight: float = 1.0) -> Reference:
+def _open(base: Path, folder: Path, weight: float = 1.0) -> TorchReference:
     checkpoint, adapter = Checkpoint.open(base), adapters.read(folder)
     projections = provenance.resolve(adapter, checkpoint).projections
     return open_reference(checkpoint, [(adapter, weight)], projections)

@@ -23,7 +23,7 @@ RECIPE: dict[str, Any] = {
 }
 # Every key of a recipe, by its table; the fuzzer gives each of them what doesn't belong there.
 KEYS = [
-    *[("release", key) for key in recipes.Release.model_fields],
+    *[("release", key) for key in recipes.ReleaseTable.model_fields],
     *[("base", key) for key in recipes.Base.model_fields],
     *[("adapter", key) for key in recipes.AdapterEntry.model_fields],
     *[("variant", key) for key in Variant.model_fields],

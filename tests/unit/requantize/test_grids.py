@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import DataError, PlanError
 from vera_edge.formats import blocks
 from vera_edge.formats.bnb4 import Bnb4
 from vera_edge.requantize import Codes, Grid, bnb_grid, int8_rows, int_blocks, requantize
 from vera_edge.requantize.grids import inverse, spread
-from vera_edge.storage.tensors import Float32
 
 GRIDS = {
     "nf4": bnb_grid("nf4", double_quant=False),

@@ -7,12 +7,12 @@ import pytest
 from scipy.optimize import lsq_linear
 
 from vera_edge.adapters import projection
-from vera_edge.adapters.vera import Vectors
+from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.requantize import Gram, output_error
 from vera_edge.rounding import recover
 
 OUT, IN, RANK, TOKENS = 20, 48, 12, 600
-Case = tuple[Vectors, np.ndarray, projection.Projections, np.ndarray]
+Case = tuple[LambdaVectors, np.ndarray, projection.Projections, np.ndarray]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def case() -> Case:
     rng = np.random.default_rng(7)
     spec = projection.ProjectionSpec(rank=RANK, in_max=IN, out_max=OUT, seed=3)
     projections = projection.regenerate(spec)
-    vectors = Vectors(
+    vectors = LambdaVectors(
         rng.standard_normal(OUT).astype(np.float32), rng.uniform(0.5, 1.5, RANK).astype(np.float32)
     )
     delta = projections.delta(vectors.lambda_b, vectors.lambda_d, IN)
@@ -30,7 +30,7 @@ def case() -> Case:
     return vectors, left, projections, x.astype(np.float32)
 
 
-def error(left: np.ndarray, vectors: Vectors, projections: projection.Projections, gram: Gram) -> float:
+def error(left: np.ndarray, vectors: LambdaVectors, projections: projection.Projections, gram: Gram) -> float:
     return output_error(left, projections.delta(vectors.lambda_b, vectors.lambda_d, IN), gram)
 
 

@@ -17,7 +17,7 @@ from vera_edge import merging
 from vera_edge.adapters.projection import ProjectionSpec, regenerate
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import DataError, MismatchError, PlanError
-from vera_edge.reference.calibration import Inputs
+from vera_edge.reference.calibration import LayerInputs
 from vera_edge.reference.model import load_dense
 from vera_edge.requantize import Codes, CodesFolder, Effort, bnb_grid, int_blocks, requantize
 from vera_edge.rounding.weight_rounding import Rounding, default_method, merge_to_folder
@@ -116,7 +116,7 @@ def test_the_walk_requantizes_what_the_plain_function_does(
     logits_of = [model(input_ids=torch.from_numpy(window[None])) for window in WINDOWS]
     x = torch.cat(seen).detach().numpy()
     assert len(logits_of) == len(seen)
-    damp = Inputs((module,), x.T @ x, len(x)).damp
+    damp = LayerInputs((module,), x.T @ x, len(x)).damp
     by_itself = requantize(checkpoint.dequantize(module), grids[module], "gptq", x.T @ x, Effort(damp=damp))
     assert (by_itself.codes == found[module].codes).mean() > 0.98
 

@@ -19,7 +19,7 @@ from vera_edge.device.runtime.encoder import Encoder
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import CheckpointError
 from vera_edge.exporting import target
-from vera_edge.measuring.assess import Request, assess_any
+from vera_edge.measuring.assess import DriftRequest, assess_any
 from vera_edge.rounding.weight_rounding import Rounding
 from vera_edge.text import tokenizer
 
@@ -153,7 +153,7 @@ def test_a_decoder_with_a_sentencepiece_model_alone(
     truth = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model"))
     assert session.text.tokens(TEXT, special=False).tolist() == truth.encode(TEXT)
     assert "".join(session.generate(TEXT, max_tokens=4, raw=True)) is not None
-    found = assess_any(Request(adapter, made.folder, base=base, tokens=256))
+    found = assess_any(DriftRequest(adapter, made.folder, base=base, tokens=256))
     assert found.to_dict()["verdict"]["level"] != "lost"
 
 
@@ -177,7 +177,7 @@ def test_an_encoder_with_vocab_txt_alone(tmp_path: Path, cli: Cli) -> None:
     result = cli("run", made.folder, "the row")
     assert result.exit_code == 0, result.stderr
     (tmp_path / "text").write_text("\n\n".join(texts * 3))
-    report = assess_any(Request(adapter, made.folder, base=base, data=str(tmp_path / "text")))
+    report = assess_any(DriftRequest(adapter, made.folder, base=base, data=str(tmp_path / "text")))
     assert report.to_dict()["classes"]["kl"]["value"] < 1e-9
 
 

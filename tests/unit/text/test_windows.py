@@ -12,7 +12,7 @@ from tests import tiny
 from vera_edge.errors import CheckpointError, DataError, MismatchError
 from vera_edge.text import windows
 from vera_edge.text.bootstrap import MIN_WINDOWS
-from vera_edge.text.windows import Text
+from vera_edge.text.windows import SourceText
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
     return windows.open_tokenizer(tmp_path)
 
 
-def _text(content: str) -> Text:
-    return Text("test", content, "")
+def _text(content: str) -> SourceText:
+    return SourceText("test", content, "")
 
 
 def test_the_built_in_text_holds_english_and_code_in_useful_amounts(tokenizer: Tokenizer) -> None:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tests import exported, tiny
 from tests.conftest import Cli
 from tests.families import FAMILIES, VOCABULARY, Family
-from vera_edge.adapters.vera import Adapter, Vectors
+from vera_edge.adapters.vera import Adapter, LambdaVectors
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import MismatchError
@@ -181,7 +181,7 @@ def test_adapters_of_one_base_are_compared_layer_by_layer(case: Case, tmp_path: 
 
 
 def adapter(*modules: str) -> Adapter:
-    vectors = {module: Vectors(np.ones(2, np.float32), np.ones(2, np.float32)) for module in modules}
+    vectors = {module: LambdaVectors(np.ones(2, np.float32), np.ones(2, np.float32)) for module in modules}
     return Adapter(Path("x"), "x", None, 2, 0, vectors, None, {}, {}, {}, None, "")
 
 

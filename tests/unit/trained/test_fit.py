@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vera_edge.adapters.vera import Adapter, Vectors, named_whole, read
+from vera_edge.adapters.vera import Adapter, LambdaVectors, named_whole, read
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError
 from vera_edge.storage.tensors import RawTensor
@@ -55,7 +55,7 @@ def test_says_when_an_adapted_head_is_the_embeddings(checkpoint: Checkpoint) -> 
 
 @pytest.mark.parametrize("outputs", [63, 65])
 def test_names_both_shapes(checkpoint: Checkpoint, outputs: int) -> None:
-    vectors = {DOWN: Vectors(np.ones(outputs, np.float32), np.ones(4, np.float32))}
+    vectors = {DOWN: LambdaVectors(np.ones(outputs, np.float32), np.ones(4, np.float32))}
     with pytest.raises(
         MismatchError, match=rf"down_proj with {outputs} outputs, and .* one of shape 64 x 160"
     ):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vera_edge.adapters.vera import Vectors, read
+from vera_edge.adapters.vera import LambdaVectors, read
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.trained.inspection import inspect, kind_of
 
@@ -70,7 +70,7 @@ def test_saved_projections_tell_without_a_base() -> None:
 def test_names_dead_branches_and_ranges() -> None:
     adapter = read(GOLDEN / "unsaved-fp32")
     name = "model.layers.0.self_attn.q_proj"
-    dead = Vectors(np.zeros(HIDDEN, np.float32), np.array([-3, 0.5, 1, 2], np.float32))
+    dead = LambdaVectors(np.zeros(HIDDEN, np.float32), np.array([-3, 0.5, 1, 2], np.float32))
     told = inspect(dataclasses.replace(adapter, vectors={**adapter.vectors, name: dead}))
     assert told.dead == (name,)
     kind = next(kind for kind in told.kinds if kind.name == "self_attn.q_proj")

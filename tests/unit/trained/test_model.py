@@ -20,7 +20,7 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import MismatchError, TargetError
 from vera_edge.exporting import target
-from vera_edge.measuring.assess import Request, assess
+from vera_edge.measuring.assess import DriftRequest, assess
 from vera_edge.parallel import Engine
 from vera_edge.trained import model as trained_base
 
@@ -261,7 +261,7 @@ def test_a_resized_vocabulary_is_taken(
         target.export(base, adapters, tmp_path / mode, mode=mode)
         assert exported.error(Session.open(tmp_path / mode).logits(ids), truth) < 1e-5
     if size > 384:
-        drift = assess(Request(tmp_path / "adapter", tmp_path / "branch", base=base, tokens=256))
+        drift = assess(DriftRequest(tmp_path / "adapter", tmp_path / "branch", base=base, tokens=256))
         assert drift.effect is not None
         assert drift.fidelity.kl.mean.value < 1e-9 and drift.effect.kl.mean.value > 1e-3
 
@@ -344,12 +344,12 @@ def test_a_quantized_base_leaves_the_new_head_alone(tmp_path: Path, to: str, key
 def test_a_job_survives_being_pickled(roberta: tuple[Trained, Path, Path], tmp_path: Path) -> None:
     import pickle
 
-    from vera_edge.merging.work import Job
+    from vera_edge.merging.work import MergeJob
 
     _, base, adapter = roberta
     ready = merge.prepare(base, [(adapter, 1.0)], "fp32")
-    job = pickle.loads(pickle.dumps(Job("key", ready.plan, ready.model, {}, tmp_path, 1 << 30)))
+    job = pickle.loads(pickle.dumps(MergeJob("key", ready.plan, ready.model, {}, tmp_path, 1 << 30)))
     assert job.model.checkpoint.config == ready.model.checkpoint.config
     assert [unit.layout for unit in job.units] == [
-        unit.layout for unit in Job("k", ready.plan, ready.model, {}, tmp_path, 1).units
+        unit.layout for unit in MergeJob("k", ready.plan, ready.model, {}, tmp_path, 1).units
     ]

@@ -280,9 +280,11 @@ def test_a_worker_opens_the_base_as_it_was_loaded(
     import pickle
 
     from vera_edge import merging as merge
-    from vera_edge.merging.work import Job
+    from vera_edge.merging.work import MergeJob
 
     ready = merge.prepare(tiny_llama.fp32, [(adapter, 1.0)], trained_as=parse("fp4,dtype=bf16"))
-    sent: Job = pickle.loads(pickle.dumps(Job("key", ready.plan, ready.model, {}, tmp_path, 1 << 30)))
+    sent: MergeJob = pickle.loads(
+        pickle.dumps(MergeJob("key", ready.plan, ready.model, {}, tmp_path, 1 << 30))
+    )
     assert sent.model.checkpoint.layout_digest == ready.model.checkpoint.layout_digest
     assert dataclasses.replace(sent.model.checkpoint, path=tmp_path).trained_as == parse("fp4,dtype=bf16")

@@ -30,7 +30,7 @@ _OTHER_TASKS = (
 
 
 @dataclass
-class Choice:
+class LoadedTensors:
     """How the tensors of a float base are loaded, by their names in its files.
 
     quantized: the modules whose weight is quantized, and whether it is stored as (in, out), as Conv1D does.
@@ -43,7 +43,7 @@ class Choice:
 
 def choose(
     path: Path, tensors: TensorFolder, config: Mapping[str, Any], spec: TrainedAs, dtype: str
-) -> Choice:
+) -> LoadedTensors:
     """What transformers does to the base in `path` when it loads it as `spec` says, in `dtype`.
 
     The class is config.json's; where that has no module that `spec` skips, the one that has. Tensors which it
@@ -51,7 +51,7 @@ def choose(
     Raises CheckpointError when there's no such model or the base lacks a layer of it, FormatError when it'd
     make a layer of several tensors, PlanError when `spec` skips a module that isn't there.
     """
-    found, left = Choice(), [name for name, info in tensors.items() if info.dtype in FLOATS]
+    found, left = LoadedTensors(), [name for name, info in tensors.items() if info.dtype in FLOATS]
     with _quiet():
         classes, config_object = _classes(config, dtype, path)
         facts = (config_object, dtype, path)
@@ -137,7 +137,7 @@ class _Model:
         return {name for name in self.linears if not _skips(kept, name)}
 
     def place(
-        self, names: Iterable[str], found: Choice, spec: TrainedAs, by_default: bool = False
+        self, names: Iterable[str], found: LoadedTensors, spec: TrainedAs, by_default: bool = False
     ) -> list[str]:
         """Say of each tensor that the model has what becomes of it; returns the others' names."""
         left, replaced = [], self.replaced(spec, by_default)
@@ -179,7 +179,7 @@ class _Model:
                 key, joined = (plain, None) if plain in self.keys else (key, joined)
             yield name, key, joined is not None
 
-    def check_whole(self, found: Choice, spec: TrainedAs, path: Path) -> None:
+    def check_whole(self, found: LoadedTensors, spec: TrainedAs, path: Path) -> None:
         """Raise CheckpointError when the base lacks the weight of a layer that would be quantized."""
         there = {key for _, key, _ in self._keys_of(found.dtypes)}
         tied = {*self.model.all_tied_weights_keys, *self.model.all_tied_weights_keys.values()}

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from vera_edge import formats
-from vera_edge.base.trained_as.choice import Choice
+from vera_edge.arrays import Bytes, Float32
+from vera_edge.base.trained_as.choice import LoadedTensors
 from vera_edge.base.trained_as.config import TORCH_NAMES
 from vera_edge.base.trained_as.spec import FOUR_BIT, TrainedAs
 from vera_edge.errors import CheckpointError
@@ -24,7 +25,7 @@ from vera_edge.formats.bnb4 import STORAGES, Bnb4
 from vera_edge.formats.bnb8 import Int8
 from vera_edge.formats.dense import DenseWeight, to_dtype
 from vera_edge.storage.shards import Shards, nbytes
-from vera_edge.storage.tensors import DTYPES, FLOATS, Bytes, Float32, RawTensor, TensorFolder, TensorInfo
+from vera_edge.storage.tensors import DTYPES, FLOATS, RawTensor, TensorFolder, TensorInfo
 
 _STORED = {name: dtype for dtype, name in STORAGES.items()}
 
@@ -43,7 +44,7 @@ class LoadedFolder(TensorFolder):
     layout: name -> (dtype, shape) of all, in the order in which they're spread over files.
     """
 
-    def __init__(self, source: TensorFolder, spec: TrainedAs, choice: Choice) -> None:
+    def __init__(self, source: TensorFolder, spec: TrainedAs, choice: LoadedTensors) -> None:
         self._source, self._spec, self._choice = source, spec, choice
         self._parts: dict[str, _Part] = {}
         self._held = threading.local()

@@ -12,13 +12,10 @@ softmax is 1 whatever it is.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
-Float64 = npt.NDArray[np.float64]
+from vera_edge.arrays import Array, Float64
 
 CLASS, LABELS, VALUES = "one class", "several labels", "values"
 _DIGITS = 12  # beyond them, equal figures differ by how they were added up

@@ -46,7 +46,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Measured:
+class BenchRound:
     """A bundle at one number of threads. figures: by name, those this system can tell.
 
     token_ms: milliseconds of one decoded token, all rounds together: percentile ("50", "95", "99") -> value.
@@ -73,7 +73,7 @@ class Ratio:
 class Bench:
     """Everything that was measured, and on what."""
 
-    measured: tuple[Measured, ...]
+    measured: tuple[BenchRound, ...]
     ratios: tuple[Ratio, ...]
     rounds: int
     prompt: int
@@ -108,7 +108,7 @@ def bench(
     for folder in folders:
         bundles.verify(folder, deep=False)
     counts = list(threads) or [0]
-    measured: list[Measured] = []
+    measured: list[BenchRound] = []
     ratios: list[Ratio] = []
     for at, count in enumerate(counts):
         found: list[list[dict[str, Any]]] = [[] for _ in folders]
@@ -149,7 +149,7 @@ def _values(rows: Sequence[Mapping[str, Any]], figure: str) -> list[float]:
     return [] if any(value is None for value in values) else [float(value) for value in values]
 
 
-def _summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Measured:
+def _summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> BenchRound:
     figures = {}
     for figure in FIGURES:
         if values := _values(rows, figure):
@@ -157,7 +157,7 @@ def _summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Measured:
             figures[figure] = Spread(float(low), float(median), float(high))
     steps = np.concatenate([row["steps"] for row in rows])
     token_ms = {str(share): float(np.percentile(steps, share)) for share in (50, 95, 99)}
-    return Measured(folder, int(rows[0]["threads"]), figures, token_ms)
+    return BenchRound(folder, int(rows[0]["threads"]), figures, token_ms)
 
 
 def _ratios(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[Ratio]:

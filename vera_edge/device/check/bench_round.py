@@ -23,7 +23,7 @@ def measure(folder: Path, prompt: int, new: int, threads: int | None) -> dict[st
     began = time.perf_counter()
     import numpy as np
 
-    from vera_edge.device.check.energy import Meter
+    from vera_edge.device.check.energy import EnergyMeter
     from vera_edge.device.check.facts import peak_rss
     from vera_edge.device.runtime.decoding import Steps
     from vera_edge.device.runtime.session import Session
@@ -43,7 +43,7 @@ def measure(folder: Path, prompt: int, new: int, threads: int | None) -> dict[st
         one[0, 0] = int(steps.prefill(tokens).argmax())
         prefill = time.perf_counter() - began
         result.setdefault("first_token", prefill)
-        times, meter = [time.perf_counter()], Meter()
+        times, meter = [time.perf_counter()], EnergyMeter()
         for _ in range(new - 1):
             one[0, 0] = int(steps.feed(one)[0, 0].argmax())
             times.append(time.perf_counter())

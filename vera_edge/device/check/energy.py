@@ -12,7 +12,7 @@ from pathlib import Path
 _ROOT = Path("/sys/class/powercap")
 
 
-class Meter:
+class EnergyMeter:
     """Counts joules from when it is made, for less time than a counter takes to wrap around."""
 
     def __init__(self, root: Path = _ROOT) -> None:

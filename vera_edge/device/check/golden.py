@@ -17,15 +17,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.device.runtime.chat import Text
+from vera_edge.arrays import Array, Float64, Tokens
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.divergence import kl_of_listed, log_softmax
 from vera_edge.errors import BundleError, DataError
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.json_text import TABLE, canonical_json, read_json
-
-Array = npt.NDArray[Any]
-Float64 = npt.NDArray[np.float64]
-Tokens = npt.NDArray[np.int64]
 
 FILE = "golden.json"
 FORMAT = 1
@@ -41,7 +38,7 @@ PROMPTS = (
 )
 
 
-class Reference(Protocol):
+class GivesLogits(Protocol):
     """What gives the reference's logits: (n,) token ids to (n, vocab) float32."""
 
     def logits(self, tokens: Tokens) -> npt.NDArray[np.float32]: ...
@@ -83,8 +80,8 @@ class Golden:
 
 
 def make(
-    references: Mapping[str | None, Reference],
-    text: Text,
+    references: Mapping[str | None, GivesLogits],
+    text: BundleText,
     reference: str,
     prompts: Sequence[str] = PROMPTS,
     ends: frozenset[int] = frozenset(),
@@ -108,7 +105,7 @@ def make(
 
 
 def _case(
-    adapter: str | None, runner: Reference, prompt: Tokens, ends: frozenset[int], new_tokens: int, k: int
+    adapter: str | None, runner: GivesLogits, prompt: Tokens, ends: frozenset[int], new_tokens: int, k: int
 ) -> Case:
     if isinstance(runner, Continues):
         tokens = np.append(prompt, np.array(runner.greedy(prompt, new_tokens, sorted(ends)), np.int64))
@@ -121,7 +118,7 @@ def _case(
     return Case(adapter, tokens, len(prompt), ids, np.take_along_axis(log_p, ids, axis=1))
 
 
-def _continued(runner: Reference, tokens: Tokens, ends: frozenset[int], count: int) -> Tokens:
+def _continued(runner: GivesLogits, tokens: Tokens, ends: frozenset[int], count: int) -> Tokens:
     for _ in range(count):
         chosen = int(runner.logits(tokens)[-1].argmax())
         tokens = np.append(tokens, chosen)

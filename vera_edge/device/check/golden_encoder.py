@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Float32, Int64
 from vera_edge.device.check.golden import FORMAT
 from vera_edge.device.runtime.encoder import CLASSES, EMBEDDINGS, Encoded, Encoder
 from vera_edge.errors import BundleError, MismatchError
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.json_text import TABLE, canonical_json, read_json
 
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
 Reference = Callable[[Int64], Float32]  # token ids (n,) to hidden states (n, d) or class logits (classes,)
 
 _MAX_CASES, _MAX_VALUES = 256, 1 << 16
@@ -39,7 +37,7 @@ TEXTS = (
 
 
 @dataclass(frozen=True)
-class Case:
+class EncoderCase:
     """One text under one adapter (None: the base, or a merged bundle): tokens (n,), values (d,)."""
 
     adapter: str | None
@@ -58,13 +56,13 @@ def make(
     encoder: Encoder,
     texts: Sequence[str] = TEXTS,
     progress: Progress = silent,
-) -> tuple[Case, ...]:
+) -> tuple[EncoderCase, ...]:
     """Ask each of `references` (by adapter name, None for the base) about `texts`, pooled as the bundle says.
 
     encoder: the bundle's own, so that token ids are those of the device. Raises MismatchError when the
     reference gives something else than the bundle.
     """
-    cases: list[Case] = []
+    cases: list[EncoderCase] = []
     encoded = encoder.encode(texts)
     for adapter, ask in references.items():
         for text, one in zip(texts, encoded, strict=True):
@@ -74,11 +72,11 @@ def make(
                 raise MismatchError(f"the reference gives no {encoder.gives}, which the bundle does")
             if encoder.gives == EMBEDDINGS:
                 values = encoder.pooling.embeddings(values[None], np.ones((1, len(one.ids)), np.int64))[0]
-            cases.append(Case(adapter, text, one.ids, values))
+            cases.append(EncoderCase(adapter, text, one.ids, values))
     return tuple(cases)
 
 
-def to_bytes(cases: Sequence[Case], reference: str) -> bytes:
+def to_bytes(cases: Sequence[EncoderCase], reference: str) -> bytes:
     """The content of golden.json; `reference` says in a sentence what was asked."""
     listed = [
         {
@@ -92,7 +90,7 @@ def to_bytes(cases: Sequence[Case], reference: str) -> bytes:
     return canonical_json({"format": FORMAT, "reference": reference, "cases": listed})
 
 
-def read(path: Path) -> tuple[Case, ...]:
+def read(path: Path) -> tuple[EncoderCase, ...]:
     """Read golden vectors, checking sizes and types. Raises BundleError when they are malformed."""
     value = read_json(path, BundleError, TABLE)
     if value.get("format") != FORMAT:
@@ -111,7 +109,7 @@ def read(path: Path) -> tuple[Case, ...]:
         raise BundleError(f"{path} is malformed ({cause}); export the bundle again") from None
 
 
-def _parse(entry: Mapping[str, Any]) -> Case:
+def _parse(entry: Mapping[str, Any]) -> EncoderCase:
     adapter, text = entry["adapter"], entry["text"]
     tokens = np.array(entry["tokens"], np.int64)
     values = np.array(entry["values"].split(), np.float32)
@@ -126,4 +124,4 @@ def _parse(entry: Mapping[str, Any]) -> Case:
     )
     if not sound:
         raise ValueError("sizes or values that contradict each other")
-    return Case(adapter, text, tokens, values)
+    return EncoderCase(adapter, text, tokens, values)

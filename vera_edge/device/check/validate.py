@@ -16,8 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Float64
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.device.check import checks, facts, golden, validate_encoder
@@ -29,8 +29,6 @@ from vera_edge.device.runtime.encoder import Encoder
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import BundleError, BundleWarning
 from vera_edge.progress import Progress, silent
-
-Float64 = npt.NDArray[np.float64]
 
 # What the limits of a manifest are held against here; the others need the reference's full logits.
 _STATISTICS: Mapping[str, Callable[[Float64], float]] = {

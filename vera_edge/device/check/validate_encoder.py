@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from vera_edge import divergence
+from vera_edge.arrays import Float32
 from vera_edge.device.check import answers, checks, golden_encoder
 from vera_edge.device.check.checks import Check, Held
-from vera_edge.device.check.golden_encoder import Case, Float32
+from vera_edge.device.check.golden_encoder import EncoderCase
 from vera_edge.device.runtime.encoder import CLASSES, EMBEDDINGS, Encoder
 from vera_edge.errors import BundleError, DataError
 from vera_edge.progress import Progress
@@ -79,7 +80,7 @@ def measure(
     return drift, [*found, checks.leaks(run)]
 
 
-def _tokens(encoder: Encoder, cases: Sequence[Case]) -> Check:
+def _tokens(encoder: Encoder, cases: Sequence[EncoderCase]) -> Check:
     """The tokenizer must cut the texts as it did where the reference was asked."""
     encoded = encoder.encode([case.text for case in cases])
     wrong = [
@@ -91,7 +92,7 @@ def _tokens(encoder: Encoder, cases: Sequence[Case]) -> Check:
     return Check("tokens", not wrong, detail)
 
 
-def _drift(encoder: Encoder, adapter: str | None, cases: Sequence[Case]) -> EncoderDrift:
+def _drift(encoder: Encoder, adapter: str | None, cases: Sequence[EncoderCase]) -> EncoderDrift:
     # One at a time, so that padding has a check of its own.
     ours = np.concatenate([encoder.outputs([case.encoded]) for case in cases])
     theirs = np.stack([case.values for case in cases])
@@ -155,7 +156,7 @@ def _limits(drift: EncoderDrift, limits: Mapping[str, float], branch: bool) -> l
     return found
 
 
-def _batches(encoder: Encoder, cases: Sequence[Case]) -> Check:
+def _batches(encoder: Encoder, cases: Sequence[EncoderCase]) -> Check:
     """A text in a padded batch must give what it gives alone."""
     checks.use(encoder, cases[0].adapter)
     texts = [case.encoded for case in cases]

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 
+from vera_edge.arrays import Array
 from vera_edge.device.runtime.graph import Graph, Port, first_line
 from vera_edge.errors import AdapterError, MismatchError
 
-Array = npt.NDArray[Any]
 Vectors = Mapping[str, Array]
 _MARK = b"TORT"  # the flatbuffer's file identifier, at bytes 4 to 8
 

@@ -12,15 +12,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Tokens
 from vera_edge.device.runtime.adapters import Vectors
-from vera_edge.device.runtime.chat import Text
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.decoding import Decoder, Steps
 from vera_edge.device.runtime.graph import Graph
 from vera_edge.device.runtime.sampling import Sampler, Sampling
 from vera_edge.device.runtime.stopping import StoppedText, stop_strings
 from vera_edge.errors import DataError, MismatchError
-
-Tokens = npt.NDArray[np.int64]
 
 
 class Batch:
@@ -32,7 +31,7 @@ class Batch:
     def __init__(
         self,
         decoder: Decoder,
-        text: Text,
+        text: BundleText,
         prompts: Sequence[Tokens],
         vectors: Sequence[Vectors],
         sampling: Sampling,

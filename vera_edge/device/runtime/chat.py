@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tokenizers import Encoding
 
+from vera_edge.arrays import Tokens
 from vera_edge.device.runtime import template
 from vera_edge.device.runtime.template import ChatTemplate, Message
 from vera_edge.errors import BundleError, DataError
 from vera_edge.storage import tokenizer_json
 from vera_edge.storage.json_text import read_json
 
-Tokens = npt.NDArray[np.int64]
 _BROKEN = "�"
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
-class Text:
+class BundleText:
     """A bundle's tokenizer and chat template. Safe from several threads at once.
 
     special: text of the special tokens by name. longest: tokens that the tokenizer is meant for, if it says.
@@ -129,7 +128,7 @@ class TextStream:
     All pieces and `flush()` together are the text of all tokens.
     """
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: BundleText) -> None:
         self._text = text
         # Decoded again at each step: some decoders look at the token before (spaces, for one). Both
         # stay short, for `push` drops what has been shown.

@@ -13,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Array, Tokens
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.graph import Graph, Port, bind, first_line
 from vera_edge.errors import BundleError
 from vera_edge.storage.json_text import read_json
 
-Array = npt.NDArray[Any]
-Float32 = npt.NDArray[np.float32]
-Tokens = npt.NDArray[np.int64]
 # Logits of one chunk of a prompt: bounds memory whatever the vocabulary.
 _CHUNK_BYTES = 24 << 20
 _MAX_CHUNK = 256

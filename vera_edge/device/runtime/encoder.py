@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Float32, Int64
 from vera_edge.bundle.contents import Manifest
 from vera_edge.device.check import answers
 from vera_edge.device.runtime import pooling
-from vera_edge.device.runtime.chat import Text
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.graph import Graph, first_line
 from vera_edge.device.runtime.opened import AdapterChoice, Opened, open_graph
 from vera_edge.device.runtime.pooling import Pooling
@@ -22,8 +22,6 @@ from vera_edge.errors import BundleError, DataError
 from vera_edge.formats import checks
 from vera_edge.storage.json_text import read_json
 
-Float32 = npt.NDArray[np.float32]
-Int64 = npt.NDArray[np.int64]
 EMBEDDINGS, CLASSES = "last_hidden_state", "logits"  # what the graph's output is called
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 _TOKENS = 2048  # fed at once, padding included: bounds memory
@@ -53,7 +51,7 @@ class Encoder(Opened):
         2
     """
 
-    def __init__(self, manifest: Manifest, graph: Graph, text: Text) -> None:
+    def __init__(self, manifest: Manifest, graph: Graph, text: BundleText) -> None:
         """Raises BundleError when the graph or the folder isn't that of a text encoder."""
         super().__init__(manifest, graph)
         self.gives = _output(graph)
@@ -82,7 +80,7 @@ class Encoder(Opened):
     ) -> Encoder:
         """Verify the bundle in `folder` and open it; all as `Session.open`."""
         manifest, graph = open_graph(Path(folder), "encoder", threads, deep)
-        encoder = cls(manifest, graph, Text(manifest.folder))
+        encoder = cls(manifest, graph, BundleText(manifest.folder))
         encoder.swap(adapter)
         return encoder
 
@@ -175,7 +173,7 @@ def _labels(config: dict[str, Any], size: Any) -> tuple[str, ...]:
     return tuple(str(names.get(str(number), f"LABEL_{number}")) for number in range(count))
 
 
-def _longest(config: dict[str, Any], text: Text, found: Pooling) -> int:
+def _longest(config: dict[str, Any], text: BundleText, found: Pooling) -> int:
     """Tokens of the longest text: the least of what the tokenizer, the positions and the folder allow."""
     positions = config.get("max_position_embeddings")
     if type(positions) is int and config.get("model_type") in SHIFTED:
@@ -185,7 +183,7 @@ def _longest(config: dict[str, Any], text: Text, found: Pooling) -> int:
     return min((size for size in given if type(size) is int and 0 < size < _ENDLESS), default=512)
 
 
-def _padding(config: dict[str, Any], text: Text) -> int:
+def _padding(config: dict[str, Any], text: BundleText) -> int:
     # As config.json has it, for a decoder's classifier looks for the last token that isn't this one.
     found = config.get("pad_token_id")
     if type(found) is not int or not 0 <= found < _ENDLESS:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vera_edge import formats
+from vera_edge.arrays import Array
 from vera_edge.bundle.manifest import Manifest
 from vera_edge.errors import BundleError
 from vera_edge.formats.blocks import SIZES, IntBlocks, quantize
@@ -29,7 +29,6 @@ from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import open_atomic, safe_join
 from vera_edge.storage.tensors import TensorFolder
 
-Array = npt.NDArray[Any]
 _FORMATS = ("nf4", "fp4")
 _BITS = 8
 

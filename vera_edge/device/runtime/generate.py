@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Tokens
 from vera_edge.device.runtime.adapters import Vectors
-from vera_edge.device.runtime.chat import Text
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.decoding import Decoder, Steps
 from vera_edge.device.runtime.sampling import Sampler, Sampling
 from vera_edge.device.runtime.stopping import StoppedText, stop_strings
 from vera_edge.errors import DataError
-
-Tokens = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -38,7 +36,7 @@ class Generation:
     def __init__(
         self,
         decoder: Decoder,
-        text: Text,
+        text: BundleText,
         prompt: Tokens,
         vectors: Vectors,
         sampling: Sampling,

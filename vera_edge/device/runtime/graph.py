@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnxruntime
 
+from vera_edge.arrays import Array
 from vera_edge.cores import available_cores
 from vera_edge.errors import BundleError
 
-Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]  # a name or None where the size isn't fixed
 _VECTORS = (".lambda_b", ".lambda_d")  # how the names of an adapter's inputs end
 _NO_MEMORY = re.compile(r"bad_?alloc|allocate memory|out of memory", re.IGNORECASE)

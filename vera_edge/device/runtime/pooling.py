@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.device.runtime import pooling_layers
 from vera_edge.device.runtime.pooling_layers import Layer, unit
 from vera_edge.errors import BundleError
 from vera_edge.storage.files import safe_join
 from vera_edge.storage.json_text import read_json, read_value
-
-Float32 = npt.NDArray[np.float32]
 
 MODULES, LONGEST, PROMPTS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 _FIRST, _BEHIND = ("Transformer", "Pooling"), ("Dense", "LayerNorm", "Normalize", "Dropout")

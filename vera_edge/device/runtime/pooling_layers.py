@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.errors import BundleError
 from vera_edge.storage.files import safe_join
 from vera_edge.storage.json_text import read_json
 from vera_edge.storage.tensors import TensorFolder
 
-Float32 = npt.NDArray[np.float32]
 # Embeddings (b, d) to embeddings (b, e).
 Layer = Callable[[Float32], Float32]
 

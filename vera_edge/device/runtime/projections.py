@@ -14,18 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vera_edge.adapters.projection import Projections, ProjectionSpec, regenerate
+from vera_edge.arrays import Array
 from vera_edge.bundle.manifest import Json, Manifest
 from vera_edge.errors import AdapterError, BundleError
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import open_atomic, safe_join
 
-Array = npt.NDArray[Any]
 _DTYPES: Mapping[str, str] = {"float32": "<f4", "float16": "<f2"}
 _MATRICES: Mapping[str, Callable[[Projections], Array]] = {
     "A.T": lambda pair: pair.a.T,
@@ -34,7 +32,7 @@ _MATRICES: Mapping[str, Callable[[Projections], Array]] = {
 
 
 @dataclass(frozen=True)
-class Rows:
+class ProjectionRows:
     """Rows `start` to `stop` of "A.T" (in_max, rank) or "B" (out_max, rank), from byte `offset` of a file."""
 
     matrix: str
@@ -102,7 +100,7 @@ def _files(manifest: Manifest) -> list[str]:
     return [name for name in manifest.generated if name not in manifest.expanded]
 
 
-def _cut(drawn: Projections, rows: Rows, dtype: str, manifest: Manifest) -> Array:
+def _cut(drawn: Projections, rows: ProjectionRows, dtype: str, manifest: Manifest) -> Array:
     matrix = _MATRICES[rows.matrix](drawn)
     if not 0 <= rows.start < rows.stop <= len(matrix) or rows.offset < 0:
         raise BundleError(
@@ -112,7 +110,7 @@ def _cut(drawn: Projections, rows: Rows, dtype: str, manifest: Manifest) -> Arra
     return np.ascontiguousarray(matrix[rows.start : rows.stop], dtype)
 
 
-def _layout(manifest: Manifest, name: str) -> tuple[str, dict[str, Rows]]:
+def _layout(manifest: Manifest, name: str) -> tuple[str, dict[str, ProjectionRows]]:
     """The numpy dtype and the tensors of a generated file."""
     entry = manifest.generated[name]
     try:
@@ -123,8 +121,8 @@ def _layout(manifest: Manifest, name: str) -> tuple[str, dict[str, Rows]]:
         ) from None
 
 
-def _rows(value: Json) -> Rows:
-    found = Rows(value["matrix"], value["start"], value["stop"], value["offset"])
+def _rows(value: Json) -> ProjectionRows:
+    found = ProjectionRows(value["matrix"], value["start"], value["stop"], value["offset"])
     if found.matrix not in _MATRICES or any(
         type(n) is not int for n in (found.start, found.stop, found.offset)
     ):

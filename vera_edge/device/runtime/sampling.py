@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float64, Tokens
 from vera_edge.errors import PlanError
-
-Float64 = npt.NDArray[np.float64]
-Tokens = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32, Tokens
 from vera_edge.bundle.contents import Manifest
 from vera_edge.device.runtime.batch import Batch
-from vera_edge.device.runtime.chat import Text
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.decoding import Decoder, Steps
 from vera_edge.device.runtime.generate import Generation
 from vera_edge.device.runtime.graph import Graph
@@ -21,8 +22,6 @@ from vera_edge.device.runtime.sampling import Sampling
 from vera_edge.device.runtime.template import Message
 from vera_edge.errors import DataError
 
-Float32 = npt.NDArray[np.float32]
-Tokens = npt.NDArray[np.int64]
 GREEDY = Sampling()
 
 
@@ -38,7 +37,7 @@ class Session(Opened):
         >>> session.swap(None)  # the base alone
     """
 
-    def __init__(self, manifest: Manifest, graph: Graph, decoder: Decoder, text: Text) -> None:
+    def __init__(self, manifest: Manifest, graph: Graph, decoder: Decoder, text: BundleText) -> None:
         super().__init__(manifest, graph)
         self.decoder, self.text, self.vocab_size = decoder, text, decoder.vocab_size
 
@@ -59,7 +58,7 @@ class Session(Opened):
         damaged or foreign, AdapterError or MismatchError when the adapter can't be used.
         """
         manifest, graph = open_graph(Path(folder), "decoder", threads, deep)
-        session = cls(manifest, graph, Decoder.open(manifest.folder, graph), Text(manifest.folder))
+        session = cls(manifest, graph, Decoder.open(manifest.folder, graph), BundleText(manifest.folder))
         session.swap(adapter)
         return session
 

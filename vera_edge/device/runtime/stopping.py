@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vera_edge.device.runtime.chat import Text, TextStream
+from vera_edge.device.runtime.chat import BundleText, TextStream
 from vera_edge.errors import DataError
 
 
@@ -23,7 +23,7 @@ def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
 class StoppedText:
     """Tokens in, the text to show out; `stopped` once a stop string came."""
 
-    def __init__(self, text: Text, stops: Sequence[str]) -> None:
+    def __init__(self, text: BundleText, stops: Sequence[str]) -> None:
         self._text, self._stream, self._gate = text, TextStream(text), StopGate(stops)
 
     @property

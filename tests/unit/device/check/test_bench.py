@@ -13,7 +13,7 @@ from tests import foreign_code, tiny_bundle
 from tests.conftest import Cli
 from tests.tiny_bundle import TinyBundles
 from vera_edge.device.check.bench import FIGURES, bench, ratio_of_medians
-from vera_edge.device.check.energy import Meter
+from vera_edge.device.check.energy import EnergyMeter
 from vera_edge.errors import BundleError, DataError
 
 
@@ -82,12 +82,12 @@ def test_the_ratio_and_its_interval() -> None:
 
 
 def test_energy_adds_packages_and_survives_a_counter_that_wraps(tmp_path: Path) -> None:
-    assert Meter(tmp_path / "none").joules() is None
+    assert EnergyMeter(tmp_path / "none").joules() is None
     for name, energy in (("intel-rapl:0", 900), ("intel-rapl:1", 100), ("intel-rapl:0:0", 5)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "energy_uj").write_text(f"{energy}\n")
         (tmp_path / name / "max_energy_range_uj").write_text("1000\n")
-    meter = Meter(tmp_path)
+    meter = EnergyMeter(tmp_path)
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("50\n")
     (tmp_path / "intel-rapl:1" / "energy_uj").write_text("400\n")
     (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("999\n")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests import tiny
 from tests.tiny_bundle import TinyBundles, TorchRunner
 from vera_edge.device.check import golden
-from vera_edge.device.runtime.chat import Text
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.divergence import log_softmax
 from vera_edge.errors import BundleError, DataError
 from vera_edge.measuring import metrics
@@ -27,7 +27,7 @@ PROMPTS = ("The adapter", "Merge the two in float32")
 def made(tiny_bundles: TinyBundles) -> golden.Golden:
     runner = TorchRunner(tiny.load(tiny_bundles.base))
     return golden.make(
-        {None: runner}, Text(tiny_bundles.base), "torch", PROMPTS, frozenset({2}), new_tokens=6, k=20
+        {None: runner}, BundleText(tiny_bundles.base), "torch", PROMPTS, frozenset({2}), new_tokens=6, k=20
     )
 
 
@@ -35,7 +35,7 @@ def test_cases_hold_what_torch_says(made: golden.Golden, tiny_bundles: TinyBundl
     import torch
 
     model = tiny.load(tiny_bundles.base).eval()
-    text = Text(tiny_bundles.base)
+    text = BundleText(tiny_bundles.base)
     for case, prompt in zip(made.cases, PROMPTS, strict=True):
         assert case.tokens[: case.prompt].tolist() == text.prompt(prompt).tolist()
         ids = torch.tensor(case.tokens[: case.prompt])[None]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny
-from vera_edge.device.runtime.chat import Text, TextStream
+from vera_edge.device.runtime.chat import BundleText, TextStream
 from vera_edge.errors import BundleError, DataError
 
 MESSAGES = [
@@ -60,16 +60,16 @@ def test_templates_render_as_in_transformers(folder: Path, tmp_path: Path, name:
     expected = transformers_tokenizer(target).apply_chat_template(
         MESSAGES, tokenize=False, add_generation_prompt=True
     )
-    assert Text(target).render(MESSAGES) == expected
+    assert BundleText(target).render(MESSAGES) == expected
 
 
 def test_the_clock_is_the_templates(folder: Path, tmp_path: Path) -> None:
-    text = Text(with_template(folder, tmp_path / "t", "{{ strftime_now('%Y') }}"))
+    text = BundleText(with_template(folder, tmp_path / "t", "{{ strftime_now('%Y') }}"))
     assert 2024 <= int(text.render([])) < 2200
 
 
 def test_prompts_become_transformers_tokens(folder: Path) -> None:
-    text, reference = Text(folder), transformers_tokenizer(folder)
+    text, reference = BundleText(folder), transformers_tokenizer(folder)
     expected = reference.apply_chat_template(MESSAGES, add_generation_prompt=True)["input_ids"]
     assert text.prompt(MESSAGES).tolist() == list(expected)
     assert text.prompt("The adapter", raw=True).tolist() == reference("The adapter")["input_ids"]
@@ -77,13 +77,15 @@ def test_prompts_become_transformers_tokens(folder: Path) -> None:
 
 
 def test_a_template_that_refuses_or_fails_says_so(folder: Path, tmp_path: Path) -> None:
-    refusing = Text(with_template(folder, tmp_path / "r", "{{ raise_exception('roles must alternate') }}"))
+    refusing = BundleText(
+        with_template(folder, tmp_path / "r", "{{ raise_exception('roles must alternate') }}")
+    )
     with pytest.raises(DataError, match="refuses these messages: roles must alternate"):
         refusing.render(MESSAGES)
     for index, broken in enumerate(
         ("{% for %}", "{{ 1 / 0 }}", "{{ nothing.at.all }}", "{{ messages[9].x.y }}")
     ):
-        text = Text(with_template(folder, tmp_path / str(index), broken))
+        text = BundleText(with_template(folder, tmp_path / str(index), broken))
         with pytest.raises(BundleError, match="chat template fails"):
             text.render(MESSAGES)
 
@@ -98,7 +100,7 @@ def test_a_template_that_refuses_or_fails_says_so(folder: Path, tmp_path: Path) 
     ],
 )
 def test_the_sandbox_holds(folder: Path, tmp_path: Path, attack: str) -> None:
-    text = Text(with_template(folder, tmp_path / "t", attack))
+    text = BundleText(with_template(folder, tmp_path / "t", attack))
     with pytest.raises(BundleError, match="chat template fails"):
         text.render(list(MESSAGES))
 
@@ -108,19 +110,19 @@ def test_older_folders_have_the_template_in_the_config(folder: Path, tmp_path: P
     (target / "chat_template.jinja").unlink()
     path = target / "tokenizer_config.json"
     config = json.loads(path.read_text())
-    assert not Text(target).has_template
+    assert not BundleText(target).has_template
     with pytest.raises(BundleError, match="no chat template"):
-        Text(target).render(MESSAGES)
+        BundleText(target).render(MESSAGES)
     path.write_text(json.dumps(config | {"chat_template": "A{{ eos_token }}"}))
-    assert Text(target).render([]) == "A<|im_end|>"
+    assert BundleText(target).render([]) == "A<|im_end|>"
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "B"}]
     eos = {"content": "<|im_end|>", "lstrip": False}
     path.write_text(json.dumps(config | {"chat_template": named, "eos_token": eos}))
-    assert Text(target).render([]) == "B"
+    assert BundleText(target).render([]) == "B"
 
 
 def test_an_empty_prompt_and_a_half_character_are_refused(folder: Path) -> None:
-    text = Text(folder)
+    text = BundleText(folder)
     with pytest.raises(DataError, match="prompt is empty"):
         text.prompt("", raw=True)
     with pytest.raises(DataError, match="surrogate"):
@@ -129,20 +131,20 @@ def test_an_empty_prompt_and_a_half_character_are_refused(folder: Path) -> None:
 
 def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"tokenizer\.json is missing"):
-        Text(tmp_path)
+        BundleText(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"tokenizer\.json isn't a tokenizer"):
-        Text(tmp_path)
+        BundleText(tmp_path)
 
 
-def streamed(text: Text, tokens: list[int]) -> list[str]:
+def streamed(text: BundleText, tokens: list[int]) -> list[str]:
     stream = TextStream(text)
     return [*(stream.push(token) for token in tokens), stream.flush()]
 
 
 @given(sample=st.text(min_size=1, max_size=40))
 def test_text_comes_back_whole_and_in_whole_characters(folder: Path, sample: str) -> None:
-    text = Text(folder)
+    text = BundleText(folder)
     try:
         tokens = text.tokens(sample).tolist()
     except DataError:
@@ -155,7 +157,7 @@ def test_text_comes_back_whole_and_in_whole_characters(folder: Path, sample: str
 
 @given(tokens=st.lists(st.integers(0, tiny.VOCABULARY - 1), max_size=60))
 def test_any_tokens_stream_to_what_they_decode_to(folder: Path, tokens: list[int]) -> None:
-    text = Text(folder)
+    text = BundleText(folder)
     assert "".join(streamed(text, tokens)) == text.text(tokens)
     assert text.text(tokens) == transformers_tokenizer(folder).decode(tokens, skip_special_tokens=True)
 
@@ -182,7 +184,7 @@ def test_other_decoders_stream_too(tmp_path: Path, kind: str) -> None:
         trainer = trainers.WordPieceTrainer(vocab_size=120, show_progress=False, special_tokens=["[UNK]"])
     tokenizer.train_from_iterator(tiny.TEXT.splitlines(), trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    text = Text(tmp_path)
+    text = BundleText(tmp_path)
     for sample in (tiny.TEXT, "The adapter, and the base 日本 🙂!"):
         tokens = text.tokens(sample).tolist()
         assert "".join(streamed(text, tokens)) == text.text(tokens)

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from tests import tiny
 from tests.tiny_bundle import TinyBundles, rewrite
-from vera_edge.device.runtime.chat import Text
+from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.session import Session
 from vera_edge.device.runtime.template import ChatTemplate, read
 from vera_edge.errors import BundleError, DataError, VeraEdgeError
@@ -318,7 +318,7 @@ def test_a_template_is_chosen_by_name_as_in_transformers(tmp_path: Path, way: st
 
     sources = {name: f"{name}: {{{{ tools is none }}}}{{{{ eos_token }}}}" for name in names}
     folder = named(tmp_path, sources, way)
-    text, reference = Text(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+    text, reference = BundleText(folder), PreTrainedTokenizerFast.from_pretrained(folder)
     tools: list[dict[str, Any]] = [{}, {"tools": None}, {"tools": []}, {"tools": [TOOL]}]
     for arguments in (*tools, {"documents": [{"text": "t"}]}):
         try:
@@ -339,7 +339,7 @@ def test_older_folders_have_special_tokens_in_a_map(tmp_path: Path) -> None:
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ eos_token }}{{ pad_token }}")
     expected = PreTrainedTokenizerFast.from_pretrained(tmp_path).apply_chat_template([USER], tokenize=False)
-    assert Text(tmp_path).render([USER]) == expected == "<|im_start|><|im_end|>"
+    assert BundleText(tmp_path).render([USER]) == expected == "<|im_start|><|im_end|>"
 
 
 @pytest.fixture(scope="module")
