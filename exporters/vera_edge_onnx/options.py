@@ -24,7 +24,8 @@ def check(request: ExportRequest, target: str) -> None:
     adapters.check(request)
     if PROJECTIONS in request.options and request.plan.mode != "branch":
         raise PlanError(
-            "a merged export holds no projections to store; leave projections-dtype out, or add --mode branch"
+            "a merged export holds no projections to store; leave --store-projections out, or add "
+            "--mode branch"
         )
     if weights.ACCURACY in request.options and not _has_integer_products(request):
         raise PlanError(

@@ -85,7 +85,7 @@ def test_what_it_prints(cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path
     [
         (["--target", "tflite"], "no export target is called 'tflite'"),
         (
-            ["--projections-dtype", "int8", "--mode", "branch", "--adapter", "nowhere"],
+            ["--store-projections", "int8", "--mode", "branch", "--adapter", "nowhere"],
             "nowhere isn't a folder",
         ),
         (["--weight", "nan"], "nan"),

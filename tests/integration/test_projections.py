@@ -117,10 +117,10 @@ def test_verify_and_out_exclude_each_other(cli: Cli, tmp_path: Path) -> None:
 def test_takes_a_dtype_when_asked(cli: Cli, tiny_llama: tiny.TinyLlama) -> None:
     words = ("projections", GOLDEN / "unsaved-fp32", "--base", tiny_llama.fp32, "--json")
     specs = [
-        json.loads(cli(*words, "--projection-dtype", name).stdout)["spec"] for name in ("fp16", "float16")
+        json.loads(cli(*words, "--projection-rounding", name).stdout)["spec"] for name in ("fp16", "float16")
     ]
     assert specs[0] == specs[1]
     assert specs[0]["rounding"] == "float16"
-    refused = cli(*words, "--projection-dtype", "int8")
+    refused = cli(*words, "--projection-rounding", "int8")
     assert refused.exit_code == 2
     assert "float32, bfloat16 or float16" in refused.stderr

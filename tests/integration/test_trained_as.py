@@ -231,7 +231,7 @@ MADE = {
     "branch-nf4": ("export", "--mode", "branch", "--weights", "nf4"),
     "branch-same": ("export", "--mode", "branch", "--weights", "same"),
     "merged-int8": ("export", "--mode", "merged", "--weights", "int8"),
-    "shipped": ("export", "--ship", "nf4", "--run", "int8", "--projections", "seed", "--mode", "branch"),
+    "shipped": ("export", "--ship", "nf4", "--run", "int8", "--projections-from", "seed", "--mode", "branch"),
 }
 
 

@@ -92,7 +92,7 @@ def to_lora(
     *,
     out: StrPath,
     base: StrPath | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     force: bool = False,
 ) -> LoraAdapter:
@@ -102,7 +102,7 @@ def to_lora(
         adapter: the PEFT folder.
         out: the LoRA folder to write, whole or not at all.
         base: the base's folder, where the adapter's config doesn't lead to it.
-        projection_dtype: what the projections were rounded to in training, where it can't be told.
+        projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
         force: replace `out` where it exists.
 
@@ -121,5 +121,5 @@ def to_lora(
     """
     from vera_edge.trained import to_lora as lora
 
-    asked = (path_or_none(base), projection_dtype, force, loading(trained_as))
+    asked = (path_or_none(base), projection_rounding, force, loading(trained_as))
     return lora.to_lora(Path(adapter), Path(out), *asked)

@@ -26,7 +26,7 @@ def drift(
     data: StrPath = BUILT_IN,
     base: StrPath | None = None,
     adapter: Adapters = (),
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
     tokens: int = DriftRequest.tokens,
@@ -56,7 +56,7 @@ def drift(
         data: the UTF-8 text file to measure on, or "built-in".
         base: the base's folder, where the reference is an adapter that doesn't find it.
         adapter: where the reference is a base: the adapter, or several as {folder: weight} or a list.
-        projection_dtype: what the projections were rounded to in training, where it can't be told.
+        projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
         tokenizer: a folder whose tokenizer reads the text for the reference.
         tokens: about how many to measure on.
@@ -104,7 +104,7 @@ def drift(
         data=str(data),
         base=path_or_none(base),
         adapters=tuple(weighted(adapter)),
-        projection_dtype=projection_dtype,
+        projection_rounding=projection_rounding,
         tokenizer=path_or_none(tokenizer),
         tokens=tokens,
         window=window,

@@ -39,10 +39,10 @@ def export(
     accuracy_level: str | int | None = None,
     activations: str | None = None,
     head: str | None = None,
-    projections_dtype: str | None = None,
-    projections: str | None = None,
+    store_projections: str | None = None,
+    projections_from: str | None = None,
     vectors: str | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
     plan: StrPath | Plan | None = None,
@@ -69,10 +69,10 @@ def export(
         accuracy_level: what activations are rounded to beside integer weights: 4: int8, 0: nothing.
         activations: encoders: what int8 linears read: float, dynamic or static (uint8).
         head: how embeddings and output head are stored: fp32, fp16, int8, int4.
-        projections_dtype: how a branch stores A and B: fp32, fp16, int8, int4.
-        projections: a branch's A and B "baked" into the files, or drawn from the "seed" on the device.
+        store_projections: how a branch stores A and B: fp32, fp16, int8, int4.
+        projections_from: a branch's A and B "baked" into the files, or drawn from the "seed" on the device.
         vectors: the dtype of a branch's vectors and of every .onnx_adapter for it: fp32 or fp16.
-        projection_dtype: what the projections were rounded to in training, where it can't be told.
+        projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
         tokenizer: a folder to take tokenizer and chat template from, not from the adapter's or the base's.
         plan: a plan's file, or a Plan, that decides mode, weights, block, symmetric and activations.
@@ -108,8 +108,8 @@ def export(
     )
     options = {
         "head": head,
-        "projections": projections_dtype,
-        "origin": projections,
+        "projections": store_projections,
+        "origin": projections_from,
         "run": run,
         "block": None if block is None else str(block),
         "symmetric": None if symmetric is None else str(symmetric).lower(),
@@ -125,7 +125,7 @@ def export(
         mode=mode,
         weights=weights,
         options={key: value for key, value in options.items() if value is not None},
-        projection_dtype=projection_dtype,
+        projection_rounding=projection_rounding,
         force=force,
         progress=progress,
         rounding=Rounding(method, str(calibration), recover=tuple(recover)),

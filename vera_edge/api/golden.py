@@ -26,7 +26,7 @@ def golden(
     max_relative_error: float | None = None,
     max_largest_error: float | None = None,
     min_rank_correlation: float | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     progress: Progress = silent,
     tell: Tell = unheard,
@@ -45,7 +45,7 @@ def golden(
         max_relative_error, max_largest_error: for a reranker or a regression: the mean and the largest error,
             in standard deviations of the reference's values.
         min_rank_correlation: Spearman's, over the texts.
-        projection_dtype: what the projections were rounded to in training, where it can't be told.
+        projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
         progress: called with what is done, how much of it, and of how much.
         tell: given sentences for a person, on how the projections were found.
@@ -79,7 +79,7 @@ def golden(
         [(path, None) for path in folders(adapters)],
         limits or None,
         lines,
-        projection_dtype,
+        projection_rounding,
         progress,
         loading(trained_as),
         tell,

@@ -15,7 +15,7 @@ def inspect(
     adapter: StrPath,
     *,
     base: StrPath | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
 ) -> Inspection:
     """Say what an adapter is, whether it fits a base, and what it costs on the device.
@@ -23,7 +23,7 @@ def inspect(
     Args:
         adapter: the PEFT folder.
         base: the base's folder; without it nothing is said of whether it fits.
-        projection_dtype: what the projections were rounded to in training, where it can't be told.
+        projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
 
     Returns:
@@ -40,4 +40,4 @@ def inspect(
         (8, True)
     """
     check_base_given(base, trained_as)
-    return inspect_folder(Path(adapter), path_or_none(base), projection_dtype, loading(trained_as))
+    return inspect_folder(Path(adapter), path_or_none(base), projection_rounding, loading(trained_as))

@@ -70,7 +70,7 @@ def merge(
     method: str | None = None,
     calibration: StrPath = BUILT_IN,
     weight: float = 1.0,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
     workers: int | None = None,
@@ -97,7 +97,7 @@ def merge(
         method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
         weight: scales the delta of an adapter that has no weight of its own.
-        projection_dtype: what the projections were rounded to in training, where it can't be told.
+        projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
         tokenizer: a folder to take tokenizer and chat template from, not from the adapter's or the base's.
         workers: layers at once, each in a thread; None: as many as there are cores.
@@ -129,7 +129,7 @@ def merge(
     asked = _options(to, block_size, double_quant)
     pairs = weighted(adapter, weight)
     ready = merging.prepare(
-        Path(base), pairs, to, asked, projection_dtype, made, loading(trained_as), path_or_none(tokenizer)
+        Path(base), pairs, to, asked, projection_rounding, made, loading(trained_as), path_or_none(tokenizer)
     )
     rounding = Rounding(method, str(calibration))
     return merge_to_folders({Path(out): ready}, rounding, progress, force, resources)[0]
@@ -146,7 +146,7 @@ def merge_each(
     method: str | None = None,
     calibration: StrPath = BUILT_IN,
     weight: float = 1.0,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
     workers: int | None = None,
@@ -183,7 +183,7 @@ def merge_each(
         weight,
         to,
         asked,
-        projection_dtype,
+        projection_rounding,
         loading(trained_as),
         path_or_none(tokenizer),
     )
@@ -200,7 +200,7 @@ def plan_merge(
     double_quant: bool = False,
     plan: StrPath | Plan | None = None,
     weight: float = 1.0,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
 ) -> PlannedMerge:
@@ -226,7 +226,7 @@ def plan_merge(
     asked = _options(to, block_size, double_quant)
     pairs = weighted(adapter, weight)
     ready = merging.prepare(
-        Path(base), pairs, to, asked, projection_dtype, made, loading(trained_as), path_or_none(tokenizer)
+        Path(base), pairs, to, asked, projection_rounding, made, loading(trained_as), path_or_none(tokenizer)
     )
     return PlannedMerge(ready.plan, ready.model.notes, ready)
 
@@ -239,7 +239,7 @@ def plan_merge_each(
     block_size: int | None = None,
     double_quant: bool = False,
     weight: float = 1.0,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
 ) -> Mapping[str, PlannedMerge]:
@@ -261,7 +261,7 @@ def plan_merge_each(
     """
     asked = _options(to, block_size, double_quant)
     given = (Path(base), folders(adapters), weight, to, asked)
-    found = merging.prepare_each(*given, projection_dtype, loading(trained_as), path_or_none(tokenizer))
+    found = merging.prepare_each(*given, projection_rounding, loading(trained_as), path_or_none(tokenizer))
     return {name: PlannedMerge(one.plan, one.model.notes, one) for name, one in found.items()}
 
 

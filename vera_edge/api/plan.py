@@ -41,7 +41,7 @@ def plan(
     method: str | None = None,
     calibration: StrPath = BUILT_IN,
     weight: float = 1.0,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     force: bool = False,
     progress: Progress = silent,
@@ -67,7 +67,7 @@ def plan(
         method: how to round: rtn, search, hqq or gptq; None: gptq.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
         weight: scales the delta of an adapter that has no weight of its own.
-        projection_dtype: what the projections were rounded to in training, where it can't be told.
+        projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
         force: replace `out`, and the folder `export`, where they exist.
         progress: called with what is done, how much of it, and of how much.
@@ -105,7 +105,7 @@ def plan(
         check_output(keep, force, (Path(base), *(path for path, _ in pairs)))
     from vera_edge.precision.choose import choose  # imports torch
 
-    facts = (Path(base), pairs, request, file, projection_dtype)
+    facts = (Path(base), pairs, request, file, projection_rounding)
     found = choose(*facts, progress, keep, loading(trained_as))
     write_atomic(file, canonical_json(found.plan.to_dict()))
     return found

@@ -23,7 +23,7 @@ def projections(
     base: StrPath | None = None,
     verify: bool = False,
     out: StrPath | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     force: bool = False,
 ) -> Provenance:
@@ -34,7 +34,7 @@ def projections(
         base: the base's folder; needed where the adapter's doesn't hold its projections.
         verify: raise MismatchError when the saved projections aren't what the seed gives.
         out: a safetensors file to write vera_A and vera_B to.
-        projection_dtype: what they were rounded to in training, where it can't be told.
+        projection_rounding: what they were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
         force: replace `out` where it exists.
 
@@ -64,7 +64,7 @@ def projections(
         pairs = [(Path(adapter), 1.0)]
         checkpoint, ((read, _),) = trained_base.read(folder, pairs, trained_as=loading(trained_as))
     resolve = provenance.verify if verify else provenance.resolve_for_command
-    found = resolve(read, checkpoint, projection_dtype)
+    found = resolve(read, checkpoint, projection_rounding)
     if out is not None:
         projection.write(found.projections, Path(out))
     return found

@@ -19,6 +19,7 @@ import click
 
 from vera_edge import __version__
 from vera_edge.cli import printable
+from vera_edge.cli.old_spellings import respelled
 from vera_edge.cores import bound_libraries
 from vera_edge.errors import BundleWarning, VeraEdgeError
 
@@ -101,6 +102,15 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, words = super().resolve_command(ctx, args)
+        words, notes = respelled(words)
+        for note in notes:
+            _tell(f"note: {note}")
+        return name, command, words
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

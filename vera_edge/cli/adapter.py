@@ -14,7 +14,7 @@ from vera_edge.cli.show import (
     note,
     out,
     print_json,
-    projection_dtype_option,
+    projection_rounding_option,
     trained_as_option,
 )
 
@@ -27,7 +27,7 @@ def adapter() -> None:
 @adapter.command()
 @click.argument("adapter", type=FOLDER)
 @click.option("--for", "bundle", type=FOLDER, required=True, help="The branch bundle that will run it.")
-@click.option("-o", "--output", "--out", type=FOLDER, required=True, help="The .onnx_adapter to write.")
+@click.option("-o", "--out", "output", type=FOLDER, required=True, help="The .onnx_adapter to write.")
 @click.option("--weight", type=float, default=1.0, show_default=True, help="Scales the adapter's delta.")
 @force_option
 @json_option
@@ -95,11 +95,11 @@ def diff(old: Path, new: Path, as_json: bool) -> None:
 
 @adapter.command("to-lora")
 @click.argument("adapter", type=FOLDER)
-@click.option("-o", "--output", "--out", type=FOLDER, required=True, help="The LoRA folder to write.")
+@click.option("-o", "--out", "output", type=FOLDER, required=True, help="The LoRA folder to write.")
 @click.option(
     "--base", type=FOLDER, help="The base model's folder, where the adapter's config doesn't lead to it."
 )
-@projection_dtype_option
+@projection_rounding_option
 @trained_as_option
 @force_option
 @json_option
@@ -107,7 +107,7 @@ def to_lora(
     adapter: Path,
     output: Path,
     base: Path | None,
-    projection_dtype: str | None,
+    projection_rounding: str | None,
     trained_as: str | None,
     force: bool,
     as_json: bool,
@@ -117,7 +117,7 @@ def to_lora(
         adapter,
         out=output,
         base=base,
-        projection_dtype=projection_dtype,
+        projection_rounding=projection_rounding,
         trained_as=trained_as,
         force=force,
     )

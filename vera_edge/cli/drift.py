@@ -55,7 +55,7 @@ def _interval(estimate: Interval) -> str:
     metavar="PATH=WEIGHT",
     help="An adapter of the reference, and what scales its delta, when REFERENCE is a base; repeat for more.",
 )
-@show.projection_dtype_option
+@show.projection_rounding_option
 @show.trained_as_option
 @show.tokenizer_option
 @click.option("--tokens", default=8192, show_default=True, help="About how many tokens to measure on.")
@@ -84,7 +84,7 @@ def drift(
     data: str,
     base: Path | None,
     adapters: list[tuple[Path, float]],
-    projection_dtype: str | None,
+    projection_rounding: str | None,
     trained_as: str | None,
     tokenizer: Path | None,
     tokens: int,
@@ -117,7 +117,7 @@ def drift(
             data=data,
             base=base,
             adapter=adapters,
-            projection_dtype=projection_dtype,
+            projection_rounding=projection_rounding,
             trained_as=trained_as,
             tokenizer=tokenizer,
             tokens=tokens,

@@ -18,7 +18,7 @@ from vera_edge.cli.show import (
     plan_option,
     print_json,
     progress_bar,
-    projection_dtype_option,
+    projection_rounding_option,
     quiet_option,
     recover_option,
     refuse_beside_plan,
@@ -77,10 +77,9 @@ WEIGHTS = ("same", *STORED, "int2", "nf4", "fp4")
     "range found at each run (dynamic) or on the calibration text (static).",
 )
 @click.option("--head", type=click.Choice(STORED), help="How embeddings and output head are stored.")
-@click.option("--projections-dtype", type=click.Choice(STORED), help="How a branch stores A and B.")
+@click.option("--store-projections", type=click.Choice(STORED), help="How a branch stores A and B.")
 @click.option(
-    "--projections",
-    "origin",
+    "--projections-from",
     type=click.Choice(["baked", "seed"]),
     help="Branch: A and B in the files (baked, the default), or drawn from the seed on the device.",
 )
@@ -89,7 +88,7 @@ WEIGHTS = ("same", *STORED, "int2", "nf4", "fp4")
     type=click.Choice(["fp32", "fp16"]),
     help="Branch: the dtype of the graph's vectors and of every .onnx_adapter for it.  [default: fp32]",
 )
-@projection_dtype_option
+@projection_rounding_option
 @trained_as_option
 @tokenizer_option
 @plan_option
@@ -114,10 +113,10 @@ def export(
     accuracy_level: str | None,
     activations: str | None,
     head: str | None,
-    projections_dtype: str | None,
-    origin: str | None,
+    store_projections: str | None,
+    projections_from: str | None,
     vectors: str | None,
-    projection_dtype: str | None,
+    projection_rounding: str | None,
     trained_as: str | None,
     tokenizer: Path | None,
     plan_file: Path | None,
@@ -144,10 +143,10 @@ def export(
             accuracy_level=accuracy_level,
             activations=activations,
             head=head,
-            projections_dtype=projections_dtype,
-            projections=origin,
+            store_projections=store_projections,
+            projections_from=projections_from,
             vectors=vectors,
-            projection_dtype=projection_dtype,
+            projection_rounding=projection_rounding,
             trained_as=trained_as,
             tokenizer=tokenizer,
             plan=plan_file,

@@ -23,7 +23,7 @@ from vera_edge.cli.trust import takes_trust
 
 @click.command()
 @click.argument("source")
-@click.option("-o", "--output", "--out", type=FOLDER, required=True, help="The folder to write.")
+@click.option("-o", "--out", "output", type=FOLDER, required=True, help="The folder to write.")
 @click.option("--have", type=FOLDER, help="An older version; what it holds isn't transferred again.")
 @force_option
 @json_option

@@ -41,7 +41,7 @@ from vera_edge.cli.show import (
 @click.option(
     "--min-rank-correlation", type=float, help="The same: Spearman's rank correlation over the texts."
 )
-@click.option("--projection-dtype", help="What the projections were rounded to, when it can't be told.")
+@click.option("--projection-rounding", help="What the projections were rounded to, when it can't be told.")
 @trained_as_option
 @json_option
 @quiet_option
@@ -50,7 +50,7 @@ def golden(
     base: Path,
     adapters: tuple[Path, ...],
     prompts: Path | None,
-    projection_dtype: str | None,
+    projection_rounding: str | None,
     trained_as: str | None,
     as_json: bool,
     quiet: bool,
@@ -66,7 +66,7 @@ def golden(
             base,
             adapters,
             prompts=prompts,
-            projection_dtype=projection_dtype,
+            projection_rounding=projection_rounding,
             trained_as=trained_as,
             progress=progress,
             tell=note,

@@ -16,7 +16,7 @@ from vera_edge.cli.show import (
     needs_base,
     out,
     print_json,
-    projection_dtype_option,
+    projection_rounding_option,
     trained_as_option,
 )
 from vera_edge.errors import MismatchError
@@ -28,19 +28,21 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("adapter", type=FOLDER)
 @click.option("--base", type=FOLDER, help="The base model's folder.")
-@projection_dtype_option
+@projection_rounding_option
 @trained_as_option
 @json_option
 def inspect(
     adapter: Path,
     base: Path | None,
-    projection_dtype: str | None,
+    projection_rounding: str | None,
     trained_as: str | None,
     as_json: bool,
 ) -> None:
     """Say what ADAPTER is, whether it fits a base, and what it costs on the device."""
     needs_base(base, trained_as)
-    result = vera_edge.inspect(adapter, base=base, projection_dtype=projection_dtype, trained_as=trained_as)
+    result = vera_edge.inspect(
+        adapter, base=base, projection_rounding=projection_rounding, trained_as=trained_as
+    )
     if as_json:
         print_json(result.to_dict())
     else:

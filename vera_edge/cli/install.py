@@ -74,7 +74,7 @@ def rollback(dst: Path, as_json: bool, quiet: bool, **trust: Any) -> None:
 @click.command()
 @click.argument("old", type=FOLDER)
 @click.argument("new", type=FOLDER)
-@click.option("-o", "--output", "--out", type=FOLDER, required=True, help="The folder to write.")
+@click.option("-o", "--out", "output", type=FOLDER, required=True, help="The folder to write.")
 @force_option
 @json_option
 @quiet_option

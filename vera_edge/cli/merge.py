@@ -24,7 +24,7 @@ from vera_edge.cli.show import (
     plan_option,
     print_json,
     progress_bar,
-    projection_dtype_option,
+    projection_rounding_option,
     quiet_option,
     refuse_beside_plan,
     tokenizer_option,
@@ -61,7 +61,7 @@ _SHOWN = 5
 @calibration_option
 @more_adapters_option
 @weight_option
-@projection_dtype_option
+@projection_rounding_option
 @trained_as_option
 @tokenizer_option
 @click.option("--dry-run", is_flag=True, help="Show the plan, its bytes and about its time; write nothing.")
@@ -87,7 +87,7 @@ def merge(
     calibration: str,
     more: list[tuple[Path, float]],
     weight: float,
-    projection_dtype: str | None,
+    projection_rounding: str | None,
     trained_as: str | None,
     tokenizer: Path | None,
     dry_run: bool,
@@ -109,7 +109,7 @@ def merge(
         "to": to,
         "block_size": block_size,
         "double_quant": double_quant,
-        "projection_dtype": projection_dtype,
+        "projection_rounding": projection_rounding,
         "trained_as": trained_as,
         "tokenizer": tokenizer,
     }

@@ -51,7 +51,7 @@ from vera_edge.cli import show
 @show.calibration_option
 @show.more_adapters_option
 @show.weight_option
-@show.projection_dtype_option
+@show.projection_rounding_option
 @show.trained_as_option
 @show.force_option
 @show.quiet_option
@@ -73,7 +73,7 @@ def plan(
     calibration: str,
     more: list[tuple[Path, float]],
     weight: float,
-    projection_dtype: str | None,
+    projection_rounding: str | None,
     trained_as: str | None,
     force: bool,
     quiet: bool,
@@ -100,7 +100,7 @@ def plan(
             export=keep,
             method=method,
             calibration=calibration,
-            projection_dtype=projection_dtype,
+            projection_rounding=projection_rounding,
             trained_as=trained_as,
             force=force,
             progress=progress,

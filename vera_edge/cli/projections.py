@@ -17,7 +17,7 @@ from vera_edge.cli.show import (
     needs_base,
     out,
     print_json,
-    projection_dtype_option,
+    projection_rounding_option,
     trained_as_option,
 )
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 @click.argument("adapter", type=FOLDER)
 @click.option("--base", type=FOLDER, help="The base model's folder; needed when ADAPTER doesn't hold them.")
 @click.option("--verify", is_flag=True, help="Fail when the saved projections aren't what the seed gives.")
-@click.option("--out", "target", type=FOLDER, help="Write vera_A and vera_B to this safetensors file.")
-@projection_dtype_option
+@click.option("-o", "--out", "target", type=FOLDER, help="Write vera_A and vera_B to this safetensors file.")
+@projection_rounding_option
 @trained_as_option
 @force_option
 @json_option
@@ -39,7 +39,7 @@ def projections(
     base: Path | None,
     verify: bool,
     target: Path | None,
-    projection_dtype: str | None,
+    projection_rounding: str | None,
     trained_as: str | None,
     force: bool,
     as_json: bool,
@@ -53,7 +53,7 @@ def projections(
         base=base,
         verify=verify,
         out=target,
-        projection_dtype=projection_dtype,
+        projection_rounding=projection_rounding,
         trained_as=trained_as,
         force=force,
     )

@@ -35,8 +35,8 @@ json_option: Callable[[F], F] = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON for scripts."
 )
 force_option: Callable[[F], F] = click.option("--force", is_flag=True, help="Replace an existing output.")
-projection_dtype_option: Callable[[F], F] = click.option(
-    "--projection-dtype", help="What the projections were rounded to: float32, bfloat16, float16."
+projection_rounding_option: Callable[[F], F] = click.option(
+    "--projection-rounding", help="What the projections were rounded to: float32, bfloat16, float16."
 )
 
 

@@ -118,7 +118,7 @@ def ask(
     adapter_paths: Sequence[tuple[Path, float | None]],
     limits: Mapping[str, float] | None = None,
     prompts: Sequence[str] | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     progress: Progress = silent,
     trained_as: TrainedAs | None = None,
     tell: Callable[[str], None] = lambda note: None,
@@ -144,7 +144,7 @@ def ask(
         )
     read = [(adapter, asked) for (adapter, _), (_, asked) in zip(trained, adapter_paths, strict=True)]
     named = _named(manifest, read)
-    found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    found = [provenance.resolve_for_command(adapter, checkpoint, projection_rounding) for adapter, _ in read]
     for note in dict.fromkeys(note for one in found for note in one.notes):
         tell(note)
     _check_projections(manifest, [one.projections for one in found])
@@ -202,8 +202,8 @@ def _check_projections(manifest: Manifest, projections: Sequence[Projections]) -
     digests = {one.digest for one in projections}
     if len(digests) > 1 or (isinstance(made_with, dict) and {made_with.get("digest")} != digests):
         raise MismatchError(
-            f"{manifest.folder} was made with other projections than these; give --projection-dtype as when "
-            "it was exported"
+            f"{manifest.folder} was made with other projections than these; give --projection-rounding as "
+            "when it was exported"
         )
 
 

@@ -225,7 +225,7 @@ def export(
     mode: str = "merged",
     weights: str = "fp32",
     options: Mapping[str, str] | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     force: bool = False,
     progress: Progress = silent,
     rounding: RoundsWeights | None = None,
@@ -240,7 +240,7 @@ def export(
     how int8, int4 and int2 weights are quantized, and `activations` ("float", "dynamic", "static"), what an
     encoder's int8 linears read, go into the plan.
     mode: "merged", or "branch": the base keeps its weights, the adapter runs beside it and can be swapped.
-    weights: the stored format of the linears. projection_dtype: see `open_model`.
+    weights: the stored format of the linears. projection_rounding: see `open_model`.
     rounding: how weights are rounded to 4 and 8 bits, and the text to calibrate on; None: to nearest, by the
     exporter, and the built-in text.
     made: a plan for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
@@ -252,7 +252,7 @@ def export(
     exporter = find(target)
     if not adapter_paths:
         raise PlanError("give at least one adapter to export")
-    model = open_model(base, adapter_paths, projection_dtype, trained_as, tokenizer)
+    model = open_model(base, adapter_paths, projection_rounding, trained_as, tokenizer)
     if made is not None:
         plans.check_made_for(made, model)
         step_options.check(made, model.checkpoint, graph=True)

@@ -46,7 +46,7 @@ class DriftRequest:
     data: str = windows.BUILT_IN
     base: Path | None = None
     adapters: tuple[tuple[Path, float], ...] = ()
-    projection_dtype: str | None = None
+    projection_rounding: str | None = None
     tokenizer: Path | None = None
     tokens: int = windows.TOKENS
     window: int = windows.WINDOW
@@ -98,7 +98,7 @@ def _gives_text(trained: OpenedReference) -> bool:
 def _open(request: DriftRequest, progress: Progress) -> _Opened:
     text = windows.read_text(request.data)
     progress("opening the models", 0, 2)
-    given = (request.base, request.adapters, request.projection_dtype)
+    given = (request.base, request.adapters, request.projection_rounding)
     trained = models.open_trained(request.reference, *given, request.trained_as, request.tokenizer)
     progress("opening the models", 1, 2)
     candidate = models.open_candidate(request.candidate, request.exact, trained.digests)

@@ -93,7 +93,7 @@ def open_trained(
     path: Path,
     base: Path | None = None,
     adapter_paths: Sequence[tuple[Path, float]] = (),
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
 ) -> OpenedReference:
@@ -107,7 +107,7 @@ def open_trained(
         given = {
             "base": base,
             "adapter": adapter_paths or None,
-            "projection-dtype": projection_dtype,
+            "projection-rounding": projection_rounding,
             "trained-as": trained_as,
         }
         if named := [name for name, value in given.items() if value is not None]:
@@ -120,11 +120,11 @@ def open_trained(
         adapter_paths = [(path, 1.0), *adapter_paths]
     elif base is not None:
         raise PlanError(f"the reference {path} is no adapter, but a base itself; leave --base out")
-    if projection_dtype is not None and not adapter_paths:
-        raise PlanError("--projection-dtype is for an adapter, and the reference has none; leave it out")
+    if projection_rounding is not None and not adapter_paths:
+        raise PlanError("--projection-rounding is for an adapter, and the reference has none; leave it out")
     base = base_folder(path, base)
     checkpoint, read = trained_base.read(base, adapter_paths, tokenizer, trained_as)
-    return _trained_checkpoint(checkpoint, read, projection_dtype)
+    return _trained_checkpoint(checkpoint, read, projection_rounding)
 
 
 def base_folder(path: Path, base: Path | None) -> Path:
@@ -143,9 +143,9 @@ def base_folder(path: Path, base: Path | None) -> Path:
 
 
 def _trained_checkpoint(
-    checkpoint: Checkpoint, read: tuple[tuple[adapters.Adapter, float], ...], projection_dtype: str | None
+    checkpoint: Checkpoint, read: tuple[tuple[adapters.Adapter, float], ...], projection_rounding: str | None
 ) -> OpenedReference:
-    found = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    found = [provenance.resolve_for_command(adapter, checkpoint, projection_rounding) for adapter, _ in read]
     if any(other.projections.digest != found[0].projections.digest for other in found[1:]):
         raise MismatchError("the adapters were trained on different projections, which one model can't hold")
     projections = found[0].projections if found else None

@@ -44,14 +44,14 @@ def prepare(
     adapters: Sequence[tuple[Path, float]],
     to: str = SAME,
     options: Mapping[str, Any] | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     made: Plan | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
 ) -> Prepared:
     """Read base and adapters (folders, each with its weight) and plan their merge; reads no weight.
 
-    to: a weight format's name or "same". options: of that format. projection_dtype: see `open_model`.
+    to: a weight format's name or "same". options: of that format. projection_rounding: see `open_model`.
     made: a plan for these inputs, instead of making one; then `to` and `options` aren't looked at.
     trained_as: how the base in a folder was loaded in training. tokenizer: a folder whose tokenizer is taken,
     instead of the adapters' or the base's.
@@ -61,7 +61,7 @@ def prepare(
         raise PlanError("give at least one adapter to merge")
     if to != SAME and to not in FORMATS:
         raise PlanError(f"no weight format is called {to!r}; choose {SAME} or one of {', '.join(FORMATS)}")
-    model = open_model(base, adapters, projection_dtype, trained_as, tokenizer)
+    model = open_model(base, adapters, projection_rounding, trained_as, tokenizer)
     if made is not None:
         check_plan(made, model)
         return Prepared(model, made)
@@ -75,7 +75,7 @@ def prepare_each(
     weight: float = 1.0,
     to: str = SAME,
     options: Mapping[str, Any] | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
 ) -> dict[str, Prepared]:
@@ -90,7 +90,7 @@ def prepare_each(
         name = path.resolve().name
         if name in ready:
             raise PlanError(f"two of the adapters are in folders called {name}, which names what is written")
-        one = prepare(checkpoint, [(path, weight)], to, options, projection_dtype, tokenizer=tokenizer)
+        one = prepare(checkpoint, [(path, weight)], to, options, projection_rounding, tokenizer=tokenizer)
         own = one.model.projections
         model = replace(one.model, projections=shared.setdefault(own.digest, own))
         ready[name] = replace(one, model=model)
@@ -122,7 +122,7 @@ def to_folder(
     out: Path,
     to: str = SAME,
     options: Mapping[str, Any] | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     force: bool = False,
     progress: Progress = silent,
     resources: Resources = ONE_PROCESS,
@@ -131,5 +131,5 @@ def to_folder(
 ) -> MergeReport:
     """`prepare` and `perform`: merge adapters into a base and write the model to `out`."""
     check_output(out, force, (base, *(path for path, _ in adapters)))
-    ready = prepare(base, adapters, to, options, projection_dtype, None, trained_as, tokenizer)
+    ready = prepare(base, adapters, to, options, projection_rounding, None, trained_as, tokenizer)
     return perform(ready, out, progress, force, resources=resources)

@@ -38,7 +38,7 @@ def choose(
     adapters: Sequence[tuple[Path, float]],
     request: PlanRequest,
     beside: Path,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     progress: Progress = silent,
     keep: Path | None = None,
     trained_as: TrainedAs | None = None,
@@ -52,7 +52,7 @@ def choose(
     """
     request.check()
     targets.find(request.target)
-    merged = merge.prepare(base, adapters, SAME, None, projection_dtype, trained_as=trained_as)
+    merged = merge.prepare(base, adapters, SAME, None, projection_rounding, trained_as=trained_as)
     if tasks.of(merged.model.checkpoint.config).gives != tasks.TEXT:
         raise PlanError(
             f"{base} gives no text, and a plan is made by what a model says; choose --weights and measure "

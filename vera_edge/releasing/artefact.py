@@ -82,7 +82,7 @@ def _export(job: ReleaseJob, stage: Path, progress: Progress, made: Plan | None)
         mode=variant.mode,
         weights=variant.weights,
         options=variant.options,
-        projection_dtype=job.adapter.projection_dtype,
+        projection_rounding=job.adapter.projection_dtype,
         progress=progress,
         rounding=Rounding(variant.method, job.recipe.text(variant.calibration), any_adapter=True),
         made=made,

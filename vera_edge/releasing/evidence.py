@@ -99,7 +99,7 @@ def measure(asked: Question, store: Store, folder: Path, progress: Progress) -> 
             candidate=folder,
             data=asked.text,
             base=recipe.path(recipe.base(adapter.base).path),
-            projection_dtype=adapter.projection_dtype,
+            projection_rounding=adapter.projection_dtype,
             tokens=entry.tokens,
             window=entry.window,
             trained_as=recipe.base(adapter.base).spec,
@@ -131,7 +131,7 @@ def golden(asked: Question, store: Store, folder: Path, progress: Progress) -> P
                 copy,
                 recipe.path(base.path),
                 trained,
-                projection_dtype=adapter.projection_dtype,
+                projection_rounding=adapter.projection_dtype,
                 progress=progress,
                 trained_as=base.spec,
             )

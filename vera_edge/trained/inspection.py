@@ -106,7 +106,7 @@ class Inspection:
 def inspect_folder(
     adapter: Path,
     base: Path | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: TrainedAs | None = None,
 ) -> Inspection:
     """`inspect` for a PEFT folder and a base's folder, which `trained_as` says how it was loaded in training.
@@ -114,18 +114,18 @@ def inspect_folder(
     Raises as reading them does.
     """
     if base is None:
-        return inspect(adapters.read(adapter), None, projection_dtype)
+        return inspect(adapters.read(adapter), None, projection_rounding)
     try:
         checkpoint, ((read, _),) = trained_base.read(base, [(adapter, 1.0)], trained_as=trained_as)
     except MismatchError as cause:
         plain = Checkpoint.open(base, trained_as)
-        found = inspect(alignment.read(adapter, plain), plain, projection_dtype)
+        found = inspect(alignment.read(adapter, plain), plain, projection_rounding)
         return found if found.misfit else replace(found, fits=False, misfit=str(cause))
-    return inspect(read, checkpoint, projection_dtype)
+    return inspect(read, checkpoint, projection_rounding)
 
 
 def inspect(
-    adapter: Adapter, checkpoint: Checkpoint | None = None, projection_dtype: str | None = None
+    adapter: Adapter, checkpoint: Checkpoint | None = None, projection_rounding: str | None = None
 ) -> Inspection:
     """Describe `adapter`, and whether it fits `checkpoint` where one is given.
 
@@ -133,7 +133,7 @@ def inspect(
     """
     found, unresolved, misfit = None, None, None
     try:
-        found = resolve_for_command(adapter, checkpoint, projection_dtype)
+        found = resolve_for_command(adapter, checkpoint, projection_rounding)
     except MismatchError as cause:
         misfit = str(cause)
     except AdapterError as cause:

@@ -17,7 +17,7 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError
 from vera_edge.formats import StoredLinear, checks
 
-ASK = "give the dtype with --projection-dtype float32, bfloat16 or float16"
+ASK = "give the dtype with --projection-rounding float32, bfloat16 or float16"
 
 # As torch spells them, as vera-edge's weight formats do, and as safetensors does.
 _SPELLINGS: Mapping[ProjectionDtype, tuple[str, ...]] = {

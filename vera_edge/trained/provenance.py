@@ -66,18 +66,18 @@ class Provenance:
 
 
 def resolve(
-    adapter: Adapter, checkpoint: Checkpoint | None = None, projection_dtype: str | None = None
+    adapter: Adapter, checkpoint: Checkpoint | None = None, projection_rounding: str | None = None
 ) -> Provenance:
     """Find the projections `adapter` was trained with.
 
-    projection_dtype: what to round to ("float32", "bfloat16", "float16", "float8_e4m3fn", or fp32, bf16,
+    projection_rounding: what to round to ("float32", "bfloat16", "float16", "float8_e4m3fn", or fp32, bf16,
         fp16, fp8), when the base can't tell.
     Raises AdapterError when neither tells, MismatchError when adapter and base don't belong together or
-    `projection_dtype` contradicts the saved projections.
+    `projection_rounding` contradicts the saved projections.
     """
-    if projection_dtype is not None and projection_dtype not in NAMES:
-        raise AdapterError(f"projection dtype {projection_dtype!r} isn't known; {ASK}")
-    asked = None if projection_dtype is None else NAMES[projection_dtype]
+    if projection_rounding is not None and projection_rounding not in NAMES:
+        raise AdapterError(f"projection rounding {projection_rounding!r} isn't known; {ASK}")
+    asked = None if projection_rounding is None else NAMES[projection_rounding]
     notes = check_fit(adapter, checkpoint) if checkpoint is not None else adapter.notes
     if adapter.saved is not None:
         found = _from_saved(adapter, *adapter.saved, asked)
@@ -102,10 +102,10 @@ def resolve(
 
 
 def resolve_for_command(
-    adapter: Adapter, checkpoint: Checkpoint | None = None, projection_dtype: str | None = None
+    adapter: Adapter, checkpoint: Checkpoint | None = None, projection_rounding: str | None = None
 ) -> Provenance:
     """`resolve`, and in the notes what is known or assumed of how the base was loaded in training."""
-    found = resolve(adapter, checkpoint, projection_dtype)
+    found = resolve(adapter, checkpoint, projection_rounding)
     if checkpoint is None:
         return found
     record = (*training_record.notes(adapter, checkpoint), *_rounding_note(adapter, checkpoint, found))
@@ -127,7 +127,7 @@ def _rounding_note(adapter: Adapter, checkpoint: Checkpoint, found: Provenance) 
 
 
 def verify(
-    adapter: Adapter, checkpoint: Checkpoint | None = None, projection_dtype: str | None = None
+    adapter: Adapter, checkpoint: Checkpoint | None = None, projection_rounding: str | None = None
 ) -> Provenance:
     """`resolve`, and raise when there are no saved projections or the seed doesn't give them."""
     if adapter.saved is None:
@@ -135,7 +135,7 @@ def verify(
             f"{adapter.path} doesn't hold its projections, so there is nothing to verify them against; "
             "train with save_projection=True to keep them"
         )
-    found = resolve_for_command(adapter, checkpoint, projection_dtype)
+    found = resolve_for_command(adapter, checkpoint, projection_rounding)
     if not found.verified:
         raise MismatchError(f"in {adapter.path}, {found.how}")
     return found
@@ -168,7 +168,7 @@ def _from_saved(adapter: Adapter, a: Float32, b: Float32, asked: ProjectionDtype
             if asked not in (None, rounding):
                 raise MismatchError(
                     f"the projections saved in {adapter.path} are those of seed {adapter.seed} rounded to "
-                    f"{rounding}, not to {asked}; leave --projection-dtype out"
+                    f"{rounding}, not to {asked}; leave --projection-rounding out"
                 )
             how = f"the saved projections equal what seed {adapter.seed} gives, {_form(spec)}, bit for bit"
             return Provenance(spec, Projections(spec, a, b), how, verified=True, from_seed=True)

@@ -43,7 +43,7 @@ def to_lora(
     adapter_path: Path,
     out: Path,
     base: Path | None = None,
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     force: bool = False,
     trained_as: TrainedAs | None = None,
 ) -> LoraAdapter:
@@ -59,7 +59,7 @@ def to_lora(
     # A LoRA tool looks for layers where PEFT's model has them; their sizes are the checkpoint's.
     names = dict(zip(adapter.vectors, trained.vectors, strict=True))
     check_output(out, force, (adapter_path, checkpoint.path))
-    found = provenance.resolve_for_command(adapter, checkpoint, projection_dtype)
+    found = provenance.resolve_for_command(adapter, checkpoint, projection_rounding)
     if adapter.biases:
         raise AdapterError(
             f"{adapter_path} trained biases, which a LoRA folder of PEFT can't carry; merge it"

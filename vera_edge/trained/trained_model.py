@@ -38,19 +38,21 @@ class TrainedModel:
 def open_model(
     base: Path | Checkpoint,
     adapters: Sequence[tuple[Path, float]],
-    projection_dtype: str | None = None,
+    projection_rounding: str | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
 ) -> TrainedModel:
     """Read a base and adapters (folders, each with its weight) as the one model that was trained.
 
-    projection_dtype: see `provenance.resolve`. trained_as: how the base in a folder was loaded in training.
+    projection_rounding: see `provenance.resolve`. trained_as: how the base in a folder was loaded.
     tokenizer: a folder whose tokenizer is taken, instead of the adapters' or the base's.
     Reads no weight of the base. Raises a VeraEdgeError in one sentence when an input is at fault.
     """
     checkpoint, read = model.read(base, adapters, tokenizer, trained_as)
     check_together(read)
-    sources = [provenance.resolve_for_command(adapter, checkpoint, projection_dtype) for adapter, _ in read]
+    sources = [
+        provenance.resolve_for_command(adapter, checkpoint, projection_rounding) for adapter, _ in read
+    ]
     projections = check_projections(read, [source.projections for source in sources])
     notes = [note for source in sources for note in (source.how, *source.notes)]
     return TrainedModel(checkpoint, read, projections, tuple(dict.fromkeys([*notes, *checkpoint.notes])))

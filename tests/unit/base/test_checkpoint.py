@@ -331,7 +331,7 @@ class TestAnIndex:
         expected = tiny.load(folder).get_submodule(DOWN).weight.detach()
         assert torch.equal(expected, state[f"{DOWN}.weight"] * 2)
         assert np.array_equal(Checkpoint.open(folder).dequantize(DOWN), expected.numpy())
-        merge.to_folder(folder, [(tiny_adapter, 0.0)], tmp_path / "m", "fp32", projection_dtype="fp32")
+        merge.to_folder(folder, [(tiny_adapter, 0.0)], tmp_path / "m", "fp32", projection_rounding="fp32")
         assert torch.equal(tiny.load(tmp_path / "m").get_submodule(DOWN).weight.detach(), expected)
         for wrong in ("../other.safetensors", "other.bin", 5):
             (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": wrong}))
@@ -341,7 +341,7 @@ class TestAnIndex:
     def test_the_note_is_told(self, folder: Path, tiny_adapter: Path, tmp_path: Path, cli: Cli) -> None:
         (folder / self.INDEX).write_text("{}")
         shown = cli(
-            "merge", folder, tiny_adapter, "-o", tmp_path / "m", "--projection-dtype", "fp32", "--json"
+            "merge", folder, tiny_adapter, "-o", tmp_path / "m", "--projection-rounding", "fp32", "--json"
         )
         assert any("isn't read; delete it" in note for note in json.loads(shown.stdout)["notes"])
         assert not (tmp_path / "m" / self.INDEX).exists()

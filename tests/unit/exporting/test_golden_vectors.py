@@ -132,7 +132,7 @@ def test_other_projections_than_the_bundles_are_refused(
 ) -> None:
     asked = (exported, tiny_llama.nf4, [(tiny_adapter, 1.0)])
     with pytest.raises(MismatchError, match="was made with other projections than these"):
-        golden_vectors.ask(*asked, prompts=PROMPTS, projection_dtype="bfloat16")
+        golden_vectors.ask(*asked, prompts=PROMPTS, projection_rounding="bfloat16")
 
 
 def test_the_command_says_what_it_wrote(

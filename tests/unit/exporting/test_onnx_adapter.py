@@ -65,7 +65,7 @@ def test_an_adapter_says_which_base_and_projections_it_is_for(
     for path in (packed, branch / "adapters" / "default.onnx_adapter"):
         assert onnxruntime.AdapterFormat.read_adapter(str(path)).get_model_version() == expected
     other = tmp_path / "other"
-    target.export(tiny_llama.fp32, [(tiny_adapter, 1.0)], other, mode="branch", projection_dtype="bf16")
+    target.export(tiny_llama.fp32, [(tiny_adapter, 1.0)], other, mode="branch", projection_rounding="bf16")
     assert bundle.read(other).model_version != expected
     with pytest.raises(MismatchError, match="made for another base or another projection"):
         Session.open(other, packed)

@@ -120,7 +120,7 @@ def test_a_base_of_integers_is_exact_only_without_rounded_inputs(
         out = tmp_path / str(exact)
         pairs = [(adapter, 1.0)]
         target.export(base, pairs, out, mode="branch", weights="same", options={**options, **more},
-                      projection_dtype="float32")  # fmt: skip
+                      projection_rounding="float32")  # fmt: skip
         assert bundle.read(out).exact is exact
         checkpoint, read = Checkpoint.open(base), adapters.read(adapter)
         projections = provenance.resolve(read, checkpoint, "float32").projections
@@ -157,7 +157,7 @@ def test_an_older_manifest_is_asked_to_be_made_anew(bases: Bases, tmp_path: Path
         ("--base", "nowhere"),
         ("--adapter", "nowhere"),
         ("--adapter", "x=0.5"),
-        ("--projection-dtype", "float16"),
+        ("--projection-rounding", "float16"),
     ],
 )
 def test_what_an_export_brings_itself_is_not_given_along(
@@ -171,8 +171,8 @@ def test_what_an_export_brings_itself_is_not_given_along(
 def test_nor_is_what_a_base_leaves_unused(tiny_llama: tiny.TinyLlama, bases: Bases) -> None:
     with pytest.raises(PlanError, match="leave --base out"):
         models.open_trained(tiny_llama.nf4, base=Path("nowhere"))
-    with pytest.raises(PlanError, match="--projection-dtype is for an adapter"):
-        models.open_trained(tiny_llama.nf4, projection_dtype="float16")
+    with pytest.raises(PlanError, match="--projection-rounding is for an adapter"):
+        models.open_trained(tiny_llama.nf4, projection_rounding="float16")
 
 
 def test_of_an_artefact_the_adapter_of_an_exported_reference_runs(

@@ -123,7 +123,9 @@ def quantized(
     """A compressed-tensors base."""
     folder = tmp_path_factory.mktemp("w4a16") / "base"
     options = {"group_size": 32}
-    merge.to_folder(tiny_llama.fp32, [(tiny_adapter, 0.0)], folder, "w4a16", options, projection_dtype="fp32")
+    merge.to_folder(
+        tiny_llama.fp32, [(tiny_adapter, 0.0)], folder, "w4a16", options, projection_rounding="fp32"
+    )
     return folder
 
 

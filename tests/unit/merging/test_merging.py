@@ -459,7 +459,7 @@ def test_the_base_is_read_once(
             read[name] = read.get(name, 0) + data.size
             yield data
 
-    ready = merge.prepare(tiny_llama.bf16, [(tiny_adapter, 1.0)], to, projection_dtype="float32")
+    ready = merge.prepare(tiny_llama.bf16, [(tiny_adapter, 1.0)], to, projection_rounding="float32")
     once = byte_ranges.read
     monkeypatch.setattr(byte_ranges, "read", counted)
     report = merge.perform(ready, tmp_path / "out")

@@ -281,7 +281,7 @@ def test_nothing_is_tied_in_the_models_within_it_either(tmp_path: Path) -> None:
     path = base / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "speech_config": {"tie_word_embeddings": True, "layers": 2}}))
-    merge.to_folder(base, [(adapter, 1.0)], tmp_path / "m", "fp32", projection_dtype="fp32")
+    merge.to_folder(base, [(adapter, 1.0)], tmp_path / "m", "fp32", projection_rounding="fp32")
     after = json.loads((tmp_path / "m" / "config.json").read_text())
     assert after["tie_word_embeddings"] is False
     assert after["speech_config"] == {"tie_word_embeddings": False, "layers": 2}
@@ -294,10 +294,10 @@ def test_a_model_that_transformers_doesnt_know_is_told_by_its_names(tmp_path: Pa
     path = base / "config.json"
     config = json.loads(path.read_text()) | {"architectures": ["StrangeForCausalLM"]}
     path.write_text(json.dumps(config))
-    merge.to_folder(base, [(adapter, 1.0)], tmp_path / "m", "fp32", projection_dtype="fp32")
+    merge.to_folder(base, [(adapter, 1.0)], tmp_path / "m", "fp32", projection_rounding="fp32")
     assert not is_tied(tmp_path / "m")
     shutil.rmtree(tmp_path / "m")
     state = load_file(base / WEIGHTS)
     save_file({**state, tied.head: state[tied.embedding].clone()}, base / WEIGHTS, {"format": "pt"})
-    merge.to_folder(base, [(adapter, 1.0)], tmp_path / "m", "fp32", projection_dtype="fp32")
+    merge.to_folder(base, [(adapter, 1.0)], tmp_path / "m", "fp32", projection_rounding="fp32")
     assert is_tied(tmp_path / "m")

@@ -334,7 +334,7 @@ def test_a_quantized_base_leaves_the_new_head_alone(tmp_path: Path, to: str, key
     words = Trained(one.base, "AutoModelForCausalLM", "CAUSAL_LM", one.targets, trained.config)
     words.train(base).save_pretrained(tmp_path / "words")
     quantized = merge.to_folder(base, [(tmp_path / "words", 1.0)], tmp_path / "q", to=to).folder
-    merge.to_folder(quantized, [(adapter, 1.0)], tmp_path / "m", projection_dtype="fp32")
+    merge.to_folder(quantized, [(adapter, 1.0)], tmp_path / "m", projection_rounding="fp32")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     before = json.loads((quantized / "config.json").read_text())["quantization_config"]
     assert set(config["quantization_config"][key]) == {*(before.get(key) or ()), "score"}

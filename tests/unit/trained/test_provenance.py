@@ -105,7 +105,7 @@ def test_asks_when_the_version_cannot_tell(version: str, tiny_llama: tiny.TinyLl
     adapter = dataclasses.replace(unsaved("0.19.1", "nf4-bf16"), peft_version=version)
     checkpoint = base(tiny_llama, "nf4-bf16")
     with pytest.raises(
-        AdapterError, match="to bfloat16 or to float32; give the dtype with --projection-dtype"
+        AdapterError, match="to bfloat16 or to float32; give the dtype with --projection-rounding"
     ):
         provenance.resolve(adapter, checkpoint)
     for asked in ("bf16", "bfloat16"):
@@ -130,7 +130,7 @@ def test_asks_for_the_base_when_nothing_was_saved() -> None:
 
 
 def test_refuses_an_unknown_dtype(tiny_llama: tiny.TinyLlama) -> None:
-    with pytest.raises(AdapterError, match="projection dtype 'int8' isn't known; give the dtype with"):
+    with pytest.raises(AdapterError, match="projection rounding 'int8' isn't known; give the dtype with"):
         provenance.resolve(unsaved("0.21.2", "fp32"), base(tiny_llama, "fp32"), "int8")
 
 
@@ -208,7 +208,7 @@ def test_saved_projections_need_no_base() -> None:
         "the saved projections equal what seed 4294967299 gives, rounded to bfloat16, bit for bit"
     )
     with pytest.raises(
-        MismatchError, match="rounded to bfloat16, not to float16; leave --projection-dtype out"
+        MismatchError, match="rounded to bfloat16, not to float16; leave --projection-rounding out"
     ):
         provenance.resolve(read(GOLDEN / "peft-0.21.2" / "saved-bf16"), None, "float16")
 

@@ -219,7 +219,7 @@ def test_projections_that_cannot_be_told_do_not_stop_quantize(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_version": "0.18.2.dev0"}))
     words = (tiny_llama.bf16, "--like", adapter, "--to", "nf4", "--compute-dtype", "bfloat16")
     made = quantized(cli, tmp_path, *words)
-    assert any("give the dtype with --projection-dtype" in note for note in made["notes"])
+    assert any("give the dtype with --projection-rounding" in note for note in made["notes"])
 
 
 def test_inspect_and_projections_say_what_they_assume(

@@ -246,7 +246,7 @@ def test_the_command_line_says_what_is_missing_and_where_it_comes_from(
     tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli
 ) -> None:
     out, device = tmp_path / "out", tmp_path / "device"
-    words = ["--mode", "branch", "--weights", "int8", "--projections", "seed"]
+    words = ["--mode", "branch", "--weights", "int8", "--projections-from", "seed"]
     assert cli("export", tiny_llama.nf4, tiny_adapter, "-o", out, *words).exit_code == 0
     assert "made by `vera-edge install`" in cli("verify", out).stdout
     assert cli("install", out, device).exit_code == 0
