@@ -21,6 +21,7 @@ from vera_edge.measuring.metrics import compare
 from vera_edge.measuring.result import Artefact, DriftReport, TextFacts, Verdict
 from vera_edge.merging.config import merged_config
 from vera_edge.plans import plan as plans
+from vera_edge.plans import step_options
 from vera_edge.releasing import recipe
 
 ADAPTER = Path(__file__).parents[1] / "golden/adapters/peft-0.21.2/saved-fp32"
@@ -45,6 +46,7 @@ def _plan() -> Target:
         plan = plans.read(folder / "plan.json")
         _, checkpoint, adapters, projections = _planned(plan.mode)
         plans.check_made_for(plan, checkpoint, adapters, projections)
+        step_options.check(plan, checkpoint, graph=plan.mode == "branch")
         _ = [(step.activations, step.copies) for step in plan.steps]
         return plan.to_dict(), plan.mode == "merged" and merged_config(plan, checkpoint, untied=False)
 
