@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -229,3 +230,25 @@ def test_a_class_has_its_name_to_itself() -> None:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(module)
     assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_the_table_of_rooms_is_what_the_rooms_say() -> None:
+    from scripts.make_rooms_table import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "run scripts/make_rooms_table.py"
+
+
+PLACES = re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(("file", "name"), sorted(set(PLACES)))
+def test_a_place_that_the_architecture_names_is_there(file: str, name: str) -> None:
+    body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    for part in filter(None, name.split(".")):
+        inner = [
+            node
+            for node in body
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == part
+        ]
+        assert inner, f"{file} has no {name}"
+        body = inner[0].body

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,12 @@ from vera_edge.trained import fit, record
 from vera_edge.trained.inspection import inspect_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "adapters"
+# What reading both asks, and takes seconds to import: not of the input that is first to need it.
+_IMPORTED = (
+    "torch",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -37,8 +44,12 @@ def _cases() -> dict[str, Path]:
     }
 
 
-def _peft(name: str, file: str, form: Form) -> Target:
+def _peft(name: str, file: str, form: Form, whole: bool = False) -> Target:
+    """One file of a PEFT folder. whole: read with its base as one model, as before a merge or an export."""
+
     def prepare(folder: Path) -> None:
+        for module in _IMPORTED if whole else ():
+            import_module(module)
         bases.write_base(folder / "base")
         for case, source in _cases().items():
             shutil.copytree(source, folder / case)
@@ -47,6 +58,8 @@ def _peft(name: str, file: str, form: Form) -> Target:
         own = folder / seed.beside
         (own / file).write_bytes(seed.data)
         try:
+            if whole:
+                return inspect_folder(own, folder / "base")
             adapter = vera.read(own)
             inspect_folder(own)
             checkpoint = _base(str(folder / "base"))
@@ -113,6 +126,8 @@ def _card() -> Target:
 TARGETS = (
     _peft("adapter-config", CONFIG, Form.JSON),
     _peft("adapter-tensors", TENSORS, Form.SAFETENSORS),
+    _peft("adapter-config-with-base", CONFIG, Form.JSON, whole=True),
+    _peft("adapter-tensors-with-base", TENSORS, Form.SAFETENSORS, whole=True),
     _onnx_adapter(),
     _card(),
 )

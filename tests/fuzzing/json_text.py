@@ -99,13 +99,21 @@ def put(place: Place, value: Any) -> None:
 
 
 def strange(draw: Random, old: Any, all_places: list[Place]) -> Any:
-    """A value that may stand where `old` stood: near it, of its type, of another, or from elsewhere."""
+    """A value that may stand where `old` stood: near it, of its type, of another, or from elsewhere.
+
+    Always a copy: it is changed in its turn, and could come to lie in itself.
+    """
     way = draw.random()
     if way < 0.35:
-        return _near(draw, old)
+        return deepcopy(_near(draw, old))
     if way < 0.5:
-        return deepcopy(get(draw.choice(all_places)))  # or it could come to lie in itself
-    return draw.choice(draw.choice((NUMBERS, TEXTS, OTHERS)))
+        return deepcopy(get(draw.choice(all_places)))
+    return any_value(draw)
+
+
+def any_value(draw: Random) -> Any:
+    """A value that few readers expect."""
+    return deepcopy(draw.choice(draw.choice((NUMBERS, TEXTS, OTHERS))))
 
 
 def _near(draw: Random, old: Any) -> Any:
@@ -192,7 +200,7 @@ def changed(value: Any, draw: Random) -> Any:
     for _ in range(several(draw, 4)):
         found = places(value)
         if not found or draw.random() < 0.02:
-            return draw.choice(draw.choice((NUMBERS, TEXTS, OTHERS)))
+            return any_value(draw)
         draw.choice(_CHANGES)(draw, found)
         if len(found) > 20_000:
             break

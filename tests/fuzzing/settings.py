@@ -20,6 +20,7 @@ from vera_edge.measuring.metrics import compare
 from vera_edge.measuring.result import Artefact, DriftReport, TextFacts, Verdict
 from vera_edge.merging.config import merged_config
 from vera_edge.plans import plan as plans
+from vera_edge.plans import step_options
 from vera_edge.releasing import recipe
 from vera_edge.trained.trained_model import TrainedModel
 
@@ -45,6 +46,7 @@ def _plan() -> Target:
         plan = plans.read(folder / "plan.json")
         _, model = _planned(plan.mode)
         plans.check_made_for(plan, model)
+        step_options.check(plan, model.checkpoint, graph=plan.mode == "branch")
         _ = [(step.activations, step.copies) for step in plan.steps]
         return plan.to_dict(), plan.mode == "merged" and merged_config(plan, model.checkpoint, untied=False)
 

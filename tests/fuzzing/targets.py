@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tests.fuzzing import adapters, bases, bundles, links, settings, texts
+from tests.fuzzing import adapters, bases, bundles, links, settings, signatures, texts
 from tests.fuzzing.target import Target
 
 _SUITE = (
@@ -14,6 +14,7 @@ _SUITE = (
     *texts.TARGETS,
     *settings.TARGETS,
     *links.TARGETS,
+    *signatures.TARGETS,
 )
 SUITE: Mapping[str, Target] = {target.name: target for target in _SUITE}
 # Too slow for the suite, not for scripts/fuzz.

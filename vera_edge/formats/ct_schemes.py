@@ -171,8 +171,9 @@ def _check(scheme: Scheme, name: str) -> None:
             f"config group {name}: {scheme.format} with {scheme.kind}{scheme.bits} weights, one scale for "
             f"each {scheme.strategy}, isn't known; vera-edge reads int4 and int8 packed, int8, and FP8"
         )
+    block = scheme.block or []
     if scheme.strategy == "block" and (
-        scheme.kind == "int" or not scheme.block or any(type(n) is not int or n < 1 for n in scheme.block)
+        scheme.kind == "int" or len(block) != 2 or any(type(n) is not int or n < 1 for n in block)
     ):
         raise FormatError(
             f"config group {name}: blocks of {scheme.block} aren't known for {scheme.kind} weights"

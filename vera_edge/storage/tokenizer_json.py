@@ -27,12 +27,15 @@ def told(what: str, error: type[VeraEdgeError], advice: str) -> Iterator[None]:
         yield
     except (VeraEdgeError, UnicodeEncodeError, TypeError):
         raise
-    except Exception as cause:
-        raise error(f"{what} ({_short(cause)}); {advice}") from None
     except BaseException as cause:
-        if type(cause).__name__ != "PanicException":
+        if not complains(cause):
             raise
         raise error(f"{what} ({_short(cause)}); {advice}") from None
+
+
+def complains(cause: BaseException) -> bool:
+    """Whether that is an exception or a panic, and not the end of the process."""
+    return isinstance(cause, Exception) or type(cause).__name__ == "PanicException"
 
 
 def _short(cause: BaseException) -> str:

@@ -140,7 +140,9 @@ def _opened(cls: Any, folder: Path) -> tuple[Any, str]:
     with quiet():
         try:
             found = cls.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as cause:  # of transformers, and of whatever package reads the vocabulary
+        except BaseException as cause:  # of transformers, and of whatever package reads the vocabulary
+            if not tokenizer_json.complains(cause):
+                raise
             return None, first_line(cause)[:200]
     return (found, "") if found.is_fast else (None, f"{type(found).__name__} has no fast form")
 
