@@ -11,7 +11,7 @@ from contextlib import contextmanager
 _OFFLINE = "HF_HUB_OFFLINE"
 
 
-def first_line(cause: Exception) -> str:
+def first_line(cause: BaseException) -> str:
     """The first line of another library's message, which may run over many."""
     return str(cause).strip().split("\n")[0].rstrip(".")
 
