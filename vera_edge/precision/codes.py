@@ -19,6 +19,7 @@ from vera_edge.arrays import Float32, Int64
 from vera_edge.errors import PlanError
 from vera_edge.formats.blocks import quantize
 from vera_edge.merging import Prepared
+from vera_edge.plans.int8 import int8_form
 from vera_edge.plans.plan import Step
 from vera_edge.precision.replay import Change
 from vera_edge.progress import Progress
@@ -102,7 +103,7 @@ class UnitCodes:
         """The weight that an export holds, (out, in); None where nothing of it is lost."""
         if step.module in self.stores[name]:
             return self.stores[name][step.module].dequantize()
-        if step.result == "int8" and not step.copies:
+        if int8_form(step, graph=True) and not step.copies:
             grid = grid_of(step, exported=True)
             assert grid is not None
             target = self._target(step.module)

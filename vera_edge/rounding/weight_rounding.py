@@ -19,7 +19,8 @@ from vera_edge.errors import PlanError
 from vera_edge.exporting.target import RoundedWeights
 from vera_edge.formats import FORMATS
 from vera_edge.formats.blocks import BITS, block_within
-from vera_edge.plans.plan import FLOAT, Plan, Step
+from vera_edge.plans.int8 import INT8_QDQ, LLM_INT8, int8_form
+from vera_edge.plans.plan import Plan, Step
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import METHODS, CodesFolder, Grid, bnb_grid, int8_rows, int_blocks
 from vera_edge.rounding import recover
@@ -46,14 +47,14 @@ def default_method(steps: Sequence[Step]) -> str:
 def grid_of(step: Step, exported: bool = False) -> Grid | None:
     """The grid that a step's result is stored on; None for one that isn't rounded.
 
-    exported: in an ONNX graph, where "int8" means blocks, beside float activations, and not LLM.int8's rows,
-    and absmax are float32; a group is cut into blocks that MatMulNBits has.
+    exported: in an ONNX graph, where absmax are float32, "int8" is another thing (`plans.int8`), and a group
+    is cut into blocks that MatMulNBits has.
     """
     if step.result in ("nf4", "fp4"):
         options = dict(step.options)
         double = options.pop("double_quant", False) and not exported
         return bnb_grid(step.result, options.pop("blocksize", 64), double_quant=double, **options)
-    if step.result == "int8" and (not exported or step.activations != FLOAT):
+    if int8_form(step, exported) in (LLM_INT8, INT8_QDQ):
         return int8_rows()
     if step.result in ("int8", "int4", "int2"):
         # Zero points cost more than they're worth at 8 bits, and halve the error at 4.

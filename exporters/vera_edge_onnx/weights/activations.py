@@ -16,6 +16,7 @@ import numpy as np
 from vera_edge.arrays import Float32
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.formats.bnb8 import Int8Weight
+from vera_edge.plans.int8 import INT8_QDQ, int8_form
 from vera_edge.plans.plan import FLOAT, Step
 from vera_edge_onnx.graph.sites import Part, Site
 from vera_edge_onnx.weights import qdq
@@ -61,7 +62,7 @@ class Seen:
 def kind_of(site: Site, steps: Mapping[str, Step]) -> str:
     """What a site's int8 rows read, "dynamic" or "static"; "float" when its weight isn't in rows."""
     here = [steps[part.module] for part in site.parts]
-    kinds = {step.activations if step.result == "int8" else FLOAT for step in here}
+    kinds = {step.activations if int8_form(step, graph=True) == INT8_QDQ else FLOAT for step in here}
     return kinds.pop() if len(kinds) == 1 else FLOAT
 
 
