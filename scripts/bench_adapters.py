@@ -27,7 +27,7 @@ from scripts.bench_turns import PROMPT, say, write_section
 from scripts.prepare_demo import cache_folder, prepare
 from vera_edge.bundle import contents as bundle
 from vera_edge.cores import available_cores
-from vera_edge.device.check.facts import processor
+from vera_edge.device.check.hardware import processor
 from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting import target
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from scripts.bench_drift_rows import BARE, Row
 from scripts.prepare_demo import ROOT
-from vera_edge.device.check.facts import processor
+from vera_edge.device.check.hardware import processor
 
 PAGE = ROOT / "docs" / "drift-table.md"
 MARKS = ("<!-- drift-table: written by scripts/bench_drift -->", "<!-- end of drift-table -->")

@@ -20,7 +20,7 @@ from typing import Any
 
 from scripts.prepare_demo import ROOT
 from vera_edge.device.check.bench import ratio_of_medians
-from vera_edge.device.check.facts import processor
+from vera_edge.device.check.hardware import processor
 
 PAGE = ROOT / "docs" / "speed.md"
 PROMPT = 32  # tokens before the clock starts

@@ -62,7 +62,7 @@ def save(model: Any, folder: Path) -> None:
 def merged(base: Path, folder: Path, precision: str = "fp32") -> Path:
     """A bundle of `base` alone, as a merged export is."""
     build(base, folder, precision)
-    facts = bundle.Facts(kind="decoder", mode="merged", weights=precision, base={"digest": DIGEST})
+    facts = bundle.ManifestFields(kind="decoder", mode="merged", weights=precision, base={"digest": DIGEST})
     bundle.write(folder, facts)
     return folder
 
@@ -109,7 +109,7 @@ def branch(base: Path, folder: Path, batched: bool = False) -> Path:
     for name, seed in (("first", 1), ("second", 2)):
         write_adapter(folder / "adapters" / f"{name}.onnx_adapter", vectors(seed))
         entries[name] = {"file": f"adapters/{name}.onnx_adapter", "digest": DIGEST}
-    facts = bundle.Facts(
+    facts = bundle.ManifestFields(
         kind="decoder",
         mode="branch",
         weights="fp32",
@@ -206,8 +206,8 @@ def with_delta(base: Path, found: Vectors) -> Any:
 
 def rewrite(folder: Path, **changes: Any) -> None:
     """Write the manifest of a changed folder anew, as its maker would."""
-    facts = {key.name: getattr(bundle.read(folder), key.name) for key in fields(bundle.Facts)}
-    bundle.write(folder, bundle.Facts(**facts | changes))
+    facts = {key.name: getattr(bundle.read(folder), key.name) for key in fields(bundle.ManifestFields)}
+    bundle.write(folder, bundle.ManifestFields(**facts | changes))
 
 
 def with_golden(bundles: TinyBundles, source: Path, folder: Path, limits: dict[str, float]) -> Path:

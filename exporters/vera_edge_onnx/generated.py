@@ -15,7 +15,7 @@ from typing import Any
 import onnx_ir as ir
 
 from vera_edge.bundle import contents as bundle
-from vera_edge.bundle.contents import Facts, Manifest
+from vera_edge.bundle.contents import Manifest, ManifestFields
 from vera_edge.device.runtime import generated, int8_products
 from vera_edge.errors import TargetError
 from vera_edge.exporting.target import ExportRequest
@@ -64,7 +64,12 @@ def save(
 
 
 def write(
-    stage: Path, model: ir.Model, file: str, groups: Sequence[Apart], facts: Facts, progress: Progress
+    stage: Path,
+    model: ir.Model,
+    file: str,
+    groups: Sequence[Apart],
+    facts: ManifestFields,
+    progress: Progress,
 ) -> Manifest:
     """Write the manifest of `stage`, whose graph `file` was saved with `groups` apart; remove their files.
 

@@ -37,9 +37,9 @@ _DRAWN = {
 }
 
 
-def _facts() -> contents.Facts:
+def _facts() -> contents.ManifestFields:
     step = {"module": _MODULE, "action": "branch", "source": "nf4", "result": "nf4", "shape": [64, 160]}
-    return contents.Facts(
+    return contents.ManifestFields(
         kind="decoder",
         mode="branch",
         weights="nf4",

@@ -107,7 +107,8 @@ def _tell(place: int, *numbers: int) -> None:
 
 
 def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10  # KiB but on macOS
 
 
 def _limit_memory() -> int:

@@ -29,7 +29,7 @@ def _bundle() -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     (folder / chunks.INDEX).write_bytes(chunks.index({n: chunks.split(folder / n) for n in _FILES}))
-    facts = contents.Facts(kind="decoder", mode="merged", weights="fp32", base={"digest": "0" * 64})
+    facts = contents.ManifestFields(kind="decoder", mode="merged", weights="fp32", base={"digest": "0" * 64})
     contents.write(folder, facts)
     return folder
 

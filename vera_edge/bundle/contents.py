@@ -25,10 +25,10 @@ from vera_edge.bundle.manifest import (
     NO_ADAPTER,
     SIGNATURE,
     UNLISTED,
-    Facts,
     FileEntry,
     Json,
     Manifest,
+    ManifestFields,
     check_limits,
     parse,
 )
@@ -51,9 +51,9 @@ __all__ = [
     "MODES",
     "NO_ADAPTER",
     "SIGNATURE",
-    "Facts",
     "FileEntry",
     "Manifest",
+    "ManifestFields",
     "add",
     "change",
     "check_limits",
@@ -71,7 +71,7 @@ _PENDING = f"{PARTIAL_MARK}add"
 
 def write(
     folder: Path,
-    facts: Facts,
+    facts: ManifestFields,
     progress: Progress = silent,
     known: Mapping[str, FileEntry] = MappingProxyType({}),
 ) -> Manifest:
@@ -86,7 +86,7 @@ def write(
 
 def _write(
     folder: Path,
-    facts: Facts,
+    facts: ManifestFields,
     progress: Progress,
     known: Mapping[str, FileEntry],
     coming: Mapping[str, Path],
@@ -136,9 +136,9 @@ def read(folder: Path) -> Manifest:
     return parse(value, folder, path)
 
 
-def change(manifest: Manifest, **changes: Json) -> Facts:
+def change(manifest: Manifest, **changes: Json) -> ManifestFields:
     """The facts of `manifest` with some of them changed, to write it anew."""
-    return Facts(**{key: getattr(manifest, key) for key in FIELDS} | changes)
+    return ManifestFields(**{key: getattr(manifest, key) for key in FIELDS} | changes)
 
 
 def check_unsigned(folder: Path, advice: str) -> None:

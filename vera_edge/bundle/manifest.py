@@ -50,7 +50,7 @@ class FileEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ManifestFields:
     """What the exporter knows and the files alone don't tell.
 
     `weights` is the stored format of most linears ("fp32", "int8", "int4", "nf4"); `plan` has each one's.
@@ -100,7 +100,7 @@ class Facts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest(Facts):
+class Manifest(ManifestFields):
     """A manifest that was read and found sound. `digest` covers every file's digest: it names the bundle."""
 
     folder: Path
@@ -234,7 +234,7 @@ def _is_number(value: Json) -> bool:
     return type(value) in (int, float)
 
 
-# field of Facts -> (what must hold, what to say when it doesn't)
+# field of ManifestFields -> (what must hold, what to say when it doesn't)
 FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
     "kind": (lambda value: value in KINDS, f"isn't one of {', '.join(KINDS)}"),
     "mode": (lambda value: value in MODES, f"isn't one of {', '.join(MODES)}"),

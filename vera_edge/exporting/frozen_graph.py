@@ -28,7 +28,7 @@ class Frozen:
     size: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as a JSON object."""
+        """As a JSON object."""
         return {"path": str(self.path), "size": self.size}
 
 

@@ -45,7 +45,7 @@ class Packed:
     digest: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as a JSON object."""
+        """As a JSON object."""
         return {"path": str(self.path), "size": self.size, "sha256": self.digest}
 
 

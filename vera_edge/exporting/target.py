@@ -91,7 +91,7 @@ class Export:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as a JSON object."""
+        """As a JSON object."""
         return {
             "target": self.target,
             "folder": str(self.folder),

@@ -20,7 +20,7 @@ class LayerReport:
     survival: Survival
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as a JSON object."""
+        """As a JSON object."""
         return {"source": self.source, "result": self.result, **self.survival.to_dict()}
 
 

@@ -91,23 +91,23 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as a JSON object."""
-        facts = asdict(self)
-        facts["adapters"] = [{"digest": digest, "weight": weight} for digest, weight in self.adapters]
-        facts["steps"] = [{**step, "shape": list(step["shape"])} for step in facts["steps"]]
-        return facts
+        value = asdict(self)
+        value["adapters"] = [{"digest": digest, "weight": weight} for digest, weight in self.adapters]
+        value["steps"] = [{**step, "shape": list(step["shape"])} for step in value["steps"]]
+        return value
 
     @classmethod
-    def from_dict(cls, facts: Mapping[str, Any]) -> Plan:
+    def from_dict(cls, value: Mapping[str, Any]) -> Plan:
         """The inverse of `to_dict`. Raises PlanError on anything that `to_dict` doesn't give."""
-        if facts.get("version") != VERSION:
-            raise PlanError(f"a plan of version {facts.get('version')!r}; this vera-edge reads {VERSION}")
-        wrong = json_schema.problem(dict(facts), plan_schema.SCHEMA)
+        if value.get("version") != VERSION:
+            raise PlanError(f"a plan of version {value.get('version')!r}; this vera-edge reads {VERSION}")
+        wrong = json_schema.problem(dict(value), plan_schema.SCHEMA)
         if wrong is not None:
             raise PlanError(f"this isn't a plan as vera-edge writes it: {wrong}")
         try:
-            steps = tuple(Step(**{**step, "shape": tuple(step["shape"])}) for step in facts["steps"])
-            adapters = tuple((entry["digest"], float(entry["weight"])) for entry in facts["adapters"])
-            plan = cls(**{**facts, "steps": steps, "adapters": adapters})
+            steps = tuple(Step(**{**step, "shape": tuple(step["shape"])}) for step in value["steps"])
+            adapters = tuple((entry["digest"], float(entry["weight"])) for entry in value["adapters"])
+            plan = cls(**{**value, "steps": steps, "adapters": adapters})
         except (TypeError, OverflowError) as cause:  # a field too many, a weight beyond any float
             raise PlanError(f"this isn't a plan as vera-edge writes it: {cause}") from None
         if len({step.module for step in steps}) < len(steps):

@@ -23,7 +23,7 @@ class FrontPoint:
     latency: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as a JSON object."""
+        """As a JSON object."""
         return {
             "size": self.size,
             "predicted_kl": self.kl,
@@ -50,7 +50,7 @@ class Trial:
         return self.kl / self.sum_kl if self.sum_kl > 0 else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as a JSON object."""
+        """As a JSON object."""
         return {
             "size": self.size,
             "sum_kl": self.sum_kl,

@@ -36,7 +36,7 @@ class Rebuilt:
         return not self.differing
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as a JSON object."""
+        """As a JSON object."""
         return {"same": self.same, "differing": list(self.differing), "digest": self.digest}
 
 

@@ -35,7 +35,7 @@ class LoraAdapter:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as a JSON object."""
+        """As a JSON object."""
         return {"folder": str(self.folder), "layers": self.layers, "rank": self.rank, "size": self.size}
 
 

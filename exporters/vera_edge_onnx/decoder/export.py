@@ -26,9 +26,9 @@ from vera_edge_onnx import generated, options
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.decoder import configs, held
 from vera_edge_onnx.decoder.drawing import Drawing, draw
-from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.graph import groups, joining, sites
 from vera_edge_onnx.graph.weaver import Range, Weaver
+from vera_edge_onnx.manifest_fields import describe, manifest_fields
 from vera_edge_onnx.parity import Checked
 from vera_edge_onnx.weights import head
 from vera_edge_onnx.weights import stored as weights
@@ -56,7 +56,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
             apart = generated.save(request, stage, model, MODEL, shared, shipped)
             configs.copy(work / "float", drawing.folder, stage, MODEL, quiet=branched)
         files = adapters.write(request, stage, layout) if branched else {}
-        described = replace(facts(request, MODEL, files, layout), checked=checked.to_dict())
+        described = replace(manifest_fields(request, MODEL, files, layout), checked=checked.to_dict())
         manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
     return Export(
         target=target,

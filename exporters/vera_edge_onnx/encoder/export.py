@@ -30,9 +30,9 @@ from vera_edge_onnx import generated, options, parity, tokenizer_config, transfo
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.encoder import drawing, ranges
 from vera_edge_onnx.encoder import parity as encoder_parity
-from vera_edge_onnx.facts import describe, facts
 from vera_edge_onnx.graph import groups, sites
 from vera_edge_onnx.graph.weaver import Range, Weaver
+from vera_edge_onnx.manifest_fields import describe, manifest_fields
 from vera_edge_onnx.parity import Checked
 from vera_edge_onnx.weights import embeddings
 from vera_edge_onnx.weights import stored as weights
@@ -67,7 +67,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
             apart = generated.save(request, stage, model, MODEL, shared, shipped)
             _copy_beside(copy, stage, [value.name or "" for value in model.graph.inputs])
         files = adapters.write(request, stage, layout) if branched else {}
-        described = replace(facts(request, MODEL, files, layout, KIND), checked=checked.to_dict())
+        described = replace(manifest_fields(request, MODEL, files, layout, KIND), checked=checked.to_dict())
         manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
     if task.takes_text and not request.model.checkpoint.files.has_vocabulary:
         notes = (

@@ -52,7 +52,7 @@ def make(folder: Path) -> bundle.Manifest:
     }.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    facts = bundle.Facts(
+    facts = bundle.ManifestFields(
         kind="decoder",
         mode="branch",
         weights="nf4",
@@ -100,8 +100,8 @@ def test_the_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:
     make(tmp_path)
     first = (tmp_path / bundle.MANIFEST).read_bytes()
     manifest = bundle.read(tmp_path)
-    facts = {key.name: getattr(manifest, key.name) for key in dataclasses.fields(bundle.Facts)}
-    bundle.write(tmp_path, bundle.Facts(**facts))
+    facts = {key.name: getattr(manifest, key.name) for key in dataclasses.fields(bundle.ManifestFields)}
+    bundle.write(tmp_path, bundle.ManifestFields(**facts))
     assert (tmp_path / bundle.MANIFEST).read_bytes() == first
 
 
@@ -243,7 +243,9 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-_FIELDS = sorted({key.name for key in dataclasses.fields(bundle.Facts)} | {"files", "format", "digest"})
+_FIELDS = sorted(
+    {key.name for key in dataclasses.fields(bundle.ManifestFields)} | {"files", "format", "digest"}
+)
 
 
 @settings(deadline=None)  # it writes files, on a machine that may be busy
@@ -338,7 +340,7 @@ def test_what_a_graph_asks_of_a_processor(tmp_path: Path) -> None:
 
 def test_write_refuses_facts_that_contradict_the_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    facts = bundle.Facts(kind="decoder", mode="merged", weights="int8", base={"digest": HASH})
+    facts = bundle.ManifestFields(kind="decoder", mode="merged", weights="int8", base={"digest": HASH})
     with pytest.raises(BundleError, match="model names no listed file"):
         bundle.write(tmp_path, facts)
     assert not (tmp_path / bundle.MANIFEST).exists()
@@ -346,7 +348,7 @@ def test_write_refuses_facts_that_contradict_the_folder(tmp_path: Path) -> None:
 
 def test_the_schema_names_every_field() -> None:
     schema = json.loads((Path(bundle.__file__).with_name("bundle.schema.json")).read_bytes())
-    facts = {key.name for key in dataclasses.fields(bundle.Facts)}
+    facts = {key.name for key in dataclasses.fields(bundle.ManifestFields)}
     assert set(schema["properties"]) == facts | {"format", "digest", "files"}
     optional = {
         "checked",

@@ -84,7 +84,7 @@ def signed(tmp_path: Path, keys: tuple[Path, Path]) -> Path:
     folder = tmp_path / "bundle"
     (folder / "onnx").mkdir(parents=True)
     (folder / "onnx" / "model.onnx").write_bytes(b"graph")
-    facts = bundle.Facts(kind="decoder", mode="merged", weights="int8", base={"digest": "0" * 64})
+    facts = bundle.ManifestFields(kind="decoder", mode="merged", weights="int8", base={"digest": "0" * 64})
     bundle.write(folder, facts)
     signing.sign(folder, Signer(keys[0]))
     return folder

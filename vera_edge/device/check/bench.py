@@ -19,7 +19,7 @@ import numpy as np
 
 from vera_edge import import_path
 from vera_edge.bundle import contents as bundles
-from vera_edge.device.check.facts import device_facts
+from vera_edge.device.check.hardware import hardware_info
 from vera_edge.errors import BundleError, DataError
 from vera_edge.progress import Progress, silent
 
@@ -120,7 +120,7 @@ def bench(
         measured += pairs
         if against is not None:
             ratios += _ratios(found[0], found[1])
-    return Bench(tuple(measured), tuple(ratios), rounds, prompt, new, device_facts())
+    return Bench(tuple(measured), tuple(ratios), rounds, prompt, new, hardware_info())
 
 
 def _round(folder: Path, prompt: int, new: int, threads: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def measure(folder: Path, prompt: int, new: int, threads: int | None) -> dict[st
     import numpy as np
 
     from vera_edge.device.check.energy import EnergyMeter
-    from vera_edge.device.check.facts import peak_rss
+    from vera_edge.device.check.hardware import peak_rss
     from vera_edge.device.runtime.decoding import Steps
     from vera_edge.device.runtime.session import Session
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vera_edge.device.check import facts
+from vera_edge.device.check import hardware
 from vera_edge.device.runtime import int8_products as int8
 from vera_edge.device.runtime.opened import Opened
 
@@ -88,10 +88,10 @@ def leaks(run: Run) -> Check:
     """Memory after many runs must be that after the first few."""
     for _ in range(3):
         run()
-    before = facts.rss()
+    before = hardware.rss()
     for _ in range(_LEAK_RUNS):
         run()
-    after = facts.rss()
+    after = hardware.rss()
     if before is None or after is None:
         return Check("leaks", True, "the system doesn't tell how much memory a process holds")
     grown = after - before

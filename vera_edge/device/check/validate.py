@@ -20,7 +20,7 @@ import numpy as np
 from vera_edge.arrays import Float64
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
-from vera_edge.device.check import checks, facts, golden, validate_encoder
+from vera_edge.device.check import checks, golden, hardware, validate_encoder
 from vera_edge.device.check.checks import Check, Held
 from vera_edge.device.check.golden import Case, Divergence, Golden
 from vera_edge.device.check.validate_encoder import EncoderDrift
@@ -137,13 +137,13 @@ def validate(
         drift, found = _measure(model, held, progress)
     asked = [*(one.adapter for one in drift), *(one.adapter for one in encoder_drift)]
     files = f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB, all as listed"
-    peak = facts.peak_rss()
+    peak = hardware.peak_rss()
     memory = [checks.memory(peak, max_memory)] if max_memory is not None else []
     return Validation(
         manifest.digest,
         (Check("files", True, files), *products, *checks.unheld(held, given, known), *found, *memory),
         tuple(drift),
-        facts.device_facts() | {"threads": model.graph.threads},
+        hardware.hardware_info() | {"threads": model.graph.threads},
         peak,
         round(time.monotonic() - began, 3),
         (

@@ -49,7 +49,7 @@ class Fetched:
     transferred: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as a JSON object."""
+        """As a JSON object."""
         return {**vars(self), "folder": str(self.folder)}
 
 

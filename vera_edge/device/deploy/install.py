@@ -52,7 +52,7 @@ class Installed:
     copied: int = 0  # bytes that came with it; the rest was on the device
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts as a JSON object."""
+        """As a JSON object."""
         previous = None if self.previous is None else self.previous.name
         return {**vars(self), "folder": str(self.folder), "previous": previous}
 

@@ -87,7 +87,7 @@ def make_bundle(folder: Path, weights: bytes, adapter: bytes = b"vectors") -> Pa
     names = ["onnx/model.onnx", "onnx/model.onnx_data", "adapters/default.onnx_adapter"]
     (folder / chunks.INDEX).write_bytes(chunks.index({name: chunks.split(folder / name) for name in names}))
     entry = {"digest": "0" * 64, "file": "adapters/default.onnx_adapter"}
-    facts = bundle.Facts(
+    facts = bundle.ManifestFields(
         kind="decoder", mode="branch", weights="nf4", base={"digest": "0" * 64}, adapters={"default": entry}
     )
     bundle.write(folder, facts)

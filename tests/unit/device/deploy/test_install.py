@@ -32,7 +32,9 @@ def make(folder: Path, adapter: bytes, weights: bytes = b"w" * 5000) -> Path:
     adapters = {"a": {"file": "adapters/a.onnx_adapter", "digest": HASH}}
     bundle.write(
         folder,
-        bundle.Facts(kind="decoder", mode="branch", weights="int4", base={"digest": HASH}, adapters=adapters),
+        bundle.ManifestFields(
+            kind="decoder", mode="branch", weights="int4", base={"digest": HASH}, adapters=adapters
+        ),
     )
     return folder
 

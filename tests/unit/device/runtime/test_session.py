@@ -278,23 +278,23 @@ def test_damage_newer_runtimes_and_foreign_graphs_are_refused(
     tiny_bundles: TinyBundles, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_bundles.fp32, tmp_path / "b")
-    facts = {key: getattr(bundle.read(folder), key) for key in bundle.Facts.__dataclass_fields__}
+    facts = {key: getattr(bundle.read(folder), key) for key in bundle.ManifestFields.__dataclass_fields__}
     data = folder / "onnx" / "model.onnx_data"
     content = bytearray(data.read_bytes())
     content[1000] ^= 1
     data.write_bytes(content)
     with pytest.raises(BundleError, match="is damaged"):
         Session.open(folder)
-    bundle.write(folder, bundle.Facts(**facts | {"requires": {"onnxruntime": "99.1"}}))
+    bundle.write(folder, bundle.ManifestFields(**facts | {"requires": {"onnxruntime": "99.1"}}))
     with pytest.raises(BundleError, match=r"needs onnxruntime 99\.1 or newer"):
         Session.open(folder)
     (folder / "onnx" / "model.onnx").write_bytes(b"not a graph")
-    bundle.write(folder, bundle.Facts(**facts))
+    bundle.write(folder, bundle.ManifestFields(**facts))
     with pytest.raises(BundleError, match="ONNX Runtime can't open"):
         Session.open(folder)
     (folder / "genai_config.json").write_text('{"model": {}, "search": {}}')
-    bundle.write(folder, bundle.Facts(**facts))
+    bundle.write(folder, bundle.ManifestFields(**facts))
     shutil.copy(tiny_bundles.fp32 / "onnx" / "model.onnx", folder / "onnx" / "model.onnx")
-    bundle.write(folder, bundle.Facts(**facts))
+    bundle.write(folder, bundle.ManifestFields(**facts))
     with pytest.raises(BundleError, match=r"genai_config\.json lacks or garbles"):
         Session.open(folder)

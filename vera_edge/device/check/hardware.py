@@ -20,7 +20,7 @@ _FEATURES = (
 _TOOLS = ("vera-edge", "onnxruntime", "numpy", "tokenizers", "jinja2")
 
 
-def device_facts() -> dict[str, Any]:
+def hardware_info() -> dict[str, Any]:
     """Processor, instruction sets, cores, memory (bytes), system and the versions that take part.
 
     clips_int8: whether sums of products of uint8 and int8 overflow on it (see int8_products.py).

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 import vera_edge
-from vera_edge.bundle.contents import Facts
+from vera_edge.bundle.contents import ManifestFields
 from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.storage.files import sha256_bytes
@@ -50,13 +50,13 @@ def describe(request: ExportRequest, model_kind: str = "decoder") -> dict[str, s
     }
 
 
-def facts(
+def manifest_fields(
     request: ExportRequest,
     model: str,
     files: Mapping[str, str],
     layout: Sequence[Piece],
     model_kind: str = "decoder",
-) -> Facts:
+) -> ManifestFields:
     """The manifest's facts.
 
     files: adapter name -> its file, in the order of `request.model.adapters`. layout: of the graph's vectors.
@@ -65,7 +65,7 @@ def facts(
     whole = overlay.digests if overlay is not None else {}
     names = adapters.names(request)
     spec = request.model.projections.spec.to_dict() | {"digest": request.model.projections.digest}
-    return Facts(
+    return ManifestFields(
         kind=model_kind,
         mode=plan.mode,
         weights=runs_as(request),

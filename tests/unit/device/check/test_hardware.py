@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vera_edge.device.check import facts
+from vera_edge.device.check import hardware
 
 ARM = """processor : 0
 Features : fp asimd asimdhp asimddp
@@ -20,27 +20,27 @@ CPU part : 0xd0b
 
 
 def test_a_processor_without_a_name_is_told_by_its_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "_read", lambda path: ARM if path == "/proc/cpuinfo" else "")
-    found = facts.device_facts()
+    monkeypatch.setattr(hardware, "_read", lambda path: ARM if path == "/proc/cpuinfo" else "")
+    found = hardware.hardware_info()
     assert found["processor"] == f"{platform.machine()}, implementer 0x41, part 0xd0b"
     assert found["features"] == ["asimd", "asimddp", "asimdhp"]
 
 
 def test_where_the_system_tells_nothing_nothing_is_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on Windows: no /proc, no resource module, no affinity, no sysconf."""
-    monkeypatch.setattr(facts, "_read", lambda path: "")
+    monkeypatch.setattr(hardware, "_read", lambda path: "")
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.delattr(os, "sysconf", raising=False)
-    assert facts.rss() is facts.peak_rss() is facts.free_memory() is None
-    found = facts.device_facts()
+    assert hardware.rss() is hardware.peak_rss() is hardware.free_memory() is None
+    found = hardware.hardware_info()
     assert found["memory"] is None and found["cores"] == os.cpu_count() and found["processor"]
 
 
 def test_the_peak_is_that_of_the_system_and_holds_what_was_taken() -> None:
-    before, taken = facts.peak_rss(), bytearray(50 << 20)
+    before, taken = hardware.peak_rss(), bytearray(50 << 20)
     taken[:: 1 << 12] = b"x" * len(taken[:: 1 << 12])  # a page that nothing was written to takes no memory
-    after, now = facts.peak_rss(), facts.rss()
+    after, now = hardware.peak_rss(), hardware.rss()
     assert before is not None and after is not None and now is not None
     assert after >= now >= len(taken)
 
@@ -48,10 +48,10 @@ def test_the_peak_is_that_of_the_system_and_holds_what_was_taken() -> None:
 def test_a_limit_on_addresses_bounds_what_is_free() -> None:
     code = (
         "import resource\n"
-        "from vera_edge.device.check import facts\n"
-        "held = facts._status('VmSize')\n"
+        "from vera_edge.device.check import hardware\n"
+        "held = hardware._status('VmSize')\n"
         "resource.setrlimit(resource.RLIMIT_AS, (held + (64 << 20),) * 2)\n"
-        "print(facts.free_memory())\n"
+        "print(hardware.free_memory())\n"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 32 << 20 < int(shown.stdout) <= 64 << 20
@@ -61,8 +61,8 @@ def test_a_control_groups_limit_bounds_what_is_free(tmp_path: Path, monkeypatch:
     (tmp_path / "box").mkdir()
     (tmp_path / "box" / "memory.max").write_text("1000\n")
     (tmp_path / "box" / "memory.current").write_text("400\n")
-    real = facts._read
-    monkeypatch.setattr(facts, "_read", lambda path: "0::/box\n" if "self/cgroup" in path else real(path))
-    assert facts._left_in_group(tmp_path) == 600
+    real = hardware._read
+    monkeypatch.setattr(hardware, "_read", lambda path: "0::/box\n" if "self/cgroup" in path else real(path))
+    assert hardware._left_in_group(tmp_path) == 600
     (tmp_path / "box" / "memory.max").write_text("max\n")
-    assert facts._left_in_group(tmp_path) is None
+    assert hardware._left_in_group(tmp_path) is None
