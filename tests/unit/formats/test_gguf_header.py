@@ -110,10 +110,10 @@ def test_what_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(WRONG[name])
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="isn't a sound GGUF file") as caught:
         gguf_header.read(path)
-    assert time.perf_counter() - start < 5  # the first one imports the gguf package
+    assert time.process_time() - start < 10  # the first one imports the gguf package
     assert tracemalloc.get_traced_memory()[1] < 50 << 20
     tracemalloc.stop()
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
@@ -140,10 +140,10 @@ def test_it_reads_what_the_gguf_package_reads(tmp_path: Path) -> None:
 def test_a_claim_of_many_blocks_is_a_sentence_at_once(blocks: int, tmp_path: Path) -> None:
     """20 000 blocks claimed by 2 KB took 16 s and 1 GB."""
     path = _model(tmp_path / "a.gguf", blocks)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match=f"claims {blocks} blocks and holds 11 tensors"):
         Checkpoint.open(path)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

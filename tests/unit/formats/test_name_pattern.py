@@ -82,9 +82,9 @@ def test_any_pattern_matches_as_re_does(text: str, name: str) -> None:
 def test_no_pattern_takes_long(text: str) -> None:
     """`(a+)+$` took 1.3 s for 24 letters and twice that for each one more."""
     for name in ("a" * 200 + "!", "model.layers." * 15):
-        start = time.perf_counter()
+        start = time.process_time()
         NamePattern(text).matches(name)
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 10
 
 
 @pytest.mark.parametrize(

@@ -77,10 +77,10 @@ def test_a_text_within_its_size_takes_no_multiple_of_it(tmp_path: Path, piece: b
     path = tmp_path / "config.json"
     path.write_bytes(b'{"a": [' + piece * ((8 << 20) // len(piece)) + b"0]}")
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointError, match="values, which nothing sound does"):
         read_json(path, CheckpointError)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 10
     assert tracemalloc.get_traced_memory()[1] < 20 << 20
     tracemalloc.stop()
 
