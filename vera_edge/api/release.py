@@ -101,7 +101,7 @@ def rebuild(bundle: StrPath, *, inputs: StrPath = ".", progress: Progress = sile
 
     Example:
         >>> made = vera_edge.release("recipe.toml", out="released", store="store")
-        >>> vera_edge.rebuild("released/a/onnx-branch-fp32").same
-        True
+        >>> vera_edge.rebuild("released/a/onnx-branch-fp32").differing
+        ()
     """
     return rebuilding.rebuild(Path(bundle), Path(inputs), progress)
