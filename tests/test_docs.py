@@ -165,7 +165,8 @@ def test_the_architecture_lists_what_the_device_part_imports() -> None:
             imported |= {name.partition(".")[0] for name in names}
     others = imported - sys.stdlib_module_names - {"vera_edge"}
     row = next(line for line in ARCHITECTURE.splitlines() if line.startswith("| `device/`"))
-    assert set(re.findall(r"[a-z0-9]+", row.rpartition(":")[2])) == others
+    said = row.rpartition(":")[2].partition(";")[0]
+    assert set(re.findall(r"[a-z0-9]+", said)) - {"and"} == others
 
 
 def test_the_readme_lists_every_format_that_merge_writes(

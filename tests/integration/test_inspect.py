@@ -40,7 +40,8 @@ def test_tells_what_the_demo_adapter_is(cli: Cli, demo: Demo) -> None:
     assert told["spec"]["in_max"] == told["spec"]["out_max"] == inner
     assert told["cost"]["vectors"]["fp32"] == 4 * told["parameters"]
     assert told["cost"]["projections"]["fp32"] == 4 * rank * 2 * inner
-    assert told["cost"]["projections"]["int4"] == rank * 2 * inner * (16 + 4) / 32
+    # half a byte a value, and a float32 scale to a block: of 128 values in A, of a whole row in B
+    assert told["cost"]["projections"]["int4"] == rank * inner + 4 * (rank * inner // 128 + inner)
     # q, k and v share A x, and so do gate and up; o and down have inputs of their own
     inputs = hidden + hidden + hidden + inner
     outputs = 2 * hidden + 2 * narrow + 2 * inner + hidden
@@ -53,7 +54,7 @@ def test_tells_what_the_demo_adapter_is(cli: Cli, demo: Demo) -> None:
 def test_shows_a_table(cli: Cli, demo: Demo) -> None:
     result = cli("inspect", demo.adapter, "--base", demo.base)
     assert result.exit_code == 0
-    for expected in ("fits the base", "yes", "0-29", "self_attn.q_proj", "projections", "int4 0.49 MB"):
+    for expected in ("fits the base", "yes", "0-29", "self_attn.q_proj", "projections", "int4 0.41 MB"):
         assert expected in result.stdout
     assert json.loads(cli("inspect", demo.adapter, "--base", demo.base, "--json").stdout)["digest"] in (
         "".join(line.strip() for line in result.stdout.splitlines())

@@ -217,6 +217,10 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path, content: str) -> No
         baseline.read(path)
 
 
+# What no JSON of a report holds is refused before its fields are looked at.
+NO_REPORT = "isn't a report that `vera-edge drift --json` printed|isn't valid JSON|holds over .* JSON values"
+
+
 @pytest.mark.parametrize(
     ("where", "key", "value"),
     [
@@ -255,7 +259,7 @@ def test_what_is_read_of_a_report_is_there_before_anything_is_measured(
         report[where][key] = value
     path = tmp_path / "baseline.json"
     path.write_text(json.dumps(report))
-    with pytest.raises(PlanError, match="isn't a report that `vera-edge drift --json` printed"):
+    with pytest.raises(PlanError, match=NO_REPORT):
         baseline.read(path)
 
 
@@ -265,7 +269,7 @@ def test_a_report_whose_format_is_anything_is_refused_in_a_short_sentence(
 ) -> None:
     path = tmp_path / "baseline.json"
     path.write_text(json.dumps(make_report().to_dict() | {"format": value, "text": "sha256 tokens window"}))
-    with pytest.raises(PlanError, match="isn't a report") as error:
+    with pytest.raises(PlanError, match=NO_REPORT) as error:
         baseline.read(path)
     assert len(str(error.value)) < len(str(path)) + 100
 

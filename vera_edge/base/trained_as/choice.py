@@ -210,7 +210,7 @@ def _classes(config: Mapping[str, Any], dtype: str, path: Path) -> tuple[list[An
     known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
     if not known or config.get("model_type") not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
-            f"transformers {transformers.__version__} has no model class {name!r}, which "
+            f"transformers {transformers.__version__} has no model class {name or None!r}, which "
             f"{path / 'config.json'} names, so which of its layers were quantized can't be told; load it as "
             "in training, save_pretrained, and give that folder"
         )
