@@ -71,8 +71,10 @@ if TYPE_CHECKING:
     from vera_edge.errors import MismatchError as MismatchError
     from vera_edge.errors import OutputError as OutputError
     from vera_edge.errors import PlanError as PlanError
+    from vera_edge.errors import ReadError as ReadError
     from vera_edge.errors import TargetError as TargetError
     from vera_edge.errors import VeraEdgeError as VeraEdgeError
+    from vera_edge.errors import WorkerError as WorkerError
     from vera_edge.progress import Progress as Progress
     from vera_edge.progress import Tell as Tell
 
@@ -104,7 +106,8 @@ _PUBLIC = {
     "device.runtime.session": ("Session",),
     "errors": (
         *("AdapterError", "BundleError", "BundleWarning", "CheckpointError", "DataError", "DriftExceeded"),
-        *("FormatError", "MismatchError", "OutputError", "PlanError", "TargetError", "VeraEdgeError"),
+        *("FormatError", "MismatchError", "OutputError", "PlanError", "ReadError", "TargetError"),
+        *("VeraEdgeError", "WorkerError"),
     ),
     "progress": ("Progress", "Tell"),
 }

@@ -5,6 +5,7 @@
     ├── CheckpointError      a base folder that can't be read, or contradicts itself
     │   ├── ReadError        the system refuses to read it, now
     │   └── FormatError      a weight format that isn't known, or is of an unknown version
+    ├── WorkerError          processes or a cluster that keep dying
     ├── MismatchError        adapter, base and artefact are each sound but don't belong together
     ├── PlanError            a request that can't be planned: unknown module, format, option
     ├── TargetError          an export target that is missing or refuses the model
@@ -61,6 +62,10 @@ class FormatError(CheckpointError):
 
 class ReadError(CheckpointError):
     """A file of a checkpoint can't be read now: a disk, a network or its rights say no, and may not later."""
+
+
+class WorkerError(VeraEdgeError):
+    """Processes or a cluster that do the work keep dying; what they finished stays."""
 
 
 class MismatchError(VeraEdgeError):

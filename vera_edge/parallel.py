@@ -20,7 +20,7 @@ from multiprocessing import get_context, parent_process
 from typing import Any, Literal, TypeVar, get_args
 
 from vera_edge import import_path
-from vera_edge.errors import PlanError, VeraEdgeError
+from vera_edge.errors import PlanError, VeraEdgeError, WorkerError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -69,7 +69,7 @@ class Engine:
         shared: sent to each worker once. in_flight: items at once, at most, on a cluster as well.
         threads: local workers are threads of this process, for work that numpy and the disk do.
         An error that `work` raises passes through and ends the rest. A worker that dies is replaced and its
-        item done again, up to three times; then VeraEdgeError. Workers don't outlive this process.
+        item done again, up to three times; then WorkerError. Workers don't outlive this process.
         """
         if self.kind == "ray":
             return _on_ray(work, shared, items, self.address, in_flight)
@@ -125,7 +125,7 @@ def _in_processes(
         finally:
             pool.shutdown(cancel_futures=True)
         return
-    raise VeraEdgeError(f"a worker process died {_TRIES} times over; is the machine short of memory?")
+    raise WorkerError(f"a worker process died {_TRIES} times over; is the machine short of memory?")
 
 
 @contextmanager
@@ -203,5 +203,5 @@ def _collect(
                     raise cause.cause from None
                 raise
             except ray.exceptions.RayError as cause:
-                raise VeraEdgeError(f"the Ray cluster lost item {index} for good: {cause}") from None
+                raise WorkerError(f"the Ray cluster lost item {index} for good: {cause}") from None
             yield index, result

@@ -129,7 +129,7 @@ def export(
         force=force,
         progress=progress,
         rounding=Rounding(method, str(calibration), recover=tuple(recover)),
-        made=made,
+        plan=made,
         trained_as=loading(trained_as),
         tokenizer=path_or_none(tokenizer),
     )

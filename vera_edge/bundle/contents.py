@@ -62,7 +62,8 @@ __all__ = [
     "write",
 ]
 
-# Two spaces: a key of the manifest itself. One always comes after it: "files" and "format" do.
+# The digest is of the text without this line. Two spaces: a key of the manifest itself, not of one inside;
+# and never the last of them, so that a comma ends it ("files" and "format" follow it in the order of names).
 _DIGEST_LINE = re.compile(rb'^  "digest": "[0-9a-f]*",\n', re.MULTILINE)
 _LARGEST = Bound(16 << 20, 600_000)
 _QUICK = 64 << 20  # bytes

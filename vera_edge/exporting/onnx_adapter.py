@@ -31,7 +31,9 @@ ADAPTER_VERSION = 1
 # The graph's inputs: every module's lambda_b in a row, and every module's lambda_d.
 LAMBDA_B, LAMBDA_D = "vera.lambda_b", "vera.lambda_d"
 Floats = npt.NDArray[Any]  # float32 or float16
-_LOST = 0.01  # rounding alone takes a two-thousandth
+# A vector that float16 changes by more than this share can't be stored so. Rounding to its 11 bits changes a
+# value by 2^-11, a two-thousandth, at most; more is lost only where values fall below its range.
+_LOST = 0.01
 # Module, start, stop: some rows of its lambda_b.
 Piece = tuple[str, int, int]
 

@@ -229,7 +229,7 @@ def export(
     force: bool = False,
     progress: Progress = silent,
     rounding: RoundsWeights | None = None,
-    made: Plan | None = None,
+    plan: Plan | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
 ) -> Export:
@@ -243,7 +243,7 @@ def export(
     weights: the stored format of the linears. projection_rounding: see `open_model`.
     rounding: how weights are rounded to 4 and 8 bits, and the text to calibrate on; None: to nearest, by the
     exporter, and the built-in text.
-    made: a plan for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
+    plan: made for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
     trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer is taken, instead of
     the adapters' or the base's.
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
@@ -253,15 +253,16 @@ def export(
     if not adapter_paths:
         raise PlanError("give at least one adapter to export")
     model = open_model(base, adapter_paths, projection_rounding, trained_as, tokenizer)
-    if made is not None:
-        plans.check_made_for(made, model)
-        step_options.check(made, model.checkpoint, graph=True)
+    if plan is not None:
+        plans.check_made_for(plan, model)
+        step_options.check(plan, model.checkpoint, graph=True)
     from vera_edge.reference.loading import check_complete  # imports torch
 
     model = replace(model, checkpoint=with_fast_tokenizer(model.checkpoint))
     check_complete(model.checkpoint)
     options = dict(options or {})
-    plan = made or plans.make(model.checkpoint, model.adapters, mode, weights, projections=model.projections)
+    if plan is None:
+        plan = plans.make(model.checkpoint, model.adapters, mode, weights, projections=model.projections)
     plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
     plan = with_activations(plan, options.pop("activations", FLOAT))
     notes = dict.fromkeys([*model.notes, *model.checkpoint.notes])

@@ -79,8 +79,8 @@ class Journal:
 
     def _append(self, value: Mapping[str, Any]) -> None:
         self._stream.write(line(value))
-        # Not forced to the disk: whoever goes on from here looks up what each line says, and a lost line is
-        # work done again.
+        # Not fsynced: a run that resumes verifies each entry against the file it names, and a lost entry only
+        # repeats its work.
         self._stream.flush()
 
     def _read(self) -> int:

@@ -45,14 +45,14 @@ def prepare(
     to: str = SAME,
     options: Mapping[str, Any] | None = None,
     projection_rounding: str | None = None,
-    made: Plan | None = None,
+    plan: Plan | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
 ) -> Prepared:
     """Read base and adapters (folders, each with its weight) and plan their merge; reads no weight.
 
     to: a weight format's name or "same". options: of that format. projection_rounding: see `open_model`.
-    made: a plan for these inputs, instead of making one; then `to` and `options` aren't looked at.
+    plan: made for these inputs, instead of making one; then `to` and `options` aren't looked at.
     trained_as: how the base in a folder was loaded in training. tokenizer: a folder whose tokenizer is taken,
     instead of the adapters' or the base's.
     Raises a VeraEdgeError in one sentence when an input or the request is at fault.
@@ -62,9 +62,9 @@ def prepare(
     if to != SAME and to not in FORMATS:
         raise PlanError(f"no weight format is called {to!r}; choose {SAME} or one of {', '.join(FORMATS)}")
     model = open_model(base, adapters, projection_rounding, trained_as, tokenizer)
-    if made is not None:
-        check_plan(made, model)
-        return Prepared(model, made)
+    if plan is not None:
+        check_plan(plan, model)
+        return Prepared(model, plan)
     weighted, projections = model.adapters, model.projections
     return Prepared(model, plans.make(model.checkpoint, weighted, "merged", to, options, projections))
 

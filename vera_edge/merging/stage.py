@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_edge.errors import OutputError, ReadError, VeraEdgeError
+from vera_edge.errors import OutputError, ReadError, VeraEdgeError, WorkerError
 from vera_edge.merging.journal import Journal
 from vera_edge.storage.files import PARTIAL_MARK, commit_folder, output_error, settle
 from vera_edge.storage.lock import exclusive
@@ -84,7 +84,7 @@ def _stage(folder: Path, target: Path, key: str) -> Iterator[Stage]:
 
 def _may_pass(error: Exception, folder: Path) -> bool:
     """Whether a second run may get further, and there is something that it needn't do again."""
-    if type(error) is VeraEdgeError:  # a worker's or a cluster's end
+    if isinstance(error, WorkerError):
         return True
     if not isinstance(error, OSError | OutputError | ReadError):
         return False

@@ -32,7 +32,8 @@ Mode = Literal["merged", "branch"]
 Action = Literal["merge", "branch", "keep"]
 DENSE = ("fp32", "fp16", "bf16")
 
-# Layers of a stack are numbered; heads, poolers and the like aren't, and are never quantized on our account.
+# Layers of a stack are numbered. Heads, poolers and the like aren't, and keep their float format unless a
+# plan in a file says otherwise: few weights, which the model's answers depend on most.
 _IN_STACK = re.compile(r"\.\d+\.")
 # Formats whose readers replace nn.Linear alone, and would leave a Conv1D with weights that were made up.
 _LINEAR_ONLY = frozenset({"awq", "compressed-tensors", "w4a16", "w8a16", "w8a8", "fp8", "fp8-dynamic"})

@@ -15,8 +15,8 @@ from torch import nn
 from vera_edge.arrays import Int64
 from vera_edge.errors import DataError
 
-# The place of a layer's own input, among those of its submodules.
-OWN_INPUT = ""
+# The key of the hidden states that a layer itself reads, in dicts of what its submodules read.
+HIDDEN_STATES = ""
 
 
 class Changed(NamedTuple):
@@ -154,7 +154,7 @@ class Layer:
         Found by looking, as no two architectures agree: some part of the layer, or its output, must then be
         exactly the sum. Linears whose output goes another way are left out.
         """
-        flow: list[tuple[str, torch.Tensor]] = [(OWN_INPUT, hidden)]
+        flow: list[tuple[str, torch.Tensor]] = [(HIDDEN_STATES, hidden)]
         outputs: list[tuple[str, torch.Tensor, int]] = []
 
         def before(part: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -168,7 +168,7 @@ class Layer:
                 hooks.callback(module.register_forward_pre_hook(before(part)).remove)
             for name, linear in self.linears.items():
                 hooks.callback(linear.register_forward_hook(after(name)).remove)
-            flow.append((OWN_INPUT, self(hidden, 0)))
+            flow.append((HIDDEN_STATES, self(hidden, 0)))
         found: dict[str, str] = {}
         for name, output, count in outputs:
             like = [(part, tensor) for part, tensor in flow[:count] if tensor.shape == output.shape]
@@ -187,9 +187,9 @@ class Layer:
         Otherwise it ends when the last part has been reached.
         """
         found: dict[str, torch.Tensor] = {}
-        missing = set(parts) - {OWN_INPUT}
-        if OWN_INPUT in parts:
-            found[OWN_INPUT] = hidden.reshape(-1, hidden.shape[-1])
+        missing = set(parts) - {HIDDEN_STATES}
+        if HIDDEN_STATES in parts:
+            found[HIDDEN_STATES] = hidden.reshape(-1, hidden.shape[-1])
 
         def watch(part: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def before(_: nn.Module, args: tuple[Any, ...]) -> None:

@@ -32,8 +32,8 @@ def export(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progr
     """Export a job's base and adapter, or find it exported; `folder` of the manifest says where."""
     facts = inputs.facts | {"stage": "export"}
     if not job.variant.shares_graph:
-        made = _plan(job, store, inputs, progress)
-        folder, _ = store.build(facts, lambda stage: _export(job, stage, progress, made))
+        plan = _plan(job, store, inputs, progress)
+        folder, _ = store.build(facts, lambda stage: _export(job, stage, progress, plan))
         return bundle.read(folder)
     # The graph of a branch is the same for every adapter that touches the same layers.
     shared = {key: value for key, value in facts.items() if key != "adapter"}
@@ -72,7 +72,7 @@ def _plan(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progre
     return plans.read(folder / _PLAN_FILE)
 
 
-def _export(job: ReleaseJob, stage: Path, progress: Progress, made: Plan | None) -> None:
+def _export(job: ReleaseJob, stage: Path, progress: Progress, plan: Plan | None) -> None:
     variant, base = job.variant, job.recipe.base(job.adapter.base)
     target.export(
         base=job.recipe.path(base.path),
@@ -85,7 +85,7 @@ def _export(job: ReleaseJob, stage: Path, progress: Progress, made: Plan | None)
         projection_rounding=job.adapter.projection_dtype,
         progress=progress,
         rounding=Rounding(variant.method, job.recipe.text(variant.calibration), any_adapter=True),
-        made=made,
+        plan=plan,
         trained_as=base.spec,
     )
     manifest = bundle.read(stage)

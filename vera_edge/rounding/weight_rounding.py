@@ -1,6 +1,6 @@
 """How the weights of a plan are rounded: by which method, calibrated on what, and where the codes are kept.
 
-Import this freely: torch comes in only when there's something to calibrate.
+It imports torch only when there is something to calibrate.
 """
 
 from __future__ import annotations

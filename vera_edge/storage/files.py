@@ -245,7 +245,7 @@ def leftovers(target: Path) -> list[Path]:
     """What killed writers of `target` left beside it, or living ones are at work on."""
     begun = f"{target.name}{PARTIAL_MARK}"
     found = target.parent.glob(f".*{glob.escape(begun)}*")
-    # A stage has stages of its own beside it, with a dot more.
+    # A stage of a stage begins with two dots: ".." and the same name; its own stage lies beside it.
     return [path for path in found if path.name.lstrip(".").startswith(begun)]
 
 

@@ -244,7 +244,7 @@ class TensorFolder(Mapping[str, TensorInfo]):
 
 
 class WitnessedFolder(TensorFolder):
-    """Another folder's tensors; `digests` is the SHA-256 of each that was read here whole."""
+    """Another folder's tensors, which also keeps the SHA-256 of each that is read whole: `digests`."""
 
     def __init__(self, folder: TensorFolder) -> None:
         super().__init__(folder, folder.files)

@@ -84,7 +84,7 @@ def make(
 def export(plan: plans.Plan, base: Path, adapter: Path, text: Path, out: Path) -> Path:
     """What `vera-edge export --plan` does."""
     rounding = Rounding(text=str(text), tokens=QUICK.calibration_tokens)
-    target.export(base, [(adapter, 1.0)], out, made=plan, rounding=rounding)
+    target.export(base, [(adapter, 1.0)], out, plan=plan, rounding=rounding)
     return out
 
 
@@ -300,7 +300,7 @@ def test_a_plan_of_a_checkpoints_formats_merges(
     plan = make(max_kl=0.02, formats=("nf4", "fp32")).plan
     results = {step.module: step.result for step in plan.steps}
     assert set(results.values()) == {"nf4", "fp32"}
-    ready = merge.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)], made=plan)
+    ready = merge.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)], plan=plan)
     merge_to_folder(ready, tmp_path / "out", Rounding(text=str(texts[0]), tokens=2048))
     written = Checkpoint.open(tmp_path / "out")
     assert {module: linear.format for module, linear in written.linears.items()} == results
@@ -348,18 +348,18 @@ def test_a_plan_for_other_inputs_is_refused(
         (tiny_llama.nf4, tiny_adapter, 0.5, "other adapters or weights"),
     ):
         with pytest.raises(MismatchError, match=said):
-            target.export(base, [(adapter, weight)], tmp_path / "out", made=plan)
+            target.export(base, [(adapter, weight)], tmp_path / "out", plan=plan)
     renamed = replace(plan, options=dict(plan.options) | {"base_digest": "0" * 64})
     dropped = replace(plan, steps=plan.steps[1:])
     for changed in (renamed, dropped):
         with pytest.raises(MismatchError, match="another base"):
-            target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out", made=changed)
+            target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out", plan=changed)
     facts = make(max_kl=0.02, formats=("nf4", "fp32")).plan.to_dict()
     odd = next(step for step in facts["steps"] if step["result"] == "nf4")
     odd["options"] = {"blocksize": "wide"}
     with pytest.raises(PlanError, match="block size wide"):
         made = plans.Plan.from_dict(facts)
-        target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out", made=made)
+        target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], tmp_path / "out", plan=made)
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,7 @@ import torch
 from tests import tiny
 from vera_edge.errors import DataError
 from vera_edge.reference.calibration import LayerInputs, Sees, Walk, follow_target
-from vera_edge.reference.layers import OWN_INPUT, Changed, Layer, Stack
+from vera_edge.reference.layers import HIDDEN_STATES, Changed, Layer, Stack
 
 WINDOWS = [np.random.default_rng(seed).integers(3, 300, size) for seed, size in enumerate((48, 48, 30))]
 
@@ -166,11 +166,11 @@ def test_linears_that_write_to_the_stream_are_found(
         found = Layer(stack, 1, WINDOWS).added_to(stack.first_inputs(model, WINDOWS)[0])
     expected = {
         "llama": {
-            "model.layers.1.self_attn.o_proj": OWN_INPUT,
+            "model.layers.1.self_attn.o_proj": HIDDEN_STATES,
             "model.layers.1.mlp.down_proj": "model.layers.1.post_attention_layernorm",
         },
         "gpt2": {
-            "transformer.h.1.attn.c_proj": OWN_INPUT,
+            "transformer.h.1.attn.c_proj": HIDDEN_STATES,
             "transformer.h.1.mlp.c_proj": "transformer.h.1.ln_2",
         },
     }

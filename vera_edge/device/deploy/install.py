@@ -319,7 +319,7 @@ def _forget_before(dst: Path, kept: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a version in two steps, so that half of one never looks like one."""
+    """Delete a version: renamed first, so that one that is half deleted isn't taken for a version."""
     doomed = path.with_name(f".{path.name}{PARTIAL_MARK}removed")
     path.replace(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
