@@ -88,7 +88,9 @@ class Dense:
         found = {}
         for name, info in tensors.items():
             module, _, last = name.rpartition(".")
-            if last != "weight" or len(info.shape) != 2 or info.dtype != self.dtype or is_embedding(module):
+            if not module or last != "weight" or len(info.shape) != 2:
+                continue
+            if info.dtype != self.dtype or is_embedding(module):
                 continue
             if f"{module}.weight.absmax" in tensors:  # bitsandbytes 4-bit, packed in a float dtype
                 continue
