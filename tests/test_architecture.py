@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # A room (a package of vera_edge, or a module beside them) imports only from rooms above it, or from within.
 ORDER = (
     "import_path",
+    "printable",
     "errors",
     "sizes",
     "progress",
@@ -49,7 +50,7 @@ ORDER = (
     "api",
     "cli",
 )
-DEVICE_ROOMS = {"import_path", "errors", "progress", "cores", "arrays", "divergence", "storage"}
+DEVICE_ROOMS = {"import_path", "printable", "errors", "progress", "cores", "arrays", "divergence", "storage"}
 DEVICE_ROOMS |= {"adapters", "formats", "bundle"}
 DEVICE_ROOMS |= {"device"}
 NOT_ON_THE_DEVICE = {
@@ -69,6 +70,7 @@ NOT_FOR_HELP = (
 # What a command may import beside the public interface (`vera_edge`, `vera_edge.api`) and its own package.
 FOR_THE_COMMAND_LINE = {
     "vera_edge.errors": "what a command's exit code comes from",
+    "vera_edge.printable": "what is printed goes through it",
     "vera_edge.progress": "the type of what draws a bar",
     "vera_edge.cores": "BLAS has to hear how many threads it may use before the first import of numpy",
 }

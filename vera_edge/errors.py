@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vera_edge import printable
+
 _LONGEST = 2000  # characters; a longer sentence says no more
 
 
@@ -43,9 +45,7 @@ class VeraEdgeError(Exception):
 def _one_line(text: str) -> str:
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
-    if text.isprintable():
-        return text
-    return "".join(mark if mark.isprintable() else ascii(mark)[1:-1] for mark in text)
+    return printable.line(text)
 
 
 class AdapterError(VeraEdgeError):

@@ -17,8 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from vera_edge import __version__
-from vera_edge.cli import printable
+from vera_edge import __version__, printable
 from vera_edge.cli.old_spellings import respelled
 from vera_edge.cores import bound_libraries
 from vera_edge.errors import BundleWarning, VeraEdgeError

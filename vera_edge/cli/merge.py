@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import vera_edge
-from vera_edge.cli import printable
+from vera_edge import printable
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,

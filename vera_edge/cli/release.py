@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_edge
-from vera_edge.cli import printable, show
+from vera_edge import printable
+from vera_edge.cli import show
 
 if TYPE_CHECKING:
     from vera_edge.api.release import ReleaseJob, Result

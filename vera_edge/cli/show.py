@@ -24,8 +24,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from vera_edge import printable
 from vera_edge import progress as progress_protocol
-from vera_edge.cli import printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 

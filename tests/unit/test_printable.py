@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.table import Table
 
-from vera_edge import cli
-from vera_edge.cli import printable, show
+from vera_edge import cli, printable
+from vera_edge.cli import show
 from vera_edge.errors import BundleWarning, VeraEdgeError
 
 EVIL = "a\nvera-edge: all is well\r\x1b[2J\x07\x9b31m\u2028\u202ez\ud800"
