@@ -19,6 +19,7 @@ from vera_edge.cores import available_cores
 from vera_edge.errors import DataError
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+_SMALL = 256  # a triangle whose general inverse costs less than the calls that would save it
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -116,11 +117,27 @@ class Gram:
         with one_blas_thread():
             ordered = self.values[np.ix_(self.order, self.order)].astype(np.float64)
             # The factor of the reversed matrix gives that of the inverse without forming the inverse.
-            lower = np.linalg.cholesky(ordered[::-1, ::-1])
-            upper = np.linalg.inv(lower)[::-1, ::-1]
+            lower = np.linalg.cholesky(ordered[::-1, ::-1]).astype(np.float64, copy=False)
+            upper = triangular_inverse(lower)[::-1, ::-1]
         diagonal = np.diag(upper)
         feedback = np.ascontiguousarray((upper / diagonal[:, None]).astype(np.float32))
         return feedback, (diagonal**-2.0).astype(np.float32)
+
+
+def triangular_inverse(lower: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The inverse of a lower triangular matrix (n, n), by halves: n^3 / 3 multiplications, mostly products.
+
+    A general inverse takes six times as many.
+    """
+    size = len(lower)
+    if size <= _SMALL:
+        return np.tril(np.linalg.inv(lower))
+    half = size // 2
+    inverse = np.zeros_like(lower)
+    inverse[:half, :half] = triangular_inverse(lower[:half, :half])
+    inverse[half:, half:] = triangular_inverse(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
 
 
 def output_error(weight: Float32, quantized: Float32, gram: Floats | Gram | None) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,13 +12,14 @@ from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import DataError, PlanError
 from vera_edge.formats.weight import row_chunks
 from vera_edge.requantize.gptq import compensate, descend
-from vera_edge.requantize.gram import Floats, Gram, one_blas_thread
+from vera_edge.requantize.gram import Floats, Gram, in_threads, one_blas_thread
 from vera_edge.requantize.grids import Codes, Grid, inverse, spread
 from vera_edge.requantize.hqq import half_quadratic
 from vera_edge.requantize.refit import NestedScales, Normal
 from vera_edge.requantize.rtn import range_scales
 from vera_edge.requantize.search import search
 
+R = TypeVar("R")
 METHODS = ("rtn", "search", "hqq", "gptq")
 
 
@@ -39,17 +42,19 @@ def requantize(
     method: str = "gptq",
     gram: Floats | Gram | None = None,
     effort: Effort | None = None,
+    threads: int = 1,
 ) -> Codes:
     """Put `weight` (out, in) on `grid`.
 
     `gram`: X^T X of the layer's inputs (in, in), at any scale; "gptq" needs it, "search" is weighted by its
-    diagonal, "rtn" and "hqq" take no notice of it. Raises PlanError for an unknown method, a missing or
+    diagonal, "rtn" and "hqq" take no notice of it. threads: that pieces of rows are shared out among, which
+    changes no byte. Raises PlanError for an unknown method, a missing or
     misfit Gram matrix, DataError where the weight or the statistics aren't finite.
     """
     effort = effort or Effort()
     prepared = _prepared(weight, method, gram, effort)
     with one_blas_thread():
-        return _Work(weight, grid, prepared, effort).run(method)
+        return _Work(weight, grid, prepared, effort, threads).run(method)
 
 
 def _prepared(weight: Float32, method: str, gram: Floats | Gram | None, effort: Effort) -> Gram | None:
@@ -75,8 +80,10 @@ def _prepared(weight: Float32, method: str, gram: Floats | Gram | None, effort: 
 class _Work:
     """One weight on its way to the grid. Levels are kept as codes, one byte for each weight."""
 
-    def __init__(self, weight: Float32, grid: Grid, gram: Gram | None, effort: Effort) -> None:
-        self.weight, self.grid, self.gram, self.effort = weight, grid, gram, effort
+    def __init__(
+        self, weight: Float32, grid: Grid, gram: Gram | None, effort: Effort, threads: int = 1
+    ) -> None:
+        self.weight, self.grid, self.gram, self.effort, self.threads = weight, grid, gram, effort, threads
         self.shape = (weight.shape[0], weight.shape[1])
         self.in_rows = grid.rows(self.shape[1])
         # Blocks that run over row ends tie rows together: such a weight is one piece.
@@ -91,8 +98,9 @@ class _Work:
         self._set_scales(method)
         if self.grid.nested:
             self._nest()
-        for piece in self.pieces:
-            self._put(piece, self._first_levels(piece, method))
+        if method == "gptq" and self.gram is not None:
+            _ = self.gram.feedback  # computed once, before it is asked for by several threads
+        self._each(lambda piece: self._put(piece, self._first_levels(piece, method)))
         if method == "gptq" and self.in_rows:
             self._measure()
             for turn in range(self.effort.rounds):
@@ -101,9 +109,14 @@ class _Work:
             self._improve(0, renest=False)
         return self._result()
 
+    def _each(self, work: Callable[[tuple[int, int]], R]) -> list[R]:
+        """`work` of every piece, in their order; a piece depends on no other."""
+        return in_threads(work, self.pieces, self.threads)
+
     def _set_scales(self, method: str) -> None:
         importance = None if self.gram is None else self.gram.importance
-        for piece in self.pieces:
+
+        def set_piece(piece: tuple[int, int]) -> None:
             part, rows = self.weight[slice(*piece)], self._at(piece)
             if method == "rtn":
                 found = range_scales(part, self.grid)
@@ -112,6 +125,8 @@ class _Work:
             else:
                 found = search(part, self.grid, importance)
             self.scales[rows], self.zeros[rows] = found
+
+        self._each(set_piece)
 
     def _nest(self) -> None:
         self.nested = NestedScales(self.scales)
@@ -145,20 +160,21 @@ class _Work:
         return spread(self.zeros[self._at(piece)], self.grid, (piece[1] - piece[0], self.shape[1]))
 
     def _measure(self) -> None:
-        for piece in self.pieces:
+        def measure(piece: tuple[int, int]) -> None:
             rows = slice(*piece)
             self.errors[rows] = self._row_errors(self.weight[rows], self._levels(piece), self.scales[rows])
+
+        self._each(measure)
 
     def _improve(self, sweeps: int, renest: bool) -> None:
         """Refit the scales to the codes, then the codes to the scales; keep what lowers the error."""
         assert self.gram is not None
         nested = self.nested
         if renest:
-            nested = NestedScales(np.concatenate([self._normal(piece).solve() for piece in self.pieces]))
+            nested = NestedScales(np.concatenate(self._each(lambda piece: self._normal(piece).solve())))
         before = [(self.codes.copy(), self.scales.copy(), self.errors.copy())] if renest else []
         errors = [0.0, 0.0]
-        for piece in self.pieces:
-            fell = self._improve_piece(piece, nested, sweeps, keep=not renest)
+        for fell in self._each(lambda piece: self._improve_piece(piece, nested, sweeps, keep=not renest)):
             errors = [total + one for total, one in zip(errors, fell, strict=True)]
         if renest and errors[1] >= errors[0]:
             self.codes, self.scales, self.errors = before[0]

@@ -17,6 +17,7 @@ import torch
 
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32, Int64
+from vera_edge.cores import available_cores
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.calibration import LayerInputs, Sees, Walk, follow_target
@@ -95,6 +96,7 @@ class _WriteBack:
     refitted: dict[str, LambdaVectors] = field(default_factory=dict)
     corrections: dict[str, Correction] = field(default_factory=dict)
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    threads: int = 1  # for one module
     stored: dict[str, str] = field(default_factory=dict)  # the model's name of a module -> the checkpoint's
 
     def prepare(self, model: Any) -> list[str]:
@@ -132,11 +134,14 @@ class _WriteBack:
         gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order)
         if self.calibration.method == "gptq":
             _ = gram.feedback  # computed once, before it is asked for by several threads
+        cores = min(torch.get_num_threads(), available_cores())
+        # Where fewer modules than cores read the same input, the rows of each are shared out.
+        self.threads = max(1, cores // len(inputs.modules))
 
         def work(module: str) -> tuple[Codes, Float32, Float32 | None]:
             return self._rounded(module, inputs, gram)
 
-        found, changed = in_threads(work, inputs.modules, torch.get_num_threads()), {}
+        found, changed = in_threads(work, inputs.modules, cores), {}
         for module, (codes, weight, bias) in zip(inputs.modules, found, strict=True):
             self._keep(module, codes)
             # Here and not in the threads, which torch's inference mode doesn't reach.
@@ -193,7 +198,8 @@ class _WriteBack:
         return scale * self.model.projections.delta(found.lambda_b, found.lambda_d, inside)
 
     def finish(self, progress: Progress) -> None:
-        """Requantize what no text reached."""
+        """Requantize what no text reached, one module at a time, its rows on all cores."""
+        self.threads = min(torch.get_num_threads(), available_cores())
         left = [module for module in self.grids if module not in self.done]
         for number, module in enumerate(left):
             progress("rounding", number, len(left))
@@ -205,7 +211,7 @@ class _WriteBack:
         method = self.calibration.method
         if gram is None and method == "gptq":
             method = "search"
-        return requantize(target, self.grids[module], method, gram, self.calibration.effort)
+        return requantize(target, self.grids[module], method, gram, self.calibration.effort, self.threads)
 
     def _keep(self, module: str, codes: Codes) -> None:
         self.put(module, codes)

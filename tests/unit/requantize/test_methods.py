@@ -12,6 +12,7 @@ from tests.unit.requantize.test_grids import GRIDS, gram, normal
 from vera_edge.formats.nested import quantize_absmax
 from vera_edge.requantize import Effort, Gram, Grid, output_error, requantize
 from vera_edge.requantize.gptq import compensate, descend
+from vera_edge.requantize.gram import triangular_inverse
 from vera_edge.requantize.grids import spread
 from vera_edge.requantize.refit import NestedScales, Normal
 from vera_edge.requantize.search import search
@@ -151,6 +152,27 @@ def test_the_same_bytes_whatever_the_threads(name: str) -> None:
     for other in found[1:]:
         assert (other.codes == found[0].codes).all()
         assert (other.scales == found[0].scales).all()
+
+
+@ALL
+@pytest.mark.parametrize("method", ["rtn", "search", "hqq", "gptq"])
+def test_rows_shared_out_among_threads_are_the_same_bytes(
+    grid: Grid, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vera_edge.requantize.gram.available_cores", lambda: 4)
+    monkeypatch.setattr("vera_edge.formats.weight.CHUNK_VALUES", 24 * IN_ROWS)
+    weight, matrix = normal(96, IN_ROWS), gram(IN_ROWS)
+    one, four = (requantize(weight, grid, method, Gram.of(matrix), threads=count) for count in (1, 4))
+    for name in ("codes", "scales", "zeros"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(four, name))
+
+
+@pytest.mark.parametrize("size", [1, 7, 512, 700])
+def test_the_triangular_inverse_is_the_inverse(size: int) -> None:
+    lower = np.linalg.cholesky(gram(size).astype(np.float64) + np.eye(size)).astype(np.float64)
+    found = triangular_inverse(lower)
+    np.testing.assert_allclose(found, np.linalg.inv(lower), atol=1e-10)
+    assert not np.triu(found, 1).any()
 
 
 def test_pieces_of_rows_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
