@@ -132,9 +132,14 @@ def rounder(target: WeightFormat, shape: tuple[int, int], options: Mapping[str, 
     return made
 
 
-def row_chunks(shape: tuple[int, int], multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """Row ranges that cover a weight (out, in) in pieces of some MiB, each a multiple of `multiple` rows."""
-    out, size = shape[0], max(1, CHUNK_VALUES // max(1, shape[1]))
+def row_chunks(
+    shape: tuple[int, int], multiple: int = 1, values: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Row ranges that cover a weight (out, in) in pieces of so many values, in multiples of `multiple` rows.
+
+    values: CHUNK_VALUES where it isn't given.
+    """
+    out, size = shape[0], max(1, (values or CHUNK_VALUES) // max(1, shape[1]))
     size = max(multiple, size // multiple * multiple)
     for start in range(0, out, size):
         yield start, min(out, start + size)

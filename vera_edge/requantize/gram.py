@@ -56,8 +56,11 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> list
 
     Each thread's BLAS has one of its own, so that a sum is the same whatever their number.
     """
-    with one_blas_thread(), ThreadPoolExecutor(min(threads, available_cores())) as pool:
-        return list(pool.map(work, items))
+    with one_blas_thread():
+        if threads <= 1:
+            return [work(item) for item in items]
+        with ThreadPoolExecutor(min(threads, available_cores())) as pool:
+            return list(pool.map(work, items))
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,6 +20,9 @@ from vera_edge.requantize.rtn import range_scales
 from vera_edge.requantize.search import search
 
 R = TypeVar("R")
+# Values of a piece of rows: each column of it is one step in Python, so fewer cost time (a quarter more at
+# 1 << 18, 2048 inputs), and more only memory.
+PIECE_VALUES = 1 << 20
 METHODS = ("rtn", "search", "hqq", "gptq")
 
 
@@ -87,7 +90,9 @@ class _Work:
         self.shape = (weight.shape[0], weight.shape[1])
         self.in_rows = grid.rows(self.shape[1])
         # Blocks that run over row ends tie rows together: such a weight is one piece.
-        self.pieces = list(row_chunks(self.shape)) if self.in_rows else [(0, self.shape[0])]
+        self.pieces = (
+            list(row_chunks(self.shape, values=PIECE_VALUES)) if self.in_rows else [(0, self.shape[0])]
+        )
         self.scales = np.empty(grid.scales_shape(self.shape), np.float32)
         self.zeros = np.empty_like(self.scales)
         self.codes: Bytes = np.empty(self.shape, np.uint8)

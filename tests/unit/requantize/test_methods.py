@@ -160,7 +160,7 @@ def test_rows_shared_out_among_threads_are_the_same_bytes(
     grid: Grid, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vera_edge.requantize.gram.available_cores", lambda: 4)
-    monkeypatch.setattr("vera_edge.formats.weight.CHUNK_VALUES", 24 * IN_ROWS)
+    monkeypatch.setattr("vera_edge.requantize.quantize.PIECE_VALUES", 24 * IN_ROWS)
     weight, matrix = normal(96, IN_ROWS), gram(IN_ROWS)
     one, four = (requantize(weight, grid, method, Gram.of(matrix), threads=count) for count in (1, 4))
     for name in ("codes", "scales", "zeros"):
@@ -178,7 +178,7 @@ def test_the_triangular_inverse_is_the_inverse(size: int) -> None:
 def test_pieces_of_rows_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, prepared = normal(50, 128), Gram.of(gram(128))
     whole = requantize(weight, GRIDS["int4"], "gptq", prepared)
-    monkeypatch.setattr("vera_edge.formats.weight.CHUNK_VALUES", 128 * 7)
+    monkeypatch.setattr("vera_edge.requantize.quantize.PIECE_VALUES", 128 * 7)
     pieces = requantize(weight, GRIDS["int4"], "gptq", prepared)
     assert (whole.codes == pieces.codes).mean() > 0.999
     np.testing.assert_allclose(whole.scales, pieces.scales, rtol=1e-3)
