@@ -49,11 +49,6 @@ def pytest_report_header() -> str:
     return f"python {sys.version.split()[0]}, " + ", ".join(found)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the real model come last: it may still be being prepared (scripts/test)."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is not None)
-
-
 @pytest.fixture(scope="session")
 def demo() -> Demo:
     """SmolLM2-135M-Instruct in float32 and NF4, a trained VeRA adapter, and text. Made on the first run."""
