@@ -24,7 +24,7 @@ from scripts.bench_turns import Row, Worker, footnote, genai, measure, say, tabl
 from scripts.prepare_demo import cache_folder, prepare
 from vera_edge.cores import available_cores
 from vera_edge.exporting import target
-from vera_edge.measuring.models import folder_bytes
+from vera_edge.measuring.artefact import folder_bytes
 
 LLAMA = {
     "vocab_size": 32000,

@@ -13,12 +13,12 @@ from scripts.prepare_demo import Demo
 from vera_edge import merging as merge
 from vera_edge.device.runtime.encoder import Encoded, Encoder
 from vera_edge.exporting import target
-from vera_edge.measuring import encoders, models
+from vera_edge.measuring import encoders, opened_reference
+from vera_edge.measuring.artefact import folder_bytes
 from vera_edge.measuring.assess import DriftRequest, assess_any
 from vera_edge.measuring.encoder_assess import cut_texts
 from vera_edge.measuring.encoder_report import EncoderReport
 from vera_edge.measuring.encoders import EmbeddingDrift
-from vera_edge.measuring.models import folder_bytes
 from vera_edge.reference.model import TorchReference
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
 from vera_edge.text import windows
@@ -63,7 +63,7 @@ def encoder_table(demo: Demo, out: Path) -> str:
 
 def _export_table(encoder: DemoEncoder, demo: Demo, out: Path) -> list[str]:
     """The same model exported to ONNX, as `vera_edge.device` runs it; a Markdown table and what it shows."""
-    trained = models.open_trained(encoder.base, adapter_paths=[(encoder.adapter, 1.0)])
+    trained = opened_reference.open_trained(encoder.base, adapter_paths=[(encoder.adapter, 1.0)])
     text = windows.read_text(demo.eval_text)
     texts = cut_texts(text, windows.open_tokenizer(encoder.base), windows.WINDOW)
     assert isinstance(trained.runner, TorchReference) and isinstance(trained.base, TorchReference)

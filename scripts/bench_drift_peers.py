@@ -27,7 +27,7 @@ import torch
 from scripts.bench_drift_rows import Made, Way
 from scripts.prepare_demo import Demo
 from vera_edge import merging as merge
-from vera_edge.measuring.models import folder_bytes
+from vera_edge.measuring.artefact import folder_bytes
 from vera_edge.precision.trained import trained_model
 from vera_edge.reference.model import TorchReference
 

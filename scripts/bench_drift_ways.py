@@ -20,7 +20,7 @@ from vera_edge import merging as merge
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime.session import Session
 from vera_edge.exporting import target
-from vera_edge.measuring.models import folder_bytes
+from vera_edge.measuring.artefact import folder_bytes
 from vera_edge.plans.plan import Plan
 from vera_edge.precision import PlanRequest
 from vera_edge.precision.choose import choose

@@ -43,7 +43,8 @@ HEAVY = (
     "vera_edge_onnx.decoder.export",
     "vera_edge.cli.release",
     "vera_edge.releasing.run",
-    "vera_edge.measuring.models",
+    "vera_edge.measuring.opened_candidate",
+    "vera_edge.measuring.opened_reference",
     "vera_edge.reference.model",
 )
 _CHANGES = {

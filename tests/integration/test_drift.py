@@ -20,7 +20,7 @@ from tests import exported, tiny, tiny_bundle
 from tests.conftest import Cli
 from vera_edge.adapters import vera as adapters
 from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.measuring import models
+from vera_edge.measuring import opened_candidate
 from vera_edge.trained import provenance
 
 torch.set_num_threads(1)
@@ -156,7 +156,7 @@ def test_a_bitsandbytes_artefact_runs_in_its_own_kernels(
     ids = exported.tokens(32, tiny.VOCABULARY)
     with torch.no_grad():
         theirs = tiny.load(base).eval()(torch.from_numpy(ids[None])).logits[0].float().numpy()
-    ours = models.open_candidate(base).runner.logits(ids)
+    ours = opened_candidate.open_candidate(base).runner.logits(ids)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 * np.abs(theirs).max())
     exact = json.loads(cli("drift", base, base, *QUICK, "--exact", "--json").stdout)
     assert exact["fidelity"]["kl"]["maximum"] == 0

@@ -13,7 +13,7 @@ import yaml
 
 from tests import tiny
 from vera_edge.bundle import contents as bundle
-from vera_edge.device.deploy import install
+from vera_edge.device.deploy import versions
 from vera_edge.releasing import recipe
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -40,7 +40,7 @@ def test_the_makefile_releases_verifies_and_installs(project: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     made = bundle.verify(project / "out" / "docs" / "fast")
-    running = install.current(project / "device")
+    running = versions.current(project / "device")
     assert running is not None and bundle.read(running).digest == made.digest
 
 

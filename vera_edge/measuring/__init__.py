@@ -4,7 +4,8 @@
     metrics        two models' logits of a window -> one figure per token (numpy only)
     comparison     what was found over a text, as data;  bootstrap: its confidence intervals
     aggregate      figures of any number of windows -> a Comparison, in bounded memory
-    models         opens the model as trained and the artefact, whatever shape they have
+    opened_reference, opened_candidate
+                   the model as trained and the artefact, whatever shape they have
     evaluate       runs reference, artefact, base and noise floor over the windows;  verdict: what it means
     layers         weight error by layer, and which layer causes the drift
     continuations  the same prompts continued by both

@@ -10,12 +10,13 @@ from tokenizers import Tokenizer
 from vera_edge import versions
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import DataError, MismatchError
-from vera_edge.measuring import limits, models
+from vera_edge.measuring import limits, opened_candidate, opened_reference
 from vera_edge.measuring.continuations import continue_both
 from vera_edge.measuring.encoder_assess import assess_encoder
 from vera_edge.measuring.encoder_report import EncoderReport
 from vera_edge.measuring.evaluate import Measurement, check_vocabularies, measure
-from vera_edge.measuring.models import OpenedCandidate, OpenedReference
+from vera_edge.measuring.opened_candidate import OpenedCandidate
+from vera_edge.measuring.opened_reference import OpenedReference
 from vera_edge.measuring.result import DriftReport, TextFacts, WorstText
 from vera_edge.measuring.verdict import judge
 from vera_edge.progress import Progress, silent
@@ -99,9 +100,9 @@ def _open(request: DriftRequest, progress: Progress) -> _Opened:
     text = windows.read_text(request.data)
     progress("opening the models", 0, 2)
     given = (request.base, request.adapters, request.projection_rounding)
-    trained = models.open_trained(request.reference, *given, request.trained_as, request.tokenizer)
+    trained = opened_reference.open_trained(request.reference, *given, request.trained_as, request.tokenizer)
     progress("opening the models", 1, 2)
-    candidate = models.open_candidate(request.candidate, request.exact, trained.digests)
+    candidate = opened_candidate.open_candidate(request.candidate, request.exact, trained.digests)
     progress("opening the models", 2, 2)
     if _gives_text(trained) and candidate.gives != tasks.TEXT:
         raise MismatchError(f"{request.candidate} gives no text, and {request.reference} does")

@@ -21,7 +21,8 @@ from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring import encoders, labels_and_values, token_classes
 from vera_edge.measuring.encoder_report import EncoderReport, judge
 from vera_edge.measuring.labels_and_values import MIN_TEXTS, LabelDrift, ValueDrift
-from vera_edge.measuring.models import OpenedCandidate, OpenedReference
+from vera_edge.measuring.opened_candidate import OpenedCandidate
+from vera_edge.measuring.opened_reference import OpenedReference
 from vera_edge.measuring.result import TextFacts
 from vera_edge.progress import Progress
 from vera_edge.storage.json_text import read_json

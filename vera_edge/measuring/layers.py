@@ -20,7 +20,8 @@ from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring.metrics import compare
-from vera_edge.measuring.models import OpenedCandidate, OpenedReference
+from vera_edge.measuring.opened_candidate import OpenedCandidate
+from vera_edge.measuring.opened_reference import OpenedReference
 from vera_edge.measuring.result import LayerDrift
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.layers import stack_of

@@ -17,7 +17,7 @@ from vera_edge.bundle import contents as bundle
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import MismatchError, PlanError
 from vera_edge.exporting import target
-from vera_edge.measuring import models
+from vera_edge.measuring import opened_reference
 from vera_edge.reference.model import open_reference
 from vera_edge.trained import provenance
 
@@ -92,7 +92,7 @@ def test_what_is_exact_says_so_and_is_a_reference(
 ) -> None:
     out = export(bases, tmp_path / "out", base, weights, options)
     assert bundle.read(out).exact is True
-    assert models.open_trained(out).base is not None
+    assert opened_reference.open_trained(out).base is not None
     assert distance(bases, base, out) < 1e-9
 
 
@@ -103,7 +103,7 @@ def test_what_was_rounded_says_so_and_is_refused(
     out = export(bases, tmp_path / "out", base, weights, options)
     assert bundle.read(out).exact is False
     with pytest.raises(MismatchError, match=f"isn't the model as trained: .*{says}"):
-        models.open_trained(out)
+        opened_reference.open_trained(out)
     assert distance(bases, base, out) > 1e-9
 
 
@@ -140,7 +140,7 @@ def test_the_manifest_says_how_everything_beside_the_linears_is_stored(bases: Ba
 def test_an_adapter_at_another_weight_is_not_the_one_that_was_trained(bases: Bases, tmp_path: Path) -> None:
     out = export(bases, tmp_path / "out", "nf4", "nf4", {}, weight=0.5)
     with pytest.raises(MismatchError, match=r"default has weight 0\.5, and was trained with 1"):
-        models.open_trained(out)
+        opened_reference.open_trained(out)
 
 
 @pytest.mark.parametrize("plan", [True, False])
@@ -148,7 +148,7 @@ def test_an_older_manifest_is_asked_to_be_made_anew(bases: Bases, tmp_path: Path
     out = export(bases, tmp_path / "out", "nf4", "nf4", {})
     tiny_bundle.rewrite(out, exact=None, options={}, plan=bundle.read(out).plan if plan else None)
     with pytest.raises(MismatchError, match="an older one, doesn't say whether all of it is exact"):
-        models.open_trained(out)
+        opened_reference.open_trained(out)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +170,9 @@ def test_what_an_export_brings_itself_is_not_given_along(
 
 def test_nor_is_what_a_base_leaves_unused(tiny_llama: tiny.TinyLlama, bases: Bases) -> None:
     with pytest.raises(PlanError, match="leave --base out"):
-        models.open_trained(tiny_llama.nf4, base=Path("nowhere"))
+        opened_reference.open_trained(tiny_llama.nf4, base=Path("nowhere"))
     with pytest.raises(PlanError, match="--projection-rounding is for an adapter"):
-        models.open_trained(tiny_llama.nf4, projection_rounding="float16")
+        opened_reference.open_trained(tiny_llama.nf4, projection_rounding="float16")
 
 
 def test_of_an_artefact_the_adapter_of_an_exported_reference_runs(

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import DataError, MismatchError
-from vera_edge.measuring import layers, models
-from vera_edge.measuring.models import OpenedCandidate, OpenedReference
+from vera_edge.measuring import layers, opened_candidate, opened_reference
+from vera_edge.measuring.opened_candidate import OpenedCandidate
+from vera_edge.measuring.opened_reference import OpenedReference
 from vera_edge.measuring.result import LayerDrift
 from vera_edge.text import windows
 from vera_edge.text.windows import Windows
@@ -24,7 +25,7 @@ BROKEN = "model.layers.1.mlp.up_proj"
 
 @pytest.fixture(scope="module")
 def trained(tiny_llama: tiny.TinyLlama, tiny_adapter: Path) -> OpenedReference:
-    return models.open_trained(tiny_adapter, tiny_llama.nf4)
+    return opened_reference.open_trained(tiny_adapter, tiny_llama.nf4)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def merged(
 
 @pytest.fixture(scope="module")
 def candidate(merged: Path) -> OpenedCandidate:
-    return models.open_candidate(merged)
+    return opened_candidate.open_candidate(merged)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_measuring_leaves_the_reference_as_it_was(
     found: dict[str, LayerDrift], trained: OpenedReference, tiny_llama: tiny.TinyLlama, tiny_adapter: Path
 ) -> None:
     tokens = np.arange(40, dtype=np.int64)
-    fresh = models.open_trained(tiny_adapter, tiny_llama.nf4)
+    fresh = opened_reference.open_trained(tiny_adapter, tiny_llama.nf4)
     np.testing.assert_array_equal(trained.runner.logits(tokens), fresh.runner.logits(tokens))
 
 
@@ -138,7 +139,9 @@ def test_conv1d_layers_without_an_adapter(tiny_gpt2: Path, cut: Windows, tmp_pat
     layer = model.transformer.h[0].mlp.c_fc
     layer.weight.data = (layer.weight.data * 8).round() / 8
     tiny.save(model, folder)
-    found = layers.by_layer(models.open_trained(tiny_gpt2), models.open_candidate(folder), cut)
+    found = layers.by_layer(
+        opened_reference.open_trained(tiny_gpt2), opened_candidate.open_candidate(folder), cut
+    )
     worst = max(found, key=lambda layer: layer.kl or 0.0)
     assert worst.module == "transformer.h.0.mlp.c_fc" and worst.delta_error is None
     assert all((layer.kl or 0.0) < 1e-8 for layer in found if layer is not worst)

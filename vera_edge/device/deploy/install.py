@@ -1,11 +1,8 @@
 """Versions of a bundle on a device: installed whole, switched atomically, rolled back.
 
-    DST/versions/000001-3f0c91ab2d4e/    a bundle each, numbered in the order they came
-    DST/current -> versions/000002-...   the one that runs; where links can't be made, a file with the name
-
-Nothing else is kept: the last good version is the highest number below the current one. Every change is
-staged beside its place, flushed, renamed, and the link is replaced last: a power loss leaves the old version
-or the new one. Standard library only, and numpy where projections are drawn from the seed.
+Every change is staged beside its place, flushed, renamed, and the link is replaced last (`versions`): a power
+loss leaves the old version or the new one. Standard library only, and numpy where projections are drawn from
+the seed.
 """
 
 from __future__ import annotations
@@ -13,29 +10,25 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
+from vera_edge.device.deploy import versions
 from vera_edge.errors import BundleError, OutputError
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import (
     PARTIAL_MARK,
     check_output,
     fsync_folder,
-    make_folder,
     output_error,
     staged_folder,
     write_atomic,
 )
-from vera_edge.storage.lock import exclusive
 
-CURRENT = "current"
-_VERSIONS = "versions"
 _CHUNK = 1 << 20
 _SPARE = 1 << 20  # bytes left free on the disk for folders and the manifest
 Accept = Callable[[Path], None]
@@ -57,21 +50,6 @@ class Installed:
         return {**vars(self), "folder": str(self.folder), "previous": previous}
 
 
-def current(dst: Path) -> Path | None:
-    """The folder of the version that runs, None when nothing is installed. Raises BundleError when broken."""
-    link = dst / CURRENT
-    if link.is_symlink():
-        name = str(link.readlink())
-    elif link.is_file():
-        name = link.read_text("utf-8", errors="replace").strip()
-    else:
-        return None
-    parts = Path(name).parts
-    if len(parts) != 2 or parts[0] != _VERSIONS or _number(parts[1]) is None or not (dst / name).is_dir():
-        raise BundleError(f"{link} doesn't lead to a version in {dst / _VERSIONS}; install the bundle again")
-    return dst / name
-
-
 def install(
     src: Path, dst: Path, accept: Accept | None = None, partial: bool = False, progress: Progress = silent
 ) -> Installed:
@@ -87,21 +65,21 @@ def install(
         raise OutputError(
             f"{dst} is in {src} itself, which holds nothing but the bundle; choose another place"
         )
-    if partial and not (dst / _VERSIONS).is_dir():
+    if partial and not (dst / versions.VERSIONS).is_dir():
         _sources(manifest, None)  # all must come with it, or nothing is made of the place
-    with _locked(dst):
-        running = _running(dst)
-        _tidy(dst, running)
+    with versions.locked(dst):
+        running = versions.running_in(dst)
+        versions.tidy(dst, running)
         if running is not None and _is_sound(running, manifest.digest, progress):
             _seal_anew(running, src, accept)
-            return Installed(running, manifest.digest, _before(dst, running), changed=False)
+            return Installed(running, manifest.digest, versions.before(dst, running), changed=False)
         sources = _sources(manifest, running if partial else None)
         coming = sum(manifest.files[name].size for name, path in sources.items() if path.is_relative_to(src))
         _check_space(dst, coming + sum(entry.size for entry in manifest.drawn.values()))
         folder = _stage(manifest, sources, dst, running, accept, progress)
-        _switch(dst, folder)
+        versions.switch(dst, folder)
         if running is not None:
-            _forget_before(dst, running)
+            versions.forget_before(dst, running)
     return Installed(folder, manifest.digest, running, changed=True, copied=coming)
 
 
@@ -110,11 +88,11 @@ def rollback(dst: Path, progress: Progress = silent, accept: Accept | None = Non
 
     Raises BundleError when there is none or it is damaged, and what `accept` raises: then nothing changes.
     """
-    if not (dst / _VERSIONS).is_dir():
+    if not (dst / versions.VERSIONS).is_dir():
         raise BundleError(f"nothing is installed in {dst}; give the folder that `vera-edge install` wrote to")
-    with _locked(dst):
-        running = _running(dst)
-        before = _before(dst, running) if running else None
+    with versions.locked(dst):
+        running = versions.running_in(dst)
+        before = versions.before(dst, running) if running else None
         if before is None:
             raise BundleError(
                 f"{dst} holds no version before the current one; there is nothing to roll back to"
@@ -122,8 +100,8 @@ def rollback(dst: Path, progress: Progress = silent, accept: Accept | None = Non
         manifest = bundle.verify(before, progress=progress, complete=True)
         if accept is not None:
             accept(before)
-        _switch(dst, before)
-        return Installed(before, manifest.digest, _before(dst, before), changed=True)
+        versions.switch(dst, before)
+        return Installed(before, manifest.digest, versions.before(dst, before), changed=True)
 
 
 def make_patch(old: Path, new: Path, out: Path, force: bool = False, progress: Progress = silent) -> int:
@@ -142,14 +120,6 @@ def make_patch(old: Path, new: Path, out: Path, force: bool = False, progress: P
                 size += entry.size
         _copy_seals(new, stage)
     return size
-
-
-def _running(dst: Path) -> Path | None:
-    """As `current`, with None for a link that leads nowhere: an install mends it."""
-    try:
-        return current(dst)
-    except BundleError:
-        return None
 
 
 def _is_sound(folder: Path, digest: str, progress: Progress) -> bool:
@@ -180,22 +150,6 @@ def _seal_anew(running: Path, src: Path, accept: Accept | None) -> None:
 def _signature(folder: Path) -> bytes | None:
     path = folder / bundle.SIGNATURE
     return path.read_bytes() if path.is_file() and not path.is_symlink() else None
-
-
-def _number(name: str) -> int | None:
-    head, _, tail = name.partition("-")
-    return int(head) if len(head) == 6 and head.isascii() and head.isdigit() and tail else None
-
-
-def _versions(dst: Path) -> list[Path]:
-    """The version folders, oldest first."""
-    root = dst / _VERSIONS
-    return sorted(path for path in root.iterdir() if _number(path.name) is not None) if root.is_dir() else []
-
-
-def _before(dst: Path, running: Path) -> Path | None:
-    earlier = [path for path in _versions(dst) if path.name < running.name]
-    return earlier[-1] if earlier else None
 
 
 def _sources(manifest: Manifest, running: Path | None) -> dict[str, Path]:
@@ -233,8 +187,8 @@ def _stage(
     progress: Progress,
 ) -> Path:
     """Bring a version into its folder, complete, verified and flushed to the disk; returns the folder."""
-    last = max((_number(path.name) or 0 for path in _versions(dst)), default=0)
-    folder = dst / _VERSIONS / f"{last + 1:06d}-{manifest.digest[:12]}"
+    last = max((versions.number(path.name) or 0 for path in versions.versions(dst)), default=0)
+    folder = dst / versions.VERSIONS / f"{last + 1:06d}-{manifest.digest[:12]}"
     with staged_folder(folder) as stage:
         for name, path in sources.items():
             if running is not None and path.is_relative_to(running):
@@ -284,58 +238,3 @@ def _link(source: Path, target: Path, progress: Progress) -> None:
         os.link(source, target)
     except OSError:
         _copy(source, target, progress)
-
-
-def _switch(dst: Path, folder: Path) -> None:
-    """Make `folder` current, in one rename."""
-    name = f"{_VERSIONS}/{folder.name}"
-    fsync_folder(dst / _VERSIONS)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{CURRENT}{PARTIAL_MARK}", dir=dst))
-    try:
-        (temporary / CURRENT).symlink_to(name, target_is_directory=True)
-        (temporary / CURRENT).replace(dst / CURRENT)
-        fsync_folder(dst)
-    except (OSError, NotImplementedError):  # no links here: Windows without the right, FAT
-        write_atomic(dst / CURRENT, f"{name}\n".encode())
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _tidy(dst: Path, running: Path | None) -> None:
-    """Remove what an interrupted install left, and versions that were rolled back."""
-    for root in (dst, dst / _VERSIONS):
-        for path in root.iterdir() if root.is_dir() else ():
-            if path.name.startswith(".") and PARTIAL_MARK in path.name:
-                shutil.rmtree(path, ignore_errors=True)
-    for path in _versions(dst):
-        if running is not None and path.name > running.name:
-            _remove(path)
-
-
-def _forget_before(dst: Path, kept: Path) -> None:
-    for path in _versions(dst):
-        if path.name < kept.name:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Delete a version: renamed first, so that one that is half deleted isn't taken for a version."""
-    doomed = path.with_name(f".{path.name}{PARTIAL_MARK}removed")
-    path.replace(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-@contextmanager
-def _locked(dst: Path) -> Iterator[None]:
-    """One install at a time. A `dst` that is new is gone again when nothing was installed."""
-    new = not dst.exists()
-    make_folder(dst / _VERSIONS)
-    try:
-        with exclusive(dst / ".lock", f"install into {dst}"):
-            try:
-                yield
-            finally:
-                if new and not _versions(dst):
-                    shutil.rmtree(dst, ignore_errors=True)
-    except OSError as cause:
-        raise output_error(dst, cause) from cause

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from vera_edge.bundle import contents as bundle
-from vera_edge.device.deploy import install as installing
-from vera_edge.device.deploy.install import current, install, make_patch, rollback
+from vera_edge.device.deploy.install import install, make_patch, rollback
+from vera_edge.device.deploy.versions import current, locked
 from vera_edge.errors import BundleError, DriftExceeded, OutputError
 
 HASH = "0" * 64
@@ -187,7 +187,7 @@ def test_a_full_disk_is_said_before_anything_is_written(
 def test_two_installs_do_not_overlap(tmp_path: Path, old: Path) -> None:
     dst = tmp_path / "device"
     with (
-        installing._locked(dst),
+        locked(dst),
         pytest.raises(OutputError, match="another install"),
     ):
         install(old, dst)
@@ -260,7 +260,7 @@ while True:
         os._exit(0)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert status in (0, 9), status
-    found = bundle.verify(installing.current(dst))
+    found = bundle.verify(current(dst))
     assert found.digest in digests
     seen.add(found.digest)
     if status == 0:
@@ -268,7 +268,7 @@ while True:
     killed += 1
     act(dst, lambda *_: None) if what != "rollback" or found.digest == bundle.read(new).digest else None
     wanted = bundle.read(old if what == "rollback" else new).digest
-    assert bundle.verify(installing.current(dst)).digest == wanted
+    assert bundle.verify(current(dst)).digest == wanted
     if what != "rollback":
         assert not [path for path in dst.rglob("*") if ".partial-" in path.name], "left behind"
         assert installing.rollback(dst).digest == bundle.read(old).digest

@@ -16,7 +16,8 @@ from tests import exported, tiny
 from tests.conftest import Cli
 from vera_edge.adapters.projection import ProjectionSpec, regenerate
 from vera_edge.bundle import contents as bundle
-from vera_edge.device.deploy.install import current, install, rollback
+from vera_edge.device.deploy.install import install, rollback
+from vera_edge.device.deploy.versions import current
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import BundleError, PlanError
 from vera_edge.exporting import target

@@ -1,7 +1,7 @@
-"""Opens what drift compares: the model as trained in its several shapes, and the artefact in its own.
+"""Opens the model as trained, in its several shapes: an adapter and its base, a base alone, a branch export.
 
-torch is imported only when something has to run in it; a float branch export against another export is
-measured with numpy and ONNX Runtime alone.
+torch is imported only when something has to run in it; a float branch export is measured with numpy and ONNX
+Runtime alone.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from vera_edge.adapters.projection import Projections
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.bundle import contents as bundle
-from vera_edge.errors import CheckpointError, DataError, MismatchError, PlanError
-from vera_edge.formats import checks
+from vera_edge.errors import MismatchError, PlanError
+from vera_edge.measuring.artefact import artefact, folder_bytes, weights_of
 from vera_edge.measuring.exactness import unlike_trained
 from vera_edge.measuring.reading import (
     check_measurable,
@@ -69,24 +69,6 @@ class OpenedReference:
     def task(self) -> Task:
         """What the model does; a branch export that stands for it gives text."""
         return tasks.TEXT_GENERATION if self.checkpoint is None else tasks.of(self.checkpoint.config)
-
-
-@dataclass(frozen=True)
-class OpenedCandidate:
-    """The artefact; `checkpoint` is set when its weights can be read layer by layer.
-
-    `gives`: see `tasks.Task`.
-    """
-
-    runner: Runner
-    artefact: Artefact
-    folder: Path
-    context: int | None
-    notes: tuple[str, ...] = ()
-    checkpoint: Checkpoint | None = None
-    gives: str = tasks.TEXT
-    tokenizer: Tokenizer | None = None
-    pooling: Pooling | None = None
 
 
 def open_trained(
@@ -154,17 +136,17 @@ def _trained_checkpoint(
 
     model = reference.open_reference(checkpoint, read, projections, tasks.of(checkpoint.config).auto_class)
     base_bytes = folder_bytes(checkpoint.path)
-    kind = f"{_weights_of(checkpoint)} base, exact in float32" + ", adapter unmerged in PEFT" * bool(read)
+    kind = f"{weights_of(checkpoint)} base, exact in float32" + ", adapter unmerged in PEFT" * bool(read)
     paths = [adapter.path for adapter, _ in read] or [checkpoint.path]
     own = base_bytes + sum(folder_bytes(adapter.path) for adapter, _ in read)
     name = " + ".join(path.resolve().name for path in paths)
-    base_kind = f"{_weights_of(checkpoint)} base without the adapter"
+    base_kind = f"{weights_of(checkpoint)} base without the adapter"
     return OpenedReference(
         runner=model,
         base=model.adapter_off() if read else None,
         noise=model.bfloat16(),
         artefact=Artefact(name, str(paths[0]), kind, own),
-        base_artefact=_artefact(checkpoint.path, base_kind) if read else None,
+        base_artefact=artefact(checkpoint.path, base_kind) if read else None,
         folder=checkpoint.path,
         context=context_of(checkpoint),
         notes=tuple(dict.fromkeys(note for one in found for note in (*one.notes, f"projections: {one.how}"))),
@@ -194,8 +176,8 @@ def _trained_export(path: Path) -> OpenedReference:
         runner=session,
         base=_Swapped(session, None, session.adapter),
         noise=None,
-        artefact=_artefact(path, kind),
-        base_artefact=_artefact(path, f"branch export, {manifest.weights} weights, adapter off"),
+        artefact=artefact(path, kind),
+        base_artefact=artefact(path, f"branch export, {manifest.weights} weights, adapter off"),
         folder=path,
         context=session.decoder.context,
         digests=(manifest.adapters[manifest.default_adapter or ""]["digest"],),
@@ -222,87 +204,3 @@ class _Swapped:
             return found
         finally:
             self.session.swap(self.default)
-
-
-def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ()) -> OpenedCandidate:
-    """The artefact in `path`: an exported folder, or a Hugging Face folder of any weight format.
-
-    trained: digests of the reference's adapters; of a branch export's own, the one among them runs.
-
-    A bitsandbytes checkpoint runs as its users run it, in bitsandbytes' kernels; with `exact`, on the exact
-    values of its weights in float32.
-    """
-    if (path / bundle.MANIFEST).is_file():
-        return _candidate_export(path, trained)
-    if (path / adapters.CONFIG_NAME).is_file():
-        raise DataError(f"{path} is an adapter, not an artefact; give a merged or exported folder to measure")
-    checkpoint, _ = trained_base.read(path)
-    check_measurable(checkpoint)
-    from vera_edge.reference import model as reference
-
-    weights, notes, task = _weights_of(checkpoint), [], tasks.of(checkpoint.config)
-    quantized = checks.method(checkpoint.config) is not None
-    if quantized and not exact and (odd := _split_blocks(checkpoint)):
-        exact = True
-        notes.append(
-            f"measured on exact values in float32: bitsandbytes' CPU kernels can't run {odd}, whose rows "
-            "aren't whole blocks"
-        )
-    if quantized and not exact:
-        try:
-            runner = reference.load_as_stored(checkpoint, task.auto_class)
-        except CheckpointError as cause:
-            raise CheckpointError(f"{cause}; --exact runs it on exact values in float32") from None
-        kernels = "bitsandbytes" if checks.method(checkpoint.config) == "bitsandbytes" else "transformers'"
-        kind = f"checkpoint, {weights}, {kernels} kernels"
-    else:
-        runner = reference.open_reference(checkpoint, auto_class=task.auto_class)
-        kind = f"checkpoint, {weights}, computed in float32"
-    facts = (_artefact(path, kind), path, context_of(checkpoint), tuple(notes), checkpoint, task.gives)
-    return OpenedCandidate(runner, *facts, tokenizer=tokenizer_of(checkpoint), pooling=pooling_of(checkpoint))
-
-
-def _candidate_export(path: Path, trained: Sequence[str]) -> OpenedCandidate:
-    manifest = bundle.read(path)
-    own = {name: entry["digest"] for name, entry in manifest.adapters.items()}
-    notes: tuple[str, ...] = ()
-    if own and not set(trained) <= set(own.values()):
-        notes = (f"{path} wasn't made with the reference's adapter, but with {', '.join(own)}",)
-    # The default one first, where several names stand for the same adapter.
-    names = sorted(own, key=lambda name: name != manifest.default_adapter)
-    found = [name for name in names if own[name] in trained] if manifest.mode == "branch" else []
-    adapter = found[0] if found else "default"
-    kind = f"{manifest.mode} export, {manifest.weights} weights, ONNX Runtime"
-    if manifest.kind == "encoder":
-        from vera_edge.measuring.exported_encoder import ExportedEncoder
-
-        encoder = ExportedEncoder(path, adapter)
-        facts = (_artefact(path, kind), path, encoder.context, notes)
-        return OpenedCandidate(encoder, *facts, gives=encoder.gives, tokenizer=exported_tokenizer(path))
-    from vera_edge.device.runtime.session import Session
-
-    session = Session.open(path, adapter)
-    facts = (_artefact(path, kind), path, session.decoder.context, notes)
-    return OpenedCandidate(session, *facts, tokenizer=exported_tokenizer(path))
-
-
-def _split_blocks(checkpoint: Checkpoint) -> str | None:
-    """A 4-bit layer whose blocks run over the ends of rows: bitsandbytes 0.50 misreads those on a CPU."""
-    for module, linear in checkpoint.linears.items():
-        block = linear.params.get("blocksize")
-        if linear.format in ("nf4", "fp4") and isinstance(block, int) and linear.in_features % block:
-            return module
-    return None
-
-
-def _weights_of(checkpoint: Checkpoint) -> str:
-    return "/".join(sorted({linear.format for linear in checkpoint.linears.values()})) or "no linear"
-
-
-def _artefact(path: Path, kind: str) -> Artefact:
-    return Artefact(path.resolve().name, str(path), kind, folder_bytes(path))
-
-
-def folder_bytes(path: Path) -> int:
-    """Bytes of all files under `path`."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

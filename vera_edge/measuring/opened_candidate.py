@@ -1,0 +1,123 @@
+"""Opens the artefact that is held against the model as trained: an exported folder, or a Hugging Face folder.
+
+torch is imported only when something has to run in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vera_edge.adapters import vera as adapters
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.bundle import contents as bundle
+from vera_edge.errors import CheckpointError, DataError
+from vera_edge.formats import checks
+from vera_edge.measuring.artefact import artefact, weights_of
+from vera_edge.measuring.reading import (
+    check_measurable,
+    context_of,
+    exported_tokenizer,
+    pooling_of,
+    tokenizer_of,
+)
+from vera_edge.measuring.result import Artefact
+from vera_edge.tasks import task as tasks
+from vera_edge.trained import model as trained_base
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from vera_edge.device.runtime.pooling import Pooling
+    from vera_edge.exporting.target import Runner
+
+
+@dataclass(frozen=True)
+class OpenedCandidate:
+    """The artefact; `checkpoint` is set when its weights can be read layer by layer.
+
+    `gives`: see `tasks.Task`.
+    """
+
+    runner: Runner
+    artefact: Artefact
+    folder: Path
+    context: int | None
+    notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
+    gives: str = tasks.TEXT
+    tokenizer: Tokenizer | None = None
+    pooling: Pooling | None = None
+
+
+def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ()) -> OpenedCandidate:
+    """The artefact in `path`: an exported folder, or a Hugging Face folder of any weight format.
+
+    trained: digests of the reference's adapters; of a branch export's own, the one among them runs.
+
+    A bitsandbytes checkpoint runs as its users run it, in bitsandbytes' kernels; with `exact`, on the exact
+    values of its weights in float32.
+    """
+    if (path / bundle.MANIFEST).is_file():
+        return _candidate_export(path, trained)
+    if (path / adapters.CONFIG_NAME).is_file():
+        raise DataError(f"{path} is an adapter, not an artefact; give a merged or exported folder to measure")
+    checkpoint, _ = trained_base.read(path)
+    check_measurable(checkpoint)
+    from vera_edge.reference import model as reference
+
+    weights, notes, task = weights_of(checkpoint), [], tasks.of(checkpoint.config)
+    quantized = checks.method(checkpoint.config) is not None
+    if quantized and not exact and (odd := _split_blocks(checkpoint)):
+        exact = True
+        notes.append(
+            f"measured on exact values in float32: bitsandbytes' CPU kernels can't run {odd}, whose rows "
+            "aren't whole blocks"
+        )
+    if quantized and not exact:
+        try:
+            runner = reference.load_as_stored(checkpoint, task.auto_class)
+        except CheckpointError as cause:
+            raise CheckpointError(f"{cause}; --exact runs it on exact values in float32") from None
+        kernels = "bitsandbytes" if checks.method(checkpoint.config) == "bitsandbytes" else "transformers'"
+        kind = f"checkpoint, {weights}, {kernels} kernels"
+    else:
+        runner = reference.open_reference(checkpoint, auto_class=task.auto_class)
+        kind = f"checkpoint, {weights}, computed in float32"
+    facts = (artefact(path, kind), path, context_of(checkpoint), tuple(notes), checkpoint, task.gives)
+    return OpenedCandidate(runner, *facts, tokenizer=tokenizer_of(checkpoint), pooling=pooling_of(checkpoint))
+
+
+def _candidate_export(path: Path, trained: Sequence[str]) -> OpenedCandidate:
+    manifest = bundle.read(path)
+    own = {name: entry["digest"] for name, entry in manifest.adapters.items()}
+    notes: tuple[str, ...] = ()
+    if own and not set(trained) <= set(own.values()):
+        notes = (f"{path} wasn't made with the reference's adapter, but with {', '.join(own)}",)
+    # The default one first, where several names stand for the same adapter.
+    names = sorted(own, key=lambda name: name != manifest.default_adapter)
+    found = [name for name in names if own[name] in trained] if manifest.mode == "branch" else []
+    adapter = found[0] if found else "default"
+    kind = f"{manifest.mode} export, {manifest.weights} weights, ONNX Runtime"
+    if manifest.kind == "encoder":
+        from vera_edge.measuring.exported_encoder import ExportedEncoder
+
+        encoder = ExportedEncoder(path, adapter)
+        facts = (artefact(path, kind), path, encoder.context, notes)
+        return OpenedCandidate(encoder, *facts, gives=encoder.gives, tokenizer=exported_tokenizer(path))
+    from vera_edge.device.runtime.session import Session
+
+    session = Session.open(path, adapter)
+    facts = (artefact(path, kind), path, session.decoder.context, notes)
+    return OpenedCandidate(session, *facts, tokenizer=exported_tokenizer(path))
+
+
+def _split_blocks(checkpoint: Checkpoint) -> str | None:
+    """A 4-bit layer whose blocks run over the ends of rows: bitsandbytes 0.50 misreads those on a CPU."""
+    for module, linear in checkpoint.linears.items():
+        block = linear.params.get("blocksize")
+        if linear.format in ("nf4", "fp4") and isinstance(block, int) and linear.in_features % block:
+            return module
+    return None
