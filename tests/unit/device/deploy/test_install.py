@@ -219,6 +219,7 @@ import json, os, shutil, sys
 from pathlib import Path
 from vera_edge.bundle import contents as bundle
 from vera_edge.device.deploy import install as installing
+from vera_edge.device.deploy.versions import current
 
 what, old, new, patch, root = sys.argv[1], *map(Path, sys.argv[2:])
 installing._CHUNK = 1000
