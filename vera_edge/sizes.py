@@ -6,7 +6,7 @@ import re
 
 from vera_edge.errors import PlanError
 
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmg]i?b|b?)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d*)?|\.\d+)\s*([kmg]i?b|b?)", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 

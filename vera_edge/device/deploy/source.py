@@ -22,7 +22,7 @@ from vera_edge.errors import BundleError
 from vera_edge.storage.files import safe_join
 
 _TIMEOUT = 30.0  # seconds without a byte
-_RANGE = re.compile(r"bytes (\d+)-\d*/.*")
+_RANGE = re.compile(r"bytes 0*(\d+)-\d*/.*", re.ASCII)
 
 
 class Bytes(Protocol):
@@ -152,7 +152,7 @@ class _Server:
         if answer.status != 206:
             return Answer(stream, 0, whole=True)
         told = _RANGE.fullmatch(answer.headers.get("Content-Range") or "")
-        if told is not None and int(told[1]) != start:
+        if told is not None and told[1] != str(start):  # which may have more digits than Python reads
             raise BundleError(f"{self.name}/{file} sends other bytes than asked for; use another server")
         return Answer(stream, start, whole=False)
 
