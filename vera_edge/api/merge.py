@@ -122,17 +122,21 @@ def merge(
         >>> report.folder.name, report.survival.retained > 0.9
         ('merged', True)
     """
-    made = plan_or_none(
-        plan, to=(to, SAME), block_size=(block_size, None), double_quant=(double_quant, False)
-    )
     resources = _resources(engine, workers, ray_address, max_memory)
-    asked = _options(to, block_size, double_quant)
-    pairs = weighted(adapter, weight)
-    ready = merging.prepare(
-        Path(base), pairs, to, asked, projection_rounding, made, loading(trained_as), path_or_none(tokenizer)
+    planned = plan_merge(
+        base,
+        adapter,
+        to=to,
+        block_size=block_size,
+        double_quant=double_quant,
+        plan=plan,
+        weight=weight,
+        projection_rounding=projection_rounding,
+        trained_as=trained_as,
+        tokenizer=tokenizer,
     )
     rounding = Rounding(method, str(calibration))
-    return merge_to_folders({Path(out): ready}, rounding, progress, force, resources)[0]
+    return merge_to_folders({Path(out): planned._ready}, rounding, progress, force, resources)[0]
 
 
 def merge_each(
@@ -176,18 +180,18 @@ def merge_each(
         ['adapter']
     """
     resources = _resources(engine, workers, ray_address, max_memory)
-    asked = _options(to, block_size, double_quant)
-    found = merging.prepare_each(
-        Path(base),
-        folders(adapters),
-        weight,
-        to,
-        asked,
-        projection_rounding,
-        loading(trained_as),
-        path_or_none(tokenizer),
+    planned = plan_merge_each(
+        base,
+        adapters,
+        to=to,
+        block_size=block_size,
+        double_quant=double_quant,
+        weight=weight,
+        projection_rounding=projection_rounding,
+        trained_as=trained_as,
+        tokenizer=tokenizer,
     )
-    ready = {Path(out) / name: one for name, one in found.items()}
+    ready = {Path(out) / name: one._ready for name, one in planned.items()}
     return merge_to_folders(ready, Rounding(method, str(calibration)), progress, force, resources)
 
 

@@ -262,7 +262,7 @@ def export(
     check_complete(model.checkpoint)
     options = dict(options or {})
     if plan is None:
-        plan = plans.make(model.checkpoint, model.adapters, mode, weights, projections=model.projections)
+        plan = plans.plan_model(model, mode, weights)
     plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
     plan = with_activations(plan, options.pop("activations", FLOAT))
     notes = dict.fromkeys([*model.notes, *model.checkpoint.notes])

@@ -1,9 +1,9 @@
 """A GGUF file as a base: its tensors under Hugging Face's names, in Hugging Face's order, as plain floats.
 
 The `gguf` package dequantizes; what is ours is the header, read as one that nobody vouches for, and the
-mapping: names of Llama, Mistral,
-Qwen2 and Qwen3, the rows of q and k that llama.cpp reorders for its rotary embedding, and a config.json from
-the metadata. A quantized tensor reads as float32: GGUF is a source here, nothing writes it.
+mapping: names of Llama, Mistral, Qwen2 and Qwen3, the rows of q and k that llama.cpp reorders for its rotary
+embedding, and a config.json from the metadata. A quantized tensor reads as float32: GGUF is a source here,
+nothing writes it.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's convert_hf_to_gguf.py.
 """
 

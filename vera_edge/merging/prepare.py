@@ -65,8 +65,7 @@ def prepare(
     if plan is not None:
         check_plan(plan, model)
         return Prepared(model, plan)
-    weighted, projections = model.adapters, model.projections
-    return Prepared(model, plans.make(model.checkpoint, weighted, "merged", to, options, projections))
+    return Prepared(model, plans.plan_model(model, "merged", to, options))
 
 
 def prepare_each(

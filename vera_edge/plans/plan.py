@@ -143,6 +143,13 @@ def _holds(checkpoint: Checkpoint, digest: object) -> bool:
     return digest is None or digest == checkpoint.digest
 
 
+def plan_model(
+    model: TrainedModel, mode: str = "merged", weights: str = SAME, options: Mapping[str, Any] | None = None
+) -> Plan:
+    """`make` for a model that was read, with its projections."""
+    return make(model.checkpoint, model.adapters, mode, weights, options, model.projections)
+
+
 def make(
     checkpoint: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]],

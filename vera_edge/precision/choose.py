@@ -58,15 +58,10 @@ def choose(
             f"{base} gives no text, and a plan is made by what a model says; choose --weights and measure "
             "the export with vera-edge drift"
         )
-    ready = replace(merged, plan=_plan(merged, request.mode, SAME))
+    ready = replace(merged, plan=plans.plan_model(merged.model, request.mode))
     check_adapters(ready)
     with scratch_folder(beside, "plan") as work:
         return _Search(ready, request, work, progress, keep).run()
-
-
-def _plan(ready: Prepared, mode: str, weights: str) -> Plan:
-    model = ready.model
-    return plans.make(model.checkpoint, model.adapters, mode, weights, projections=model.projections)
 
 
 def candidates(ready: Prepared, formats: Sequence[str]) -> tuple[str, Plan, dict[str, dict[str, Step]]]:
@@ -77,7 +72,7 @@ def candidates(ready: Prepared, formats: Sequence[str]) -> tuple[str, Plan, dict
     made = {}
     for name in formats:
         kind, block = split(name)
-        made[name] = targets.in_blocks(_plan(ready, ready.plan.mode, kind), block, None)
+        made[name] = targets.in_blocks(plans.plan_model(ready.model, ready.plan.mode, kind), block, None)
     quantized = {name: plan for name, plan in made.items() if name not in DENSE} or made
     free: set[str] | None = None
     for name, plan in quantized.items():

@@ -134,7 +134,7 @@ class _WriteBack:
         gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order)
         if self.calibration.method == "gptq":
             _ = gram.feedback  # computed once, before it is asked for by several threads
-        cores = min(torch.get_num_threads(), available_cores())
+        cores = _threads()
         # Where fewer modules than cores read the same input, the rows of each are shared out.
         self.threads = max(1, cores // len(inputs.modules))
 
@@ -199,7 +199,7 @@ class _WriteBack:
 
     def finish(self, progress: Progress) -> None:
         """Requantize what no text reached, one module at a time, its rows on all cores."""
-        self.threads = min(torch.get_num_threads(), available_cores())
+        self.threads = _threads()
         left = [module for module in self.grids if module not in self.done]
         for number, module in enumerate(left):
             progress("rounding", number, len(left))
@@ -226,3 +226,8 @@ class _WriteBack:
                 delta = self.model.projections.delta(vectors.lambda_b, vectors.lambda_d, linear.in_features)
                 total += np.float32(weight) * delta
         return total
+
+
+def _threads() -> int:
+    """How many threads round: those that torch may use, and no more than there are cores."""
+    return min(torch.get_num_threads(), available_cores())

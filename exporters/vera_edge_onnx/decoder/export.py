@@ -14,15 +14,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from vera_edge import merging as merge
-from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime.decoding import ROPE_KIND, ROPE_SWITCH
 from vera_edge.errors import TargetError
 from vera_edge.exporting.target import Export, ExportRequest
 from vera_edge.plans import plan as plans
 from vera_edge.reference.loading import config_of
 from vera_edge.storage.files import staged_folder
-from vera_edge_onnx import generated, options
+from vera_edge_onnx import float_copy, generated, options
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.decoder import configs, held
 from vera_edge_onnx.decoder.drawing import Drawing, draw
@@ -94,13 +92,8 @@ def _float_graph(
     request: ExportRequest, architecture: str, work: Path
 ) -> tuple[Drawing, tuple[sites.Site, ...], Checked]:
     """The float32 graph, merged or the base's own; its linear layers; what it was compared on."""
-    checkpoint, adapted = request.model.checkpoint, adapters.sizes(request)
-    merged = request.plan.mode == "merged"
-    summed = request.model if merged else replace(request.model, adapters=())
-    floats = plans.make(checkpoint, summed.adapters, "merged", "fp32", projections=summed.projections)
-    if not (work / "float").is_dir():
-        merge.write(floats, summed, work / "float", request.progress)
-    copy = Checkpoint.open(work / "float")
+    adapted, merged = adapters.sizes(request), request.plan.mode == "merged"
+    copy = float_copy.write(request, work / "float")
     config = config_of(copy)
     shapes = {module: linear.shape for module, linear in copy.linears.items()}
     for fuse in (True, False):

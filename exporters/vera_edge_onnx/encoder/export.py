@@ -13,8 +13,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from vera_edge import merging as merge
-from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime import pooling
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting import onnx_adapter as packing
@@ -26,7 +24,7 @@ from vera_edge.rounding.weight_rounding import BLOCK
 from vera_edge.storage import side_files
 from vera_edge.storage.files import staged_folder, write_atomic
 from vera_edge.storage.json_text import read_json, settings_json
-from vera_edge_onnx import generated, options, parity, tokenizer_config, transformers_js
+from vera_edge_onnx import float_copy, generated, options, parity, tokenizer_config, transformers_js
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.encoder import drawing, ranges
 from vera_edge_onnx.encoder import parity as encoder_parity
@@ -131,11 +129,7 @@ def _float_graph(
     request: ExportRequest, task: drawing.EncoderTask, work: Path
 ) -> tuple[ir.Model, tuple[sites.Site, ...], Path]:
     """The float32 graph, its weights merged or the base's own; its linear layers; the float folder."""
-    checkpoint, adapted = request.model.checkpoint, adapters.sizes(request)
-    summed = request.model if request.plan.mode == "merged" else replace(request.model, adapters=())
-    floats = plans.make(checkpoint, summed.adapters, "merged", "fp32", projections=summed.projections)
-    merge.write(floats, summed, work / "float", request.progress)
-    copy = Checkpoint.open(work / "float")
+    adapted, copy = adapters.sizes(request), float_copy.write(request, work / "float")
     request.progress("drawing the graph", 0, 1)
     model = drawing.draw(copy, task)
     shapes = {module: linear.shape for module, linear in copy.linears.items()}
