@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,9 @@ def test_a_leak_is_caught(golden_branch: Path, monkeypatch: pytest.MonkeyPatch) 
     real, kept = validation._generate, []
 
     def leaking(*arguments: Any) -> list[int]:
-        kept.append(np.ones(200_000))
+        # Pages of their own: an array could be made of memory that the process already held.
+        kept.append(mmap.mmap(-1, 2 << 20))
+        kept[-1].write(b"\1" * (2 << 20))
         return real(*arguments)
 
     monkeypatch.setattr(validation, "_generate", leaking)
