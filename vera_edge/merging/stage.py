@@ -17,12 +17,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_edge.errors import OutputError, ReadError, VeraEdgeError, WorkerError
+from vera_edge.errors import OutputError, ReadError, VeraEdgeError
 from vera_edge.merging.journal import Journal
-from vera_edge.storage.files import PARTIAL_MARK, commit_folder, output_error, settle
+from vera_edge.storage import resumable
+from vera_edge.storage.files import commit_folder, output_error, settle
 from vera_edge.storage.lock import exclusive
 
-_KEY_DIGITS = 16
+_PURPOSE = "merge"
 
 
 @dataclass(frozen=True)
@@ -40,58 +41,35 @@ class Stage:
 
 def folder_of(target: Path) -> Path:
     """Where a merge into `target` grows."""
-    return target.absolute().with_name(f".{target.absolute().name}{PARTIAL_MARK}merge")
+    return resumable.folder_of(target, _PURPOSE)
 
 
 def files_of(target: Path, key: str) -> Path:
     """Where in it the files of the merge `key` lie."""
-    return folder_of(target) / key[:_KEY_DIGITS]
+    return resumable.files_of(target, _PURPOSE, key)
 
 
 @contextmanager
 def opened(target: Path, key: str) -> Iterator[Stage]:
     """The stage of the merge `key` into `target`, with what an earlier run of it left.
 
-    Gone when the block ends, or raises a VeraEdgeError that a second run would raise too. What was finished
-    stays for the next run after a kill, an interrupt or a lost worker, and where a disk or a network said no.
-    Raises OutputError when it can't be made, or another merge is at work on it, ReadError when it's the
-    base's disk.
+    It ends, or stays for the next run, as a resumable folder does. Raises OutputError when it can't be made,
+    or another merge is at work on it, ReadError when it's the base's disk.
     """
-    folder = folder_of(target)
+    journal = folder_of(target) / "journal"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with exclusive(folder / "lock", f"merge into {target}"):
-            try:
-                yield from _stage(folder, target, key)
-            except (VeraEdgeError, OSError) as error:
-                if not _may_pass(error, folder):
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
-            shutil.rmtree(folder, ignore_errors=True)
+        with (
+            resumable.resumable_folder(target, _PURPOSE, key, lambda _: _has_entries(journal)) as files,
+            Journal(journal, key) as opened,
+        ):
+            yield Stage(target.absolute(), files, opened)
     except OSError as cause:
         raise _error(target, cause) from cause
 
 
-def _stage(folder: Path, target: Path, key: str) -> Iterator[Stage]:
-    files = files_of(target, key)
-    for path in folder.iterdir():
-        if path.is_dir() and path != files:
-            shutil.rmtree(path)
-    files.mkdir(exist_ok=True)
-    with Journal(folder / "journal", key) as journal:
-        yield Stage(target.absolute(), files, journal)
-
-
-def _may_pass(error: Exception, folder: Path) -> bool:
-    """Whether a second run may get further, and there is something that it needn't do again."""
-    if isinstance(error, WorkerError):
-        return True
-    if not isinstance(error, OSError | OutputError | ReadError):
-        return False
-    try:
-        return (folder / "journal").read_bytes().count(b"\n") > 1  # the first line says which merge it is
-    except OSError:
-        return False
+def _has_entries(journal: Path) -> bool:
+    """Whether a journal has more than its first line, which says which merge it is."""
+    return journal.read_bytes().count(b"\n") > 1
 
 
 def _error(target: Path, cause: OSError) -> VeraEdgeError:
