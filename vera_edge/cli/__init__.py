@@ -58,6 +58,7 @@ EXTRAS = {
     "gguf": "build",
     "matplotlib": "report",
     "model_signing": "release",
+    "numba": "build",
     "onnx": "build",
     "onnx_ir": "build",
     "onnxruntime_genai": "build",
