@@ -13,7 +13,7 @@ import numpy as np
 from vera_edge.arrays import Float32, Float64
 from vera_edge.requantize.compiled import compiled
 
-_LANES = 64
+_LANES = 256  # at a time; fewer cost more calls, more leave the first cache
 _TINY = np.float32(1e-30)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -27,19 +27,25 @@ def _reciprocals(scales: Float32, found: Float32) -> None:
 
 
 @compiled
-def _nearest(scaled: Float32, zeros: Float32, table: Float32, bounds: Float32, top: Any) -> None:
-    """Each value of `scaled`, in units of its scale, becomes the nearest level."""
+def _nearest(
+    scaled: Float32, zeros: Float32, table: Float32, bounds: Float32, top: Any, found: Float32
+) -> None:
+    """The level nearest to each value of `scaled`, which is in units of its scale."""
     if table.size == 0:
+        # Comparisons and not min and max, which numba doesn't turn into vector instructions.
         for lane in range(scaled.size):
             low = -zeros[lane]
-            scaled[lane] = min(max(np.rint(scaled[lane]), low), top + low)
+            high = top + low
+            level = np.rint(scaled[lane])
+            level = level if level > low else low
+            found[lane] = level if level < high else high
     else:
         for lane in range(scaled.size):
-            value = scaled[lane]
-            level = table[0]
-            for index in range(bounds.size):
-                level = table[index + 1] if value > bounds[index] else level
-            scaled[lane] = level
+            found[lane] = table[0]
+        for index in range(bounds.size):
+            bound, above = bounds[index], table[index + 1]
+            for lane in range(scaled.size):
+                found[lane] = above if scaled[lane] > bound else found[lane]
 
 
 @compiled
@@ -82,11 +88,10 @@ def round_columns(
     (weights less what they became), and adds to errors (lanes,).
     """
     lanes = aims.shape[1]
-    values = np.empty(_LANES, np.float32)
-    inverses = np.empty(_LANES, np.float32)
+    works = np.empty((3, _LANES), np.float32)
     for begin in range(0, lanes, _LANES):
         end = min(begin + _LANES, lanes)
-        value, inverse = values[: end - begin], inverses[: end - begin]
+        value, inverse, scaled = works[0, : end - begin], works[1, : end - begin], works[2, : end - begin]
         for index in range(aims.shape[0]):
             aim = aims[index, begin:end]
             scale, zero = scales[blocks[index], begin:end], zeros[blocks[index], begin:end]
@@ -95,8 +100,8 @@ def round_columns(
             _add_products(aim, shares[index, :index], residuals[:index, begin:end])
             _reciprocals(scale, inverse)
             for lane in range(aim.size):
-                value[lane] = aim[lane] * inverse[lane]
-            _nearest(value, zero, table, bounds, top)
+                scaled[lane] = aim[lane] * inverse[lane]
+            _nearest(scaled, zero, table, bounds, top, value)
             for lane in range(aim.size):
                 chosen = value[lane] * scale[lane]
                 miss = aim[lane] - chosen
@@ -141,11 +146,10 @@ def descend_columns(
     what each step saves off errors.
     """
     lanes = pulls.shape[1]
-    values = np.empty(_LANES, np.float32)
-    inverses = np.empty(_LANES, np.float32)
+    works = np.empty((3, _LANES), np.float32)
     for begin in range(0, lanes, _LANES):
         end = min(begin + _LANES, lanes)
-        value, inverse = values[: end - begin], inverses[: end - begin]
+        value, inverse, scaled = works[0, : end - begin], works[1, : end - begin], works[2, : end - begin]
         for index in range(pulls.shape[0]):
             pull, step = pulls[index, begin:end], steps[index, begin:end]
             scale, zero = scales[blocks[index], begin:end], zeros[blocks[index], begin:end]
@@ -155,8 +159,8 @@ def descend_columns(
             _add_products(pull, gram[index, :index], steps[:index, begin:end])
             _reciprocals(scale, inverse)
             for lane in range(pull.size):
-                value[lane] = level[lane] + pull[lane] * inverse[lane] / cost
-            _nearest(value, zero, table, bounds, top)
+                scaled[lane] = level[lane] + pull[lane] * inverse[lane] / cost
+            _nearest(scaled, zero, table, bounds, top, value)
             for lane in range(pull.size):
                 rise = (value[lane] - level[lane]) * scale[lane]
                 saved = rise * (pull[lane] + pull[lane] - rise * cost)
@@ -184,19 +188,14 @@ def add_to_normal(products: Float32, levels: Float32, width: int, row: int, firs
     products, levels (n, lanes); matrix (lanes, blocks, blocks).
     """
     count, lanes = products.shape
-    blocks = -(-count // width)
-    sums = np.empty((blocks, _LANES), np.float32)
-    for begin in range(0, lanes, _LANES):
-        end = min(begin + _LANES, lanes)
-        sums[:] = _ZERO
-        for index in range(count):
-            total = sums[index // width]
-            product, level = products[index, begin:end], levels[index, begin:end]
-            for lane in range(end - begin):
-                total[lane] += product[lane] * level[lane]
-        for lane in range(begin, end):
-            for block in range(blocks):
-                matrix[lane, row, first + block] = sums[block, lane - begin]
+    sums = np.zeros((-(-count // width), lanes), np.float32)
+    for index in range(count):
+        total, product, level = sums[index // width], products[index], levels[index]
+        for lane in range(lanes):
+            total[lane] += product[lane] * level[lane]
+    for lane in range(lanes):
+        for block in range(sums.shape[0]):
+            matrix[lane, row, first + block] = sums[block, lane]
 
 
 @compiled
@@ -219,6 +218,68 @@ def finish_normal(matrix: Any, ridge: Any, ridges: Float32) -> None:
 
 
 @compiled
+def solve_normal(matrix: Any, wanted: Float32, found: Float32) -> None:
+    """found[lane] = the solution of matrix[lane] x = wanted[lane], (lanes, n), by Cholesky's factor.
+
+    Reads nothing below the diagonals of matrix (lanes, n, n). Where one isn't positive definite: zeros.
+    """
+    lanes, size = wanted.shape
+    factor = np.empty((size, size), np.float32)
+    for lane in range(lanes):
+        for row in range(size):
+            factor[row, row:] = matrix[lane, row, row:]
+        one = found[lane]
+        one[:] = wanted[lane]
+        if not _factor(factor):
+            one[:] = _ZERO
+            continue
+        for row in range(size):  # U^T y = b
+            known = one[row] / factor[row, row]
+            one[row] = known
+            rest, shares = one[row + 1 :], factor[row, row + 1 :]
+            for column in range(rest.size):
+                rest[column] -= shares[column] * known
+        for row in range(size - 1, -1, -1):  # U x = y
+            total = np.float64(one[row])
+            for column in range(row + 1, size):
+                total -= np.float64(factor[row, column] * one[column])
+            one[row] = np.float32(total) / factor[row, row]
+
+
+@compiled
+def _factor(matrix: Float32) -> bool:
+    """The upper triangle U (n, n) with U^T U = matrix, in its place; four rows at a time."""
+    size = matrix.shape[0]
+    for begin in range(0, size, 4):
+        end = min(begin + 4, size)
+        for row in range(begin, end):
+            pivot = matrix[row, row]
+            if not pivot > _TINY * _TINY:
+                return False
+            share = _ONE / np.sqrt(pivot)
+            whole = matrix[row, row:]
+            for column in range(whole.size):
+                whole[column] *= share
+            for below in range(row + 1, end):
+                share = matrix[row, below]
+                rest, first = matrix[below, below:], matrix[row, below:]
+                for column in range(rest.size):
+                    rest[column] -= share * first[column]
+        if end - begin < 4:
+            break
+        for below in range(end, size):
+            rest = matrix[below, below:]
+            first, second = matrix[begin, below:], matrix[begin + 1, below:]
+            third, fourth = matrix[begin + 2, below:], matrix[begin + 3, below:]
+            a, b, c, d = first[0], second[0], third[0], fourth[0]
+            for column in range(rest.size):
+                rest[column] -= (a * first[column] + b * second[column]) + (
+                    c * third[column] + d * fourth[column]
+                )
+    return True
+
+
+@compiled
 def _offer(
     weights: Float32,
     costs: Float32,
@@ -227,34 +288,32 @@ def _offer(
     table: Float32,
     bounds: Float32,
     top: Any,
-    work: Float32,
-    best: Float32,
+    works: Float32,
+    bests: Float32,
+    begin: int,
 ) -> None:
-    """Take a block's scales and zero points (lanes,) where they beat the best, after least squares."""
+    """Take scales and zero points of lanes from `begin` on where they beat the best, after least squares."""
     size = scales.size
-    value, product, energy, inverse = (
-        work[0, :size],
-        work[1, :size],
-        work[2, :size],
-        work[3, :size],
-    )
-    product[:] = _ZERO
-    energy[:] = _ZERO
+    end = begin + size
+    product, energy, inverse = works[0, :size], works[1, :size], works[2, :size]
+    scaled, level = works[3, :size], works[4, :size]
+    for lane in range(size):
+        product[lane], energy[lane] = _ZERO, _ZERO
     _reciprocals(scales, inverse)
     for index in range(weights.shape[0]):
-        weight, cost = weights[index], costs[index]
+        weight, cost = weights[index, begin:end], costs[index, begin:end]
         for lane in range(size):
-            value[lane] = weight[lane] * inverse[lane]
-        _nearest(value, zeros, table, bounds, top)
+            scaled[lane] = weight[lane] * inverse[lane]
+        _nearest(scaled, zeros, table, bounds, top, level)
         for lane in range(size):
-            costly = value[lane] * cost[lane]
+            costly = level[lane] * cost[lane]
             product[lane] += weight[lane] * costly
-            energy[lane] += value[lane] * costly
+            energy[lane] += level[lane] * costly
     for lane in range(size):
-        fitted = product[lane] / max(energy[lane], _TINY)
+        fitted = product[lane] / (energy[lane] if energy[lane] > _TINY else _TINY)
         gain = product[lane] * fitted
-        if gain > best[0, lane]:
-            best[0, lane], best[1, lane], best[2, lane] = gain, fitted, zeros[lane]
+        if gain > bests[0, lane]:
+            bests[0, lane], bests[1, lane], bests[2, lane] = gain, fitted, zeros[lane]
 
 
 @compiled
@@ -277,23 +336,21 @@ def search_block(
     3 the same, with as many codes on either side. factors: by which the block's range is stretched.
     """
     lanes = weights.shape[1]
-    works, bests = np.empty((6, _LANES), np.float32), np.empty((3, _LANES), np.float32)
+    works, bests = np.empty((7, _LANES), np.float32), np.empty((3, _LANES), np.float32)
     lows, highs = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
     for begin in range(0, lanes, _LANES):
         end = min(begin + _LANES, lanes)
         size = end - begin
-        weight, cost, work = weights[:, begin:end], costs[:, begin:end], works[:, :size]
-        best, low, high = bests[:, :size], lows[:size], highs[:size]
-        scale, zero = works[4, :size], works[5, :size]
-        best[0] = -_ONE
-        best[1] = _ZERO
-        best[2] = _ZERO
-        low[:] = _ZERO
-        high[:] = _ZERO
-        for index in range(weight.shape[0]):
-            one = weight[index]
+        low, high = lows[:size], highs[:size]
+        scale, zero = works[5, :size], works[6, :size]
+        for lane in range(size):
+            bests[0, lane], bests[1, lane], bests[2, lane] = -_ONE, _ZERO, _ZERO
+            low[lane], high[lane] = _ZERO, _ZERO
+        for index in range(weights.shape[0]):
+            weight = weights[index, begin:end]
             for lane in range(size):
-                low[lane], high[lane] = min(low[lane], one[lane]), max(high[lane], one[lane])
+                low[lane] = min(low[lane], weight[lane])
+                high[lane] = max(high[lane], weight[lane])
         for factor in factors:
             for side in range(2):
                 if kind == 1:
@@ -307,16 +364,16 @@ def search_block(
                     break
                 else:
                     # The negative side has one code more: it is tried on either side.
-                    reach = np.float32(1) if kind == 0 else middle if side == 0 else middle - top
+                    reach = _ONE if kind == 0 else middle if side == 0 else middle - top
                     for lane in range(size):
                         largest = max(high[lane], -low[lane])
                         sign = _ONE if kind != 2 or -low[lane] >= largest else -_ONE
                         scale[lane] = largest * (factor / reach) * sign
                         zero[lane] = _ZERO if kind == 0 else middle
-                _offer(weight, cost, scale, zero, table, bounds, top, work, best)
+                _offer(weights, costs, scale, zero, table, bounds, top, works, bests, begin)
         for _turn in range(turns):
             for lane in range(size):
-                scale[lane], zero[lane] = best[1, lane], best[2, lane]
-            _offer(weight, cost, scale, zero, table, bounds, top, work, best)
+                scale[lane], zero[lane] = bests[1, lane], bests[2, lane]
+            _offer(weights, costs, scale, zero, table, bounds, top, works, bests, begin)
         for lane in range(size):
-            scales[begin + lane], zeros[begin + lane] = best[1, lane], best[2, lane]
+            scales[begin + lane], zeros[begin + lane] = bests[1, lane], bests[2, lane]

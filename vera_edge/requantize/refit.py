@@ -17,7 +17,7 @@ from vera_edge.requantize.gram import Gram
 
 # Pull towards the scales that are there, relative to the mean diagonal: a block of zeros keeps its scale.
 _RIDGE = 1e-5
-_TILE = 512  # inputs that are worked on at a time: what comes of them stays in the processor's cache
+_TILE = 128  # inputs that are worked on at a time: what comes of them stays in the processor's cache
 # Puts the scales (rows,) of one block onto a grid of their own.
 Place = Callable[[int, Float32], Float32]
 
@@ -45,8 +45,11 @@ class Normal:
 
     def solve(self) -> Float32:
         """The best scales (rows, blocks)."""
-        found: Float32 = self.scales + np.linalg.solve(self.matrix, self.slope[..., None])[..., 0]
-        return found
+        from vera_edge.requantize.kernels import solve_normal  # numba comes with it
+
+        change = np.empty_like(self.scales)
+        solve_normal(self.matrix, np.ascontiguousarray(self.slope), change)
+        return self.scales + change
 
     def rise(self, scales: Float32) -> Float64:
         """By how much these scales (rows, blocks) raise each row's error (rows,)."""
@@ -79,7 +82,7 @@ def _matrix(levels: Float32, width: int, gram: Gram) -> Float32:
         own = slice(row * width, (row + 1) * width)
         for begin in range(own.start, inside, tile):
             at = slice(begin, begin + tile)
-            products = gram.values[at, own] @ levels[own]
+            products = gram.values[own, at].T @ levels[own]
             add_to_normal(products, levels[at], width, row, begin // width, matrix)
     return matrix
 
