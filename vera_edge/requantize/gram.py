@@ -81,13 +81,15 @@ class Gram:
         size = values.shape[0]
         mean = float(np.trace(values, dtype=np.float64)) / max(1, size)
         prepared = np.empty((size, size), np.float32)
-        finite = True
-        for begin in range(0, size, _BLOCK):  # so that float64 takes the memory of some rows only
-            rows = slice(begin, begin + _BLOCK)
-            wide = values[rows].astype(np.float64)
-            finite = finite and bool(np.isfinite(wide).all())
-            prepared[rows] = (wide + values[:, rows].T) / (2 * mean) if finite and mean > 0 else 0
-        if not finite or not mean > 0:
+        finite = bool(np.isfinite(mean)) and mean > 0
+        for begin in range(0, size if finite else 0, _BLOCK):  # by tiles, for float64 takes twice the memory
+            for other in range(begin, size, _BLOCK):
+                rows, columns = slice(begin, begin + _BLOCK), slice(other, other + _BLOCK)
+                both = values[rows, columns].astype(np.float64) + values[columns, rows].T
+                finite = finite and bool(np.isfinite(both).all())
+                prepared[rows, columns] = both / (2 * mean)
+                prepared[columns, rows] = prepared[rows, columns].T
+        if not finite:
             raise DataError("the calibration statistics hold NaN or are all zero; use other calibration text")
         diagonal = np.diag(values).astype(np.float64) / mean + damp
         prepared[np.diag_indices(size)] = diagonal.astype(np.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from vera_edge.arrays import Bytes, Float32, Float64
 from vera_edge.errors import DataError, PlanError
 from vera_edge.formats.weight import row_chunks
+from vera_edge.requantize.effort import Effort
 from vera_edge.requantize.gptq import compensate, descend
 from vera_edge.requantize.gram import Floats, Gram, in_threads, one_blas_thread
 from vera_edge.requantize.grids import Codes, Grid, inverse, spread
@@ -26,19 +26,6 @@ Rows = tuple[int, int]  # begin, end
 PIECE_VALUES = 1 << 20
 _NORMAL_VALUES = 1 << 24  # of the matrices of a piece's rows
 METHODS = ("rtn", "search", "hqq", "gptq")
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How far "gptq" goes. `rounds` of refitting the scales and then `sweeps` over the codes.
-
-    `damp` and `act_order` apply where a plain Gram matrix is given; a prepared one brings its own.
-    """
-
-    rounds: int = 2
-    sweeps: int = 2
-    damp: float = 0.01
-    act_order: bool = False
 
 
 def requantize(
