@@ -10,6 +10,7 @@ import vera_edge
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
+    effort_option,
     force_option,
     json_option,
     method_option,
@@ -93,6 +94,7 @@ WEIGHTS = ("same", *STORED, "int2", "nf4", "fp4")
 @tokenizer_option
 @plan_option
 @method_option
+@effort_option
 @calibration_option
 @recover_option
 @force_option
@@ -121,6 +123,7 @@ def export(
     tokenizer: Path | None,
     plan_file: Path | None,
     method: str | None,
+    effort: str | None,
     calibration: str,
     recover: tuple[str, ...],
     force: bool,
@@ -151,6 +154,7 @@ def export(
             tokenizer=tokenizer,
             plan=plan_file,
             method=method,
+            effort=effort,
             calibration=calibration,
             recover=recover,
             force=force,
