@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from scripts.bench_models import SIZES, Size, make
+from scripts.bench_process import forget
 from vera_edge.cores import available_cores
 from vera_edge.requantize.gram import one_blas_thread
 
@@ -85,7 +86,7 @@ def run(code: str, *words: object) -> dict[str, Any]:
         script = Path(folder) / "measured.py"
         guard = "if __name__ == '__main__':\n" + "".join(f"    {row}\n" for row in REPORT.splitlines())
         script.write_text(ACCOUNT + code + guard)
-        _forget(Path(str(words[0])))
+        forget(Path(str(words[0])))
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         begun = time.perf_counter()
         done = subprocess.run(
@@ -99,17 +100,9 @@ def run(code: str, *words: object) -> dict[str, Any]:
         return told | {"wall": time.perf_counter() - begun}
 
 
-def _forget(folder: Path) -> None:
-    """Have the system drop what it holds of a folder's files."""
-    for file in folder.iterdir():
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def copy_limit(source: Path, target: Path) -> float:
     """Seconds to copy a folder's files and flush them."""
-    _forget(source)
+    forget(source)
     target.mkdir()
     begun = time.perf_counter()
     for file in source.iterdir():
