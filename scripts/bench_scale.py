@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from scripts.bench_scale_results import Machine, Result, Results
 from scripts.bench_scale_rows import Place, Row, rows
 from scripts.prepare_demo import ROOT, cache_folder
 from vera_edge import __version__
+from vera_edge.quiet import quiet
 
 TABLE_SIZES = ("0.13b", "0.5b", "1.2b", "3b", "8b")
 RESULTS = ROOT / "docs" / "scale.json"
@@ -191,6 +193,8 @@ def wanted_rows(given: argparse.Namespace, known: dict[str, Row]) -> list[tuple[
 
 def main() -> None:
     given = _arguments()
+    # A row is a process group of its own: it would go on after this one was ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     results = Results(given.results)
     failed = False
     if not given.kept:
@@ -218,7 +222,8 @@ def _measure(given: argparse.Namespace, results: Results) -> Iterator[Result]:
             place = folder / f"{name}-{size.layers}"
             say(f"{name}: making the models")
             needed = sorted({base for _, base in pairs})
-            bench_models.make(size, given.rank, place, needed, _tokenizer(given.tokenizer, size))
+            with quiet():
+                bench_models.make(size, given.rank, place, needed, _tokenizer(given.tokenizer, size))
             if "bf16" not in needed:  # what the other was made of: room for the exports
                 shutil.rmtree(place / "bf16", ignore_errors=True)
             sitting = Sitting(name, size, place, given.rank, limits, results, machine, known)

@@ -22,8 +22,10 @@ def write(results: Sequence[Result]) -> None:
     shown = sorted((one for one in results if one.size != "tiny"), key=_order)
     page = PAGE.read_text(encoding="utf-8")
     page = _between(page, "goals", bench_scale_goals.lines(_largest(shown)))
-    page = _between(page, "rows", [*_tables(shown), *_machine(shown)])
-    for name, chart in charts(_largest(shown)).items():
+    plots = charts(_largest(shown))
+    images = [f"![{name.removesuffix('.svg')}]({name})" for name in plots]
+    page = _between(page, "rows", [*images, *_tables(shown), *_machine(shown)])
+    for name, chart in plots.items():
         write_atomic(PAGE.with_name(name), chart)
     write_atomic(PAGE, page.encode())
 
