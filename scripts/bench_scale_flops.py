@@ -8,8 +8,8 @@ For a linear (o, i), o outputs and i inputs, and T tokens of calibration text in
     Gram matrices    3 T i i              an input: X~^T X~, symmetric, and X^T X~; q, k and v read one input,
                                           gate and up another
     stream           2 T o i              (R - R~)^T X~, where the output is added to the hidden states
-    factors          i i i                an input: two Cholesky factorisations and a triangular inverse,
-                                          i^3 / 3 each
+    factors          2/3 i i i            an input: a Cholesky factorisation for the compensation and one for
+                                          the target, i^3 / 3 each
     target           4 o i i              W (X^T X~)(X~^T X~)^-1: a product and two triangular solves
     compensation     o i i                GPTQ: each column's error on all later ones
     refit            3 o i i + 2/3 o b^3  scales of a row at once, b = i / 32 of them: W H, T^T H T, a solve
@@ -55,7 +55,7 @@ def calibrated_export(size: Size, effort: Effort) -> dict[str, float]:
     added = [shapes["self_attn.o_proj"], shapes["mlp.down_proj"]]
     stream = sum(2 * tokens * out * inside for out, inside in added)
     gram = sum(3 * tokens * inside**2 for inside in _inputs(size)) + stream
-    factors = sum(inside**3 for inside in _inputs(size))
+    factors = sum(2 / 3 * inside**3 for inside in _inputs(size))
     one = {
         "forward": 2 * (2 * tokens * weights + attention),
         "gram": gram,
