@@ -222,7 +222,7 @@ class _Item(NamedTuple):
 
 
 def _round_item(rounding: Rounding, item: _Item) -> tuple[Mapping[str, Codes], tuple[str, ...]]:
-    """Codes and notes of one model. Each try has a folder of its own: what a lost worker left is no matter."""
+    """Codes and notes of one model. Each try has a folder of its own, whatever a lost worker left."""
     with rounding.codes(item.model, item.plan, item.folder / "rounding", exported=False) as rounded:
         codes = rounded.codes
         if isinstance(codes, CodesFolder):
