@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import bench_models, bench_scale, bench_scale_flops, bench_scale_goals, bench_scale_page
+from scripts import (
+    bench_llama_cpp,
+    bench_models,
+    bench_scale,
+    bench_scale_flops,
+    bench_scale_goals,
+    bench_scale_page,
+)
 from scripts.bench_models import SIZES
 from scripts.bench_process import Limits, descendants, run
 from scripts.bench_scale_results import Machine, Result, Results
@@ -234,6 +243,20 @@ def test_the_cheap_rows_run_on_a_tiny_model(tmp_path: Path) -> None:
     assert {result.row for result in Results(file)} == {"merge", "int8", "decode"}
     known = subprocess.run(command, capture_output=True, text=True)
     assert (known.returncode, known.stdout) == (0, "")  # nothing is measured twice
+
+
+def test_the_converter_is_what_the_source_brings_and_nothing_else(tmp_path: Path) -> None:
+    inside = ("convert_hf_to_gguf.py", "conversion/llama.py", "gguf-py/gguf/__init__.py", "src/llama.cpp")
+    with tarfile.open(tmp_path / "source.tar.gz", "w:gz") as archive:
+        for name in (*(f"package/vendor/llama.cpp/{one}" for one in inside), "package/setup.py"):
+            member = tarfile.TarInfo(name)
+            member.size = len(name)
+            archive.addfile(member, io.BytesIO(name.encode()))
+    bench_llama_cpp._unpack_converter(tmp_path / "source.tar.gz", tmp_path / "out")
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.py")}
+    assert found == set(inside[:3])
+    assert (tmp_path / "out" / inside[1]).read_text() == f"package/vendor/llama.cpp/{inside[1]}"
+    assert not (tmp_path / "out" / "src").exists() and not list((tmp_path / "out").rglob("setup.py"))
 
 
 def test_every_row_names_rows_that_are_there() -> None:
