@@ -14,6 +14,8 @@ import importlib
 import os
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,9 @@ PACKAGE = "llama-cpp-python==0.3.36"
 # The parts that aren't used here take as long to compile as those that are.
 _CMAKE = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
 PROMPT = 32
+# llama.cpp's converter, in the environment's folder: it comes with the source, not with what is compiled.
+CONVERTER = Path("llama.cpp") / "convert_hf_to_gguf.py"
+_CONVERTER_PARTS = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 
 
 def environment(folder: Path) -> Path:
@@ -34,6 +39,30 @@ def environment(folder: Path) -> Path:
         command = [str(python), "-m", "pip", "install", "-q", "--no-binary", "llama-cpp-python", PACKAGE]
         subprocess.run(command, check=True, env=os.environ | {"CMAKE_ARGS": _CMAKE})
     return python
+
+
+def converter(folder: Path) -> Path:
+    """llama.cpp's converter out of the package's source, in `folder`; it needs torch and transformers."""
+    script = folder / CONVERTER
+    if not script.is_file():
+        with tempfile.TemporaryDirectory() as temporary:
+            command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "-d", temporary]
+            command += ["--no-binary", "llama-cpp-python", PACKAGE]
+            subprocess.run(command, check=True)
+            (source,) = Path(temporary).glob("*.tar.gz")
+            _unpack_converter(source, script.parent)
+    return script
+
+
+def _unpack_converter(source: Path, folder: Path) -> None:
+    with tarfile.open(source) as archive:
+        wanted = []
+        for member in archive.getmembers():
+            _, _, inside = member.name.partition("/vendor/llama.cpp/")
+            if inside.split("/")[0] in _CONVERTER_PARTS and member.isfile():
+                member.name = inside
+                wanted.append(member)
+        archive.extractall(folder, wanted, filter="data")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What a merge costs in time, processor, memory and bytes, beside PEFT's and beside what the machine allows.
 
-    scripts/bench_merge [--size tiny|0.14b|0.5b|1.5b|7b] [--source nf4] [--source bf16] [--rank 256]
-        [--workers N] [--without-peft] [--folder DIR] [--make] [--json]
+    scripts/bench_merge [--size tiny|0.13b|0.5b|1.2b|1.5b|3b|7b|8b] [--source nf4] [--source bf16]
+        [--rank 256] [--workers N] [--without-peft] [--folder DIR] [--make] [--json]
 
 The base is a Llama of that size with random weights, in shards, made by code; the adapter a VeRA adapter on
 all of its linears. Each row runs in a process of its own, to the base's own format, rounded to nearest, and
@@ -26,113 +26,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from vera_edge.arrays import Float32
+from scripts.bench_models import SIZES, Size, make
+from scripts.bench_process import forget
 from vera_edge.cores import available_cores
 from vera_edge.requantize.gram import one_blas_thread
-from vera_edge.storage.json_text import canonical_json
-from vera_edge.storage.shards import Shards, ShardWriter
-from vera_edge.storage.tensors import RawTensor, float32_to_bf16
-
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SHARD_BYTES = 500_000_000
-
-
-@dataclass(frozen=True)
-class Size:
-    """A Llama, of the proportions that SmolLM2 (0.14b) and Qwen2.5 (from 0.5b) have."""
-
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    tied: bool = True
-
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of a layer's linears, by their name in it."""
-        narrow, wide, inner = self.hidden // self.heads * self.kv_heads, self.hidden, self.inner
-        attention = {"q_proj": (wide, wide), "k_proj": (narrow, wide), "v_proj": (narrow, wide)}
-        attention["o_proj"] = (wide, wide)
-        mlp = {"gate_proj": (inner, wide), "up_proj": (inner, wide), "down_proj": (wide, inner)}
-        return {f"self_attn.{n}": s for n, s in attention.items()} | {f"mlp.{n}": s for n, s in mlp.items()}
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every linear, by module."""
-        numbers = range(self.layers)
-        return {f"model.layers.{n}.{name}": shape for n in numbers for name, shape in self.shapes().items()}
-
-
-SIZES = {
-    "tiny": Size(256, 512, 2, 4, 2, 1000),
-    "0.14b": Size(576, 1536, 30, 9, 3, 49_152),
-    "0.5b": Size(896, 4864, 24, 14, 2, 151_936),
-    "1.5b": Size(1536, 8960, 28, 12, 2, 151_936),
-    "7b": Size(3584, 18_944, 28, 28, 4, 152_064, tied=False),
-}
-
-
-def make_base(size: Size, folder: Path) -> None:
-    """Write the bf16 base, sharded; one tensor in memory."""
-    folder.mkdir(parents=True)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (size.vocabulary, size.hidden)}
-    shapes |= {f"{module}.weight": shape for module, shape in size.linears().items()}
-    for number in range(size.layers):
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"model.layers.{number}.{name}.weight"] = (size.hidden,)
-    shapes["model.norm.weight"] = (size.hidden,)
-    if not size.tied:
-        shapes["lm_head.weight"] = (size.vocabulary, size.hidden)
-    pool = (np.random.default_rng(0).standard_normal(1 << 22) * 0.02).astype(np.float32)
-    with ShardWriter(Shards(folder, {n: ("BF16", s) for n, s in shapes.items()}, SHARD_BYTES)) as writer:
-        for number, (name, shape) in enumerate(shapes.items()):
-            values = np.resize(np.roll(pool, 9973 * number), shape) + np.float32("norm" in name)
-            writer.write(name, RawTensor.of(float32_to_bf16(values), "BF16"))
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "dtype": "bfloat16",
-        "hidden_size": size.hidden,
-        "intermediate_size": size.inner,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads,
-        "num_key_value_heads": size.kv_heads,
-        "vocab_size": size.vocabulary,
-        "tie_word_embeddings": size.tied,
-    }
-    (folder / "config.json").write_bytes(canonical_json(config))
-
-
-def make_adapter(size: Size, rank: int, base: Path, folder: Path) -> None:
-    """Write a VeRA adapter as PEFT does, with random vectors."""
-    from peft import VeraConfig
-
-    rng = np.random.default_rng(1)
-    tensors: dict[str, Float32] = {}
-    for module, (out, _) in size.linears().items():
-        tensors[f"base_model.model.{module}.vera_lambda_b"] = (rng.standard_normal(out) * 0.1).astype(
-            np.float32
-        )
-        tensors[f"base_model.model.{module}.vera_lambda_d"] = np.full(rank, 0.1, np.float32)
-    settings = VeraConfig(
-        r=rank,
-        projection_prng_key=3,
-        target_modules=list(LINEARS),
-        save_projection=False,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=str(base),
-        inference_mode=True,
-    )
-    settings.save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors")
-
 
 # What the measured processes run; each prints its own account when it is done.
 ACCOUNT = """
@@ -155,7 +57,7 @@ print(json.dumps(facts))
 OURS = """
 from pathlib import Path
 from vera_edge import merging as merge
-from vera_edge.engine import Engine
+from vera_edge.parallel import Engine
 if __name__ == '__main__':
     base, adapter, out = map(Path, sys.argv[1:4])
     where = merge.Resources(Engine(workers=int(sys.argv[4])))
@@ -184,7 +86,7 @@ def run(code: str, *words: object) -> dict[str, Any]:
         script = Path(folder) / "measured.py"
         guard = "if __name__ == '__main__':\n" + "".join(f"    {row}\n" for row in REPORT.splitlines())
         script.write_text(ACCOUNT + code + guard)
-        _forget(Path(str(words[0])))
+        forget(Path(str(words[0])))
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         begun = time.perf_counter()
         done = subprocess.run(
@@ -198,17 +100,9 @@ def run(code: str, *words: object) -> dict[str, Any]:
         return told | {"wall": time.perf_counter() - begun}
 
 
-def _forget(folder: Path) -> None:
-    """Have the system drop what it holds of a folder's files."""
-    for file in folder.iterdir():
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def copy_limit(source: Path, target: Path) -> float:
     """Seconds to copy a folder's files and flush them."""
-    _forget(source)
+    forget(source)
     target.mkdir()
     begun = time.perf_counter()
     for file in source.iterdir():
@@ -235,20 +129,6 @@ def product_limit(size: Size, rank: int) -> float:
     for shape in size.linears().values():
         np.matmul(*pairs[shape], out=outs[shape])
     return time.perf_counter() - begun
-
-
-def make(size: Size, rank: int, folder: Path, sources: list[str]) -> None:
-    """The adapter, and the bases that aren't there yet, each put in its place when it is whole."""
-    from vera_edge import merging as merge
-
-    dense, adapter = folder / "bf16", folder / "adapter"
-    if not all((folder / source).exists() for source in sources) and not dense.exists():
-        make_base(size, folder / "making")
-        (folder / "making").rename(dense)
-    if not adapter.exists():
-        make_adapter(size, rank, dense, adapter)
-    if "nf4" in sources and not (folder / "nf4").exists():
-        merge.to_folder(dense, [(adapter, 0.0)], folder / "nf4", "nf4", {"double_quant": True})
 
 
 def bench(words: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:

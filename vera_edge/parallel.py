@@ -63,16 +63,19 @@ class Engine:
         items: Sequence[T],
         in_flight: int | None = None,
         threads: bool = False,
+        whole_machine: bool = False,
     ) -> Generator[tuple[int, R]]:
         """`work(shared, item)` for every item; yields (index, result) as they finish, in any order.
 
         shared: sent to each worker once. in_flight: items at once, at most, on a cluster as well.
+        whole_machine: on a cluster an item has as many cores as its smallest machine has, for work that
+        takes all cores and much memory by itself.
         threads: local workers are threads of this process, for work that numpy and the disk do.
         An error that `work` raises passes through and ends the rest. A worker that dies is replaced and its
         item done again, up to three times; then WorkerError. Workers don't outlive this process.
         """
         if self.kind == "ray":
-            return _on_ray(work, shared, items, self.address, in_flight)
+            return _on_ray(work, shared, items, self.address, in_flight, whole_machine)
         workers = min(self.workers, len(items), in_flight or self.workers)
         if workers <= 1:
             return ((index, work(shared, item)) for index, item in enumerate(items))
@@ -157,7 +160,12 @@ def _in_threads(
 
 
 def _on_ray(
-    work: Callable[[S, T], R], shared: S, items: Sequence[T], address: str | None, in_flight: int | None
+    work: Callable[[S, T], R],
+    shared: S,
+    items: Sequence[T],
+    address: str | None,
+    in_flight: int | None,
+    whole_machine: bool,
 ) -> Generator[tuple[int, R]]:
     try:
         import ray
@@ -168,7 +176,15 @@ def _on_ray(
         if not ray.is_initialized():
             _start_ray(ray, address, held.enter_context(tempfile.TemporaryDirectory(prefix="vera-edge-ray-")))
             held.callback(ray.shutdown)
-        yield from _collect(ray, work, shared, items, in_flight or len(items))
+        cores = _fewest_cores(ray) if whole_machine else 1
+        remote = ray.remote(max_retries=_TRIES, num_cpus=cores)(work)
+        yield from _collect(ray, remote, shared, items, in_flight or len(items))
+
+
+def _fewest_cores(ray: Any) -> int:
+    """Cores of the cluster's smallest machine that has any to give: a task of so many runs on every one."""
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return min((count for count in cores if count), default=1)
 
 
 def _start_ray(ray: Any, address: str | None, empty: str) -> None:
@@ -183,9 +199,10 @@ def _start_ray(ray: Any, address: str | None, empty: str) -> None:
 
 
 def _collect(
-    ray: Any, work: Callable[[S, T], R], shared: S, items: Sequence[T], in_flight: int
-) -> Generator[tuple[int, R]]:
-    remote, common = ray.remote(max_retries=_TRIES)(work), ray.put(shared)
+    ray: Any, remote: Any, shared: S, items: Sequence[T], in_flight: int
+) -> Generator[tuple[int, Any]]:
+    """The results of `remote`, a Ray function."""
+    common = ray.put(shared)
     left = iter(enumerate(items))
     waiting: dict[Any, int] = {}
     while True:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from tests import foreign_code, tiny
 from tests.conftest import Cli
 from tests.integration.test_release_faults import recipe
 from vera_edge import merging as merge
-from vera_edge.errors import PlanError
+from vera_edge.errors import PlanError, VeraEdgeError
+from vera_edge.measuring.assess import DriftRequest, assess_any
+from vera_edge.measuring.assess_each import assess_each
 from vera_edge.parallel import Engine
+from vera_edge.rounding.weight_rounding import Rounding, merge_to_folders
 
 
 def slow_square(item: tuple[Path, int]) -> int:
@@ -29,6 +34,16 @@ def size_of(number: int) -> int:
     import numpy
 
     return int(numpy.zeros(number).size)
+
+
+def cores_given(shared: None, number: int) -> float:
+    import ray
+
+    return float(ray.get_runtime_context().get_assigned_resources()["CPU"])
+
+
+def cores_of(number: int) -> float:
+    return cores_given(None, number)
 
 
 def refuse(number: int) -> int:
@@ -97,6 +112,77 @@ def test_merges_on_a_cluster_that_loses_a_node(
     for name in ready:
         assert contents(tmp_path / "here" / name) == contents(tmp_path / "there" / name)
     assert {path.name for path in (tmp_path / "there").iterdir()} == {"one", "other"}
+
+
+def test_calibrations_on_a_cluster_that_loses_a_node(
+    cluster: Any, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """Four variants of one base, some of which are calibrated on a node that goes while they are at it."""
+    text = tmp_path / "text.txt"
+    text.write_text(tiny.TEXT * 20)
+    rounding, weights = Rounding("gptq", str(text)), (1.0, -0.5, 0.25, 2.0)
+    ready = [merge.prepare(tiny_llama.sharded, [(tiny_adapter, weight)], "nf4") for weight in weights]
+
+    def places(where: str) -> dict[Path, merge.Prepared]:
+        return {tmp_path / where / str(number): one for number, one in enumerate(ready)}
+
+    merge_to_folders(places("here"), rounding)
+    node, lost = cluster.add_node(num_cpus=3), threading.Event()
+
+    def lose_the_node() -> None:
+        while len(list((tmp_path / "there").glob(".*/.rounding*"))) < 3 and not lost.is_set():
+            time.sleep(0.01)
+        lost.set()
+        cluster.remove_node(node, allow_graceful=False)
+
+    losing = threading.Thread(target=lose_the_node)
+    losing.start()
+    told: list[tuple[str, int, int]] = []
+    on_ray = merge.Resources(Engine("ray", address=cluster.address))
+    merge_to_folders(places("there"), rounding, lambda *step: told.append(step), resources=on_ray)
+    assert lost.is_set()
+    losing.join()
+    assert [step[1:] for step in told if step[0].startswith("calibrating")] == [(n, 4) for n in range(1, 5)]
+    for number in range(len(ready)):
+        assert contents(tmp_path / "here" / str(number)) == contents(tmp_path / "there" / str(number))
+    assert {path.name for path in (tmp_path / "there").iterdir()} == {"0", "1", "2", "3"}
+
+
+def test_drift_of_many_artefacts_on_a_cluster(
+    cluster: Any,
+    tiny_llama: tiny.TinyLlama,
+    tiny_adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The reports are those of measuring each here, and an artefact at fault is told of in a sentence."""
+    for to in ("fp32", "int8", "nf4"):
+        merge.to_folder(tiny_llama.fp32, [(tiny_adapter, 1.0)], tmp_path / to, to)
+    (tmp_path / "text.txt").write_text(tiny.TEXT * 20)
+    monkeypatch.chdir(tmp_path)
+
+    def requests(folder: Path) -> list[DriftRequest]:
+        text, base = str(folder / "text.txt"), tiny_llama.fp32
+        return [
+            DriftRequest(tiny_adapter, folder / to, text, base, tokens=512, window=64, exact=True)
+            for to in ("fp32", "int8", "nf4")
+        ]
+
+    here = {number: assess_any(request) for number, request in enumerate(requests(tmp_path))}
+    on_ray = Engine("ray", address=cluster.address)
+    assert dict(assess_each(requests(Path()), on_ray)) == here
+    with pytest.raises(VeraEdgeError, match="nowhere"):
+        list(assess_each([replace(requests(Path())[0], candidate=Path("nowhere"))], on_ray))
+
+
+def test_an_item_for_a_whole_machine_has_all_cores_of_the_smallest(cluster: Any) -> None:
+    cluster.remove_node(cluster.head_node)
+    cluster.add_node(num_cpus=2, include_dashboard=False)
+    cluster.add_node(num_cpus=3)
+    engine = Engine("ray", address=cluster.address)
+    found = engine.map_with(cores_given, None, range(3), whole_machine=True)
+    assert {cores for _, cores in found} == {2.0}
+    assert {cores for _, cores in engine.map(cores_of, range(2))} == {1.0}
 
 
 def test_a_release_on_a_cluster_has_the_bytes_of_one_made_here(

@@ -89,9 +89,10 @@ class Chart:
             f'rotate(-90)">{escape(y_label)}</text>'
         )
 
-    def text(self, x: float, y: float, words: str, anchor: str = "start") -> None:
+    def text(self, x: float, y: float, words: str, anchor: str = "start", kind: str = "label") -> None:
+        """Words at a place of the canvas; `kind`: their CSS class."""
         self._marks.append(
-            f'<text class="label" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+            f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
         )
 
     def line(self, series: str, points: Sequence[tuple[float, float]]) -> None:

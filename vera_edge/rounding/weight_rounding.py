@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 from vera_edge import merging
 from vera_edge.adapters.vera import LambdaVectors, WeightedAdapter
@@ -19,10 +20,11 @@ from vera_edge.errors import PlanError
 from vera_edge.exporting.target import RoundedWeights
 from vera_edge.formats import FORMATS
 from vera_edge.formats.blocks import BITS, block_within
+from vera_edge.parallel import Engine
 from vera_edge.plans.int8 import INT8_QDQ, LLM_INT8, int8_form
 from vera_edge.plans.plan import Plan, Step
 from vera_edge.progress import Progress, silent
-from vera_edge.requantize import METHODS, CodesFolder, Effort, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.requantize import METHODS, Codes, CodesFolder, Effort, Grid, bnb_grid, int8_rows, int_blocks
 from vera_edge.requantize.effort import DEFAULT
 from vera_edge.rounding import recover
 from vera_edge.storage.files import check_output
@@ -176,18 +178,63 @@ def merge_to_folders(
 ) -> list[merging.MergeReport]:
     """Merge what was prepared, of one base, into its folder each; see `merge.write_each`.
 
-    Calibration, where the method needs it, is done for one after the other, before all else.
+    Calibration, where the method needs it, is done before all else: on a cluster each on a machine of its
+    own, here one after the other, since each takes all cores.
     """
     inputs = [path for one in ready.values() for path in one.model.folders]
     for out in ready:
         check_output(out, force, inputs)
     with ExitStack() as held:
-        merges = []
-        for out, one in ready.items():
-            codes = (rounding or Rounding()).codes(one.model, one.plan, out, progress, exported=False)
-            rounded = held.enter_context(codes)
-            merges.append(one.merge(out, rounded.codes, rounded.notes))
+        rounded = list(_rounded_each(ready, rounding or Rounding(), progress, resources.engine, held))
+        merges = [
+            one.merge(out, codes, notes)
+            for (out, one), (codes, notes) in zip(ready.items(), rounded, strict=True)
+        ]
         return merging.write_each(merges, progress, force, resources=resources)
+
+
+def _rounded_each(
+    ready: Mapping[Path, merging.Prepared],
+    rounding: Rounding,
+    progress: Progress,
+    engine: Engine,
+    held: ExitStack,
+) -> Iterator[tuple[Mapping[str, Codes], tuple[str, ...]]]:
+    """Codes and notes of each, in their order; codes are kept as long as `held`."""
+    if engine.kind != "ray" or len(ready) == 1:
+        for out, one in ready.items():
+            codes = rounding.codes(one.model, one.plan, out, progress, exported=False)
+            rounded = held.enter_context(codes)
+            yield rounded.codes, rounded.notes
+        return
+    items = [
+        _Item(one.model, one.plan, held.enter_context(scratch_folder(out.absolute(), "codes")))
+        for out, one in ready.items()
+    ]
+    if rounding.text != BUILT_IN:  # a worker may stand elsewhere
+        rounding = replace(rounding, text=str(Path(rounding.text).absolute()))
+    found = {}
+    for index, result in engine.map_with(_round_item, rounding, items, whole_machine=True):
+        found[index] = result
+        progress("calibrating on the cluster", len(found), len(items))
+    yield from (found[index] for index in range(len(items)))
+
+
+class _Item(NamedTuple):
+    """A model to round for a merge, as data that any worker can be sent. folder: where its codes go."""
+
+    model: TrainedModel
+    plan: Plan
+    folder: Path
+
+
+def _round_item(rounding: Rounding, item: _Item) -> tuple[Mapping[str, Codes], tuple[str, ...]]:
+    """Codes and notes of one model. Each try has a folder of its own, whatever a lost worker left."""
+    with rounding.codes(item.model, item.plan, item.folder / "rounding", exported=False) as rounded:
+        codes = rounded.codes
+        if isinstance(codes, CodesFolder):
+            codes = codes.moved(item.folder / uuid4().hex)
+        return codes, rounded.notes
 
 
 def calibration_texts(checkpoint: Checkpoint, source: str, tokens: int) -> list[Int64]:
