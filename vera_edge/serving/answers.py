@@ -153,8 +153,16 @@ class CompletionAnswer(TextAnswer):
             offsets.append(self._offset)
             self._offset += len(self.written(each.token))
         return {
-            "tokens": [self.written(each.token) for each in tokens],
+            "tokens": [self._key(each.token) for each in tokens],
             "token_logprobs": [each.logprob for each in tokens],
-            "top_logprobs": [{self.written(token): value for token, value in each.top} for each in tokens],
+            "top_logprobs": [{self._key(token): value for token, value in each.top} for each in tokens],
             "text_offset": offsets,
         }
+
+    def _key(self, token: int) -> str:
+        """The token's text; a part of a character as OpenAI writes it, so that two parts differ."""
+        data = self.bytes_of.of(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -11,9 +11,9 @@ import numpy.typing as npt
 
 from vera_edge.arrays import Tokens
 from vera_edge.device.runtime.adapters import Vectors
-from vera_edge.device.runtime.chat import BundleText
+from vera_edge.device.runtime.chat import BundleText, TextStream
 from vera_edge.device.runtime.decoding import Decoder
-from vera_edge.device.runtime.log_probabilities import TokenBytes, TokenChoice, choice
+from vera_edge.device.runtime.log_probabilities import TokenChoice, choice
 from vera_edge.device.runtime.sampling import Sampler, Sampling
 from vera_edge.device.runtime.stopping import StoppedText
 from vera_edge.errors import VeraEdgeError
@@ -62,9 +62,10 @@ class Job:
         self._sampler, self._output = Sampler(sampling), StoppedText(text, stop)
         self._seen = np.concatenate([prompt, np.zeros(limit, np.int64)])
         self._generated = 0
-        self._bytes = TokenBytes(text) if logprobs is not None else None
-        self._untold: list[tuple[int, TokenChoice]] = []  # where its text begins, in bytes of all text
-        self._written = self._shown = 0  # bytes of the text of all tokens, and of what was delivered
+        # The text as it were without stop strings: it tells which tokens lie before one.
+        self._plain = TextStream(text)
+        self._untold: list[tuple[int, TokenChoice]] = []  # where its text begins, in characters of all
+        self._written = self._shown = 0  # characters of the text of all tokens, and of what was delivered
 
     @property
     def capacity(self) -> int:
@@ -111,17 +112,17 @@ class Job:
 
     def _note(self, logits: npt.NDArray[Any], token: int) -> None:
         """Keep the token's probability until its text is shown."""
-        if self._bytes is not None and self._logprobs is not None:
+        if self._logprobs is not None:
             self._untold.append((self._written, choice(logits, token, self._logprobs)))
-            self._written += len(self._bytes.of(token))
+            self._written += len(self._plain.push(token))
 
     def _deliver(self, text: str, finish: str | None) -> None:
         self.finish = finish
         if not text and finish is None:
             return
-        self._shown += len(text.encode())
-        told = self._untold
-        if self._output.stopped:  # what stands in the stop string isn't part of the answer
-            told = [each for each in told if each[0] < self._shown]
-        self._untold = []
+        self._shown += len(text)
+        # A token is told with the text it begins. What stands in the stop string isn't part of the answer.
+        cut = finish is None or self._output.stopped
+        told = [each for each in self._untold if not cut or each[0] < self._shown]
+        self._untold = self._untold[len(told) :]
         self.deliver(AnswerPiece(text, tuple(each for _, each in told), finish, self._generated))
