@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import signal
 import subprocess
@@ -41,7 +42,7 @@ class Served:
         path: str,
         body: Any = None,
         headers: Mapping[str, str] | None = None,
-    ) -> tuple[int, dict[str, Any], Mapping[str, str]]:
+    ) -> tuple[int, dict[str, Any], http.client.HTTPMessage]:
         """Status, JSON and headers of one raw request; `body`: bytes as they are, else as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
@@ -60,18 +61,16 @@ class Served:
 @contextmanager
 def served(bundle: Path, *words: object, environment: Mapping[str, str] | None = None) -> Iterator[Served]:
     """`vera-edge serve BUNDLE WORDS...` on a free port; ended by Ctrl-C, which must be no failure."""
-    import os
-
-    command = [sys.executable, "-m", "vera_edge", "serve", str(bundle), "--port", "0", "--threads", "1"]
+    command = [sys.executable, "-m", "vera_edge", "serve", str(bundle), "--port", "0"]
     process = subprocess.Popen(
-        [*command, *map(str, words)],
+        [*command, "--threads", "1", *map(str, words)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **(environment or {})},
     )
     assert process.stderr is not None
     try:
-        lines = []
+        lines: list[str] = []
         while not (found := re.search(r"on http://.*:(\d+)/v1", line := process.stderr.readline())):
             assert line, f"the server ended: {''.join(lines)}"
             lines.append(line)

@@ -132,7 +132,8 @@ def _fault(name: str, needed: str | None, installed: str | None, extra: str | No
     try:
         importlib.import_module(name.replace("-", "_"))
     except Exception as cause:  # a library for another processor or another libc, say
-        return f"{installed} can't be imported ({str(cause).splitlines()[0] if str(cause) else cause!r})"
+        reason = (str(cause) or type(cause).__name__).splitlines()[0]
+        return f"{installed} can't be imported ({reason})"
     return None
 
 

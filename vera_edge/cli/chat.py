@@ -74,7 +74,7 @@ def _converse(conversation: Conversation) -> None:
             click.echo()
             interrupted = True
         except vera_edge.VeraEdgeError as error:
-            tell(f"vera-edge: {error}")
+            click.echo(f"vera-edge: {error}", err=True)
         if conversation.forgotten > forgotten:
             note("the context is full; what was said first is forgotten")
 

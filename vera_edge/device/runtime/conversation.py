@@ -99,6 +99,8 @@ class Conversation:
                 break
             del self._said[:2]
             self.forgotten += 2
+        if len(tokens) >= context:
+            raise DataError(f"that makes {len(tokens)} tokens, and the model reads {context}; say less")
         options = {name: value for name, value in self._options.items() if name != "template_args"}
         yield from self.session.generate(tokens, **options)
 
