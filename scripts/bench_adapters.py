@@ -53,7 +53,7 @@ def main() -> None:
     ]
     for count in given.counts:
         with tempfile.TemporaryDirectory(dir=cache_folder()) as files:
-            size = _write(folder, Path(files), count)
+            size = write_adapters(folder, Path(files), count)
             for runtime in RUNTIMES:
                 lines.append(_row(runtime, folder, Path(files), count, given.swaps))
                 say(lines[-1])
@@ -66,7 +66,7 @@ def main() -> None:
         write_section("adapters", lines)
 
 
-def _write(folder: Path, files: Path, count: int) -> int:
+def write_adapters(folder: Path, files: Path, count: int) -> int:
     """`count` adapters with random vectors in `files`; the bytes of one's vectors."""
     manifest, draw = bundle.read(folder), np.random.default_rng(0)
     first = folder / manifest.adapters["default"]["file"]

@@ -42,6 +42,7 @@ ORDER = (
     "reference",
     "bundle",
     "device",
+    "serving",
     "exporting",
     "measuring",
     "rounding",
@@ -52,7 +53,7 @@ ORDER = (
 )
 DEVICE_ROOMS = {"import_path", "printable", "errors", "progress", "cores", "arrays", "divergence", "storage"}
 DEVICE_ROOMS |= {"adapters", "formats", "bundle"}
-DEVICE_ROOMS |= {"device"}
+DEVICE_ROOMS |= {"device", "serving"}
 NOT_ON_THE_DEVICE = {
     "torch",
     "transformers",

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from vera_edge.api.adapters import to_lora as to_lora
     from vera_edge.api.bench import Bench as Bench
     from vera_edge.api.bench import bench as bench
+    from vera_edge.api.chat import Conversation as Conversation
+    from vera_edge.api.chat import chat as chat
     from vera_edge.api.diff import Difference as Difference
     from vera_edge.api.diff import diff as diff
     from vera_edge.api.diff import diff_adapters as diff_adapters
+    from vera_edge.api.doctor import Diagnosis as Diagnosis
+    from vera_edge.api.doctor import doctor as doctor
     from vera_edge.api.drift import DriftReport as DriftReport
     from vera_edge.api.drift import EncoderReport as EncoderReport
     from vera_edge.api.drift import Interval as Interval
@@ -52,6 +56,7 @@ if TYPE_CHECKING:
     from vera_edge.api.release import plan_release as plan_release
     from vera_edge.api.release import rebuild as rebuild
     from vera_edge.api.release import release as release
+    from vera_edge.api.serve import serve as serve
     from vera_edge.api.sign import sign as sign
     from vera_edge.api.validate import Validation as Validation
     from vera_edge.api.validate import validate as validate
@@ -82,7 +87,9 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "api.adapters": ("freeze_adapter", "pack_adapter", "to_lora"),
     "api.bench": ("Bench", "bench"),
+    "api.chat": ("Conversation", "chat"),
     "api.diff": ("Difference", "diff", "diff_adapters"),
+    "api.doctor": ("Diagnosis", "doctor"),
     "api.drift": ("DriftReport", "EncoderReport", "Interval", "drift"),
     "api.export": ("Export", "export"),
     "api.fetch": ("Fetched", "fetch"),
@@ -98,6 +105,7 @@ _PUBLIC = {
     "api.projections": ("Provenance", "projections"),
     "api.quantize": ("Quantized", "quantize"),
     "api.release": ("Release", "plan_release", "rebuild", "release"),
+    "api.serve": ("serve",),
     "api.sign": ("sign",),
     "api.validate": ("Validation", "validate"),
     "api.verify": ("Manifest", "read_manifest", "verify"),

@@ -35,6 +35,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("vera_edge.cli.export:export", "Export base and adapter to ONNX, merged or as a side-branch."),
     "drift": ("vera_edge.cli.drift:drift", "Measure how far an artefact is from the model as trained."),
     "run": ("vera_edge.cli.run:run", "Generate text from an exported folder, without torch."),
+    "chat": ("vera_edge.cli.chat:chat", "Talk with an exported model in the terminal."),
+    "serve": ("vera_edge.cli.serve:serve", "Answer OpenAI's protocol over HTTP, an adapter per model name."),
     "verify": ("vera_edge.cli.verify:verify", "Check every file of a bundle against its manifest."),
     "sign": ("vera_edge.cli.sign:sign", "Sign a bundle."),
     "install": ("vera_edge.cli.install:install", "Install a bundle on this device, atomically."),
@@ -48,6 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fetch": ("vera_edge.cli.fetch:fetch", "Bring a bundle over a slow link, only what is missing here."),
     "diff": ("vera_edge.cli.fetch:diff", "Say what changed from one bundle to another."),
     "release": ("vera_edge.cli.release:release", "Make every bundle of a recipe: gated, described, signed."),
+    "doctor": ("vera_edge.cli.doctor:doctor", "Say what is installed and what this machine can do."),
 }
 
 # what the device part does without -> the extra that brings it
@@ -67,9 +70,11 @@ EXTRAS = {
     "pydantic": "release",
     "ray": "ray",
     "sigstore": "release",
+    "starlette": "serve",
     "threadpoolctl": "build",
     "torch": "build",
     "transformers": "build",
+    "uvicorn": "serve",
 }
 
 # What a system says no with, wherever a path is looked at. Others, such as a missing file that a command

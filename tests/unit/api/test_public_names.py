@@ -108,9 +108,10 @@ def test_a_function_takes_what_its_command_takes(words: str, command: click.Comm
     function = getattr(vera_edge, FUNCTIONS.get(words, words))
     taken = dict(inspect.signature(function).parameters)
     asked = {name for name in options(command).keys() - OF_THE_TERMINAL if (words, name) not in OTHERWISE}
+    asked = {{"template_arg": "template_args"}.get(name, name) for name in asked}
     if words == "run":  # how text is generated is asked of what was opened
         taken |= inspect.signature(vera_edge.Session.generate).parameters
-        asked = {{"template_arg": "template_args"}.get(name, name) for name in asked} - {"system"}
+        asked -= {"system"}
     assert asked <= set(taken)
     for name, parameter in taken.items():
         if name not in POSITIONAL and words != "run":

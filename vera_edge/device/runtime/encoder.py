@@ -13,6 +13,7 @@ from vera_edge.arrays import Float32, Int64
 from vera_edge.bundle.contents import Manifest
 from vera_edge.device.check import answers
 from vera_edge.device.runtime import pooling
+from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.graph import Graph, first_line
 from vera_edge.device.runtime.opened import AdapterChoice, Opened, open_graph
@@ -121,11 +122,14 @@ class Encoder(Opened):
             raise DataError("a text has no token; leave empty texts out")
         return [Encoded(np.array(one.ids, np.int64), np.array(one.type_ids, np.int64)) for one in found]
 
-    def outputs(self, encoded: Sequence[Encoded], batch: int = 32) -> Float32:
-        """Pooled embeddings (n, d) or class logits (n, classes), whatever the model gives."""
+    def outputs(self, encoded: Sequence[Encoded], batch: int = 32, vectors: Vectors | None = None) -> Float32:
+        """Pooled embeddings (n, d) or class logits (n, classes), whatever the model gives.
+
+        vectors: of the adapter (`vectors_of`); None: the active one's.
+        """
         if batch < 1 or not encoded:
             raise DataError("give one text or more, in batches of one or more")
-        vectors = self.vectors
+        vectors = self.vectors if vectors is None else vectors
         out: Float32 | None = None
         for rows in _batches([len(one.ids) for one in encoded], batch):
             found = self._run([encoded[row] for row in rows], vectors)

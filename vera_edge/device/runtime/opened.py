@@ -54,6 +54,10 @@ class Opened:
         """
         self._active = self._choose(adapter)
 
+    def vectors_of(self, adapter: AdapterChoice) -> Vectors:
+        """The vectors of an adapter, which needn't be the active one; raises as `swap`."""
+        return self._choose(adapter)[1]
+
     def _choose(self, adapter: AdapterChoice) -> tuple[AdapterChoice, Vectors]:
         named = self.manifest.adapters
         if self.manifest.mode == "merged":

@@ -105,7 +105,7 @@ class Session(Opened):
             raise DataError(f"max_tokens is {max_tokens}; it must be 0 or more")
         given = {"tools": tools, "documents": documents}
         arguments = {name: value for name, value in given.items() if value is not None}
-        tokens = self._tokens(prompt, raw, {**(template_args or {}), **arguments})
+        tokens = self.tokens(prompt, raw, {**(template_args or {}), **arguments})
         return Generation(self.decoder, self.text, tokens, self._active[1], sampling, max_tokens, stop)
 
     async def stream(self, prompt: str | Sequence[Message] | Tokens, **options: Any) -> AsyncIterator[str]:
@@ -137,12 +137,16 @@ class Session(Opened):
             vectors = [loaded[choice] for choice in adapters]
         if len(vectors) != len(prompts) or not prompts:
             raise DataError(f"{len(vectors)} adapters for {len(prompts)} prompts; give one for each prompt")
-        tokens = [self._tokens(prompt, raw, template_args or {}) for prompt in prompts]
+        tokens = [self.tokens(prompt, raw, template_args or {}) for prompt in prompts]
         return Batch(self.decoder, self.text, tokens, vectors, sampling, max_tokens, stop)
 
-    def _tokens(
+    def tokens(
         self, prompt: str | Sequence[Message] | Tokens, raw: bool, arguments: Mapping[str, Any]
     ) -> Tokens:
+        """The token ids (n,) that `generate` feeds for a prompt; arguments: of the chat template.
+
+        Raises DataError when the prompt is empty or too long, or an argument would have no effect.
+        """
         if isinstance(prompt, np.ndarray):
             if arguments:
                 raise DataError(
