@@ -155,7 +155,7 @@ print(json.dumps(facts))
 OURS = """
 from pathlib import Path
 from vera_edge import merging as merge
-from vera_edge.engine import Engine
+from vera_edge.parallel import Engine
 if __name__ == '__main__':
     base, adapter, out = map(Path, sys.argv[1:4])
     where = merge.Resources(Engine(workers=int(sys.argv[4])))
