@@ -18,10 +18,11 @@ import numpy as np
 
 from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import CheckpointError, FormatError, PlanError
+from vera_edge.formats import codes4, compiled
 from vera_edge.formats.codes4 import LEVELS, block_codes, levels_of, nearest_codes, pack
 from vera_edge.formats.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from vera_edge.formats.nested import Nested, quantize_absmax
-from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear
+from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear, Weight, add_values
 from vera_edge.storage import json_text
 from vera_edge.storage.tensors import DTYPES, FLOATS, RawTensor, TensorFolder
 
@@ -52,6 +53,12 @@ class Bnb4Weight:
 
     def rows(self, start: int, stop: int) -> Float32:
         """Rows as float32: level times absmax, one rounding, as bitsandbytes' own kernels have it."""
+        whole = self.whole_blocks(start, stop)
+        if whole is not None:
+            rows = np.empty((stop - start, self.shape[1]), np.float32)
+            put = compiled.four_bits(self.blocksize).put
+            put(*whole, codes4.tables(self.quant_type).pairs, rows.reshape(-1))
+            return rows
         begin, end = start * self.shape[1], stop * self.shape[1]
         # Blocks run over row ends: begin at the block that holds the first value.
         first = begin // self.blocksize
@@ -62,6 +69,22 @@ class Bnb4Weight:
         blocks *= self.absmax[first : first + full, None]
         values[full * self.blocksize :] *= self.absmax[first + full : first + full + 1]
         return values[begin - aligned :].reshape(stop - start, self.shape[1])
+
+    def add_to(self, rows: Float32, start: int) -> bool:
+        """See `weight.add_rows`."""
+        blocks = self.whole_blocks(start, start + len(rows))
+        if blocks is None or not compiled.takes(rows):
+            return add_values(rows, self.rows(start, start + len(rows)))
+        add = compiled.four_bits(self.blocksize).add
+        return bool(add(*blocks, codes4.tables(self.quant_type).pairs, rows.reshape(-1)) < compiled.INFINITE)
+
+    def whole_blocks(self, start: int, stop: int) -> tuple[Bytes, Float32] | None:
+        """The codes and absmax of rows, for compiled loops: None where these rows aren't for them."""
+        begin, end = start * self.shape[1], stop * self.shape[1]
+        packed = self.packed[begin // 2 : end // 2]
+        absmax = self.absmax[begin // self.blocksize : end // self.blocksize]
+        whole = begin % self.blocksize == 0 and end % self.blocksize == 0
+        return (packed, absmax) if whole and compiled.takes(packed, absmax) else None
 
     def tensors(self) -> Mapping[str, RawTensor]:
         """What to store, by suffix, as bitsandbytes lays it out."""
@@ -248,7 +271,8 @@ class Bnb4Rounder:
         self._done = 0
 
     def add(self, rows: Float32) -> None:
-        values = np.ascontiguousarray(rows).reshape(-1)
+        values = np.ascontiguousarray(rows, np.float32).reshape(-1)
+        values = values[self._add_whole(values) :]
         step = max(1, CHUNK_VALUES // self._blocksize) * self._blocksize
         for start in range(0, values.size, step):
             codes, absmax = block_codes(values[start : start + step], self._blocksize, self._quant_type)
@@ -258,6 +282,33 @@ class Bnb4Rounder:
             self._absmax[block : block + absmax.size] = absmax
             self._packed[byte : byte + codes.size // 2] = pack(codes)
             self._done += codes.size
+
+    def add_sum(self, base: Weight, start: int, rows: Float32) -> bool | None:
+        """See `weight.round_sum`."""
+        if not isinstance(base, Bnb4Weight) or base.blocksize != self._blocksize:
+            return None
+        blocks = base.whole_blocks(start, start + len(rows))
+        if blocks is None or not compiled.takes(rows):
+            return None
+        pairs, tables = codes4.tables(base.quant_type).pairs, codes4.tables(self._quant_type)
+        block, byte, count = self._done // self._blocksize, self._done // 2, blocks[1].size
+        absmax, packed = self._absmax[block : block + count], self._packed[byte : byte + rows.size // 2]
+        merge = compiled.four_bits(self._blocksize).merge
+        largest = merge(*blocks, pairs, rows.reshape(-1), tables.bounds, tables.labels, absmax, packed)
+        self._done += rows.size
+        return bool(largest < compiled.INFINITE)
+
+    def _add_whole(self, values: Float32) -> int:
+        """Round whole blocks by compiled loops, where they are in use; how many of the values that was."""
+        count = values.size // self._blocksize if compiled.takes(values) else 0
+        whole, block, byte = count * self._blocksize, self._done // self._blocksize, self._done // 2
+        if count:
+            tables = codes4.tables(self._quant_type)
+            absmax, packed = self._absmax[block : block + count], self._packed[byte : byte + whole // 2]
+            nearest = compiled.four_bits(self._blocksize).nearest
+            nearest(values[:whole], tables.bounds, tables.labels, absmax, packed)
+            self._done += whole
+        return whole
 
     def weight(self) -> Bnb4Weight:
         nested = quantize_absmax(self._absmax) if self._options["double_quant"] else None

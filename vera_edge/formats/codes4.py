@@ -7,6 +7,7 @@ Source of the levels: Dettmers et al., QLoRA, https://arxiv.org/abs/2305.14314.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -30,6 +31,24 @@ _CELLS = np.float32(32767)
 _TINY = np.float32(1e-38)
 _SMALL = np.float32(1e-30)  # below, cells are beyond float32; no real weight's absmax is
 _UNSURE = 255
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the compiled loops for 4-bit blocks take, see `compiled.FourBits`."""
+
+    pairs: npt.NDArray[np.uint64]
+    bounds: Float32
+    labels: Bytes
+
+
+@cache
+def tables(quant_type: str) -> Tables:
+    """The tables of NF4 or FP4."""
+    bounds, order = _bounds(quant_type)
+    ranks = np.arange(256, dtype=np.uint8)
+    labels = (order[ranks >> 4] << 4) | order[ranks & 15]
+    return Tables(_pairs(quant_type).reshape(-1), bounds, labels)
 
 
 def levels_of(packed: Bytes, quant_type: str) -> Float32:

@@ -11,7 +11,8 @@ import numpy.typing as npt
 
 from vera_edge.arrays import Float32
 from vera_edge.errors import PlanError
-from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear
+from vera_edge.formats import compiled
+from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear, Weight, add_values
 from vera_edge.storage.tensors import RawTensor, TensorFolder, float32_to_bf16
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -69,6 +70,20 @@ class DenseWeight:
         values = self.data.array()
         part = values[:, start:stop].T if self.transposed else values[start:stop]
         return RawTensor.of(part, self.data.dtype).float32()
+
+    def add_to(self, rows: Float32, start: int) -> bool:
+        """See `weight.add_rows`."""
+        bits = self.bfloat16(start, start + len(rows))
+        if bits is None or not compiled.takes(bits, rows):
+            return add_values(rows, self.rows(start, start + len(rows)))
+        return bool(compiled.bfloat16().add(bits, rows.reshape(-1)) < compiled.INFINITE)
+
+    def bfloat16(self, start: int, stop: int) -> npt.NDArray[np.uint16] | None:
+        """The bits of rows, flat; None where they aren't bfloat16 and in order."""
+        if self.data.dtype != "BF16" or self.transposed:
+            return None
+        bits: npt.NDArray[np.uint16] = self.data.array()[start:stop].reshape(-1)
+        return bits
 
     def tensors(self) -> Mapping[str, RawTensor]:
         return {".weight": self.data}
@@ -133,6 +148,17 @@ class DenseRounder:
         self._dtype, self._transposed, self._done = dtype, transposed, 0
         self._result = np.empty(shape[::-1] if transposed else shape, _NUMPY[dtype])
 
+    def add_sum(self, base: Weight, start: int, rows: Float32) -> bool | None:
+        """See `weight.round_sum`."""
+        if self._dtype != "BF16" or self._transposed or not isinstance(base, DenseWeight):
+            return None
+        bits, result = base.bfloat16(start, start + len(rows)), self._result[self._done :][: len(rows)]
+        if bits is None or not compiled.takes(bits, rows, result):
+            return None
+        merge = compiled.bfloat16().merge
+        self._done += len(rows)
+        return bool(merge(bits, rows.reshape(-1), result.reshape(-1)) < compiled.INFINITE)
+
     def add(self, rows: Float32) -> None:
         stop = self._done + len(rows)
         part = self._result[:, self._done : stop] if self._transposed else self._result[self._done : stop]
@@ -154,6 +180,9 @@ def to_dtype(values: Float32, dtype: str) -> RawTensor:
 
 
 def _round_into(result: npt.NDArray[Any], values: Float32, dtype: str) -> None:
+    if dtype == "BF16" and compiled.takes(result, values):
+        compiled.bfloat16().nearest(values.reshape(-1), result.reshape(-1))
+        return
     rows = values.shape[0] if values.ndim else 1
     step = max(1, CHUNK_VALUES * rows // max(1, values.size))
     pieces = [slice(start, start + step) for start in range(0, rows, step)] if values.ndim else [...]

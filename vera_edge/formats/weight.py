@@ -132,6 +132,40 @@ def rounder(target: WeightFormat, shape: tuple[int, int], options: Mapping[str, 
     return made
 
 
+def add_rows(weight: Weight, start: int, rows: Float32) -> bool:
+    """Add rows `start`, ... of a weight to float32 `rows` (any, in_features); whether all sums are finite.
+
+    A weight that can do both in one pass has a method `add_to(rows, start)`.
+    """
+    own = getattr(weight, "add_to", None)
+    if own is None:
+        return add_values(rows, weight.rows(start, start + len(rows)))
+    finite: bool = own(rows, start)
+    return finite
+
+
+def round_sum(rounder: Rounder, base: Weight, start: int, rows: Float32) -> bool:
+    """Add rows `start`, ... of `base` to `rows`, and give the rounder the sums; whether all are finite.
+
+    Where they aren't, the rounder's result is of no use. A rounder that can do it in one pass has a method
+    `add_sum(base, start, rows)`, which returns None for a base that it can't do it for.
+    """
+    own = getattr(rounder, "add_sum", None)
+    finite: bool | None = None if own is None else own(base, start, rows)
+    if finite is None:
+        finite = add_rows(base, start, rows)
+        if finite:
+            rounder.add(rows)
+    return finite
+
+
+def add_values(rows: Float32, values: Float32) -> bool:
+    """Add `values` to `rows` in place; whether all sums are finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.add(rows, values, out=rows)
+    return bool(np.isfinite(rows).all())
+
+
 def row_chunks(
     shape: tuple[int, int], multiple: int = 1, values: int | None = None
 ) -> Iterator[tuple[int, int]]:

@@ -12,11 +12,13 @@ from vera_edge.adapters.projection import Projections
 from vera_edge.adapters.vera import Adapter
 from vera_edge.arrays import Float32
 from vera_edge.errors import AdapterError, CheckpointError
-from vera_edge.formats import Weight, row_chunks
+from vera_edge.formats import Rounder, Weight, add_rows, round_sum, row_chunks
 from vera_edge.merging.measure import ROWS
 
 # Values of one product: fewer make it slow, more fall out of the processor's cache before they're stored.
 PRODUCT_VALUES = 1 << 21
+# Rows of one product of a wide layer: BLAS copies all of diag(d) A for each.
+PRODUCT_ROWS = 384
 
 
 class Delta:
@@ -71,26 +73,24 @@ def _quiet() -> np.errstate:
 
 
 def merged_rows(
-    module: str, base: Weight, delta: Delta | None, multiple: int = 1
+    module: str, base: Weight, delta: Delta | None, rounder: Rounder | None = None
 ) -> Iterator[tuple[int, Float32]]:
     """The base's weight plus the delta, piece by piece: the first row, and float32 (rows, in).
 
-    A piece has a multiple of `multiple` rows and of `measure.ROWS`, but for the last. It is written over by
-    the next one. Raises CheckpointError when the base isn't finite, AdapterError when the sum isn't.
+    A piece has a multiple of `measure.ROWS` rows, but for the last. It is written over by the next one.
+    rounder: is given all of them, while the processor's cache still holds them.
+    Raises CheckpointError when the base isn't finite, AdapterError when the sum isn't.
     """
-    (out, columns), multiple = base.shape, math.lcm(ROWS, multiple)
-    count = min(out, max(1, PRODUCT_VALUES // columns // multiple) * multiple)
-    buffer = np.empty((count, columns), np.float32)
-    for start in range(0, out, count):
-        piece = buffer[: out - start]
+    multiple = rounder.multiple if rounder else 1
+    buffer = np.empty((piece_rows(base.shape, multiple), base.shape[1]), np.float32)
+    for start, end in _pieces(base.shape, multiple):
+        piece = buffer[: end - start]
         if delta is not None:
             delta.into(piece, start)
-        for first, stop in row_chunks(piece.shape):
-            rows, own = piece[first:stop], base.rows(start + first, start + stop)
-            with _quiet():
-                np.copyto(rows, own) if delta is None else np.add(rows, own, out=rows)
-            if not np.isfinite(rows).all():
-                if np.isfinite(own).all():
+        for first, stop in row_chunks(piece.shape, multiple):
+            rows = piece[first:stop]
+            if not _take(rows, base, start + first, delta is not None, rounder):
+                if np.isfinite(base.rows(start + first, start + stop)).all():
                     raise AdapterError(
                         f"what the adapter adds to {module} is beyond float32; its vectors or its weight are "
                         "too large for anything sound"
@@ -100,6 +100,37 @@ def merged_rows(
                     "it; the checkpoint is damaged: copy it again"
                 )
         yield start, piece
+
+
+def piece_rows(shape: tuple[int, int], multiple: int) -> int:
+    """The most rows of a piece of a weight (out, in), for a rounder that takes multiples of so many."""
+    return max(end - start for start, end in _pieces(shape, multiple))
+
+
+def _pieces(shape: tuple[int, int], multiple: int) -> Iterator[tuple[int, int]]:
+    """The row ranges of a weight's pieces.
+
+    What whole steps of PRODUCT_VALUES leave over is a piece of its own: a product of very few rows sums in
+    another order, so that who has how many decides on last bits.
+    """
+    out, multiple = shape[0], math.lcm(ROWS, multiple)
+    step = max(1, PRODUCT_VALUES // shape[1] // multiple) * multiple
+    whole = out // step * step
+    size = step * max(1, PRODUCT_ROWS // step)
+    yield from ((start, min(whole, start + size)) for start in range(0, whole, size))
+    if whole < out:
+        yield whole, out
+
+
+def _take(rows: Float32, base: Weight, start: int, is_delta: bool, rounder: Rounder | None) -> bool:
+    """Make `rows`, which may hold a delta, the sum, and give it to the rounder; whether it is finite."""
+    if is_delta:
+        return add_rows(base, start, rows) if rounder is None else round_sum(rounder, base, start, rows)
+    np.copyto(rows, base.rows(start, start + len(rows)))
+    finite = bool(np.isfinite(rows).all())
+    if finite and rounder is not None:
+        rounder.add(rows)
+    return finite
 
 
 def merge_rows(module: str, base: Weight, delta: Delta | None) -> Float32:

@@ -16,7 +16,7 @@ from vera_edge.merging import advice, card
 from vera_edge.merging.config import merged_config
 from vera_edge.merging.delta import Delta, merge_rows
 from vera_edge.merging.journal import Done
-from vera_edge.merging.memory import ONE_PROCESS, Resources, allowed_workers
+from vera_edge.merging.memory import ONE_PROCESS, Resources, allowed_workers, may_compile
 from vera_edge.merging.report import MergeReport
 from vera_edge.merging.stage import Stage, files_of, opened, tidy
 from vera_edge.merging.work import MergeJob, do_unit, is_there, key_of
@@ -108,8 +108,8 @@ def _job(merge: Merge, force: bool, max_shard_bytes: int, resources: Resources) 
     check_output(merge.out, force, merge.model.folders)
     key = key_of(merge.plan, merge.requantized, max_shard_bytes)
     folder = files_of(merge.out.absolute(), key)  # a worker may stand elsewhere
-    in_flight = resources.in_flight or 1
-    return MergeJob(key, merge.plan, merge.model, merge.requantized, folder, max_shard_bytes, in_flight)
+    where = (folder, max_shard_bytes, resources.in_flight or 1, may_compile(resources))
+    return MergeJob(key, merge.plan, merge.model, merge.requantized, *where)
 
 
 def check_plan(plan: Plan, model: TrainedModel) -> None:

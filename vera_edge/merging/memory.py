@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vera_edge import formats
 from vera_edge.errors import PlanError
+from vera_edge.merging.delta import piece_rows
 from vera_edge.merging.measure import measured_rows
 from vera_edge.merging.units import Linear, MergeUnit
 from vera_edge.merging.work import MergeJob
@@ -15,7 +16,8 @@ from vera_edge.parallel import Engine
 from vera_edge.storage.shards import nbytes
 
 _PROCESS = 96 << 20  # Python, numpy and what vera-edge imports, measured with some to spare
-_PIECES = 24 << 20  # what is worked on piece by piece (delta.PRODUCT_VALUES, formats.CHUNK_VALUES)
+_COMPILER = 160 << 20  # numba and LLVM, alike
+_PIECES = 16 << 20  # what is worked on piece by piece (formats.CHUNK_VALUES)
 ROOM = 1 << 30
 
 
@@ -35,6 +37,12 @@ class Resources:
 ONE_PROCESS = Resources(Engine())
 
 
+def may_compile(resources: Resources) -> bool:
+    """Whether the memory that is allowed is no less than a merge takes by itself, so that the compiler of its
+    loops, which only saves time, has room in it."""
+    return resources.max_memory is None or resources.max_memory >= ROOM
+
+
 def unit_peak(job: MergeJob, unit: MergeUnit) -> int:
     """Bytes a unit takes at its peak: what it reads, what it gives, and pieces."""
     making = job.model.checkpoint.making(unit.names)
@@ -46,7 +54,7 @@ def unit_peak(job: MergeJob, unit: MergeUnit) -> int:
     result = sum(nbytes(*entry) for entry in unit.layout.values())
     step, values = unit.step, math.prod(unit.step.shape)
     measured = sum(stop - start for start, stop in measured_rows(step.shape).items())
-    taken = stored + result + 4 * measured * step.shape[1]
+    taken = stored + result + 4 * (measured + piece_rows(step.shape, 1)) * step.shape[1]
     if step.action == "merge":
         taken += 4 * job.model.projections.spec.rank * step.shape[1]
     if step.module in job.requantized:
@@ -69,7 +77,8 @@ def process_size(job: MergeJob) -> int:
     tensors = sum(
         tensor.data.nbytes for adapter, _ in job.model.adapters for tensor in adapter.modules_to_save.values()
     )
-    return _PROCESS + 4 * spec.elements + vectors + tensors
+    program = _PROCESS + (_COMPILER if job.compiles else 0)
+    return program + 4 * spec.elements + vectors + tensors
 
 
 def allowed_workers(jobs: Sequence[MergeJob], resources: Resources) -> int | None:

@@ -144,8 +144,7 @@ class Linear:
         base = formats.load(tensors, self.checkpoint.linear(step.module))
         rounder = self._rounder()
         measured = measured_rows(step.shape) if step.action == "merge" else {}
-        for start, rows in merged_rows(step.module, base, self.delta(), rounder.multiple):
-            rounder.add(rows)
+        for start, rows in merged_rows(step.module, base, self.delta(), rounder):
             for first in range(start, start + len(rows), ROWS):
                 if first in measured:
                     kept[first] = rows[first - start : measured[first] - start].copy()

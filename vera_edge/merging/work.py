@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,9 +21,10 @@ from vera_edge.arrays import Bytes
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.overlay import Overlay
 from vera_edge.base.trained_as import TrainedAs
+from vera_edge.formats import compiled
 from vera_edge.merging.cutting import cut
 from vera_edge.merging.journal import Done
-from vera_edge.merging.units import MergeUnit
+from vera_edge.merging.units import Linear, MergeUnit
 from vera_edge.plans.plan import Plan
 from vera_edge.requantize import Codes
 from vera_edge.requantize.gram import one_blas_thread
@@ -32,6 +34,7 @@ from vera_edge.storage.shards import Shards, nbytes
 from vera_edge.storage.tensors import RawTensor, WitnessedFolder
 from vera_edge.trained.trained_model import TrainedModel
 
+COMPILED_FROM = 1 << 29  # weights for which loading numba, about a second and 150 MB, is worth it
 _AHEAD = 1 << 28  # bytes of one tensor to fetch ahead; a longer one is read in order, which the system sees
 
 
@@ -40,7 +43,8 @@ class MergeJob:
     """A merge, as its workers need it. Pickled, it carries the base's path, and a worker opens that once.
 
     folder: where the shards are, made already. max_shard_bytes: as for `Shards`. ahead: how many units are
-    at work at once, so that the one after them is fetched. run: what a worker knows it by.
+    at work at once, so that the one after them is fetched. may_compile: whether loops over the weights may be
+    compiled where they are many enough. run: what a worker knows it by.
     """
 
     key: str
@@ -50,6 +54,7 @@ class MergeJob:
     folder: Path
     max_shard_bytes: int
     ahead: int = 1
+    may_compile: bool = True
     run: str = field(default_factory=lambda: uuid4().hex)
 
     @cached_property
@@ -65,6 +70,12 @@ class MergeJob:
     def untied(self) -> bool:
         """Whether the output head is untied from the embedding by this merge."""
         return self._cut[1]
+
+    @cached_property
+    def compiles(self) -> bool:
+        """Whether its loops are compiled, where numba is installed: the bytes are the same."""
+        changed = sum(math.prod(unit.step.shape) for unit in self.units if isinstance(unit, Linear))
+        return self.may_compile and changed >= COMPILED_FROM
 
     @cached_property
     def shards(self) -> Shards:
@@ -83,7 +94,7 @@ class MergeJob:
         checkpoint = self.model.checkpoint
         base = _Base(checkpoint.path.absolute(), checkpoint.trained_as, checkpoint.overlay)
         adapters = (self.model.adapters, self.model.projections)
-        rest = (self.requantized, self.folder, self.max_shard_bytes)
+        rest = (self.requantized, self.folder, self.max_shard_bytes, self.ahead, self.may_compile)
         return _reopen, (self.run, self.key, self.plan.to_dict(), base, adapters, rest)
 
 
@@ -109,7 +120,7 @@ def _reopen(
     plan: Mapping[str, Any],
     base: _Base,
     adapters: tuple[tuple[WeightedAdapter, ...], Projections],
-    rest: tuple[Mapping[str, Codes], Path, int],
+    rest: tuple[Mapping[str, Codes], Path, int, int, bool],
 ) -> MergeJob:
     if run not in _reopened:
         while len(_reopened) >= _HELD:
@@ -168,6 +179,8 @@ def do_unit(job: MergeJob, number: int) -> Done:
 
     Raises as units do, and OutputError when the disk refuses.
     """
+    if job.compiles:
+        compiled.start()
     _read_ahead(job, number + job.ahead)
     read, written = WitnessedFolder(job.model.checkpoint.tensors), _Written(job)
     with one_blas_thread():

@@ -22,6 +22,8 @@ from vera_edge.storage.tensors import TensorFolder
 
 STORAGES = {"U8": torch.uint8, "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 
 def bits(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint32]:
     return np.ascontiguousarray(values).view(np.uint32)

@@ -17,6 +17,8 @@ from vera_edge.storage.tensors import TensorFolder
 
 TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 
 def folder_of(path: Path, **tensors: torch.Tensor) -> TensorFolder:
     save_file({name.replace("__", "."): value for name, value in tensors.items()}, path / "model.safetensors")
