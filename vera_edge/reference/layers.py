@@ -70,13 +70,13 @@ class Stack:
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             calls.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
-            chain.append((_hidden_of(args, kwargs), _hidden(output)))
+            chain.append((hidden_of(args, kwargs), output_hidden(output)))
 
         with ExitStack() as hooks:
             for layer in self.layers:
                 handle = layer.register_forward_hook(after, with_kwargs=True)
                 hooks.callback(handle.remove)
-            _forward(model, window)
+            forward(model, window)
         links = pairwise(chain)
         if len(calls) != len(self.layers) or any(one[1] is not two[0] for one, two in links):
             raise DataError(
@@ -90,14 +90,14 @@ class Stack:
         found: list[torch.Tensor] = []
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(_hidden_of(args, kwargs))
+            found.append(hidden_of(args, kwargs))
             raise _Stop
 
         handle = self.layers[0].register_forward_pre_hook(before, with_kwargs=True)
         try:
             for window in windows:
                 try:
-                    _forward(model, window)
+                    forward(model, window)
                 except _Stop:
                     continue
         finally:
@@ -119,7 +119,7 @@ class Layer:
 
     def __call__(self, hidden: torch.Tensor, row: int) -> torch.Tensor:
         args, kwargs = self._arguments[len(self._windows[row])]
-        return _hidden(self._layer(hidden, *args, **kwargs))
+        return output_hidden(self._layer(hidden, *args, **kwargs))
 
     def use(self, changes: Mapping[str, Changed]) -> None:
         """Give linears these weights and biases from now on."""
@@ -209,17 +209,20 @@ class Layer:
         return found, output
 
 
-def _forward(model: nn.Module, window: Int64) -> None:
+def forward(model: Any, window: Int64) -> Any:
+    """The output of a model for one text of token ids (n,), without a cache."""
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    model(input_ids=torch.from_numpy(np.ascontiguousarray(window[None])), **options)
+    return model(input_ids=torch.from_numpy(np.ascontiguousarray(window[None])), **options)
 
 
-def _hidden(output: Any) -> torch.Tensor:
+def output_hidden(output: Any) -> torch.Tensor:
+    """The hidden states in what a layer gives."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return found
 
 
-def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states in what a layer is called with."""
     found: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     return found
 
