@@ -58,15 +58,16 @@ class StandIns:
             column.copy_(torch.randn(column.shape, generator=draw) / math.sqrt(width))
 
     @contextmanager
-    def poisoned(self, name: str) -> Iterator[None]:
-        """One stand-in full of NaN, to see what depends on it."""
-        column = self._columns[name]
-        kept = column.clone()
-        column.fill_(math.nan)
+    def poisoned(self, names: Iterable[str]) -> Iterator[None]:
+        """Some stand-ins full of NaN, to see what depends on them."""
+        kept = {name: self._columns[name].clone() for name in names}
+        for name in kept:
+            self._columns[name].fill_(math.nan)
         try:
             yield
         finally:
-            column.copy_(kept)
+            for name, values in kept.items():
+                self._columns[name].copy_(values)
 
     def empty(self) -> None:
         """NaN in all of them from now on."""

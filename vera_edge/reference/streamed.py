@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from torch import nn
 
 from vera_edge.arrays import Float32, Int64
 from vera_edge.progress import Progress, silent
-from vera_edge.reference.hidden_states import HiddenStates
-from vera_edge.reference.layers import forward, hidden_of, output_hidden, stack_of
+from vera_edge.reference.hidden_states import HiddenStates, Room
+from vera_edge.reference.layers import Call, call_of, forward, hidden_of, output_hidden, stack_of
 from vera_edge.reference.stand_ins import StandIns
 
 Take = Callable[[Any], Float32]  # of a model's output
@@ -35,13 +35,6 @@ class View(Protocol):
     """One way to run the model: with its adapter or without, in this precision or that."""
 
     def running(self) -> AbstractContextManager[None]: ...
-
-
-class Call(NamedTuple):
-    """What a layer is called with beside its hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class _Stop(Exception):
@@ -58,6 +51,7 @@ class LayerStream:
 
     model: Any
     weights: StandIns
+    view: View
     layers: list[nn.Module]
     name: str  # of the list of layers
     widths: list[int | None] = field(default_factory=list)  # a layer gives a tuple of so many, or a tensor
@@ -78,7 +72,7 @@ class LayerStream:
         name, layers = stack_of(model, owners)
         if not layers:
             return None
-        stream = cls(model, weights, layers, name)
+        stream = cls(model, weights, views[0], layers, name)
         weights.fill()
         try:
             for view in views:
@@ -106,7 +100,8 @@ class LayerStream:
         """
         counts = [len(windows) if count is None else min(count, len(windows)) for count in first]
         counts += [len(windows)] * (len(views) - len(counts))
-        states = [HiddenStates() for _ in views]
+        room = Room()
+        states = [HiddenStates(room) for _ in views]
         with torch.inference_mode():
             runs = [
                 Run(self, view, windows[:count], hidden)
@@ -147,7 +142,7 @@ class LayerStream:
                 hidden = hidden_of(args, kwargs)
                 if len(calls) != index or (read and hidden is not read[0]):
                     raise _Unlike
-                calls.append(_call(args, kwargs))
+                calls.append(call_of(args, kwargs))
                 read[:] = [hidden]
                 if index + 1 == len(self.layers):
                     raise _Stop
@@ -209,20 +204,28 @@ class LayerStream:
         ):
             if not _same(_tensors(self.end(text, hidden)), wanted):
                 raise _Unlike
-        for name in {name for own in self.outside() if (name := self.weights.name_of(own.data))}:
-            with self.weights.poisoned(name):
+        outside = {name for own in self.outside() if (name := self.weights.name_of(own.data))}
+        for name in sorted(outside):
+            with self.weights.poisoned([name]):
                 if not _same(self.calls(window), (again, start)):
                     self.first.add(name)
                 if not _same(_tensors(self.end(window, last)), expected):
                     self.last.add(name)
+        with self.weights.poisoned(self.weights.tensors.keys() - self.first):
+            if not _same(self.calls(window), (again, start)):
+                raise _Unlike
+        with self.weights.poisoned(self.weights.tensors.keys() - self.last):
+            if not _same(_tensors(self.end(window, last)), expected):
+                raise _Unlike
 
     def _chained(self, texts: Sequence[tuple[Int64, list[Call], torch.Tensor]]) -> list[torch.Tensor]:
         """What the last layer gives for each text, all of them through one layer after the other."""
         states = [hidden for _, _, hidden in texts]
         for index, layer in enumerate(self.layers):
-            for row, (_, calls, _) in enumerate(texts):
-                args, kwargs = calls[index]
-                states[row] = output_hidden(layer(states[row], *args, **kwargs))
+            with self.weights.poisoned(self.weights.tensors.keys() - self.weights.held_by(layer)):
+                for row, (_, calls, _) in enumerate(texts):
+                    args, kwargs = calls[index]
+                    states[row] = output_hidden(layer(states[row], *args, **kwargs))
         return states
 
     def _watched(self, window: Int64) -> tuple[list[Call], torch.Tensor, torch.Tensor, Any]:
@@ -236,7 +239,7 @@ class LayerStream:
             if any(item is not None for item in rest):
                 raise _Unlike
             self.widths.append(1 + len(rest) if isinstance(output, tuple) else None)
-            calls.append(_call(args, kwargs))
+            calls.append(call_of(args, kwargs))
             chain.append((hidden_of(args, kwargs), output_hidden(output)))
 
         with ExitStack() as hooks:
@@ -255,7 +258,7 @@ class Run:
         self, stream: LayerStream, view: View, windows: Sequence[Int64], states: HiddenStates
     ) -> None:
         self._stream, self._view, self.windows, self._states = stream, view, windows, states
-        self._calls: list[list[Call]] = []
+        self.calls: list[list[Call]] = []
 
     def start(self, read: dict[str, torch.Tensor]) -> None:
         """To where the first layer reads."""
@@ -268,7 +271,7 @@ class Run:
             same = next((one for one in alike if _same(one, calls)), None)
             if same is None:
                 alike.append(calls)
-            self._calls.append(calls if same is None else same)
+            self.calls.append(calls if same is None else same)
             self._states[row] = hidden
 
     def layer(self, index: int, read: dict[str, torch.Tensor]) -> None:
@@ -276,7 +279,7 @@ class Run:
         layer = self._stream.layers[index]
         with self._view.running(), self._stream.weights.placed(layer.parameters(), read):
             for row in range(len(self.windows)):
-                args, kwargs = self._calls[row][index]
+                args, kwargs = self.calls[row][index]
                 self._states[row] = output_hidden(layer(self._states[row], *args, **kwargs))
 
     def end(self, row: int, read: dict[str, torch.Tensor]) -> Any:
@@ -284,10 +287,6 @@ class Run:
         stream = self._stream
         with self._view.running(), stream.weights.placed(stream.outside(), read, stream.last):
             return stream.end(self.windows[row], self._states[row])
-
-
-def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    return Call(args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"})
 
 
 def _vocabulary(model: Any) -> int:

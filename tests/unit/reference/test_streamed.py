@@ -17,7 +17,7 @@ from tests.families import FAMILIES, VOCABULARY
 from vera_edge.arrays import Float32, Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError
-from vera_edge.reference.hidden_states import HiddenStates
+from vera_edge.reference.hidden_states import HiddenStates, Room
 from vera_edge.reference.model import TorchReference, open_reference
 from vera_edge.tasks import task as tasks
 from vera_edge.trained import alignment, provenance
@@ -186,7 +186,7 @@ def test_what_the_whole_model_lacks_is_told_of_it(tiny_llama: tiny.TinyLlama, tm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hidden_states_beyond_the_budget_come_back_from_disk(dtype: torch.dtype) -> None:
     draw = torch.Generator().manual_seed(1)
-    states = HiddenStates(budget=1000)
+    states = HiddenStates(Room(1000))
     expected: dict[int, torch.Tensor] = {}
     for turn in range(3):
         for row, length in enumerate((5, 9, 30, 4, 30)):
