@@ -78,12 +78,11 @@ def _plan(at: Place) -> Command:
 
 
 def plan_bytes(size: Size) -> int:
-    """A size for a plan to keep within, halfway between layers of int4 and of int8, and 20 MB for the rest.
+    """A size for a plan to keep within: halfway between all of int4 and all of int8, and 10 MB for the rest.
 
-    Blocks of 32 take 5.125 and 9 bits a weight, a float32 scale and int4's zero point included; embeddings
-    and head are float32.
+    Blocks of 32 take 5.125 and 9 bits a weight, a float32 scale and int4's zero point included.
     """
-    return int(size.linear_weights * (5.125 + 9) / 2 / 8 + 4 * size.table_weights + 20e6)
+    return int((size.linear_weights + size.table_weights) * (5.125 + 9) / 2 / 8 + 10e6)
 
 
 def _builder(at: Place) -> Command:

@@ -20,8 +20,8 @@ _PROMPT, _TOKENS = 16, 8
 def main() -> None:
     warnings.filterwarnings("ignore")
     name, *words = sys.argv[1:]
-    told = {"peft": merge_with_peft, "decode": decode}[name](*map(Path, words))
-    print(json.dumps(told))
+    folders = [Path(word) for word in words]
+    print(json.dumps(merge_with_peft(*folders) if name == "peft" else decode(*folders)))
 
 
 def merge_with_peft(base: Path, adapter: Path, out: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tests import tiny
 from vera_edge import merging
 from vera_edge.adapters.projection import ProjectionSpec, regenerate
 from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.errors import DataError, MismatchError, PlanError
+from vera_edge.errors import DataError, MismatchError, OutputError, PlanError
 from vera_edge.reference.calibration import LayerInputs
 from vera_edge.reference.model import load_dense
 from vera_edge.requantize import Codes, CodesFolder, Effort, bnb_grid, int_blocks, requantize
@@ -133,7 +133,8 @@ def test_modules_that_text_never_reaches_are_rounded_all_the_same(tiny_llama: ti
 
 @pytest.mark.parametrize("grid", [bnb_grid("nf4"), int_blocks(4, 32, symmetric=False)])
 def test_codes_come_back_from_the_disk(tmp_path: Path, grid: Any) -> None:
-    store = CodesFolder(tmp_path)
+    store = CodesFolder(tmp_path / "codes")
+    store.folder.mkdir()
     weight = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
     codes = requantize(weight, grid, "search")
     store.put("a.b", codes)
@@ -141,6 +142,13 @@ def test_codes_come_back_from_the_disk(tmp_path: Path, grid: Any) -> None:
     assert store.get("a.c") is None
     with pytest.raises(ValueError, match="already"):
         store.put("a.b", codes)
+    moved = store.moved(tmp_path / "elsewhere")
+    assert (moved["a.b"].dequantize() == codes.dequantize()).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    with pytest.raises(OutputError, match="taken"):
+        moved.moved(tmp_path / "taken")
 
 
 def test_bad_requests_write_nothing(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path) -> None:
