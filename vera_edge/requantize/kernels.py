@@ -1,7 +1,7 @@
 """The compiled loops of rounding and search.
 
-Arrays are float32 and transposed: a row is an input, a column an output (a "lane"). Lanes don't depend on each
-other, and every loop runs over neighbouring ones innermost. `table`: the levels of a code book in order,
+Arrays are float32 and transposed: a row is an input, a column an output (a "lane"). Lanes don't depend on
+each other, and every loop runs over neighbouring ones innermost. `table`: the levels of a code book in order,
 `bounds`: the middles between them; both empty for integers, whose codes end at `top`.
 """
 
