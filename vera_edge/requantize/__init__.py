@@ -6,7 +6,8 @@
     hqq       scales and zero points by half-quadratic splitting, no activations needed
     gptq      codes that make up for each other's errors, on scales that are given
     refit     scales that are best for given codes, for a whole row at once
-    piece     some rows on their way through those two; kernels: their loops, compiled by numba
+    piece     some rows on their way through those two
+    kernels   their loops, and those of search, compiled by numba; normal_kernels: those of refit
     effort    how far they go
     quantize  the methods as one function, `requantize`
     store     codes of many modules, on disk

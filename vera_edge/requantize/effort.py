@@ -33,7 +33,7 @@ class Effort:
 
 DEFAULT = "default"
 _NAMED = {
-    "quick": Effort(rounds=0, sweeps=0, tokens=4096, follows=False),
+    "quick": Effort(rounds=0, sweeps=0, tokens=4096),
     DEFAULT: Effort(),
     "thorough": Effort(rounds=4, sweeps=4, tokens=32768),
 }

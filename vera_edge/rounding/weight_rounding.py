@@ -102,9 +102,9 @@ class Rounding:
     ) -> Iterator[RoundedWeights]:
         """The weights rounded; codes are kept beside `out` while the context lasts.
 
-        No codes for "rtn", which every format does by itself. Raises PlanError for an unknown
-        method or effort, a method that no layer can use, or where nothing can be recovered, DataError for
-        unusable text.
+        No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or
+        effort, a method that no layer can use, or where nothing can be recovered; DataError for unusable
+        text.
         """
         method = self.method or str(plan.options.get("method") or default_method(plan.steps))
         if method not in METHODS:
