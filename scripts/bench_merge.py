@@ -1,7 +1,7 @@
 """What a merge costs in time, processor, memory and bytes, beside PEFT's and beside what the machine allows.
 
-    scripts/bench_merge [--size tiny|0.13b|0.5b|1.2b|1.5b|3b|7b|8b] [--source nf4] [--source bf16]
-        [--rank 256] [--workers N] [--without-peft] [--folder DIR] [--make] [--json]
+    scripts/bench_merge [--size tiny|0.13b|0.5b|1.2b|1.5b|3b|7b|8b] [--layers N] [--source nf4]
+        [--source bf16] [--rank 256] [--workers N] [--without-peft] [--folder DIR] [--make] [--json]
 
 The base is a Llama of that size with random weights, in shards, made by code; the adapter a VeRA adapter on
 all of its linears. Each row runs in a process of its own, to the base's own format, rounded to nearest, and
@@ -9,15 +9,18 @@ begins with nothing of the base in the system's memory. PEFT loads the model, me
 it where it can. The limits: the base's files copied and flushed, and the products B A alone, on one thread
 and on all.
 
-`wall` is from a process's start to its end, `seconds` without the interpreter's start. `read` and `written`
-are what was asked of the system. With --folder the models stay there and are used again; --make only makes
-them. Linux only (/proc).
+`wall` is from a process's start to its end, `seconds` without the interpreter's start. `user` and `system`
+are seconds of processor time, `ns` that time in ns per weight of the linears: on a machine that does other
+work too, hold it against that of the products, and not `wall` against theirs. `read` and `written` are what
+was asked of the system. --layers: only so many of the model's layers, where the whole has no room. With
+--folder the models stay there and are used again; --make only makes them. Linux only (/proc).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -26,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +52,7 @@ status = dict(line.split(':', 1) for line in open('/proc/self/status').read().sp
 io = dict(line.split(': ') for line in open('/proc/self/io').read().splitlines())
 facts |= {
     'seconds': time.perf_counter() - begun,
-    'cpu': sum(u.ru_utime + u.ru_stime for u in usage),
+    'user': sum(u.ru_utime for u in usage), 'system': sum(u.ru_stime for u in usage),
     'peak': int(status['VmHWM'].split()[0]) * 1024,
     'read': int(io['rchar']), 'written': int(io['wchar']),
 }
@@ -114,8 +118,8 @@ def copy_limit(source: Path, target: Path) -> float:
     return took
 
 
-def product_limit(size: Size, rank: int) -> float:
-    """Seconds for the products B A of all linears."""
+def product_limit(size: Size, rank: int) -> dict[str, float]:
+    """Wall and processor seconds for the products B A of all linears."""
     rng = np.random.default_rng(2)
     pairs = {
         shape: (
@@ -125,21 +129,23 @@ def product_limit(size: Size, rank: int) -> float:
         for shape in set(size.linears().values())
     }
     outs = {shape: np.empty(shape, np.float32) for shape in pairs}
-    begun = time.perf_counter()
+    for shape in pairs:  # so that no page of theirs is new to the process
+        np.matmul(*pairs[shape], out=outs[shape])
+    begun, used = time.perf_counter(), time.process_time()
     for shape in size.linears().values():
         np.matmul(*pairs[shape], out=outs[shape])
-    return time.perf_counter() - begun
+    return {"wall": time.perf_counter() - begun, "user": time.process_time() - used, "system": 0.0}
 
 
-def bench(words: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+def bench(words: argparse.Namespace, size: Size, folder: Path) -> Iterator[dict[str, Any]]:
     """The rows, one measured thing each."""
-    size, adapter, sources = SIZES[words.size], folder / "adapter", words.source or ["nf4", "bf16"]
+    adapter, sources = folder / "adapter", words.source or ["nf4", "bf16"]
     make(size, words.rank, folder, sources)
     if words.make:
         return
-    yield {"what": "products, all threads", "wall": product_limit(size, words.rank)}
+    yield {"what": "products, all threads"} | product_limit(size, words.rank)
     with one_blas_thread():
-        yield {"what": "products, one thread", "wall": product_limit(size, words.rank)}
+        yield {"what": "products, one thread"} | product_limit(size, words.rank)
     for source in sources:
         base, out = folder / source, folder / "out"
         yield {"what": f"copy, {source}", "wall": copy_limit(base, folder / "copy")}
@@ -154,6 +160,7 @@ def bench(words: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="0.5b")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--source", action="append", choices=["nf4", "bf16"])
     parser.add_argument("--rank", type=int, default=256)
     parser.add_argument("--workers", type=int, action="append")
@@ -162,11 +169,16 @@ def main() -> None:
     parser.add_argument("--make", action="store_true", help="only make the models")
     parser.add_argument("--json", action="store_true")
     words = parser.parse_args()
+    size = SIZES[words.size]
+    size = replace(size, layers=words.layers or size.layers)
+    weights = sum(math.prod(shape) for shape in size.linears().values())
     with ExitStack() as held:
         folder = words.folder or Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bench-merge-")))
         folder.mkdir(parents=True, exist_ok=True)
-        for row in bench(words, folder):
+        for row in bench(words, size, folder):
             load = os.getloadavg()[0]
+            if "user" in row:
+                row["ns"] = (row["user"] + row["system"]) / weights * 1e9
             if words.json:
                 print(json.dumps({**row, "load": load}), flush=True)
             else:

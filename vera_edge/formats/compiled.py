@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from threading import Lock
 from typing import Any
 
@@ -33,8 +32,13 @@ _started = False
 def start() -> bool:
     """Have the formats use compiled loops from now on; whether they do. It takes some tenths of a second."""
     global _started
-    _started = _started or find_spec("numba") is not None
-    return _started
+    if not _started:
+        try:
+            import_module("numba")
+        except ImportError:  # it isn't there, or not for this numpy
+            return False
+        _started = True
+    return True
 
 
 def stop() -> None:
