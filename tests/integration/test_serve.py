@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,8 +18,9 @@ import numpy as np
 import pytest
 
 import vera_edge
-from tests import tiny_bundle, tiny_encoder
+from tests import tiny, tiny_bundle, tiny_encoder
 from tests.served import Served, served
+from tests.test_docs import BLOCK, ROOT, shell_lines
 from tests.tiny_bundle import TinyBundles, TorchRunner
 from tests.unit.bundle.test_signing import make_key
 from vera_edge.bundle import signing
@@ -488,3 +490,31 @@ def test_curl_is_answered(server: Served) -> None:
     )
     events = [line.removeprefix("data: ") for line in done.stdout.splitlines() if line]
     assert events[-1] == "[DONE]" and all(json.loads(event)["object"] for event in events[:-1])
+
+
+def test_the_recipes_of_the_manual_run(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """Every curl line and every Python block of docs/serve.md, in order, against one server."""
+    vera_edge.export(tiny_llama.nf4, tiny_adapter, out=tmp_path / "bundle", mode="branch")
+    (tmp_path / "shelf").mkdir()
+    shutil.copy(
+        tmp_path / "bundle" / "adapters" / "default.onnx_adapter",
+        tmp_path / "shelf" / "french.onnx_adapter",
+    )
+    page = ROOT / "docs" / "serve.md"
+    asked = [line for line in shell_lines(page) if line.startswith("curl ")]
+    blocks = [text for kind, text in BLOCK.findall(page.read_text("utf-8")) if kind == "python"]
+    assert len(asked) >= 6 and len(blocks) == 2
+    with served(tmp_path / "bundle", "--adapters-from", tmp_path / "shelf") as running:
+        here = f"127.0.0.1:{running.port}"
+        for line in asked if shutil.which("curl") else ():
+            words = shlex.split(line.replace("127.0.0.1:8000", here))
+            done = subprocess.run([*words, "-sS"], capture_output=True, text=True, check=True)
+            assert done.stdout and '"error"' not in done.stdout, line
+        for block in blocks:
+            code = block.replace("127.0.0.1:8000", here)
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0 and done.stdout, done.stderr
