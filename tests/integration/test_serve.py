@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shlex
 import shutil
 import socket
@@ -247,6 +248,35 @@ def test_a_wrong_request_gets_an_error_object_and_the_server_stays(
     assert (found, set(answer)) == (status, {"error"})
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert says in answer["error"]["message"]
+    assert complete(client, "first", max_tokens=1).choices[0].finish_reason == "length"
+
+
+# What may stand where something else belongs.
+ODD: tuple[Any, ...] = (
+    *(None, True, 0, 1, -1, 3, 1e308, 10**20, -(2**63), 0.5, "", "x", "\0", "\u2028", "x" * 3000),
+    *([], [1], [[1]], ["a"], ["a", "b"], [None], [3, 400], {}, {"type": "text"}, {"include_usage": 1}),
+    *([{"role": "user", "content": [{"type": "text", "text": "a"}]}], [{"role": "system"}], "first"),
+)
+MEMBERS = (
+    *("model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k"),
+    *("min_p", "repetition_penalty", "seed", "stop", "n", "stream", "stream_options", "logprobs", "tools"),
+    *("top_logprobs", "chat_template_kwargs", "logit_bias", "echo", "suffix", "user", "response_format"),
+)
+
+
+def test_no_request_makes_the_server_fail(server: Served, client: Any) -> None:
+    """Requests with two members that are something else than what belongs there."""
+    draw = random.Random(0)
+    seen = set()
+    for number in range(300):
+        path = (TEXT, CHAT, "/v1/embeddings", "/v1/adapters")[number % 4 if number < 40 else number % 2]
+        body: dict[str, Any] = {"model": "second", "max_tokens": 2}
+        body |= {"messages": MESSAGES} if path == CHAT else {"prompt": PROMPT}
+        body |= {draw.choice(MEMBERS): draw.choice(ODD) for _ in range(2)}
+        status = server.status("POST", path, body)
+        assert status in (200, 400, 403, 404), (path, body, status)
+        seen.add(status)
+    assert seen >= {200, 400, 403}
     assert complete(client, "first", max_tokens=1).choices[0].finish_reason == "length"
 
 
