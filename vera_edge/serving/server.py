@@ -83,9 +83,9 @@ def run(
         limit_concurrency=2 * settings.open + _SPARE,
     )
     app.start()
-    tell(f"serving {', '.join(each.name for each in names)} on {address(listening)}")
     try:
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):  # from the moment that it's said to be there
+            tell(f"serving {', '.join(each.name for each in names)} on {address(listening)}")
             uvicorn.Server(config).run(sockets=[listening])
     finally:
         app.stop()
