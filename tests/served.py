@@ -44,13 +44,23 @@ class Served:
         headers: Mapping[str, str] | None = None,
     ) -> tuple[int, dict[str, Any], http.client.HTTPMessage]:
         """Status, JSON and headers of one raw request; `body`: bytes as they are, else as JSON."""
+        status, read, answered = self._exchange(method, path, body, headers)
+        return status, json.loads(read), answered
+
+    def status(self, method: str, path: str, body: Any) -> int:
+        """The status alone, of an answer that may be a stream."""
+        return self._exchange(method, path, body, None)[0]
+
+    def _exchange(
+        self, method: str, path: str, body: Any, headers: Mapping[str, str] | None
+    ) -> tuple[int, bytes, http.client.HTTPMessage]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         connection.request(method, path, data, {"Content-Type": "application/json", **(headers or {})})
         answer = connection.getresponse()
         read = answer.read()
         connection.close()
-        return answer.status, json.loads(read), answer.headers
+        return answer.status, read, answer.headers
 
     def memory(self) -> int:
         """Bytes of physical memory that the process holds."""

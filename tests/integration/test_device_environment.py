@@ -96,6 +96,30 @@ def test_it_verifies_and_runs_a_bundle(fresh: Path, tiny_bundles: TinyBundles, t
         assert (found["text"], found["tokens"]) == (text, here.tokens) and here.tokens
 
 
+def test_it_says_what_it_lacks_and_with_which_line_it_comes(
+    fresh: Path, tiny_bundles: TinyBundles, tmp_path: Path
+) -> None:
+    vera_edge = fresh / "vera-edge"
+    ran = call([vera_edge, "doctor", "--json"], tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert found["broken"] == [] and {"build", "release", "serve"} <= found["missing"].keys()
+    assert "torch" in found["missing"]["build"]
+    assert found["advice"]["serve"] == "pip install 'vera-edge[serve]'"
+    assert call([vera_edge, "doctor"], tmp_path).returncode == 0
+    refused = call([vera_edge, "serve", tiny_bundles.branch], tmp_path)
+    assert refused.returncode == 2 and found["advice"]["serve"] in refused.stderr
+    talked = subprocess.run(
+        [str(vera_edge), "chat", str(tiny_bundles.branch), "--max-tokens", "4"],
+        input="Merge the two.\n",
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert talked.returncode == 0 and talked.stdout, talked.stderr
+
+
 def test_it_draws_projections_from_the_seed(
     fresh: Path, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import shlex
 import shutil
 import socket
 import subprocess
@@ -17,8 +19,9 @@ import numpy as np
 import pytest
 
 import vera_edge
-from tests import tiny_bundle, tiny_encoder
+from tests import tiny, tiny_bundle, tiny_encoder
 from tests.served import Served, served
+from tests.test_docs import BLOCK, ROOT, shell_lines
 from tests.tiny_bundle import TinyBundles, TorchRunner
 from tests.unit.bundle.test_signing import make_key
 from vera_edge.bundle import signing
@@ -245,6 +248,35 @@ def test_a_wrong_request_gets_an_error_object_and_the_server_stays(
     assert (found, set(answer)) == (status, {"error"})
     assert set(answer["error"]) == {"message", "type", "param", "code"}
     assert says in answer["error"]["message"]
+    assert complete(client, "first", max_tokens=1).choices[0].finish_reason == "length"
+
+
+# What may stand where something else belongs.
+ODD: tuple[Any, ...] = (
+    *(None, True, 0, 1, -1, 3, 1e308, 10**20, -(2**63), 0.5, "", "x", "\0", "\u2028", "x" * 3000),
+    *([], [1], [[1]], ["a"], ["a", "b"], [None], [3, 400], {}, {"type": "text"}, {"include_usage": 1}),
+    *([{"role": "user", "content": [{"type": "text", "text": "a"}]}], [{"role": "system"}], "first"),
+)
+MEMBERS = (
+    *("model", "prompt", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k"),
+    *("min_p", "repetition_penalty", "seed", "stop", "n", "stream", "stream_options", "logprobs", "tools"),
+    *("top_logprobs", "chat_template_kwargs", "logit_bias", "echo", "suffix", "user", "response_format"),
+)
+
+
+def test_no_request_makes_the_server_fail(server: Served, client: Any) -> None:
+    """Requests with two members that are something else than what belongs there."""
+    draw = random.Random(0)
+    seen = set()
+    for number in range(300):
+        path = (TEXT, CHAT, "/v1/embeddings", "/v1/adapters")[number % 4 if number < 40 else number % 2]
+        body: dict[str, Any] = {"model": "second", "max_tokens": 2}
+        body |= {"messages": MESSAGES} if path == CHAT else {"prompt": PROMPT}
+        body |= {draw.choice(MEMBERS): draw.choice(ODD) for _ in range(2)}
+        status = server.status("POST", path, body)
+        assert status in (200, 400, 403, 404), (path, body, status)
+        seen.add(status)
+    assert seen >= {200, 400, 403}
     assert complete(client, "first", max_tokens=1).choices[0].finish_reason == "length"
 
 
@@ -488,3 +520,31 @@ def test_curl_is_answered(server: Served) -> None:
     )
     events = [line.removeprefix("data: ") for line in done.stdout.splitlines() if line]
     assert events[-1] == "[DONE]" and all(json.loads(event)["object"] for event in events[:-1])
+
+
+def test_the_recipes_of_the_manual_run(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """Every curl line and every Python block of docs/serve.md, in order, against one server."""
+    vera_edge.export(tiny_llama.nf4, tiny_adapter, out=tmp_path / "bundle", mode="branch")
+    (tmp_path / "shelf").mkdir()
+    shutil.copy(
+        tmp_path / "bundle" / "adapters" / "default.onnx_adapter",
+        tmp_path / "shelf" / "french.onnx_adapter",
+    )
+    page = ROOT / "docs" / "serve.md"
+    asked = [line for line in shell_lines(page) if line.startswith("curl ")]
+    blocks = [text for kind, text in BLOCK.findall(page.read_text("utf-8")) if kind == "python"]
+    assert len(asked) >= 6 and len(blocks) == 2
+    with served(tmp_path / "bundle", "--adapters-from", tmp_path / "shelf") as running:
+        here = f"127.0.0.1:{running.port}"
+        for line in asked if shutil.which("curl") else ():
+            words = shlex.split(line.replace("127.0.0.1:8000", here))
+            done = subprocess.run([*words, "-sS"], capture_output=True, text=True, check=True)
+            assert done.stdout and '"error"' not in done.stdout, line
+        for block in blocks:
+            code = block.replace("127.0.0.1:8000", here)
+            done = subprocess.run(
+                [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0 and done.stdout, done.stderr

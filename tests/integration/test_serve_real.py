@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import time
@@ -92,3 +93,21 @@ def test_who_goes_away_mid_stream_frees_a_row(server: Served) -> None:
         assert time.monotonic() < until
         time.sleep(0.1)
     assert ask(server, "base", QUESTIONS[0], max_tokens=4)[0]
+
+
+def test_ctrl_c_ends_a_stream_with_a_word_and_no_traceback(bundle: Path) -> None:
+    """`served` ends the server by Ctrl-C, and holds what it writes and how it exits."""
+    body = {
+        "model": "default",
+        "prompt": "one two " * 8,
+        "max_tokens": 8000,
+        "stream": True,
+        "temperature": 0,
+    }
+    with served(bundle, "--fast", "--context", 8192) as running:
+        connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=120)
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.readline().startswith(b"data: {")
+    rest = answer.read()
+    assert b"the server ends" in rest and rest.endswith(b"data: [DONE]\n\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -116,6 +117,8 @@ COMMAND_LINES: Mapping[str, tuple[str, str]] = {
     "export": ("base", ". {root}/adapter -o {new} --weights int8"),
     "drift": ("bundle", "{root}/adapter . --base {root}/base --data {root}/text.txt " + QUICK),
     "run": ("bundle", ". prompt --max-tokens 2"),
+    "chat": ("bundle", ". --max-tokens 2"),
+    "serve": ("bundle", ". --port 0"),
     "verify": ("bundle", "."),
     "sign": ("copy", ". --key {root}/key.key"),
     "install": ("bundle", ". {new} --validate"),
@@ -133,6 +136,7 @@ COMMAND_LINES: Mapping[str, tuple[str, str]] = {
     "fetch": ("bundle", ". -o {new}"),
     "diff": ("bundle", ". {root}/other"),
     "release": ("base", "{root}/release.toml -o {new} --store {new}-store --workers 2"),
+    "doctor": ("bundle", ""),
 }
 
 
@@ -149,12 +153,27 @@ def run(
             shutil.copytree(hostile.root / name, tmp_path / name, symlinks=True)
     filled = words.format(root=hostile.root, new=tmp_path / "new", own=tmp_path).split()
     launch = {"script": [sys.executable, str(hostile.script)], "module": [sys.executable, "-m", "vera_edge"]}
+    whole, every = [*launch[launcher], *command.split(), *filled], {**os.environ, **environment}
+    if command == "serve":
+        return until_it_serves(whole, stands, every)
     # Were a question asked, this would be a yes to it.
     return subprocess.run(
-        [*launch[launcher], *command.split(), *filled],
-        cwd=stands, env={**os.environ, **environment}, input="y\n" * 8,
+        whole, cwd=stands, env=every, input="y\n" * 8,
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
+
+
+def until_it_serves(
+    command: list[str], folder: Path, environment: Mapping[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that ends by Ctrl-C only, which comes once it has said that it serves."""
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    if "serving" in said:
+        process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=600)[1]
+    return subprocess.CompletedProcess(command, process.returncode, "", said + rest)
 
 
 def test_every_command_is_among_them() -> None:

@@ -111,6 +111,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
+        ctx.invoked_subcommand = args[0]  # known before its module is imported, which may lack a package
         name, command, words = super().resolve_command(ctx, args)
         words, notes = respelled(words)
         for note in notes:

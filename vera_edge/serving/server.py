@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import socket
 from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vera_edge.device.runtime.encoder import CLASSES, Encoder
 from vera_edge.device.runtime.session import Session
@@ -68,7 +70,7 @@ def run(
     names = Models(opened, name)
     app = App(opened, names, settings)
     config = uvicorn.Config(
-        app.asgi,
+        _until_the_end(app.asgi),
         http=BoundedConnection,
         ws="none",
         loop="asyncio",
@@ -76,13 +78,24 @@ def run(
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=_GRACE,
         limit_concurrency=2 * settings.open + _SPARE,
     )
     app.start()
-    tell(f"serving {', '.join(each.name for each in names)} on {address(listening)}")
     try:
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt):  # from the moment that it's said to be there
+            tell(f"serving {', '.join(each.name for each in names)} on {address(listening)}")
             uvicorn.Server(config).run(sockets=[listening])
     finally:
         app.stop()
+
+
+def _until_the_end(app: ASGIApp) -> ASGIApp:
+    """The app, whose requests end in silence where the server's end cancels them."""
+
+    async def quiet(scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await app(scope, receive, send)
+
+    return quiet

@@ -56,6 +56,8 @@ class TextResponse:
                 504, "the answer took longer than this server's time-out", code="timeout"
             )
             await self._fail(late, scope, receive, send)
+        except asyncio.CancelledError:  # the server's end is the only one who cancels
+            await self._fail(RefusedRequestError(503, "the server ends"), scope, receive, send)
         except VeraEdgeError as error:
             await self._fail(refusal.of(error), scope, receive, send)
         finally:
