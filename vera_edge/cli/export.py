@@ -10,6 +10,7 @@ import vera_edge
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
+    effort_option,
     force_option,
     json_option,
     method_option,
@@ -93,8 +94,10 @@ WEIGHTS = ("same", *STORED, "int2", "nf4", "fp4")
 @tokenizer_option
 @plan_option
 @method_option
+@effort_option
 @calibration_option
 @recover_option
+@click.option("--max-memory", metavar="SIZE", help="Calibrate models of over half of it, like 6GB, by layer.")
 @force_option
 @quiet_option
 @json_option
@@ -121,8 +124,10 @@ def export(
     tokenizer: Path | None,
     plan_file: Path | None,
     method: str | None,
+    effort: str | None,
     calibration: str,
     recover: tuple[str, ...],
+    max_memory: str | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -151,8 +156,10 @@ def export(
             tokenizer=tokenizer,
             plan=plan_file,
             method=method,
+            effort=effort,
             calibration=calibration,
             recover=recover,
+            max_memory=max_memory,
             force=force,
             progress=progress,
         )
