@@ -12,6 +12,7 @@ from vera_edge.api.arguments import (
     loading,
     path_or_none,
     plan_or_none,
+    size_or_none,
     weighted,
 )
 from vera_edge.base.trained_as import TrainedAs
@@ -50,6 +51,7 @@ def export(
     effort: str | None = None,
     calibration: StrPath = BUILT_IN,
     recover: Sequence[str] = (),
+    max_memory: int | str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Export:
@@ -81,6 +83,8 @@ def export(
         effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
         recover: what to fit to the rounded base: lambda_b, lambda_d (a branch's), low-rank=RANK, bias.
+        max_memory: bytes, or words like "6GB": a model that takes more than half of them in float32, or of
+            what is free, is calibrated layer by layer.
         force: replace `out` where it exists.
         progress: called with what is done, how much of it, and of how much.
 
@@ -130,7 +134,13 @@ def export(
         projection_rounding=projection_rounding,
         force=force,
         progress=progress,
-        rounding=Rounding(method, str(calibration), recover=tuple(recover), effort=effort),
+        rounding=Rounding(
+            method,
+            str(calibration),
+            recover=tuple(recover),
+            effort=effort,
+            max_memory=size_or_none(max_memory),
+        ),
         plan=made,
         trained_as=loading(trained_as),
         tokenizer=path_or_none(tokenizer),

@@ -137,7 +137,7 @@ def merge(
         trained_as=trained_as,
         tokenizer=tokenizer,
     )
-    rounding = Rounding(method, str(calibration), effort=effort)
+    rounding = Rounding(method, str(calibration), effort=effort, max_memory=resources.max_memory)
     return merge_to_folders({Path(out): planned._ready}, rounding, progress, force, resources)[0]
 
 
@@ -196,7 +196,11 @@ def merge_each(
     )
     ready = {Path(out) / name: one._ready for name, one in planned.items()}
     return merge_to_folders(
-        ready, Rounding(method, str(calibration), effort=effort), progress, force, resources
+        ready,
+        Rounding(method, str(calibration), effort=effort, max_memory=resources.max_memory),
+        progress,
+        force,
+        resources,
     )
 
 

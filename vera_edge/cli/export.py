@@ -97,6 +97,7 @@ WEIGHTS = ("same", *STORED, "int2", "nf4", "fp4")
 @effort_option
 @calibration_option
 @recover_option
+@click.option("--max-memory", metavar="SIZE", help="Calibrate models of over half of it, like 6GB, by layer.")
 @force_option
 @quiet_option
 @json_option
@@ -126,6 +127,7 @@ def export(
     effort: str | None,
     calibration: str,
     recover: tuple[str, ...],
+    max_memory: str | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -157,6 +159,7 @@ def export(
             effort=effort,
             calibration=calibration,
             recover=recover,
+            max_memory=max_memory,
             force=force,
             progress=progress,
         )

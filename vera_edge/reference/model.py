@@ -286,13 +286,16 @@ def load_dense(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM")
 
 
 def load_light(
-    checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM"
+    checkpoint: Checkpoint,
+    auto_class: str = "AutoModelForCausalLM",
+    change: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, values: values,
 ) -> tuple[Any, StandIns] | None:
     """The same with stand-ins for its matrices, which it takes no memory for; and what gives their values.
 
-    None where transformers makes the model's matrices of more than one of the checkpoint's, or of a part.
+    change: gives what a matrix has instead, of its name in the checkpoint and its values. None where
+    transformers makes the model's matrices of more than one of the checkpoint's, or of a part.
     """
-    weights = StandIns(matrices_of(checkpoint), lambda name: dense_tensor(checkpoint, name))
+    weights = StandIns(matrices_of(checkpoint), lambda name: change(name, dense_tensor(checkpoint, name)))
     tensors = {
         name: weights.tensors[name] if name in weights.tensors else dense_tensor(checkpoint, name)
         for name in _dense_names(checkpoint)

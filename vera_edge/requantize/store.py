@@ -44,14 +44,6 @@ class CodesFolder(Mapping[str, Codes]):
             raise OutputError(f"can't write {path}: {cause}") from cause
         self.grids[module] = codes.grid
 
-    def moved(self, folder: Path) -> CodesFolder:
-        """The same codes, whose folder is now called `folder`, on the same disk; this one holds none then."""
-        try:
-            self.folder.rename(folder)
-        except OSError as cause:
-            raise output_error(folder, cause) from cause
-        return CodesFolder(folder, self.grids)
-
     def __getitem__(self, module: str) -> Codes:
         if module not in self.grids:
             raise KeyError(module)

@@ -24,10 +24,11 @@ from vera_edge.parallel import Engine
 from vera_edge.plans.int8 import INT8_QDQ, LLM_INT8, int8_form
 from vera_edge.plans.plan import Plan, Step
 from vera_edge.progress import Progress, silent
-from vera_edge.requantize import METHODS, Codes, CodesFolder, Effort, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.requantize import METHODS, Codes, Effort, Grid, bnb_grid, int8_rows, int_blocks
 from vera_edge.requantize.effort import DEFAULT
 from vera_edge.rounding import recover
-from vera_edge.storage.files import check_output
+from vera_edge.storage.files import check_output, output_error
+from vera_edge.storage.resumable import resumable_folder
 from vera_edge.storage.scratch import scratch_folder
 from vera_edge.tasks import task as tasks
 from vera_edge.text import tokenizer as tokenizers
@@ -82,6 +83,7 @@ class Rounding:
     any_adapter: calibrate a side-branch's base without its adapter, so that the weights come out the same
         whichever adapter they are exported with.
     effort: of requantize.EFFORTS, what "search" and "gptq" spend; None for the plan's own or "default".
+    max_memory: bytes; a model that takes more than half of them in float32 is read layer by layer.
     """
 
     method: str | None = None
@@ -90,6 +92,7 @@ class Rounding:
     recover: tuple[str, ...] = ()
     any_adapter: bool = False
     effort: str | None = None
+    max_memory: int | None = None
 
     @contextmanager
     def codes(
@@ -100,7 +103,9 @@ class Rounding:
         progress: Progress = silent,
         exported: bool = True,
     ) -> Iterator[RoundedWeights]:
-        """The weights rounded; codes are kept beside `out` while the context lasts.
+        """The weights rounded; codes are kept beside `out` while the context lasts, and after a kill.
+
+        A run that was killed goes on where it was, as long as all that decides the result is the same.
 
         No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or
         effort, a method that no layer can use, or where nothing can be recovered; DataError for unusable
@@ -131,23 +136,45 @@ class Rounding:
             raise PlanError(
                 f"method {method} rounds to 4 or 8 bits, and this plan has no such layer to round"
             )
-        from vera_edge.rounding.writeback import Calibration, write_back  # they import torch
+        # They import torch.
+        from vera_edge.reference import room
+        from vera_edge.rounding.journal import Journal, key_of
+        from vera_edge.rounding.writeback import Calibration, write_back
 
         said = method if named == DEFAULT else f"{method} with effort {named}"
         cut, notes = _windows(model.checkpoint, method, said, self.text, self.tokens or effort.tokens)
         calibration = Calibration(
             cut, method, "inputs" if effort.follows else "original", effort=effort, recover=self.recover
         )
-        with scratch_folder(out, "codes") as folder:
-            store = CodesFolder(folder)
-            merged = plan.mode == "merged"
-            seen = replace(model, adapters=()) if self.any_adapter and not merged else model
-            task = tasks.of(model.checkpoint.config).auto_class
-            won = write_back(seen, grids, calibration, store.put, merged, task, progress)
+        merged = plan.mode == "merged"
+        seen = replace(model, adapters=()) if self.any_adapter and not merged else model
+        task = tasks.of(model.checkpoint.config).auto_class
+        light = not room.fits(model.checkpoint, self.max_memory)
+        key = key_of(seen, grids, calibration, merged, task)
+        with _journal_folder(out, key) as folder:
+            store = Journal(folder, grids)
+            won = write_back(
+                seen, grids, calibration, _nowhere, merged, task, progress, store, layer_by_layer=light
+            )
             if count := max(len(won.vectors), len(won.corrections)):
                 parts = " and ".join(self.recover)
                 notes = (*notes, f"{parts} of {count} layers were fitted to the rounding")
             yield RoundedWeights(store, notes, _with_vectors(model, won.vectors), won.corrections)
+
+
+@contextmanager
+def _journal_folder(out: Path, key: str) -> Iterator[Path]:
+    """Where the codes of this work are kept. Raises OutputError when that can't be made."""
+    with ExitStack() as held:
+        try:
+            folder = held.enter_context(resumable_folder(out, "rounding", key))
+        except OSError as cause:
+            raise output_error(out, cause) from cause
+        yield folder
+
+
+def _nowhere(module: str, codes: Codes) -> None:
+    """The journal has them."""
 
 
 def _with_vectors(model: TrainedModel, vectors: Mapping[str, LambdaVectors]) -> TrainedModel:
@@ -231,10 +258,13 @@ class _Item(NamedTuple):
 
 def _round_item(rounding: Rounding, item: _Item) -> tuple[Mapping[str, Codes], tuple[str, ...]]:
     """Codes and notes of one model. Each try has a folder of its own, whatever a lost worker left."""
-    with rounding.codes(item.model, item.plan, item.folder / "rounding", exported=False) as rounded:
+    from vera_edge.rounding.journal import Journal  # it imports torch
+
+    name = uuid4().hex
+    with rounding.codes(item.model, item.plan, item.folder / f"try-{name}", exported=False) as rounded:
         codes = rounded.codes
-        if isinstance(codes, CodesFolder):
-            codes = codes.moved(item.folder / uuid4().hex)
+        if isinstance(codes, Journal):
+            codes = codes.moved(item.folder / name)
         return codes, rounded.notes
 
 

@@ -21,12 +21,14 @@ from vera_edge.cores import available_cores
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.calibration import LayerInputs, Sees, Walk, follow_target
-from vera_edge.reference.layers import Changed
-from vera_edge.reference.model import load_dense, oriented
+from vera_edge.reference.layers import Changed, stack_of
+from vera_edge.reference.model import TorchReference, load_dense, load_light, oriented
+from vera_edge.reference.streamed import LayerStream
 from vera_edge.requantize import Codes, Effort, Gram, Grid, requantize
 from vera_edge.requantize.correction import Correction, low_rank
 from vera_edge.requantize.gram import in_threads
 from vera_edge.rounding import recover
+from vera_edge.rounding.journal import Journal, Rounded
 from vera_edge.trained.alignment import names_in
 from vera_edge.trained.trained_model import TrainedModel
 
@@ -62,11 +64,16 @@ def write_back(
     merged: bool = True,
     auto_class: str = "AutoModelForCausalLM",
     progress: Progress = silent,
+    journal: Journal | None = None,
+    layer_by_layer: bool = False,
 ) -> Recovered:
     """Requantize the modules of `grids`; `put(module, codes)` is called for each, in order of computation.
 
+    journal: what an earlier run of the same work has finished isn't done again, and all is kept there.
+    layer_by_layer: read the weights layer by layer, of a model that can be run so; the results are the same.
     Modules that the text never reaches get scales by search, without statistics, and no correction. Codes are
-    in nn.Linear's orientation (out, in). Memory: the model in float32 and one layer's statistics.
+    in nn.Linear's orientation (out, in). Memory: the model in float32, or one layer of it, and the statistics
+    of one input.
     Raises DataError when the model or the text can't be calibrated with, MismatchError for a module that the
     base doesn't have, PlanError where there's nothing that could be recovered.
     """
@@ -74,12 +81,10 @@ def write_back(
     for module in grids:
         if module not in model.checkpoint.linears:
             raise MismatchError(f"{model.checkpoint.path} has no linear layer called {module}")
-    work = _WriteBack(model, grids, calibration, put, merged, asked)
-    if calibration.method in ("search", "gptq"):
-        dense = load_dense(model.checkpoint, auto_class).eval()
-        names = work.prepare(dense)
-        walk = Walk(dense, frozenset(names), calibration.windows, calibration.sees, progress)
-        walk.run(work.answer)
+    work = _WriteBack(model, grids, calibration, put, merged, asked, journal)
+    if calibration.method in ("search", "gptq") and not work.is_done():
+        walk = work.walk(auto_class, layer_by_layer, progress)
+        walk.run(work.answer, work.recall)
     work.finish(progress)
     return Recovered(work.refitted, work.corrections)
 
@@ -92,6 +97,7 @@ class _WriteBack:
     put: Callable[[str, Codes], None]
     merged: bool
     asked: recover.Recovery
+    journal: Journal | None = None
     done: set[str] = field(default_factory=set)
     refitted: dict[str, LambdaVectors] = field(default_factory=dict)
     corrections: dict[str, Correction] = field(default_factory=dict)
@@ -99,8 +105,32 @@ class _WriteBack:
     threads: int = 1  # for one module
     stored: dict[str, str] = field(default_factory=dict)  # the model's name of a module -> the checkpoint's
 
-    def prepare(self, model: Any) -> list[str]:
-        """Make the model the one that was trained: every adapter's delta and biases in its weights.
+    def is_done(self) -> bool:
+        """Whether the journal has all modules."""
+        return self.journal is not None and self.grids.keys() <= self.journal.keys()
+
+    def walk(self, auto_class: str, layer_by_layer: bool, progress: Progress) -> Walk:
+        """The walk through the model as trained."""
+        windows, sees = self.calibration.windows, self.calibration.sees
+        if layer_by_layer and (light := load_light(self.model.checkpoint, auto_class, self._trained)):
+            model, weights = light
+            names = frozenset(self.prepare(model, whole=False))
+            view = TorchReference(model.eval(), 0, has_adapter=False)
+            stream = LayerStream.of(model, weights, [view])
+            if stream is not None and stack_of(model, names)[0] == stream.name:
+                return Walk(model, names, windows, sees, progress, stream)
+        model = load_dense(self.model.checkpoint, auto_class).eval()
+        return Walk(model, frozenset(self.prepare(model)), windows, sees, progress)
+
+    def _trained(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A matrix of the model as trained, of the base's; `name` is that in the checkpoint."""
+        module = name.removesuffix(".weight")
+        if not any(module in adapter.vectors for adapter, _ in self.model.adapters):
+            return weight
+        return weight + oriented(self.model.checkpoint, module, self._delta(module))
+
+    def prepare(self, model: Any, whole: bool = True) -> list[str]:
+        """Make the model the one that was trained: every adapter's biases and, where `whole`, deltas.
 
         Returns what it calls the modules to round. Raises DataError when it knows none like them.
         """
@@ -112,9 +142,9 @@ class _WriteBack:
                 "text can't calibrate them; choose --method hqq or rtn"
             )
         self.stored = {names[module]: module for module in self.grids}
-        for module in {name for adapter, _ in self.model.adapters for name in adapter.vectors}:
+        for module in {name for adapter, _ in self.model.adapters for name in adapter.vectors if whole}:
             weight = model.get_submodule(names[module]).weight
-            weight.data = weight.data + oriented(self.model.checkpoint, module, self._delta(module))
+            weight.data = self._trained(f"{module}.weight", weight.data)
         for adapter, _ in self.model.adapters:
             for module, bias in adapter.biases.items():
                 model.get_submodule(names[module]).bias.data = torch.from_numpy(np.array(bias, np.float32))
@@ -122,6 +152,47 @@ class _WriteBack:
             if (bias := model.get_submodule(name).bias) is not None:
                 self.biases[module] = bias.data
         return list(self.stored)
+
+    def recall(self, names: tuple[str, ...]) -> Mapping[str, Changed] | None:
+        """What modules that read one input have from now on, where the journal has them all."""
+        live = {self.stored[name]: name for name in names}
+        if self.journal is None or not live.keys() <= self.journal.keys():
+            return None
+        read = [self._read(module) for module in live]
+
+        def work(item: tuple[str, Rounded]) -> tuple[Float32, Float32 | None]:
+            module, rounded = item
+            weight = rounded.codes.dequantize()
+            if not self.merged:
+                weight = weight + self._branch(module, rounded.vectors)
+            if (correction := rounded.correction) is None:
+                return weight, None
+            if (term := correction.weight) is not None:
+                weight = weight + term
+            return weight, correction.bias
+
+        found = in_threads(work, zip(live, read, strict=True), _threads())
+        return {
+            name: self._changed(module, weight, bias)
+            for (module, name), (weight, bias) in zip(live.items(), found, strict=True)
+        }
+
+    def _read(self, module: str) -> Rounded:
+        """What the journal has of a module, which is done with it."""
+        assert self.journal is not None
+        rounded = self.journal.read(module)
+        if rounded.vectors is not None:
+            self.refitted[module] = rounded.vectors
+        if rounded.correction is not None:
+            self.corrections[module] = rounded.correction
+        self.done.add(module)
+        self.put(module, rounded.codes)
+        return rounded
+
+    def _changed(self, module: str, weight: Float32, bias: Float32 | None) -> Changed:
+        # Not in the threads of the arithmetic, which torch's inference mode doesn't reach.
+        total = None if bias is None else torch.from_numpy(bias) + self.biases.get(module, 0)
+        return Changed(oriented(self.model.checkpoint, module, weight), total)
 
     def answer(self, inputs: LayerInputs) -> Mapping[str, Changed]:
         """What modules have from now on, by the model's names."""
@@ -144,9 +215,7 @@ class _WriteBack:
         found, changed = in_threads(work, inputs.modules, cores), {}
         for module, (codes, weight, bias) in zip(inputs.modules, found, strict=True):
             self._keep(module, codes)
-            # Here and not in the threads, which torch's inference mode doesn't reach.
-            total = None if bias is None else torch.from_numpy(bias) + self.biases.get(module, 0)
-            changed[module] = Changed(oriented(self.model.checkpoint, module, weight), total)
+            changed[module] = self._changed(module, weight, bias)
         return changed
 
     def _rounded(self, module: str, inputs: LayerInputs, gram: Gram) -> tuple[Codes, Float32, Float32 | None]:
@@ -194,12 +263,22 @@ class _WriteBack:
         vectors, scale = adapter.vectors[module], np.float32(weight)
         found = recover.refit(vectors, left / scale, self.model.projections, gram, self.asked.vectors)
         self.refitted[module] = found
-        inside = left.shape[1]
-        return scale * self.model.projections.delta(found.lambda_b, found.lambda_d, inside)
+        return self._branch(module, found)
+
+    def _branch(self, module: str, vectors: LambdaVectors | None) -> Float32:
+        """What a side-branch adds; vectors: the only adapter's, where they were refitted."""
+        if vectors is None:
+            return self._delta(module)
+        scale = np.float32(self.model.adapters[0][1])
+        inside = self.model.checkpoint.linears[module].in_features
+        return scale * self.model.projections.delta(vectors.lambda_b, vectors.lambda_d, inside)
 
     def finish(self, progress: Progress) -> None:
         """Requantize what no text reached, one module at a time, its rows on all cores."""
         self.threads = _threads()
+        for module in self.journal or ():
+            if module not in self.done:
+                self._read(module)
         left = [module for module in self.grids if module not in self.done]
         for number, module in enumerate(left):
             progress("rounding", number, len(left))
@@ -214,6 +293,9 @@ class _WriteBack:
         return requantize(target, self.grids[module], method, gram, self.calibration.effort, self.threads)
 
     def _keep(self, module: str, codes: Codes) -> None:
+        if self.journal is not None:
+            rest = self.refitted.get(module), self.corrections.get(module)
+            self.journal.put(module, Rounded(codes, *rest))
         self.put(module, codes)
         self.done.add(module)
 

@@ -16,7 +16,7 @@ from tests import tiny
 from vera_edge import merging
 from vera_edge.adapters.projection import ProjectionSpec, regenerate
 from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.errors import DataError, MismatchError, OutputError, PlanError
+from vera_edge.errors import DataError, MismatchError, PlanError
 from vera_edge.reference.calibration import LayerInputs
 from vera_edge.reference.model import load_dense
 from vera_edge.requantize import Codes, CodesFolder, Effort, bnb_grid, int_blocks, requantize
@@ -142,13 +142,6 @@ def test_codes_come_back_from_the_disk(tmp_path: Path, grid: Any) -> None:
     assert store.get("a.c") is None
     with pytest.raises(ValueError, match="already"):
         store.put("a.b", codes)
-    moved = store.moved(tmp_path / "elsewhere")
-    assert (moved["a.b"].dequantize() == codes.dequantize()).all()
-    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "file").touch()
-    with pytest.raises(OutputError, match="taken"):
-        moved.moved(tmp_path / "taken")
 
 
 def test_bad_requests_write_nothing(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path) -> None:

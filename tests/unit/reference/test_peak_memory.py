@@ -1,0 +1,86 @@
+"""What a model run layer by layer takes at its peak doesn't grow with its layers; held whole, it does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+_FEW, _MANY = 2, 8
+_WIDTH, _INNER, _VOCABULARY = 512, 2048, 512
+_LAYER = 4 * (4 * _WIDTH**2 + 3 * _WIDTH * _INNER)  # bytes in float32
+
+_START = """
+import sys
+from pathlib import Path
+import numpy as np
+import torch
+torch.set_num_threads(1)
+from vera_edge.adapters.projection import ProjectionSpec, regenerate
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.reference.model import TorchReference, open_reference
+from vera_edge.requantize import int_blocks
+from vera_edge.rounding.journal import Journal
+from vera_edge.rounding.writeback import Calibration, write_back
+from vera_edge.trained.trained_model import TrainedModel
+
+checkpoint, light = Checkpoint.open(Path(sys.argv[1])), sys.argv[2] == "light"
+windows = [np.arange(64, dtype=np.int64) * (number + 1) % 512 for number in range(4)]
+"""
+_END = """
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")))
+"""
+_WAYS = {
+    "logits": """
+view = open_reference(checkpoint, layer_by_layer=light)
+assert (view.stream is not None) == light
+for _ in view.logits_together([view, view.bfloat16()], windows):
+    pass
+""",
+    "rounding": """
+Path(sys.argv[3]).mkdir()
+model = TrainedModel(checkpoint, (), regenerate(ProjectionSpec(0, 1, 1, 1)))
+grids = {name: int_blocks(4, 32, symmetric=False) for name in checkpoint.linears if "q_proj" in name}
+how = Calibration(windows, "search")
+journal = Journal(Path(sys.argv[3]), grids)
+nowhere = lambda module, codes: None
+write_back(model, grids, how, nowhere, journal=journal, layer_by_layer=light)
+assert len(journal) == len(grids)
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Two Llamas in bfloat16 that differ in their number of layers."""
+    found = {}
+    for layers in (_FEW, _MANY):
+        config = transformers.LlamaConfig(
+            vocab_size=_VOCABULARY, hidden_size=_WIDTH, intermediate_size=_INNER, num_hidden_layers=layers,
+            num_attention_heads=8, num_key_value_heads=8,
+        )  # fmt: skip
+        found[layers] = tmp_path_factory.mktemp("base") / str(layers)
+        transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(found[layers])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux' own count")
+@pytest.mark.parametrize("way", _WAYS)
+def test_the_peak_does_not_grow_with_the_layers(bases: dict[int, Path], tmp_path: Path, way: str) -> None:
+    peaks = {}
+    for kind in ("light", "whole"):
+        for layers, base in bases.items():
+            code = _START + _WAYS[way] + _END
+            words = [sys.executable, "-c", code, str(base), kind, str(tmp_path / f"{kind}{layers}")]
+            done = subprocess.run(words, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            peaks[kind, layers] = 1024 * json.loads(done.stdout.splitlines()[-1])
+    more = (_MANY - _FEW) * _LAYER
+    grown = {kind: (peaks[kind, _MANY] - peaks[kind, _FEW]) / more for kind in ("light", "whole")}
+    assert grown["light"] < 0.25, (grown, peaks)
+    assert grown["whole"] > 0.75, (grown, peaks)
