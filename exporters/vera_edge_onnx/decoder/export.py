@@ -14,6 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime.decoding import ROPE_KIND, ROPE_SWITCH
 from vera_edge.errors import TargetError
 from vera_edge.exporting.target import Export, ExportRequest
@@ -23,7 +24,8 @@ from vera_edge.storage.files import staged_folder
 from vera_edge_onnx import float_copy, generated, options
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.decoder import configs, held
-from vera_edge_onnx.decoder.drawing import Drawing, draw
+from vera_edge_onnx.decoder.drawing import Drawing, draw, sites_of
+from vera_edge_onnx.decoder.skeleton import Computed
 from vera_edge_onnx.graph import groups, joining, sites
 from vera_edge_onnx.graph.weaver import Range, Weaver
 from vera_edge_onnx.manifest_fields import describe, manifest_fields
@@ -52,7 +54,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
             shared, shipped = _weave(request, model, found)
             model.metadata_props.update(describe(request))
             apart = generated.save(request, stage, model, MODEL, shared, shipped)
-            configs.copy(work / "float", drawing.folder, stage, MODEL, quiet=branched)
+            configs.copy(drawing.source.path, drawing.folder, stage, MODEL, quiet=branched)
         files = adapters.write(request, stage, layout) if branched else {}
         described = replace(manifest_fields(request, MODEL, files, layout), checked=checked.to_dict())
         manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
@@ -92,20 +94,29 @@ def _float_graph(
     request: ExportRequest, architecture: str, work: Path
 ) -> tuple[Drawing, tuple[sites.Site, ...], Checked]:
     """The float32 graph, merged or the base's own; its linear layers; what it was compared on."""
-    adapted, merged = adapters.sizes(request), request.plan.mode == "merged"
-    copy = float_copy.write(request, work / "float")
-    config = config_of(copy)
-    shapes = {module: linear.shape for module, linear in copy.linears.items()}
-    for fuse in (True, False):
-        request.progress("drawing the graph", 0, 1)
-        drawing = draw(copy.path, config, architecture, work / f"graph-{fuse}".lower(), fuse)
-        found = sites.find(drawing.model, shapes, copy.dequantize)
-        # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
-        if merged or not any(_is_partial(site, adapted) for site in found):
-            break
-    sites.check_covered(found, {module: shapes[module] for module in adapted}, "adapted")
+    adapted = adapters.sizes(request)
+    try:
+        drawing, found = _drawn(request, architecture, float_copy.computed(request, work / "float"), work)
+    except Computed:
+        drawing, found = _drawn(request, architecture, float_copy.write(request, work / "written"), work)
+    shapes = {module: drawing.source.linear(module).shape for module in adapted}
+    sites.check_covered(found, shapes, "adapted")
     checked = held.hold(request, drawing, found)
     return drawing, joining.join(drawing.model, found, partial(_fit_together, request, adapted)), checked
+
+
+def _drawn(
+    request: ExportRequest, architecture: str, source: Checkpoint, work: Path
+) -> tuple[Drawing, tuple[sites.Site, ...]]:
+    adapted, config = adapters.sizes(request), config_of(source)
+    for fuse in (True, False):
+        request.progress("drawing the graph", 0, 1)
+        drawing = draw(source, config, architecture, work / f"{source.path.name}-{fuse}".lower(), fuse)
+        found = sites_of(drawing)
+        # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
+        if request.plan.mode == "merged" or not any(_is_partial(site, adapted) for site in found):
+            break
+    return drawing, found
 
 
 def _fit_together(request: ExportRequest, adapted: Mapping[str, int], found: tuple[sites.Site, ...]) -> bool:

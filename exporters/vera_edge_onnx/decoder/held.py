@@ -16,11 +16,12 @@ from vera_edge.storage.files import write_atomic
 from vera_edge.storage.json_text import canonical_json
 from vera_edge_onnx.branch import adapters
 from vera_edge_onnx.decoder import parity, replica
-from vera_edge_onnx.decoder.drawing import Drawing, draw
+from vera_edge_onnx.decoder.drawing import Drawing, draw, sites_of
 from vera_edge_onnx.graph import groups, sites
 from vera_edge_onnx.parity import Checked, Differs, Feeds, opened, refusal, save, woven
 
 _RECORD = "checked.json"
+_WHOLE = "compared.onnx"
 
 
 def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]) -> Checked:
@@ -55,8 +56,7 @@ def _compare_branch(
 ) -> None:
     """Hold the graph with side-branches, the first adapter's vectors in them, against the model with it."""
     graph = woven(request, drawing.model, found)
-    branched = replace(drawing, model=graph, file="branched.onnx")
-    save(graph, branched.path)
+    branched = replace(drawing, model=graph)
     adapter, weight = request.model.adapters[0]
     layout = groups.layout(found, adapters.sizes(request))
     vectors = packing.vectors(adapter, layout, weight)
@@ -74,13 +74,12 @@ def _hold_replica(drawing: Drawing) -> Checked:
     """What a small copy of the model was compared on, drawn by the same code."""
     folder = drawing.folder.with_name(f"{drawing.folder.name}-small")
     config = replica.shrunk(drawing.config)
-    model = replica.write(config, drawing.architecture, drawing.source, folder)
-    small = draw(folder, config, drawing.architecture, folder / "graph", fuse_qkv=True)
+    model = replica.write(config, drawing.architecture, drawing.source.path, folder)
+    copy = Checkpoint.open(folder)
+    small = draw(copy, config, drawing.architecture, folder / "graph", fuse_qkv=True)
     bounds = parity.bounds_of(small.config, small.windows)
     lengths = parity.lengths_of(small.config, bounds)
-    copy = Checkpoint.open(folder)
-    shapes = {module: linear.shape for module, linear in copy.linears.items()}
-    found = sites.find(small.model, shapes, copy.dequantize)
+    found = sites_of(small)
     reference = TorchReference(model, config.vocab_size, has_adapter=False)
     _compare(small, reference, lengths, found, ", seen on a small copy of the model")
     return Checked(lengths.longest, bounds)
@@ -95,13 +94,13 @@ def _compare(
     vectors: Feeds = MappingProxyType({}),
 ) -> None:
     try:
-        parity.compare(opened(drawing.path), reference, lengths, vectors)
+        parity.compare(opened(save(drawing.model, drawing.folder / _WHOLE)), reference, lengths, vectors)
     except Differs as cause:
         raise refusal(
             cause,
             drawing.model,
             found,
-            drawing.folder / "compared.onnx",
+            drawing.folder / _WHOLE,
             reference.model,
             lambda feeds: reference.logits(feeds["input_ids"][0]),
             f"what {drawing.architecture} computes{how}",

@@ -18,7 +18,8 @@ from vera_edge.formats.affine import HoldsIntegers
 from vera_edge.formats.blocks import IntBlocks, quantize
 from vera_edge.plans.plan import FLOAT, SAME, Plan, Step
 from vera_edge.rounding.weight_rounding import BLOCK, grid_of
-from vera_edge_onnx.graph.sites import Part, Site
+from vera_edge_onnx.graph.parts import Part
+from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.weights import activations, integers
 from vera_edge_onnx.weights.activations import Seen
 from vera_edge_onnx.weights.corrected import correct
