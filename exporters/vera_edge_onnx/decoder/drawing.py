@@ -19,7 +19,7 @@ from vera_edge.storage.json_text import read_json
 from vera_edge_onnx.decoder import attention, build, builder_config, configs, rotary_graph
 from vera_edge_onnx.decoder.skeleton import Skeleton
 from vera_edge_onnx.graph import sites
-from vera_edge_onnx.graph.computed import load, save
+from vera_edge_onnx.graph.computed import load, rows_file, save
 from vera_edge_onnx.graph.sites import Site
 
 _EDITED = "drawn.onnx"
@@ -57,7 +57,7 @@ def draw(source: Checkpoint, config: Any, architecture: str, folder: Path, fuse_
     found = tuple(attention.windows(text, architecture))
     computed = source.tensors if isinstance(source.tensors, ComputedTensors) else None
     drawn = folder / _EDITED
-    if drawn.is_file():
+    if drawn.with_name(rows_file(drawn.name)).is_file():
         model = ir.load(drawn) if computed is None else load(drawn, computed)
         return Drawing(model, source, architecture, text, folder, found)
     given = folder.with_name(f"{folder.name}-source")

@@ -108,6 +108,11 @@ def put_in(model: ir.Model, weights: Mapping[str, ComputedWeight]) -> None:
         value.const_value, value.shape = weight, ir.Shape(weight.shape.numpy())
 
 
+def rows_file(graph: str) -> str:
+    """What the file beside a graph is called, which is written last."""
+    return f"{graph}.rows"
+
+
 def save(model: ir.Model, path: Path) -> None:
     """Write a graph, what's computed left out; weights that lie in files of the same folder stay there."""
     weights = {
@@ -125,13 +130,13 @@ def save(model: ir.Model, path: Path) -> None:
         name: [weight.transposed, [astuple(part) for part in weight.parts]]
         for name, weight in weights.items()
     }
-    write_atomic(path.with_name(f"{path.name}.rows"), canonical_json(rows))
+    write_atomic(path.with_name(rows_file(path.name)), canonical_json(rows))
 
 
 def load(path: Path, source: ComputedTensors) -> ir.Model:
     """A graph that `save` wrote, its weights those of `source`."""
     model = ir.load(path)
-    rows = json.loads(path.with_name(f"{path.name}.rows").read_bytes())
+    rows = json.loads(path.with_name(rows_file(path.name)).read_bytes())
     weights = {
         name: ComputedWeight(source, [Part(*part) for part in parts], transposed, name)
         for name, (transposed, parts) in rows.items()
