@@ -16,7 +16,6 @@ import onnx_ir as ir
 from vera_edge.errors import OutputError
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import output_error
-from vera_edge_onnx.graph import spool as spools
 from vera_edge_onnx.graph.computed import ComputedWeight
 from vera_edge_onnx.graph.spool import Spool
 from vera_edge_onnx.graph.weaver import INLINE, Range
@@ -129,9 +128,7 @@ def _alignment(value: ir.Value) -> int:
 
 
 def _put(stream: BinaryIO, tensor: ir.TensorProtocol) -> None:
-    if isinstance(tensor, ir.ExternalTensor):
-        spools.copy(Path(tensor.path), tensor.offset or 0, tensor.nbytes, stream)
-    elif isinstance(tensor, ir.Tensor | ComputedWeight):
+    if isinstance(tensor, ir.Tensor | ir.ExternalTensor | ComputedWeight):
         tensor.tofile(stream)  # without a copy in memory
     else:
         stream.write(tensor.tobytes())
