@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vera_edge.api.arguments import BUILT_IN, Adapters, StrPath, loading, path_or_none, weighted
+from vera_edge.api.arguments import BUILT_IN, Adapters, StrPath, loading, path_or_none, size_or_none, weighted
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.measuring import baseline as baselines
 from vera_edge.measuring import limits as bounds
@@ -43,6 +43,7 @@ def drift(
     beside: Sequence[StrPath] = (),
     junit: StrPath | None = None,
     plots: StrPath | None = None,
+    max_memory: int | str | None = None,
     progress: Progress = silent,
 ) -> DriftReport | EncoderReport:
     """Measure how far an artefact is from the model as trained.
@@ -70,6 +71,8 @@ def drift(
         beside: other reports' JSON files, to plot beside.
         junit: a JUnit XML file to write, with a case for each limit.
         plots: a folder to write PNG plots to.
+        max_memory: bytes, or words like "6GB": a model that takes more than half of them in float32, or of
+            what is free, is run layer by layer. With `by_layer` it is held whole.
         progress: called with what is done, how much of it, and of how much.
 
     Returns:
@@ -114,6 +117,7 @@ def drift(
         text_only=any(path is not None for path in (report, plots, baseline)),
         trained_as=loading(trained_as),
         limits=tuple(held),
+        max_memory=size_or_none(max_memory),
     )
     found = bounds.hold(assess_any(request, progress), held)
     if isinstance(found, DriftReport) and earlier is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from vera_edge.api.arguments import StrPath, folders, loading
+from vera_edge.api.arguments import StrPath, folders, loading, size_or_none
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.bundle.manifest import Manifest
 from vera_edge.exporting import golden_vectors
@@ -28,6 +28,7 @@ def golden(
     min_rank_correlation: float | None = None,
     projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
+    max_memory: int | str | None = None,
     progress: Progress = silent,
     tell: Tell = unheard,
 ) -> Manifest:
@@ -47,6 +48,8 @@ def golden(
         min_rank_correlation: Spearman's, over the texts.
         projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
+        max_memory: bytes, or words like "6GB": a model that takes more than half of them in float32, or of
+            what is free, is run layer by layer.
         progress: called with what is done, how much of it, and of how much.
         tell: given sentences for a person, on how the projections were found.
 
@@ -83,4 +86,5 @@ def golden(
         progress,
         loading(trained_as),
         tell,
+        size_or_none(max_memory),
     )

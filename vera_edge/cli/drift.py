@@ -76,6 +76,7 @@ def _interval(estimate: Interval) -> str:
 )
 @click.option("--junit", "junit_file", type=show.FOLDER, help="Write the limits as JUnit XML to this file.")
 @click.option("--plots", type=show.FOLDER, help="Write PNG plots to this folder (extra: report).")
+@click.option("--max-memory", metavar="SIZE", help="Run models of over half of it, like 6GB, by layer.")
 @show.json_option
 @show.quiet_option
 def drift(
@@ -97,6 +98,7 @@ def drift(
     beside: tuple[Path, ...],
     junit_file: Path | None,
     plots: Path | None,
+    max_memory: str | None,
     as_json: bool,
     quiet: bool,
     **limits: float | None,
@@ -130,6 +132,7 @@ def drift(
             beside=beside,
             junit=junit_file,
             plots=plots,
+            max_memory=max_memory,
             progress=progress,
             **limits,
         )

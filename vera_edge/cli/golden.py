@@ -43,6 +43,7 @@ from vera_edge.cli.show import (
 )
 @click.option("--projection-rounding", help="What the projections were rounded to, when it can't be told.")
 @trained_as_option
+@click.option("--max-memory", metavar="SIZE", help="Run a model of over half of it, like 6GB, by layer.")
 @json_option
 @quiet_option
 def golden(
@@ -52,6 +53,7 @@ def golden(
     prompts: Path | None,
     projection_rounding: str | None,
     trained_as: str | None,
+    max_memory: str | None,
     as_json: bool,
     quiet: bool,
     **limits: float | None,
@@ -68,6 +70,7 @@ def golden(
             prompts=prompts,
             projection_rounding=projection_rounding,
             trained_as=trained_as,
+            max_memory=max_memory,
             progress=progress,
             tell=note,
             **limits,

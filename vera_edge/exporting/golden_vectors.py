@@ -122,15 +122,16 @@ def ask(
     progress: Progress = silent,
     trained_as: TrainedAs | None = None,
     tell: Callable[[str], None] = lambda note: None,
+    max_memory: int | None = None,
 ) -> Manifest:
     """Open the model as trained from `base` and `adapter_paths` and write what it says to `folder`.
 
     adapter_paths: of a branch bundle one or more of its adapters, of a merged one all that were merged. Each
     has the weight that the bundle has it at; None takes that one. prompts: or the texts of an encoder; None
     takes the built-in ones. trained_as: how the base was loaded in training. tell: is given sentences for a
-    person to read. Raises MismatchError when the bundle was made of another base, of another adapter or
-    weight, or with other projections, OutputError when it is signed, PlanError on a limit that nothing can be
-    held to.
+    person to read. max_memory: bytes, see `room.fits`. Raises MismatchError when the bundle was made of
+    another base, of another adapter or weight, or with other projections, OutputError when it is signed,
+    PlanError on a limit that nothing can be held to.
     """
     bundle.check_limits(limits or {}, "options")
     manifest = bundle.read(folder)
@@ -150,7 +151,7 @@ def ask(
     _check_projections(manifest, [one.projections for one in found])
     encoder = Encoder.open(folder) if manifest.kind == "encoder" else None
     _check_measured(limits or {}, encoder)
-    asked = _asked(manifest, checkpoint, named, found[0].projections, encoder)
+    asked = _asked(manifest, checkpoint, named, found[0].projections, encoder, max_memory)
     weights = ", ".join(f"{weight:g}" for _, _, weight in named if weight != 1)
     what = "the base's exact values in float32 with the adapter unmerged, in torch"
     what += f", at weight {weights}" if weights else ""
@@ -222,15 +223,18 @@ def _asked(
     named: Sequence[tuple[str, Adapter, float]],
     projections: Projections,
     encoder: Encoder | None,
+    max_memory: int | None,
 ) -> Iterator[dict[str | None, Any]]:
     """What to ask, by name in the bundle: one model at a time, of a branch bundle the base with the first."""
+    from vera_edge.reference import room
     from vera_edge.reference.model import open_reference
 
+    light = not room.fits(checkpoint, max_memory)
     branch = manifest.mode == "branch"
     task = tasks.of(checkpoint.config).auto_class
     for number, group in enumerate([[one] for one in named] if branch else [named]):
         pairs = [(adapter, weight) for _, adapter, weight in group]
-        trained = open_reference(checkpoint, pairs, projections, task)
+        trained = open_reference(checkpoint, pairs, projections, task, light)
         views: dict[str | None, Any] = {None: trained.adapter_off()} if branch and not number else {}
         views[group[0][0] if branch else None] = trained
         if encoder is not None:

@@ -11,7 +11,7 @@ from vera_edge import versions
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring import limits, opened_candidate, opened_reference
-from vera_edge.measuring.continuations import continue_both
+from vera_edge.measuring.continuations import continue_both, runs_by_layer
 from vera_edge.measuring.encoder_assess import assess_encoder
 from vera_edge.measuring.encoder_report import EncoderReport
 from vera_edge.measuring.evaluate import Measurement, check_vocabularies, measure
@@ -40,6 +40,8 @@ class DriftRequest:
     text_only: refuse a model that gives embeddings or classes, before it is measured. limits: names of those
          that the report will be held to; what isn't measured of the model is refused before it is measured.
     trained_as: how the reference's base was loaded in training.
+    max_memory: bytes; a model that takes more than half of them in float32 is run layer by layer, unless
+        `by_layer` is asked for.
     """
 
     reference: Path
@@ -57,6 +59,7 @@ class DriftRequest:
     text_only: bool = False
     trained_as: TrainedAs | None = None
     limits: tuple[str, ...] = ()
+    max_memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,14 @@ def _open(request: DriftRequest, progress: Progress) -> _Opened:
     text = windows.read_text(request.data)
     progress("opening the models", 0, 2)
     given = (request.base, request.adapters, request.projection_rounding)
-    trained = opened_reference.open_trained(request.reference, *given, request.trained_as, request.tokenizer)
+    memory = (request.max_memory, request.by_layer)
+    trained = opened_reference.open_trained(
+        request.reference, *given, request.trained_as, request.tokenizer, *memory
+    )
     progress("opening the models", 1, 2)
-    candidate = opened_candidate.open_candidate(request.candidate, request.exact, trained.digests)
+    candidate = opened_candidate.open_candidate(
+        request.candidate, request.exact, trained.digests, *memory, later=runs_by_layer(trained.runner)
+    )
     progress("opening the models", 2, 2)
     if _gives_text(trained) and candidate.gives != tasks.TEXT:
         raise MismatchError(f"{request.candidate} gives no text, and {request.reference} does")

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 32
+# Where each token costs a pass over weights on disk.
+NEW_TOKENS_BY_LAYER = 8
 
 
 @runtime_checkable
@@ -25,6 +27,20 @@ class _Greedy(Protocol):
     """A Runner that continues a text with its own cache."""
 
     def greedy(self, tokens: npt.NDArray[np.int64], count: int, ends: Sequence[int]) -> list[int]: ...
+
+
+@runtime_checkable
+class _GreedyTogether(Protocol):
+    """A Runner that continues several texts in the time of one."""
+
+    def greedy_of(
+        self, prompts: Sequence[npt.NDArray[np.int64]], count: int, ends: Sequence[int]
+    ) -> list[list[int]]: ...
+
+
+def runs_by_layer(runner: object) -> bool:
+    """Whether a Runner reads its weights at every pass, so that passes are dear."""
+    return bool(getattr(runner, "layer_by_layer", False))
 
 
 def continue_both(
@@ -38,13 +54,19 @@ def continue_both(
     """`count` prompts, the starts of windows spread over the text, each continued by both models.
 
     A model that has no quicker way runs the whole sequence again for every token: enough for a few lines.
+    Where one is run layer by layer, for fewer tokens.
     """
     step = max(1, len(windows.tokens) // max(count, 1))
     prompts = [window[:PROMPT_TOKENS] for window in windows.tokens[::step]][:count]
+    slow = runs_by_layer(reference) or runs_by_layer(candidate)
+    tokens = NEW_TOKENS_BY_LAYER if slow else NEW_TOKENS
+    progress("generating samples", 0, 2)
+    both = [_continued(reference, prompts, tokens)]
+    progress("generating samples", 1, 2)
+    both.append(_continued(candidate, prompts, tokens))
+    progress("generating samples", 2, 2)
     found = []
-    for index, prompt in enumerate(prompts):
-        progress("generating samples", index, len(prompts))
-        ours, theirs = _greedy(reference, prompt), _greedy(candidate, prompt)
+    for prompt, ours, theirs in zip(prompts, *both, strict=True):
         shared = min(len(ours), len(theirs))
         same = next((place for place in range(shared) if ours[place] != theirs[place]), shared)
         found.append(
@@ -58,11 +80,17 @@ def continue_both(
     return tuple(found)
 
 
-def _greedy(runner: Runner, prompt: npt.NDArray[np.int64]) -> list[int]:
+def _continued(runner: Runner, prompts: Sequence[npt.NDArray[np.int64]], count: int) -> list[list[int]]:
+    if isinstance(runner, _GreedyTogether):
+        return runner.greedy_of(prompts, count, ())
+    return [_greedy(runner, prompt, count) for prompt in prompts]
+
+
+def _greedy(runner: Runner, prompt: npt.NDArray[np.int64], count: int) -> list[int]:
     if isinstance(runner, _Greedy):
-        return runner.greedy(prompt, NEW_TOKENS, ())
+        return runner.greedy(prompt, count, ())
     tokens = prompt
-    for _ in range(NEW_TOKENS):
+    for _ in range(count):
         best = int(runner.logits(tokens)[-1].argmax())
         tokens = np.append(tokens, np.int64(best))
     return [int(token) for token in tokens[len(prompt) :]]

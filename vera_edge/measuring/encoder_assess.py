@@ -8,7 +8,8 @@ puts around it, cut at the model's longest input.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from vera_edge.tasks import task as tasks
 from vera_edge.text.windows import SourceText, beyond, check_ids
 from vera_edge.trained.text_settings import vocabulary_size
 
-Encode = Callable[[Int64], Float32]
+Encode = Callable[[list[Int64]], Iterator[Float32]]
 
 _TEXTS = 500
 _LONGEST = 256
@@ -123,31 +124,32 @@ def cut_texts(text: SourceText, tokenizer: Tokenizer, longest: int) -> list[Int6
 
 
 def _encoder(runner: object, gives: str, pooling: Pooling | None) -> Encode:
-    """What gives a text's embedding (d,), class logits (classes,), or rows of logits of tokens or spans."""
+    """What gives texts' embeddings (d,), class logits (classes,), or rows of logits of tokens or spans."""
     from vera_edge.measuring.exported_encoder import ExportedEncoder
     from vera_edge.reference.model import TorchReference
 
     if isinstance(runner, ExportedEncoder):
-        return runner.outputs
+        return partial(map, runner.outputs)
     assert isinstance(runner, TorchReference)
     model = runner
     if gives == tasks.SPANS:
-        return model.spans
+        return model.spans_of
     if gives != tasks.EMBEDDINGS:
-        return model.classify
+        return model.classify_of
     how = pooling or Pooling()
 
-    def embed(tokens: Int64) -> Float32:
-        return how.embeddings(model.hidden(tokens)[None], np.ones((1, len(tokens)), np.int64))[0]
+    def embed(texts: list[Int64]) -> Iterator[Float32]:
+        for states in model.hidden_of(texts):
+            yield how.embeddings(states[None], np.ones((1, len(states)), np.int64))[0]
 
     return embed
 
 
 def _outputs(encode: Encode, texts: list[Int64], who: str, progress: Progress) -> list[Float32]:
-    found = []
-    for index, tokens in enumerate(texts):
-        progress(f"running {who}", index, len(texts))
-        found.append(encode(tokens))
+    found: list[Float32] = []
+    for values in encode(texts):
+        progress(f"running {who}", len(found), len(texts))
+        found.append(values)
     progress(f"running {who}", len(texts), len(texts))
     return found
 

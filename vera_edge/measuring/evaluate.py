@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from vera_edge.arrays import Float32, Int64
 from vera_edge.errors import MismatchError
 from vera_edge.measuring.aggregate import Aggregate
 from vera_edge.measuring.comparison import Comparison, Interval
@@ -20,6 +22,19 @@ if TYPE_CHECKING:
 
 # The noise floor is a yardstick, not a verdict: a few windows give its size.
 NOISE_WINDOWS = 4
+
+
+@runtime_checkable
+class _ReadsWeightsOnce(Protocol):
+    """A Runner that gives the logits of many windows in one pass over its weights."""
+
+    def logits_together(
+        self,
+        views: Sequence[Any],
+        windows: Sequence[Int64],
+        first: Sequence[int | None] = (),
+        progress: Progress = silent,
+    ) -> Iterator[tuple[Float32, ...]]: ...
 
 
 @dataclass(frozen=True)
@@ -49,32 +64,46 @@ def measure(
 ) -> Measurement:
     """Compare `candidate` with `reference` on every window; `base` and `noise` are the yardsticks.
 
-    Holds one window's logits of each model. Raises MismatchError on different vocabularies, DataError on
-    logits that aren't finite and when there is too little text.
+    Holds one window's logits of each model. The reference's weights, and its yardsticks', are through with
+    when the artefact's are first asked for, where they aren't all in memory. Raises MismatchError on
+    different vocabularies, DataError on logits that aren't finite and when there is too little text.
     """
     check_vocabularies(reference, candidate)
-    gathered = {"artefact": Aggregate()}
-    if base is not None:
-        gathered["base"] = Aggregate()
-    if noise is not None:
-        gathered["noise"] = Aggregate()
-    runners = {"artefact": candidate, "base": base, "noise": noise}
+    yardsticks = {name: one for name, one in (("base", base), ("noise", noise)) if one is not None}
+    gathered = {name: Aggregate() for name in ("artefact", *yardsticks)}
+    counts = [None, *(NOISE_WINDOWS if name == "noise" else None for name in yardsticks)]
+    ours = _together([reference, *yardsticks.values()], windows.tokens, counts, progress)
+    theirs = _each(candidate, windows.tokens, progress)
     for index, tokens in enumerate(windows.tokens):
         progress("measuring drift", index, len(windows.tokens))
-        asked = {
-            name: runner
-            for name, runner in runners.items()
-            if runner is not None and (name != "noise" or index < NOISE_WINDOWS)
-        }
+        truth, *others = next(ours)
         # The last position has no true token to be judged by.
-        logits = {name: runner.logits(tokens)[:-1] for name, runner in asked.items()}
-        compared = compare_all(reference.logits(tokens)[:-1], logits, tokens[1:])
+        names = ("artefact", *yardsticks)
+        logits = {name: found[:-1] for name, found in zip(names, (next(theirs), *others), strict=False)}
+        compared = compare_all(truth[:-1], logits, tokens[1:])
         for name, metrics in compared.items():
             gathered[name].add(metrics)
     progress("measuring drift", len(windows.tokens), len(windows.tokens))
     found = {name: aggregate.finish() for name, aggregate in gathered.items()}
     retained = _retained(gathered["artefact"], gathered["base"]) if base is not None else None
     return Measurement(found["artefact"], found.get("base"), found.get("noise"), retained)
+
+
+def _together(
+    runners: Sequence[Runner], windows: Sequence[Int64], counts: Sequence[int | None], progress: Progress
+) -> Iterator[tuple[Float32, ...]]:
+    """Of each window the logits of runners, the last of which may end after a `count` of windows."""
+    first = runners[0]
+    if isinstance(first, _ReadsWeightsOnce) and all(type(one) is type(first) for one in runners):
+        yield from first.logits_together(runners, windows, counts, progress)
+        return
+    for row, tokens in enumerate(windows):
+        asked = zip(runners, counts, strict=True)
+        yield tuple(one.logits(tokens) for one, count in asked if count is None or row < count)
+
+
+def _each(runner: Runner, windows: Sequence[Int64], progress: Progress) -> Iterator[Float32]:
+    return (found for (found,) in _together([runner], windows, [None], progress))
 
 
 def check_vocabularies(reference: Runner, candidate: Runner) -> None:

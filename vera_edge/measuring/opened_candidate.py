@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vera_edge.adapters import vera as adapters
+from vera_edge.arrays import Float32, Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import CheckpointError, DataError
@@ -52,21 +54,30 @@ class OpenedCandidate:
     pooling: Pooling | None = None
 
 
-def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ()) -> OpenedCandidate:
+def open_candidate(
+    path: Path,
+    exact: bool = False,
+    trained: Sequence[str] = (),
+    max_memory: int | None = None,
+    whole: bool = False,
+    later: bool = False,
+) -> OpenedCandidate:
     """The artefact in `path`: an exported folder, or a Hugging Face folder of any weight format.
 
     trained: digests of the reference's adapters; of a branch export's own, the one among them runs.
 
     A bitsandbytes checkpoint runs as its users run it, in bitsandbytes' kernels; with `exact`, on the exact
-    values of its weights in float32.
+    values of its weights in float32. max_memory: bytes, for a model in float32 (see `room.fits`); whole: in
+    memory in any case. later: an export of a decoder is closed again until it is first run.
     """
     if (path / bundle.MANIFEST).is_file():
-        return _candidate_export(path, trained)
+        return _candidate_export(path, trained, later)
     if (path / adapters.CONFIG_NAME).is_file():
         raise DataError(f"{path} is an adapter, not an artefact; give a merged or exported folder to measure")
     checkpoint, _ = trained_base.read(path)
     check_measurable(checkpoint)
     from vera_edge.reference import model as reference
+    from vera_edge.reference import room
 
     weights, notes, task = weights_of(checkpoint), [], tasks.of(checkpoint.config)
     quantized = checks.method(checkpoint.config) is not None
@@ -84,13 +95,15 @@ def open_candidate(path: Path, exact: bool = False, trained: Sequence[str] = ())
         kernels = "bitsandbytes" if checks.method(checkpoint.config) == "bitsandbytes" else "transformers'"
         kind = f"checkpoint, {weights}, {kernels} kernels"
     else:
-        runner = reference.open_reference(checkpoint, auto_class=task.auto_class)
+        light = not whole and not room.fits(checkpoint, max_memory)
+        runner = reference.open_reference(checkpoint, auto_class=task.auto_class, layer_by_layer=light)
+        notes += [room.note(checkpoint)] * runner.layer_by_layer
         kind = f"checkpoint, {weights}, computed in float32"
     facts = (artefact(path, kind), path, context_of(checkpoint), tuple(notes), checkpoint, task.gives)
     return OpenedCandidate(runner, *facts, tokenizer=tokenizer_of(checkpoint), pooling=pooling_of(checkpoint))
 
 
-def _candidate_export(path: Path, trained: Sequence[str]) -> OpenedCandidate:
+def _candidate_export(path: Path, trained: Sequence[str], later: bool) -> OpenedCandidate:
     manifest = bundle.read(path)
     own = {name: entry["digest"] for name, entry in manifest.adapters.items()}
     notes: tuple[str, ...] = ()
@@ -111,7 +124,29 @@ def _candidate_export(path: Path, trained: Sequence[str]) -> OpenedCandidate:
 
     session = Session.open(path, adapter)
     facts = (artefact(path, kind), path, session.decoder.context, notes)
-    return OpenedCandidate(session, *facts, tokenizer=exported_tokenizer(path))
+    runner: Runner = session
+    if later:
+        runner = _OpenedLater(path, adapter, session.vocab_size)
+        del session
+    return OpenedCandidate(runner, *facts, tokenizer=exported_tokenizer(path))
+
+
+@dataclass
+class _OpenedLater:
+    """An export that was checked, and is opened again when it first runs: until then it takes no memory."""
+
+    path: Path
+    adapter: str
+    vocab_size: int
+
+    @cached_property
+    def _session(self) -> Runner:
+        from vera_edge.device.runtime.session import Session
+
+        return Session.open(self.path, self.adapter, deep=False)
+
+    def logits(self, tokens: Int64) -> Float32:
+        return self._session.logits(tokens)
 
 
 def _split_blocks(checkpoint: Checkpoint) -> str | None:

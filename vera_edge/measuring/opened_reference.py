@@ -78,11 +78,14 @@ def open_trained(
     projection_rounding: str | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
+    max_memory: int | None = None,
+    whole: bool = False,
 ) -> OpenedReference:
     """The model as trained from an adapter folder, a base folder (with `adapter_paths`), or a branch export.
 
     trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer reads the text,
-    instead of the adapters' or the base's. An export has its base, adapter and projections in it, and takes
+    instead of the adapters' or the base's. max_memory: bytes, see `room.fits`. whole: in memory in any case.
+    An export has its base, adapter and projections in it, and takes
     no others. Raises a VeraEdgeError of the part that is at fault.
     """
     if (path / bundle.MANIFEST).is_file():
@@ -106,7 +109,7 @@ def open_trained(
         raise PlanError("--projection-rounding is for an adapter, and the reference has none; leave it out")
     base = base_folder(path, base)
     checkpoint, read = trained_base.read(base, adapter_paths, tokenizer, trained_as)
-    return _trained_checkpoint(checkpoint, read, projection_rounding)
+    return _trained_checkpoint(checkpoint, read, projection_rounding, max_memory, whole)
 
 
 def base_folder(path: Path, base: Path | None) -> Path:
@@ -125,7 +128,11 @@ def base_folder(path: Path, base: Path | None) -> Path:
 
 
 def _trained_checkpoint(
-    checkpoint: Checkpoint, read: tuple[tuple[adapters.Adapter, float], ...], projection_rounding: str | None
+    checkpoint: Checkpoint,
+    read: tuple[tuple[adapters.Adapter, float], ...],
+    projection_rounding: str | None,
+    max_memory: int | None,
+    whole: bool,
 ) -> OpenedReference:
     found = [provenance.resolve_for_command(adapter, checkpoint, projection_rounding) for adapter, _ in read]
     if any(other.projections.digest != found[0].projections.digest for other in found[1:]):
@@ -133,8 +140,13 @@ def _trained_checkpoint(
     projections = found[0].projections if found else None
     check_measurable(checkpoint)
     from vera_edge.reference import model as reference
+    from vera_edge.reference import room
 
-    model = reference.open_reference(checkpoint, read, projections, tasks.of(checkpoint.config).auto_class)
+    light = not whole and not room.fits(checkpoint, max_memory)
+    task = tasks.of(checkpoint.config).auto_class
+    model = reference.open_reference(checkpoint, read, projections, task, light)
+    notes = [note for one in found for note in (*one.notes, f"projections: {one.how}")]
+    notes += [room.note(checkpoint)] * model.layer_by_layer
     base_bytes = folder_bytes(checkpoint.path)
     kind = f"{weights_of(checkpoint)} base, exact in float32" + ", adapter unmerged in PEFT" * bool(read)
     paths = [adapter.path for adapter, _ in read] or [checkpoint.path]
@@ -149,7 +161,7 @@ def _trained_checkpoint(
         base_artefact=artefact(checkpoint.path, base_kind) if read else None,
         folder=checkpoint.path,
         context=context_of(checkpoint),
-        notes=tuple(dict.fromkeys(note for one in found for note in (*one.notes, f"projections: {one.how}"))),
+        notes=tuple(dict.fromkeys(notes)),
         checkpoint=checkpoint,
         adapters=read,
         projections=projections,

@@ -1,11 +1,12 @@
 """Calibration: text goes through the model, layer by layer, and leaves the statistics of what each reads.
 
 For every distinct input of a layer's linears one Gram matrix H = X^T X / n is gathered; the caller answers
-with the weights that the layer will have from then on. So the memory is the model, the hidden states of the
-text (tokens x hidden size) and one layer's inputs. What later layers see is a choice, `Walk.sees`:
+with the weights that the layer will have from then on. Memory: the model, or of one that is streamed one
+layer, the statistics of one input, and hidden states as far as there is room for them (the rest is on disk).
+What later layers see is a choice, `Walk.sees`:
 
     "original"   every layer reads what it reads in the model as trained; one pass
-    "inputs"     every linear reads what the requantized ones before it give; about three passes
+    "inputs"     every linear reads what the requantized ones before it give; two passes
 
 With the second, `follow_target` shifts each linear's target so that it makes up for what those before it did.
 The best weight for inputs X~ where the original ones were X is `W (X^T X~)(X~^T X~)^-1` (damped; Arai and
@@ -17,6 +18,7 @@ stream's error that this linear can still undo.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +29,11 @@ from torch import nn
 from vera_edge.arrays import Float32, Int64
 from vera_edge.errors import DataError
 from vera_edge.progress import Progress, silent
+from vera_edge.reference.group_passes import GroupPasses, GroupPlan
+from vera_edge.reference.hidden_states import HiddenStates, Room
 from vera_edge.reference.layers import Changed, Layer, Stack
+from vera_edge.reference.products import MeanProduct
+from vera_edge.reference.streamed import LayerStream, Run
 from vera_edge.requantize.gram import one_blas_thread
 
 # How much damping a token less per input costs: errors on other text were least between 1 and 4.
@@ -64,13 +70,20 @@ class LayerInputs:
 
 # Called once for every input; gives what modules have from now on, those that change.
 Answer = Callable[[LayerInputs], Mapping[str, Changed]]
+# What the linears of one input have from now on, where that is known without statistics; else None.
+Recall = Callable[[tuple[str, ...]], Mapping[str, Changed] | None]
+
+
+def _nothing(_: tuple[str, ...]) -> None:
+    return None
 
 
 @dataclass
 class Walk:
     """A walk of `windows` of token ids through a causal or bidirectional transformer in float32.
 
-    modules: the linears whose inputs are wanted. sees: what later layers read.
+    modules: the linears whose inputs are wanted. sees: what later layers read. stream: runs the model layer
+    by layer, where its weights aren't in memory.
     """
 
     model: nn.Module
@@ -78,99 +91,105 @@ class Walk:
     windows: Sequence[Int64]
     sees: Sees = "original"
     progress: Progress = silent
+    stream: LayerStream | None = None
 
-    def run(self, answer: Answer) -> None:
-        """Visit every input once, in the order of computation.
+    def run(self, answer: Answer, recall: Recall = _nothing) -> None:
+        """Visit every input once, in the order of computation, but for those that `recall` knows.
 
-        Raises DataError without any text, or when the model has no stack of layers that this can walk.
+        Raises DataError without any text, or when the model has no stack of layers that this can walk,
+        OutputError when hidden states are many and the disk of temporary files is full.
         """
         if not self.windows:
             raise DataError("there is no text to calibrate with; give a longer file")
+        room = Room()
         with torch.inference_mode():
-            stack = Stack.find(self.model, self.modules, self.windows)
-            hidden = stack.first_inputs(self.model, self.windows)
-            original = list(hidden)
+            stack, hidden = self._opened(room)
+            original = _copied(hidden, room) if self.sees == "inputs" else hidden
             for index in range(len(stack.layers)):
                 self.progress("calibrating", index, len(stack.layers))
-                layer = Layer(stack, index, self.windows)
-                if self.sees == "original":
-                    hidden = _plain(layer, hidden, answer)
-                else:
-                    hidden, original = _following(layer, hidden, original, answer)
+                with stack.placed(index):
+                    layer = Layer(stack, index)
+                    if self.sees == "original":
+                        _plain(layer, hidden, answer, recall)
+                    else:
+                        _following(layer, hidden, original, room, answer, recall)
             self.progress("calibrating", len(stack.layers), len(stack.layers))
 
+    def _opened(self, room: Room) -> tuple[Stack, HiddenStates]:
+        """The layers, how they are called, and what the first one reads."""
+        hidden = HiddenStates(room)
+        if self.stream is None:
+            stack = Stack.find(self.model, self.modules, self.windows)
+            for row, states in enumerate(stack.first_inputs(self.model, self.windows)):
+                hidden[row] = states
+            return stack, hidden
+        stream = self.stream
+        run = Run(stream, stream.view, self.windows, hidden)
+        run.start({})
 
-def _plain(layer: Layer, hidden: list[torch.Tensor], answer: Answer) -> list[torch.Tensor]:
-    """One layer whose changes nothing sees; its outputs."""
-    groups = layer.groups(hidden[0])
+        def placed(index: int) -> AbstractContextManager[None]:
+            return stream.weights.placed(stream.layers[index].parameters(), {})
+
+        return Stack(stream.name, stream.layers, run.calls, self.modules, placed), hidden
+
+
+def _copied(hidden: HiddenStates, room: Room) -> HiddenStates:
+    found = HiddenStates(room)
+    for row in range(len(hidden)):
+        found[row] = hidden[row]
+    return found
+
+
+def _plain(layer: Layer, hidden: HiddenStates, answer: Answer, recall: Recall) -> None:
+    """One layer whose changes nothing sees; `hidden` has its outputs in the end."""
+    groups = [group for group in layer.groups(hidden[0]) if recall(group) is None]
     firsts = [group[0] for group in groups]
-    grams = {module: _Mean() for module in firsts}
-    outputs = []
-    for row, states in enumerate(hidden):
-        inputs, output = layer.inputs(firsts, states, row, to_the_end=True)
+    grams = {module: MeanProduct() for module in firsts}
+    for row in range(len(hidden)):
+        inputs, output = layer.inputs(firsts, hidden[row], row, to_the_end=True)
         assert output is not None
-        outputs.append(output)
+        hidden[row] = output
         for module, x in inputs.items():
             grams[module].add(x, x)
     for group in groups:
         gram = grams.pop(group[0])
         mean = gram.mean()
         answer(LayerInputs(group, gram.value(), gram.count, means=(mean, mean, None)))
-    return outputs
 
 
 def _following(
-    layer: Layer, hidden: list[torch.Tensor], original: list[torch.Tensor], answer: Answer
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """One layer input by input, each with the changes before it; both streams' outputs."""
-    groups, added_to = layer.groups(original[0]), layer.added_to(original[0])
-    kept = {module: Changed(layer.linears[module].weight.data) for group in groups for module in group}
-    changed: dict[str, Changed] = {}
-    wanted = {group[0]: [group[0], *(added_to[m] for m in group if m in added_to)] for group in groups}
-    everything = sorted({part for parts in wanted.values() for part in parts})
-    passes = [layer.inputs(everything, x, row, to_the_end=True) for row, x in enumerate(original)]
-    for group in groups:
-        first, *stream = wanted[group[0]]
-        gram, cross, off = _Mean(), _Mean(), _Mean()
-        layer.use(kept | changed)
-        for row, states in enumerate(hidden):
-            before, (now, _) = passes[row][0], layer.inputs([first, *stream], states, row)
-            gram.add(now[first], now[first])
-            cross.add(before[first], now[first])
-            if stream:
-                off.add(before[stream[0]] - now[stream[0]], now[first])
-        alone = len(group) == 1 and bool(stream)
-        means = gram.mean(), cross.mean(), off.mean() if alone else None
-        shift = off.value() if alone else None
-        changed |= answer(LayerInputs(group, gram.value(), gram.count, cross.value(), shift, means))
-    layer.use(kept | changed)
-    outputs = [layer(x, row) for row, x in enumerate(hidden)]
-    return outputs, [output for _, output in passes if output is not None]
+    layer: Layer, hidden: HiddenStates, original: HiddenStates, room: Room, answer: Answer, recall: Recall
+) -> None:
+    """One layer input by input, each with the changes before it; both streams have its outputs in the end."""
+    plan = GroupPlan.of(layer, original)
+    kept = {module: layer.state(module) for group in plan.groups for module in group}
+    before = GroupPasses(layer, plan, original, kept, room)
+    now = GroupPasses(layer, plan, hidden, dict(kept), room)
+    for number, group in enumerate(plan.groups):
+        theirs, ours = before.advance(number), now.advance(number)
+        changed = recall(group)
+        if changed is None:
+            changed = answer(_statistics(group, theirs, ours, len(hidden)))
+        now.states |= {module: layer.changed(module, change) for module, change in changed.items()}
+    before.advance(len(plan.groups))
+    now.advance(len(plan.groups))
 
 
-class _Mean:
-    """X^T Y / n and the mean of X, summed up piece by piece."""
-
-    def __init__(self) -> None:
-        self._sum: torch.Tensor | None = None
-        self._total: torch.Tensor | None = None
-        self.count = 0
-
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        product, total = x.T @ y, x.sum(0)
-        self._sum = product if self._sum is None else self._sum.add_(product)
-        self._total = total if self._total is None else self._total.add_(total)
-        self.count += x.shape[0]
-
-    def mean(self) -> Float32:
-        assert self._total is not None
-        found: Float32 = (self._total / self.count).numpy()
-        return found
-
-    def value(self) -> Float32:
-        assert self._sum is not None
-        found: Float32 = (self._sum / self.count).numpy()
-        return found
+def _statistics(
+    group: tuple[str, ...], before: list[HiddenStates], now: list[HiddenStates], rows: int
+) -> LayerInputs:
+    """Those of one input; before, now: what the linears read, and a stream, original and requantized."""
+    alone = len(group) == 1 and len(now) > 1
+    gram, cross, off = MeanProduct(), MeanProduct(), MeanProduct()
+    for row in range(rows):
+        x = now[0][row]
+        gram.add(x, x)
+        cross.add(before[0][row], x)
+        if alone:
+            off.add(before[1][row] - now[1][row], x)
+    means = gram.mean(), cross.mean(), off.mean() if alone else None
+    shift = off.value() if alone else None
+    return LayerInputs(group, gram.value(), gram.count, cross.value(), shift, means)
 
 
 def follow_target(weight: Float32, inputs: LayerInputs, share: float, damp: float | None = None) -> Float32:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -26,6 +26,13 @@ class Changed(NamedTuple):
     bias: torch.Tensor | None = None
 
 
+class LinearState(NamedTuple):
+    """What a linear has: its weight, in the model's own orientation, and its bias."""
+
+    weight: torch.Tensor
+    bias: nn.Parameter | None
+
+
 class _Stop(Exception):
     """Raised by a hook: everything that was wanted of this forward pass is there."""
 
@@ -41,14 +48,30 @@ def stack_of(model: nn.Module, modules: Collection[str]) -> tuple[str, list[nn.M
     return (name, list(lists[name])) if name and inside[name] else ("", [])
 
 
+class Call(NamedTuple):
+    """What a layer is called with beside its hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def call_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """What a layer was called with, without its hidden states."""
+    return Call(args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"})
+
+
 @dataclass
 class Stack:
-    """The stack of layers, and the keyword arguments each is called with, by the length of the window."""
+    """The stack of layers, and what each is called with, by the number of the window.
+
+    placed: puts the weights of a layer in their place, by its number, for as long as its context lasts.
+    """
 
     name: str
     layers: list[nn.Module]
-    arguments: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    calls: Sequence[Sequence[Call]]
     modules: frozenset[str]
+    placed: Callable[[int], AbstractContextManager[None]] = lambda index: nullcontext()
 
     @classmethod
     def find(cls, model: nn.Module, modules: frozenset[str], windows: Sequence[Int64]) -> Stack:
@@ -57,26 +80,25 @@ class Stack:
             raise DataError(
                 "this model has no stack of layers to calibrate; choose a method without calibration"
             )
-        stack = cls(name, layers, {}, modules)
-        for length in sorted({len(window) for window in windows}):
-            window = next(window for window in windows if len(window) == length)
-            stack.arguments[length] = stack._record(model, window)
-        return stack
+        stack = cls(name, layers, (), modules)
+        known = {len(window): window for window in reversed(windows)}
+        calls = {length: stack._record(model, window) for length, window in known.items()}
+        return replace(stack, calls=[calls[len(window)] for window in windows])
 
-    def _record(self, model: nn.Module, window: Int64) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    def _record(self, model: nn.Module, window: Int64) -> list[Call]:
         """One forward pass, to see how each layer is called; each must read what the one before gave."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[Call] = []
         chain: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls.append((args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"}))
-            chain.append((_hidden_of(args, kwargs), _hidden(output)))
+            calls.append(call_of(args, kwargs))
+            chain.append((hidden_of(args, kwargs), output_hidden(output)))
 
         with ExitStack() as hooks:
             for layer in self.layers:
                 handle = layer.register_forward_hook(after, with_kwargs=True)
                 hooks.callback(handle.remove)
-            _forward(model, window)
+            forward(model, window)
         links = pairwise(chain)
         if len(calls) != len(self.layers) or any(one[1] is not two[0] for one, two in links):
             raise DataError(
@@ -90,14 +112,14 @@ class Stack:
         found: list[torch.Tensor] = []
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(_hidden_of(args, kwargs))
+            found.append(hidden_of(args, kwargs))
             raise _Stop
 
         handle = self.layers[0].register_forward_pre_hook(before, with_kwargs=True)
         try:
             for window in windows:
                 try:
-                    _forward(model, window)
+                    forward(model, window)
                 except _Stop:
                     continue
         finally:
@@ -108,9 +130,8 @@ class Stack:
 class Layer:
     """One layer of a stack: called on hidden states, its linears watched, its weights exchanged."""
 
-    def __init__(self, stack: Stack, index: int, windows: Sequence[Int64]) -> None:
-        self._layer, self._windows = stack.layers[index], windows
-        self._arguments = {length: calls[index] for length, calls in stack.arguments.items()}
+    def __init__(self, stack: Stack, index: int) -> None:
+        self._layer, self._calls = stack.layers[index], [calls[index] for calls in stack.calls]
         prefix = f"{stack.name}.{index}."
         self._parts: dict[str, Any] = {
             prefix + name: module for name, module in self._layer.named_modules() if name
@@ -118,17 +139,64 @@ class Layer:
         self.linears = {name: module for name, module in self._parts.items() if name in stack.modules}
 
     def __call__(self, hidden: torch.Tensor, row: int) -> torch.Tensor:
-        args, kwargs = self._arguments[len(self._windows[row])]
-        return _hidden(self._layer(hidden, *args, **kwargs))
+        args, kwargs = self._calls[row]
+        return output_hidden(self._layer(hidden, *args, **kwargs))
 
-    def use(self, changes: Mapping[str, Changed]) -> None:
+    def state(self, module: str) -> LinearState:
+        """What a linear has now."""
+        linear = self.linears[module]
+        return LinearState(linear.weight.data, linear.bias)
+
+    def changed(self, module: str, change: Changed) -> LinearState:
+        """What a linear has once it has changed."""
+        own = self.linears[module].bias
+        bias = own if change.bias is None else nn.Parameter(change.bias, requires_grad=False)
+        return LinearState(change.weight, bias)
+
+    def use(self, states: Mapping[str, LinearState]) -> None:
         """Give linears these weights and biases from now on."""
-        for module, (weight, bias) in changes.items():
+        for module, (weight, bias) in states.items():
             self.linears[module].weight.data = weight
-            if bias is not None:
-                self.linears[module].bias = nn.Parameter(bias, requires_grad=False)
+            self.linears[module].bias = bias
 
-    def groups(self, hidden: torch.Tensor) -> list[tuple[str, ...]]:
+    def output_of(self, module: str, x: torch.Tensor) -> torch.Tensor:
+        """What a linear gives for x (tokens, in): (tokens, out)."""
+        linear = self.linears[module]
+        found: torch.Tensor = type(linear).forward(linear, x)
+        return found
+
+    @contextmanager
+    def giving(self, outputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Let linears give these (tokens, out), whatever they read."""
+
+        def instead(output: torch.Tensor) -> Callable[..., torch.Tensor]:
+            return lambda x: output.reshape(*x.shape[:-1], output.shape[-1])
+
+        try:
+            for module, output in outputs.items():
+                self.linears[module].forward = instead(output)
+            yield
+        finally:
+            for module in outputs:
+                vars(self.linears[module]).pop("forward", None)
+
+    def outputs(self, hidden: torch.Tensor, row: int) -> dict[str, torch.Tensor]:
+        """What each linear gives, (tokens, out)."""
+        found: dict[str, torch.Tensor] = {}
+
+        def after(module: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+            def keep(_: nn.Module, __: Any, output: torch.Tensor) -> None:
+                found[module] = output.reshape(-1, output.shape[-1])
+
+            return keep
+
+        with ExitStack() as hooks:
+            for module, linear in self.linears.items():
+                hooks.callback(linear.register_forward_hook(after(module)).remove)
+            self(hidden, row)
+        return found
+
+    def groups(self, hidden: torch.Tensor, row: int = 0) -> list[tuple[str, ...]]:
         """The linears that read the same input, in the order of computation, without those never called."""
         seen: list[tuple[torch.Tensor, list[str]]] = []
 
@@ -145,10 +213,10 @@ class Layer:
         with ExitStack() as hooks:
             for module, linear in self.linears.items():
                 hooks.callback(linear.register_forward_pre_hook(watch(module)).remove)
-            self(hidden, 0)
+            self(hidden, row)
         return [tuple(modules) for _, modules in seen]
 
-    def added_to(self, hidden: torch.Tensor) -> dict[str, str]:
+    def added_to(self, hidden: torch.Tensor, row: int = 0) -> dict[str, str]:
         """The linears whose output is added to a tensor that flows past them: to the input of which part.
 
         Found by looking, as no two architectures agree: some part of the layer, or its output, must then be
@@ -168,7 +236,7 @@ class Layer:
                 hooks.callback(module.register_forward_pre_hook(before(part)).remove)
             for name, linear in self.linears.items():
                 hooks.callback(linear.register_forward_hook(after(name)).remove)
-            flow.append((HIDDEN_STATES, self(hidden, 0)))
+            flow.append((HIDDEN_STATES, self(hidden, row)))
         found: dict[str, str] = {}
         for name, output, count in outputs:
             like = [(part, tensor) for part, tensor in flow[:count] if tensor.shape == output.shape]
@@ -209,17 +277,20 @@ class Layer:
         return found, output
 
 
-def _forward(model: nn.Module, window: Int64) -> None:
+def forward(model: Any, window: Int64) -> Any:
+    """The output of a model for one text of token ids (n,), without a cache."""
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    model(input_ids=torch.from_numpy(np.ascontiguousarray(window[None])), **options)
+    return model(input_ids=torch.from_numpy(np.ascontiguousarray(window[None])), **options)
 
 
-def _hidden(output: Any) -> torch.Tensor:
+def output_hidden(output: Any) -> torch.Tensor:
+    """The hidden states in what a layer gives."""
     found: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return found
 
 
-def _hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+def hidden_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states in what a layer is called with."""
     found: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     return found
 

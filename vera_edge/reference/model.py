@@ -5,67 +5,85 @@ live quantized module (bitsandbytes repacks those in place at their first forwar
 unmerged, in PEFT's own layers, with the projections it was trained with put in place of those that the
 installed PEFT and torch would draw. Everything else, the architecture first, is transformers' own.
 
-Memory is the model in float32 plus one tensor. Nothing is looked up on a network and no code of the
-checkpoint is run.
+Memory is the model in float32 plus one tensor, or where that is too much (room.py) one layer, for models that
+can be run so (streamed.py). Nothing is looked up on a network and no code of the checkpoint is run.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import transformers
-from torch import nn
 
 from vera_edge.adapters.projection import Projections
 from vera_edge.adapters.vera import Adapter
 from vera_edge.arrays import Float32, Int64
 from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.errors import AdapterError, CheckpointError, MismatchError
+from vera_edge.errors import AdapterError, CheckpointError
+from vera_edge.progress import Progress, silent
 from vera_edge.quiet import first_line, quiet
+from vera_edge.reference.adapted import Swap, with_adapters
+from vera_edge.reference.layers import forward
 from vera_edge.reference.loading import LOCAL, config_of, loaded
+from vera_edge.reference.stand_ins import StandIns, matrices_of
+from vera_edge.reference.streamed import LayerStream
 from vera_edge.trained.alignment import as_loaded
 
 
 @dataclass(frozen=True)
-class _Swap:
-    """A parameter that the adapter replaces and PEFT doesn't switch back (trained biases)."""
-
-    parameter: nn.Parameter
-    trained: torch.Tensor
-    base: torch.Tensor
-
-
-@dataclass(frozen=True)
 class TorchReference:
-    """A Runner over the model as trained; `adapter_off` and `bfloat16` view the same weights otherwise."""
+    """A Runner over the model as trained; `adapter_off` and `bfloat16` view the same weights otherwise.
+
+    stream: what runs the model layer by layer, where its weights aren't all in memory.
+    """
 
     model: Any
     vocab_size: int
     has_adapter: bool
-    swaps: tuple[_Swap, ...] = ()
+    swaps: tuple[Swap, ...] = ()
     adapter_on: bool = True
     autocast: bool = False
+    stream: LayerStream | None = None
+
+    @property
+    def layer_by_layer(self) -> bool:
+        """Whether its weights are read at every pass, a layer's at a time."""
+        return self.stream is not None
 
     def logits(self, tokens: Int64) -> Float32:
         """Teacher-forced logits (n, vocab_size) float32 of one sequence of n token ids."""
-        with self.running():
-            found = self.model(input_ids=torch.from_numpy(tokens[None]), use_cache=False).logits
-            result: Float32 = found[0].float().numpy()
-            return result
+        return next(self.logits_of([tokens]))
+
+    def logits_of(self, windows: Sequence[Int64]) -> Iterator[Float32]:
+        """`logits` of each window, one at a time: where weights are streamed, in one pass over them."""
+        return (found for (found,) in self.logits_together([self], windows))
+
+    @staticmethod
+    def logits_together(
+        views: Sequence[TorchReference],
+        windows: Sequence[Int64],
+        first: Sequence[int | None] = (),
+        progress: Progress = silent,
+    ) -> Iterator[tuple[Float32, ...]]:
+        """Of each window the logits of several views of one model, for which its weights are read once.
+
+        first: on how many of the windows each view is run, None or nothing for all; later tuples lack it.
+        """
+        return _together(views, windows, _logits, first, progress)
 
     def hidden(self, tokens: Int64) -> Float32:
         """An encoder's last hidden states (n, d) float32."""
-        with self.running():
-            found = self.model(input_ids=torch.from_numpy(tokens[None])).last_hidden_state
-            result: Float32 = found[0].float().numpy()
-            return result
+        return next(self.hidden_of([tokens]))
+
+    def hidden_of(self, texts: Sequence[Int64]) -> Iterator[Float32]:
+        """`hidden` of each text, one at a time."""
+        return self._outputs_of(texts, lambda found: _array(found.last_hidden_state[0]))
 
     def embed(self, tokens: Int64) -> Float32:
         """An encoder's embedding (d,) float32: the mean of its last hidden states over the tokens."""
@@ -74,19 +92,49 @@ class TorchReference:
 
     def classify(self, tokens: Int64) -> Float32:
         """A classifier's logits (classes,) float32, or one's of tokens (n, classes)."""
-        with self.running():
-            result: Float32 = self.model(input_ids=torch.from_numpy(tokens[None])).logits[0].float().numpy()
-            return result
+        return next(self.classify_of([tokens]))
+
+    def classify_of(self, texts: Sequence[Int64]) -> Iterator[Float32]:
+        """`classify` of each text, one at a time."""
+        return self._outputs_of(texts, _logits)
 
     def spans(self, tokens: Int64) -> Float32:
         """Logits (2, n) float32 of where an answer starts and ends among n tokens."""
-        with self.running():
-            found = self.model(input_ids=torch.from_numpy(tokens[None]))
-            result: Float32 = torch.cat([found.start_logits, found.end_logits]).float().numpy()
-            return result
+        return next(self.spans_of([tokens]))
+
+    def spans_of(self, texts: Sequence[Int64]) -> Iterator[Float32]:
+        """`spans` of each text, one at a time."""
+        return self._outputs_of(
+            texts, lambda found: _array(torch.cat([found.start_logits, found.end_logits]))
+        )
+
+    def _outputs_of(self, texts: Sequence[Int64], take: Callable[[Any], Float32]) -> Iterator[Float32]:
+        return (found for (found,) in _together([self], texts, take))
 
     def greedy(self, tokens: Int64, count: int, ends: Sequence[int]) -> list[int]:
-        """The `count` tokens that follow, the likeliest each time, up to one of `ends`; with a KV cache."""
+        """The `count` tokens that follow, the likeliest each time, up to one of `ends`."""
+        return self.greedy_of([tokens], count, ends)[0]
+
+    def greedy_of(self, prompts: Sequence[Int64], count: int, ends: Sequence[int]) -> list[list[int]]:
+        """`greedy` of each prompt: with a KV cache, or a token at a time of all where weights are streamed.
+
+        Then each token costs a pass over all of the weights, and all of the texts.
+        """
+        if self.stream is None:
+            return [self._greedy(prompt, count, ends) for prompt in prompts]
+        texts, going = list(prompts), list(range(len(prompts)))
+        for _ in range(count):
+            last = self._outputs_of([texts[row] for row in going], lambda found: _array(found.logits[0, -1:]))
+            for row, logits in zip(tuple(going), last, strict=True):
+                texts[row] = np.append(texts[row], np.int64(logits[0].argmax()))
+            going = [row for row in going if int(texts[row][-1]) not in ends]
+            if not going:
+                break
+        return [
+            [int(token) for token in text[len(prompt) :]] for text, prompt in zip(texts, prompts, strict=True)
+        ]
+
+    def _greedy(self, tokens: Int64, count: int, ends: Sequence[int]) -> list[int]:
         prompt = torch.from_numpy(tokens[None])
         with self.running():
             found = self.model.generate(
@@ -133,6 +181,42 @@ class TorchReference:
                     swap.parameter.data = swap.trained
 
 
+def _together(
+    views: Sequence[TorchReference],
+    windows: Sequence[Int64],
+    take: Callable[[Any], Float32],
+    first: Sequence[int | None] = (),
+    progress: Progress = silent,
+) -> Iterator[tuple[Float32, ...]]:
+    """What `take` makes of the model's output for each window, by view; see `logits_together`."""
+    bounds = [*first, *(None for _ in range(len(views) - len(first)))]
+    stream = views[0].stream
+    if any(view.stream is not stream for view in views):
+        alone = [_together([view], windows[:count], take) for view, count in zip(views, bounds, strict=True)]
+        for _ in windows:
+            yield tuple(found for runs in alone for found in next(runs, ()))
+        return
+    if stream is not None:
+        yield from stream.outputs(views, windows, take, bounds, progress)
+        return
+    for row, window in enumerate(windows):
+        found = []
+        for view, count in zip(views, bounds, strict=True):
+            if count is None or row < count:
+                with view.running():
+                    found.append(take(forward(view.model, window)))
+        yield tuple(found)
+
+
+def _logits(output: Any) -> Float32:
+    return _array(output.logits[0])
+
+
+def _array(values: torch.Tensor) -> Float32:
+    found: Float32 = values.float().numpy()
+    return found
+
+
 def _forget_lengths(model: Any) -> None:
     """Let dynamically scaled rotary embeddings forget the longest sequence they saw.
 
@@ -153,24 +237,42 @@ def open_reference(
     adapters: Sequence[tuple[Adapter, float]] = (),
     projections: Projections | None = None,
     auto_class: str = "AutoModelForCausalLM",
+    layer_by_layer: bool = False,
 ) -> TorchReference:
     """The model as trained: `checkpoint` with `adapters`, each with its weight, on their `projections`.
 
     A weight scales an adapter's delta. Without adapters it is the base itself. `auto_class` names the
-    transformers class that knows the task ("AutoModel" for an encoder).
+    transformers class that knows the task ("AutoModel" for an encoder). layer_by_layer: read the weights at
+    every pass, a layer's at a time, where the model can be run so (see `room.fits`); its `model` holds none.
     Raises CheckpointError when transformers doesn't know the architecture or a tensor is missing,
     MismatchError when an adapter doesn't fit, AdapterError when it holds what can't be put in place.
     """
-    model = load_dense(checkpoint, auto_class)
-    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))
-    if not adapters:
-        return TorchReference(model.eval(), vocabulary, has_adapter=False)
-    if projections is None:
+    if adapters and projections is None:
         raise AdapterError("a reference with an adapter needs the projections it was trained with")
+    if layer_by_layer:
+        light = load_light(checkpoint, auto_class)
+        if light is not None:
+            model, weights = light
+            found = _as_trained(model, adapters, projections, auto_class)
+            stream = LayerStream.of(found.model, weights, [found, found.adapter_off()])
+            if stream is not None:
+                return replace(found, stream=stream)
+    return _as_trained(load_dense(checkpoint, auto_class), adapters, projections, auto_class)
+
+
+def _as_trained(
+    model: Any,
+    adapters: Sequence[tuple[Adapter, float]],
+    projections: Projections | None,
+    auto_class: str,
+) -> TorchReference:
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))
+    if not adapters or projections is None:
+        return TorchReference(model.eval(), vocabulary, has_adapter=False)
     speaks = auto_class == "AutoModelForCausalLM"
     trained = [(as_loaded(adapter, model, speaks), weight) for adapter, weight in adapters]
     with quiet():
-        wrapped, swaps = _with_adapters(model, trained, projections)
+        wrapped, swaps = with_adapters(model, trained, projections)
     return TorchReference(wrapped.eval(), vocabulary, True, tuple(swaps))
 
 
@@ -179,11 +281,34 @@ def load_dense(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM")
 
     Raises CheckpointError when transformers doesn't know the architecture or tensors are missing.
     """
+    names = _dense_names(checkpoint)
+    return _loaded(checkpoint, auto_class, {name: dense_tensor(checkpoint, name) for name in names})
+
+
+def load_light(
+    checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM"
+) -> tuple[Any, StandIns] | None:
+    """The same with stand-ins for its matrices, which it takes no memory for; and what gives their values.
+
+    None where transformers makes the model's matrices of more than one of the checkpoint's, or of a part.
+    """
+    weights = StandIns(matrices_of(checkpoint), lambda name: dense_tensor(checkpoint, name))
+    tensors = {
+        name: weights.tensors[name] if name in weights.tensors else dense_tensor(checkpoint, name)
+        for name in _dense_names(checkpoint)
+    }
+    try:
+        model = _loaded(checkpoint, auto_class, tensors)
+    except CheckpointError:  # said again, of the tensors themselves, when they are loaded
+        return None
+    return (model, weights) if weights.all_in(model) else None
+
+
+def _loaded(checkpoint: Checkpoint, auto_class: str, tensors: Mapping[str, torch.Tensor]) -> Any:
     config = config_of(checkpoint)
     mapping = getattr(transformers, auto_class)._model_mapping
     if type(config) not in mapping:
         raise CheckpointError(f"transformers has no {auto_class} for model type {config.model_type!r}")
-    tensors = {name: torch.from_numpy(values) for name, values in _dense_tensors(checkpoint)}
     cls, options = mapping[type(config)], {}
     pooled = any("pooler" in name.split(".") for name in tensors)
     if auto_class == "AutoModel" and not pooled and "add_pooling_layer" in _parameters(cls):
@@ -202,112 +327,20 @@ def oriented(checkpoint: Checkpoint, module: str, weight: Float32) -> torch.Tens
     return found.T.contiguous() if checkpoint.is_conv1d(module) else found
 
 
-def _dense_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """Every tensor as the unquantized model would store it."""
-    for module in checkpoint.linears:
+def _dense_names(checkpoint: Checkpoint) -> list[str]:
+    return [*(f"{module}.weight" for module in checkpoint.linears), *checkpoint.other_names]
+
+
+def dense_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """One tensor as the unquantized model would store it, floats in float32."""
+    module = name.removesuffix(".weight")
+    if module in checkpoint.linears and name == f"{module}.weight":
         weight = checkpoint.dequantize(module)
-        yield f"{module}.weight", np.ascontiguousarray(weight.T) if checkpoint.is_conv1d(module) else weight
-    for name in checkpoint.other_names:
-        raw = checkpoint.tensors.read(name)
-        yield name, raw.float32() if raw.dtype in ("F16", "BF16", "F32", "F64") else raw.array()
-
-
-def _with_adapters(
-    model: Any, adapters: Sequence[tuple[Adapter, float]], projections: Projections
-) -> tuple[Any, list[_Swap]]:
-    import peft
-
-    names = [f"adapter{index}" for index in range(len(adapters))]
-    try:
-        wrapped = peft.get_peft_model(model, _peft_config(adapters[0][0]), adapter_name=names[0])
-        for name, (adapter, _) in zip(names[1:], adapters[1:], strict=True):
-            wrapped.add_adapter(name, _peft_config(adapter))
-    except (ValueError, TypeError, RuntimeError) as cause:
-        raise MismatchError(
-            f"PEFT can't put {adapters[0][0].path} on this base: {first_line(cause)}"
-        ) from None
-    layers = {
-        module.removeprefix("base_model.model."): layer
-        for module, layer in wrapped.named_modules()
-        if hasattr(layer, "vera_lambda_b")
-    }
-    a, b = (torch.from_numpy(np.array(half)) for half in (projections.a, projections.b))
-    swaps: list[_Swap] = []
-    for name, (adapter, weight) in zip(names, adapters, strict=True):
-        _set_vectors(layers, name, adapter, weight)
-        for layer in layers.values():
-            layer.vera_A[name], layer.vera_B[name] = a, b
-        swaps += _set_saved_modules(wrapped.base_model.model, name, adapter)
-        for module, values in adapter.biases.items():
-            swaps.append(_swap(wrapped.base_model.model, f"{module}.bias", values, adapter))
-    wrapped.base_model.set_adapter(names)
-    return wrapped, swaps
-
-
-def _peft_config(adapter: Adapter) -> Any:
-    import peft
-
-    known = set(peft.VeraConfig.__dataclass_fields__)
-    facts = {key: value for key, value in adapter.config.items() if key in known}
-    # The projections are overwritten in any case, and trained biases are swapped here, not by PEFT.
-    changed = {"save_projection": False, "bias": "none", "base_model_name_or_path": None}
-    return peft.VeraConfig(**(facts | changed | {"inference_mode": True}))
-
-
-def _set_vectors(layers: Mapping[str, Any], name: str, adapter: Adapter, weight: float) -> None:
-    if unfilled := next((module for module in layers if module not in adapter.vectors), None):
-        raise MismatchError(f"{adapter.path} holds no vectors for {unfilled}, which its config adapts")
-    for module, vectors in adapter.vectors.items():
-        if module not in layers:
-            raise MismatchError(f"the base has no linear layer {module}, which {adapter.path} adapts")
-        layer = layers[module]
-        for kind, values in (("b", np.float32(weight) * vectors.lambda_b), ("d", vectors.lambda_d)):
-            parameter = getattr(layer, f"vera_lambda_{kind}")[name]
-            if tuple(parameter.shape) != values.shape:
-                raise MismatchError(
-                    f"lambda_{kind} of {module} in {adapter.path} has {values.size} values, and the base's "
-                    f"layer takes {parameter.numel()}"
-                )
-            parameter.data = torch.from_numpy(np.array(values, np.float32))
-
-
-def _set_saved_modules(model: Any, name: str, adapter: Adapter) -> list[_Swap]:
-    """Put the adapter's whole copies of modules where PEFT keeps them, so that it switches them itself.
-
-    Returns what it won't: embeddings and heads that are saved since they are adapted, not trained whole.
-    """
-    swaps = []
-    wrappers = {
-        path: wrapper
-        for path, wrapper in model.named_modules()
-        if name in getattr(wrapper, "modules_to_save", ())
-    }
-    for key, raw in adapter.modules_to_save.items():
-        path = next((path for path in wrappers if key.startswith(f"{path}.")), None)
-        if path is None:
-            swaps.append(_swap(model, key, raw.float32(), adapter))
-            continue
-        parameter = wrappers[path].modules_to_save[name].get_parameter(key.removeprefix(f"{path}."))
-        if tuple(parameter.shape) != raw.shape:
-            raise MismatchError(
-                f"{key} of {adapter.path} has shape {list(raw.shape)}, and the base's {list(parameter.shape)}"
-            )
-        parameter.data = torch.from_numpy(np.array(raw.float32()))
-    return swaps
-
-
-def _swap(model: nn.Module, name: str, values: Float32, adapter: Adapter) -> _Swap:
-    """Put a tensor that the adapter holds whole in the place of the base's."""
-    module, _, last = name.rpartition(".")  # an adapted layer holds the base's as a part
-    known = dict(model.named_parameters(remove_duplicate=False))
-    parameter = known.get(f"{module}.base_layer.{last}", known.get(name))
-    if parameter is None or tuple(parameter.shape) != values.shape:
-        raise MismatchError(
-            f"{adapter.path} holds {name} of shape {list(values.shape)}, where the base has none like it"
-        )
-    base, trained = parameter.data, torch.from_numpy(np.array(values, np.float32))
-    parameter.data = trained
-    return _Swap(parameter, trained, base)
+        conv1d = checkpoint.is_conv1d(module)
+        return torch.from_numpy(np.ascontiguousarray(weight.T) if conv1d else weight)
+    raw = checkpoint.tensors.read(name)
+    is_float = raw.dtype in ("F16", "BF16", "F32", "F64")
+    return torch.from_numpy(raw.float32() if is_float else raw.array())
 
 
 def load_as_stored(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM") -> TorchReference:

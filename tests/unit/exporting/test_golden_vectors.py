@@ -94,6 +94,20 @@ def trained(base: Path, adapter: Path) -> TorchReference:
     return open_reference(checkpoint, [(read, 1.0)], provenance.resolve(read, checkpoint).projections)
 
 
+def test_a_model_that_is_run_layer_by_layer_says_the_same(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli
+) -> None:
+    folder, found = tmp_path / "bundle", []
+    target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], folder, mode="branch", weights="nf4")
+    for memory in ((), ("--max-memory", "1KB")):
+        made = cli("golden", folder, tiny_llama.nf4, tiny_adapter, *memory)
+        assert made.exit_code == 0, made.stderr
+        found.append(json.loads((folder / "golden.json").read_text()))
+    whole, light = (read["cases"] for read in found)
+    assert [case["tokens"] for case in light] == [case["tokens"] for case in whole]
+    assert light == whole
+
+
 def test_several_merged_adapters_are_asked_each_at_its_weight(
     tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli
 ) -> None:

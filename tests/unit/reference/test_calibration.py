@@ -163,7 +163,7 @@ def test_linears_that_write_to_the_stream_are_found(
     model = tiny.load(tiny_llama.fp32 if family == "llama" else tiny_gpt2).eval()
     with torch.inference_mode():
         stack = Stack.find(model, frozenset(linears(model)), WINDOWS)
-        found = Layer(stack, 1, WINDOWS).added_to(stack.first_inputs(model, WINDOWS)[0])
+        found = Layer(stack, 1).added_to(stack.first_inputs(model, WINDOWS)[0])
     expected = {
         "llama": {
             "model.layers.1.self_attn.o_proj": HIDDEN_STATES,

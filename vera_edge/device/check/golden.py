@@ -9,7 +9,7 @@ near it when the k tokens hold most of the probability.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -49,6 +49,15 @@ class Continues(Protocol):
     """A reference that continues a text faster than by all its logits again for every token."""
 
     def greedy(self, tokens: Tokens, count: int, ends: Sequence[int]) -> list[int]: ...
+
+
+@runtime_checkable
+class AnswersTogether(Protocol):
+    """A reference that continues, and reads, several texts in fewer passes over its weights."""
+
+    def greedy_of(self, prompts: Sequence[Tokens], count: int, ends: Sequence[int]) -> list[list[int]]: ...
+
+    def logits_of(self, windows: Sequence[Tokens]) -> Iterator[npt.NDArray[np.float32]]: ...
 
 
 @dataclass(frozen=True)
@@ -96,22 +105,38 @@ def make(
     """
     cases: list[Case] = []
     total = len(references) * len(prompts)
+    asked = [text.prompt(prompt, raw=not text.has_template) for prompt in prompts]
     for adapter, runner in references.items():
-        for prompt in prompts:
+        progress("making golden vectors", len(cases), total)
+        for prompt, tokens, logits in _answers(runner, asked, ends, new_tokens):
+            cases.append(_case(adapter, prompt, tokens, logits, k))
             progress("making golden vectors", len(cases), total)
-            tokens = text.prompt(prompt, raw=not text.has_template)
-            cases.append(_case(adapter, runner, tokens, ends, new_tokens, k))
     return Golden(reference, tuple(cases))
 
 
+def _answers(
+    runner: GivesLogits, prompts: Sequence[Tokens], ends: frozenset[int], count: int
+) -> Iterator[tuple[Tokens, Tokens, npt.NDArray[np.float32]]]:
+    """Each prompt, it with its continuation, and the logits of that."""
+    if isinstance(runner, AnswersTogether):
+        continued = runner.greedy_of(prompts, count, sorted(ends))
+        texts = [
+            np.append(prompt, np.array(found, np.int64))
+            for prompt, found in zip(prompts, continued, strict=True)
+        ]
+        yield from zip(prompts, texts, runner.logits_of(texts), strict=True)
+        return
+    for prompt in prompts:
+        if isinstance(runner, Continues):
+            tokens = np.append(prompt, np.array(runner.greedy(prompt, count, sorted(ends)), np.int64))
+        else:
+            tokens = _continued(runner, prompt, ends, count)
+        yield prompt, tokens, runner.logits(tokens)
+
+
 def _case(
-    adapter: str | None, runner: GivesLogits, prompt: Tokens, ends: frozenset[int], new_tokens: int, k: int
+    adapter: str | None, prompt: Tokens, tokens: Tokens, logits: npt.NDArray[np.float32], k: int
 ) -> Case:
-    if isinstance(runner, Continues):
-        tokens = np.append(prompt, np.array(runner.greedy(prompt, new_tokens, sorted(ends)), np.int64))
-    else:
-        tokens = _continued(runner, prompt, ends, new_tokens)
-    logits = runner.logits(tokens)
     k = min(k, logits.shape[1])
     log_p = np.concatenate([log_softmax(logits[at : at + _ROWS]) for at in range(0, len(logits), _ROWS)])
     ids = np.argsort(-log_p, axis=1, kind="stable")[:, :k]
