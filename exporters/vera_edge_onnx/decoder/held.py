@@ -12,16 +12,20 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.reference.model import TorchReference, open_reference
+from vera_edge.reference.room import float32_size
 from vera_edge.storage.files import write_atomic
 from vera_edge.storage.json_text import canonical_json
 from vera_edge_onnx.branch import adapters
 from vera_edge_onnx.decoder import parity, replica
 from vera_edge_onnx.decoder.drawing import Drawing, draw, sites_of
 from vera_edge_onnx.graph import groups, sites
-from vera_edge_onnx.parity import Checked, Differs, Feeds, opened, refusal, save, woven
+from vera_edge_onnx.parity import Checked, Differs, refusal, woven
+from vera_edge_onnx.running import opened_graph
+from vera_edge_onnx.sessions import Feeds
 
 _RECORD = "checked.json"
 _WHOLE = "compared.onnx"
+_AT_ONCE = 1 << 30  # bytes of a model in float32 that is held whole
 
 
 def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]) -> Checked:
@@ -39,7 +43,9 @@ def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]
     lengths = parity.lengths_of(drawing.config, bounds, shrinkable)
     merged = request.plan.mode == "merged"
     adapted = request.model.adapters if merged else request.model.adapters[:1]
-    reference = open_reference(request.model.checkpoint, adapted, request.model.projections)
+    checkpoint = request.model.checkpoint
+    by_layer = float32_size(checkpoint) > _AT_ONCE
+    reference = open_reference(checkpoint, adapted, request.model.projections, layer_by_layer=by_layer)
     _compare(drawing, reference if merged else reference.adapter_off(), lengths, found)
     if not merged:
         _compare_branch(request, drawing, reference, found)
@@ -94,7 +100,7 @@ def _compare(
     vectors: Feeds = MappingProxyType({}),
 ) -> None:
     try:
-        parity.compare(opened(save(drawing.model, drawing.folder / _WHOLE)), reference, lengths, vectors)
+        parity.compare(opened_graph(drawing.model, drawing.folder / _WHOLE), reference, lengths, vectors)
     except Differs as cause:
         raise refusal(
             cause,

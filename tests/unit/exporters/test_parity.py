@@ -24,7 +24,8 @@ from vera_edge.reference.model import TorchReference
 from vera_edge_onnx.decoder import attention, drawing, parity, replica, rotary_graph
 from vera_edge_onnx.decoder.rotary import Rotary, RotaryTable, all_parameters
 from vera_edge_onnx.encoder import drawing as encoder_drawing
-from vera_edge_onnx.parity import Differs, opened
+from vera_edge_onnx.parity import Differs
+from vera_edge_onnx.running import opened_graph
 
 
 def outcome(case: Case, folder: Path) -> str:
@@ -37,7 +38,8 @@ def outcome(case: Case, folder: Path) -> str:
         )
         lengths = parity.lengths_of(drawn.config, parity.bounds_of(drawn.config, drawn.windows))
         assert lengths.reached
-        parity.compare(opened(drawn.path), TorchReference(model, model.config.vocab_size, False), lengths)
+        running = opened_graph(drawn.model, drawn.path.with_name("compared.onnx"))
+        parity.compare(running, TorchReference(model, model.config.vocab_size, False), lengths)
     except (VeraEdgeError, Differs) as cause:
         return str(cause)
     return CARRIED
