@@ -23,6 +23,7 @@ from vera_edge.progress import Progress
 from vera_edge.storage.files import sha256_file
 from vera_edge_onnx.branch import seed
 from vera_edge_onnx.graph import storage
+from vera_edge_onnx.graph.spool import Spool
 from vera_edge_onnx.graph.weaver import Range
 from vera_edge_onnx.weights.expanded import SHIPPED, Shipped
 
@@ -45,11 +46,12 @@ def save(
     file: str,
     shared: Mapping[str, Range],
     shipped: Shipped,
+    spool: Spool | None = None,
 ) -> tuple[Apart, ...]:
     """Write `model` to `file` in `stage`, what the device makes apart from the rest, and what it is made of.
 
-    shared: see `storage.save`. Returns what lies apart, in the order of its files. Raises OutputError when
-    the disk refuses.
+    shared, spool: see `storage.save`. Returns what lies apart, in the order of its files. Raises OutputError
+    when the disk refuses.
     """
     found = []
     if seed.wanted(request):
@@ -57,7 +59,7 @@ def save(
     if shipped.sites:
         found.append(Apart(shipped.initializers, lambda saved, _: shipped.entry(saved, SHIPPED)))
     initializers = [group.initializers for group in found]
-    storage.save(model, stage / file, shared, request.progress, initializers)
+    storage.save(model, stage / file, shared, request.progress, initializers, spool)
     if shipped.sites:
         shipped.write(stage / SHIPPED)
     return tuple(found)

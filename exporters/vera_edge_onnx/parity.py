@@ -15,24 +15,19 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 
 from vera_edge.arrays import Array
-from vera_edge.device.runtime.graph import first_line
 from vera_edge.errors import CheckpointError, TargetError
 from vera_edge.exporting.target import ExportRequest
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.graph.weaver import Weaver
+from vera_edge_onnx.running import opened_graph
+from vera_edge_onnx.sessions import INSTEAD, Feeds
 
-Feeds = Mapping[str, Array]
 # Two float32 computations of one model differ by 1e-6 to 1e-5 of its outputs' scale; a setting that is left
 # out, by 1e-2 and more.
 TOLERANCE = 1e-3
-_INLINE = 1 << 28  # bytes of weights in memory that are written into the graph's own file at most
-_INSTEAD = (
-    "merge the adapter (vera-edge merge) and export the result with a tool that carries what is missing"
-)
 
 
 @dataclass(frozen=True)
@@ -89,18 +84,6 @@ def hold(expected: Array, found: Array, what: str, feeds: Feeds) -> None:
         raise Differs(error, what, feeds)
 
 
-def save(graph: ir.Model, path: Path) -> Path:
-    """Write a graph, for a session and no longer; weights that lie in files of the same folder stay there."""
-    tensors = [value.const_value for value in graph.graph.initializers.values()]
-    inside = sum(
-        tensor.nbytes
-        for tensor in tensors
-        if tensor is not None and not isinstance(tensor, ir.ExternalTensor)
-    )
-    ir.save(graph, path, external_data=f"{path.name}_data" if inside > _INLINE else None)
-    return path
-
-
 def woven(request: ExportRequest, graph: ir.Model, sites: Sequence[Site]) -> ir.Model:
     """A copy of a float graph with the side-branches of the request's adapters, projections in float32."""
     copy = graph.clone()
@@ -110,27 +93,6 @@ def woven(request: ExportRequest, graph: ir.Model, sites: Sequence[Site]) -> ir.
     branch.weave(weaver, inside, {}, adapters.sizes(request), request.model.projections, "fp32")
     weaver.finish()
     return copy
-
-
-def opened(path: Path) -> Any:
-    """An ONNX Runtime session of a graph. Raises TargetError when ONNX Runtime refuses it."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"], enable_fallback=0
-        )
-    except Exception as cause:  # onnxruntime's classes share no base but Exception
-        raise TargetError(f"ONNX Runtime can't open the graph ({first_line(cause)}); {_INSTEAD}") from None
-
-
-def run(session: Any, names: Sequence[str] | None, feeds: Feeds) -> list[Array]:
-    """Outputs by name, all for None. Raises TargetError when ONNX Runtime fails."""
-    try:
-        found: list[Array] = session.run(names, dict(feeds))
-    except Exception as cause:  # as above
-        raise TargetError(f"ONNX Runtime can't run the graph ({first_line(cause)}); {_INSTEAD}") from None
-    return found
 
 
 def refusal(
@@ -151,7 +113,7 @@ def refusal(
         forward(cause.feeds)
     layer = _first_difference(graph, path, products, expected, cause.feeds)
     where = f"first in what {layer} reads" if layer else "and no linear layer reads anything else"
-    return TargetError(f"the graph isn't {what}: {cause}, {where}; {_INSTEAD}")
+    return TargetError(f"the graph isn't {what}: {cause}, {where}; {INSTEAD}")
 
 
 def _first_difference(
@@ -162,19 +124,16 @@ def _first_difference(
     feeds: Feeds,
 ) -> str | None:
     """The first linear layer, in the order of the graph, that reads something else than `expected` says."""
-    copy = graph.clone()
-    nodes = {node.name: node for node in copy.graph}
-    places = {module: nodes[node.name].inputs[0] for module, node in products.items()}
-    given = {value.name for value in copy.graph.outputs}
-    for value in dict.fromkeys(places.values()):
-        if value is not None and value.name not in given and value.producer() is not None:
-            copy.graph.outputs.append(value)
-    session = opened(save(copy, path))
-    names = {output.name for output in session.get_outputs()}
-    for module, value in places.items():
-        if value is None or value.name is None or value.name not in names or module not in expected:
-            continue
-        found = run(session, [value.name], feeds)[0]
+    places = {module: node.inputs[0] for module, node in products.items() if module in expected}
+    names = {
+        module: value.name
+        for module, value in places.items()
+        if value is not None and value.name and value.producer() is not None
+    }
+    running = opened_graph(graph, path, frozenset(names.values()))
+    values = next(running.run_chains([[feeds]], {}, frozenset(names.values())))[0]
+    for module, name in names.items():
+        found = values[name]
         if found.size != expected[module].size:
             return module
         if distance(expected[module].reshape(found.shape), found) > TOLERANCE:

@@ -67,7 +67,7 @@ class Copy:
 
     def run(self, tensors: TensorFolder, out: Output) -> None:
         for name in self.names:
-            out.stream(name, _numbers(tensors, name))
+            out.stream(name, copied(tensors, name))
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,12 @@ class Cast:
         return {self.name or self.source: (self.dtype, self.checkpoint.tensors[self.source].shape)}
 
     def run(self, tensors: TensorFolder, out: Output) -> None:
-        out.stream(self.name or self.source, self._pieces(tensors))
+        out.stream(self.name or self.source, self.pieces(tensors))
 
-    def _pieces(self, tensors: TensorFolder) -> Iterator[Bytes]:
+    def pieces(self, tensors: TensorFolder) -> Iterator[Bytes]:
+        """What it gives, piece by piece."""
         info = tensors[self.source]
-        for piece in _numbers(tensors, self.source):
+        for piece in copied(tensors, self.source):
             count = piece.size // DTYPES[info.dtype][0]
             yield cast(self.source, RawTensor(info.dtype, (count,), piece), self.dtype).data
 
@@ -117,7 +118,11 @@ class Place:
         return {self.name: (self.dtype, self.tensor.shape)}
 
     def run(self, tensors: TensorFolder, out: Output) -> None:
-        out.put(self.name, cast(self.name, self.tensor, self.dtype))
+        out.put(self.name, self.cast())
+
+    def cast(self) -> RawTensor:
+        """The tensor in its dtype."""
+        return cast(self.name, self.tensor, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ class _Chosen:
         return weight
 
 
-def _numbers(tensors: TensorFolder, name: str) -> Iterator[Bytes]:
+def copied(tensors: TensorFolder, name: str) -> Iterator[Bytes]:
     """A tensor's bytes, piece by piece. Raises CheckpointError at a NaN; a mask may hold infinities."""
     info = tensors[name]
     packed = f"{name}.absmax" in tensors  # bitsandbytes' 4 bits, which may lie under a float dtype

@@ -6,7 +6,6 @@ stored with, the side-branches are woven in, and the folder is described in its 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,17 +13,19 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime.decoding import ROPE_KIND, ROPE_SWITCH
 from vera_edge.errors import TargetError
 from vera_edge.exporting.target import Export, ExportRequest
 from vera_edge.plans import plan as plans
 from vera_edge.reference.loading import config_of
-from vera_edge.storage.files import staged_folder
-from vera_edge_onnx import float_copy, generated, options
+from vera_edge_onnx import float_copy, generated, options, staging
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.decoder import configs, held
-from vera_edge_onnx.decoder.drawing import Drawing, draw
+from vera_edge_onnx.decoder.drawing import Drawing, draw, sites_of
+from vera_edge_onnx.decoder.skeleton import Computed
 from vera_edge_onnx.graph import groups, joining, sites
+from vera_edge_onnx.graph.spool import Spool
 from vera_edge_onnx.graph.weaver import Range, Weaver
 from vera_edge_onnx.manifest_fields import describe, manifest_fields
 from vera_edge_onnx.parity import Checked
@@ -43,19 +44,18 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
     """
     check(request, target)
     branched = request.plan.mode == "branch"
-    with staged_folder(request.out, request.force) as stage:
-        with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
-            work = request.drawn or Path(scratch)
-            drawing, found, checked = _float_graph(request, architecture, work)
-            model = drawing.model
-            layout = groups.layout(found, adapters.sizes(request)) if branched else ()
-            shared, shipped = _weave(request, model, found)
-            model.metadata_props.update(describe(request))
-            apart = generated.save(request, stage, model, MODEL, shared, shipped)
-            configs.copy(work / "float", drawing.folder, stage, MODEL, quiet=branched)
-        files = adapters.write(request, stage, layout) if branched else {}
+    with staging.opened(request, "decoder") as stage:
+        work = request.drawn or stage.work
+        drawing, found, checked = _float_graph(request, architecture, work)
+        model = drawing.model
+        layout = groups.layout(found, adapters.sizes(request)) if branched else ()
+        shared, shipped = _weave(request, model, found, stage.spool)
+        model.metadata_props.update(describe(request))
+        apart = generated.save(request, stage.out, model, MODEL, shared, shipped, stage.spool)
+        configs.copy(drawing.source.path, drawing.folder, stage.out, MODEL, quiet=branched)
+        files = adapters.write(request, stage.out, layout) if branched else {}
         described = replace(manifest_fields(request, MODEL, files, layout), checked=checked.to_dict())
-        manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
+        manifest = generated.write(stage.out, model, MODEL, apart, described, request.progress)
     return Export(
         target=target,
         folder=request.out,
@@ -92,20 +92,29 @@ def _float_graph(
     request: ExportRequest, architecture: str, work: Path
 ) -> tuple[Drawing, tuple[sites.Site, ...], Checked]:
     """The float32 graph, merged or the base's own; its linear layers; what it was compared on."""
-    adapted, merged = adapters.sizes(request), request.plan.mode == "merged"
-    copy = float_copy.write(request, work / "float")
-    config = config_of(copy)
-    shapes = {module: linear.shape for module, linear in copy.linears.items()}
-    for fuse in (True, False):
-        request.progress("drawing the graph", 0, 1)
-        drawing = draw(copy.path, config, architecture, work / f"graph-{fuse}".lower(), fuse)
-        found = sites.find(drawing.model, shapes, copy.dequantize)
-        # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
-        if merged or not any(_is_partial(site, adapted) for site in found):
-            break
-    sites.check_covered(found, {module: shapes[module] for module in adapted}, "adapted")
+    adapted = adapters.sizes(request)
+    try:
+        drawing, found = _drawn(request, architecture, float_copy.computed(request, work / "float"), work)
+    except Computed:
+        drawing, found = _drawn(request, architecture, float_copy.write(request, work / "written"), work)
+    shapes = {module: drawing.source.linear(module).shape for module in adapted}
+    sites.check_covered(found, shapes, "adapted")
     checked = held.hold(request, drawing, found)
     return drawing, joining.join(drawing.model, found, partial(_fit_together, request, adapted)), checked
+
+
+def _drawn(
+    request: ExportRequest, architecture: str, source: Checkpoint, work: Path
+) -> tuple[Drawing, tuple[sites.Site, ...]]:
+    adapted, config = adapters.sizes(request), config_of(source)
+    for fuse in (True, False):
+        request.progress("drawing the graph", 0, 1)
+        drawing = draw(source, config, architecture, work / f"{source.path.name}-{fuse}".lower(), fuse)
+        found = sites_of(drawing)
+        # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
+        if request.plan.mode == "merged" or not any(_is_partial(site, adapted) for site in found):
+            break
+    return drawing, found
 
 
 def _fit_together(request: ExportRequest, adapted: Mapping[str, int], found: tuple[sites.Site, ...]) -> bool:
@@ -128,23 +137,24 @@ def _is_adapted(site: sites.Site, adapted: Mapping[str, int]) -> bool:
 
 
 def _weave(
-    request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...]
+    request: ExportRequest, model: ir.Model, found: tuple[sites.Site, ...], spool: Spool
 ) -> tuple[dict[str, Range], Shipped]:
     """Store each weight as the plan says and add the side-branches.
 
     Returns which bytes are shared, and what is shipped in 4 bits to be expanded.
     """
-    weaver, plan, kind = Weaver(model), request.plan, weights.runs_as(request)
+    weaver, plan, kind = Weaver(model, spool), request.plan, weights.runs_as(request)
     adapted = adapters.sizes(request) if plan.mode == "branch" else {}
     ends = head.find(model)
     if ends is not None and any(site.node is ends.head and _is_adapted(site, adapted) for site in found):
         ends = None  # a head with a side-branch is a linear like any other
     inner = tuple(site for site in found if ends is None or site.node is not ends.head)
     bases = weights.stored(request, inner)
-    shipped = ship(request, inner, bases)
+    shipped = ship(request, inner, bases, spool)
     if kind == "fp16":
         for site in inner:
-            weaver.narrow_weight(site.node)
+            if site.name not in bases:
+                weaver.narrow_weight(site.node)
     dtypes, vectors = options.beside(request), adapters.vector_dtype(request)
     projections = dtypes.get(options.PROJECTIONS, "fp32")
     branch.weave(weaver, inner, bases, adapted, request.model.projections, projections, vectors)

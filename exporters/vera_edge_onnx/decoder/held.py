@@ -12,15 +12,20 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.reference.model import TorchReference, open_reference
+from vera_edge.reference.room import float32_size
 from vera_edge.storage.files import write_atomic
 from vera_edge.storage.json_text import canonical_json
 from vera_edge_onnx.branch import adapters
 from vera_edge_onnx.decoder import parity, replica
-from vera_edge_onnx.decoder.drawing import Drawing, draw
+from vera_edge_onnx.decoder.drawing import Drawing, draw, sites_of
 from vera_edge_onnx.graph import groups, sites
-from vera_edge_onnx.parity import Checked, Differs, Feeds, opened, refusal, save, woven
+from vera_edge_onnx.parity import Checked, Differs, refusal, woven
+from vera_edge_onnx.running import opened_graph
+from vera_edge_onnx.sessions import Feeds
 
 _RECORD = "checked.json"
+_WHOLE = "compared.onnx"
+_AT_ONCE = 1 << 30  # bytes of a model in float32 that is held whole
 
 
 def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]) -> Checked:
@@ -38,7 +43,9 @@ def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]
     lengths = parity.lengths_of(drawing.config, bounds, shrinkable)
     merged = request.plan.mode == "merged"
     adapted = request.model.adapters if merged else request.model.adapters[:1]
-    reference = open_reference(request.model.checkpoint, adapted, request.model.projections)
+    checkpoint = request.model.checkpoint
+    by_layer = float32_size(checkpoint) > _AT_ONCE
+    reference = open_reference(checkpoint, adapted, request.model.projections, layer_by_layer=by_layer)
     _compare(drawing, reference if merged else reference.adapter_off(), lengths, found)
     if not merged:
         _compare_branch(request, drawing, reference, found)
@@ -55,8 +62,7 @@ def _compare_branch(
 ) -> None:
     """Hold the graph with side-branches, the first adapter's vectors in them, against the model with it."""
     graph = woven(request, drawing.model, found)
-    branched = replace(drawing, model=graph, file="branched.onnx")
-    save(graph, branched.path)
+    branched = replace(drawing, model=graph)
     adapter, weight = request.model.adapters[0]
     layout = groups.layout(found, adapters.sizes(request))
     vectors = packing.vectors(adapter, layout, weight)
@@ -74,13 +80,12 @@ def _hold_replica(drawing: Drawing) -> Checked:
     """What a small copy of the model was compared on, drawn by the same code."""
     folder = drawing.folder.with_name(f"{drawing.folder.name}-small")
     config = replica.shrunk(drawing.config)
-    model = replica.write(config, drawing.architecture, drawing.source, folder)
-    small = draw(folder, config, drawing.architecture, folder / "graph", fuse_qkv=True)
+    model = replica.write(config, drawing.architecture, drawing.source.path, folder)
+    copy = Checkpoint.open(folder)
+    small = draw(copy, config, drawing.architecture, folder / "graph", fuse_qkv=True)
     bounds = parity.bounds_of(small.config, small.windows)
     lengths = parity.lengths_of(small.config, bounds)
-    copy = Checkpoint.open(folder)
-    shapes = {module: linear.shape for module, linear in copy.linears.items()}
-    found = sites.find(small.model, shapes, copy.dequantize)
+    found = sites_of(small)
     reference = TorchReference(model, config.vocab_size, has_adapter=False)
     _compare(small, reference, lengths, found, ", seen on a small copy of the model")
     return Checked(lengths.longest, bounds)
@@ -95,13 +100,13 @@ def _compare(
     vectors: Feeds = MappingProxyType({}),
 ) -> None:
     try:
-        parity.compare(opened(drawing.path), reference, lengths, vectors)
+        parity.compare(opened_graph(drawing.model, drawing.folder / _WHOLE), reference, lengths, vectors)
     except Differs as cause:
         raise refusal(
             cause,
             drawing.model,
             found,
-            drawing.folder / "compared.onnx",
+            drawing.folder / _WHOLE,
             reference.model,
             lambda feeds: reference.logits(feeds["input_ids"][0]),
             f"what {drawing.architecture} computes{how}",

@@ -12,7 +12,9 @@ import numpy as np
 from vera_edge.arrays import Array, Float32, Int64
 from vera_edge.device.runtime.decoding import ROPE_LENGTH
 from vera_edge_onnx.decoder.rotary import all_parameters, context_length
-from vera_edge_onnx.parity import Feeds, hold, run
+from vera_edge_onnx.parity import hold
+from vera_edge_onnx.running import Running, Signature
+from vera_edge_onnx.sessions import Feeds
 
 _LONGEST = 400  # tokens that a sequence on the model itself has at most,
 _LONGEST_OF_ALL = 1300  # and where no small copy of it can go further
@@ -26,7 +28,8 @@ class Model(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def logits(self, tokens: Int64) -> Float32: ...
+    def logits_of(self, windows: Sequence[Int64]) -> Iterator[Float32]:
+        """Logits (n, vocabulary) of each sequence (n,), one after the other."""
 
 
 @dataclass(frozen=True)
@@ -70,23 +73,26 @@ def lengths_of(config: Any, bounds: Mapping[str, int], shrinkable: bool = True) 
     return Lengths(bounds, min(longest, context_length(config)))
 
 
-def compare(session: Any, model: Model, lengths: Lengths, vectors: Feeds = MappingProxyType({})) -> None:
+def compare(running: Running, model: Model, lengths: Lengths, vectors: Feeds = MappingProxyType({})) -> None:
     """Raise `Differs` unless graph and model give the same logits on each of the sequences.
 
     All at once, and the longest also in pieces with the cache: a chunk, several tokens, one by one.
     vectors: of the adapter that runs beside the base.
     """
     random = np.random.default_rng(_SEED)
-    for length in lengths:
-        tokens = random.integers(0, model.vocab_size, length)
-        expected = model.logits(tokens)
-        ways = [("logits", [length])]
-        if length == lengths.longest:
-            ways.append(("logits, computed in pieces with the cache,", _pieces(length)))
-        for what, pieces in ways:
-            found = logits(session, tokens, pieces, vectors)
-            feeds = {**_feeds(session, tokens, 0, length, {}), **vectors}
-            hold(expected, found, f"{what} of {length} tokens differ", feeds)
+    windows = [random.integers(0, model.vocab_size, length) for length in lengths]
+    ways = [(row, "logits", [len(tokens)]) for row, tokens in enumerate(windows)]
+    ways.append((len(windows) - 1, "logits, computed in pieces with the cache,", _pieces(lengths.longest)))
+    chains = [_chain(running.signature, windows[row], pieces, vectors) for row, _, pieces in ways]
+    results = running.run_chains(chains, _caches(running.signature), ["logits"])
+    expected = model.logits_of(windows)
+    row, answer = -1, np.empty(0, np.float32)
+    for (at, what, _), found in zip(ways, results, strict=True):
+        if at > row:
+            answer, row = next(expected), at
+        feeds = {**_feeds(running.signature, windows[at], 0, len(windows[at])), **vectors}
+        logits = np.concatenate([one["logits"][0] for one in found])
+        hold(answer, logits, f"{what} of {len(windows[at])} tokens differ", feeds)
 
 
 def _pieces(length: int) -> list[int]:
@@ -95,47 +101,41 @@ def _pieces(length: int) -> list[int]:
     return [*pieces, length - sum(pieces)] if sum(pieces) < length else [length - 1, 1]
 
 
-def logits(
-    session: Any, tokens: Int64, pieces: Sequence[int], vectors: Feeds = MappingProxyType({})
-) -> Float32:
-    """A graph's logits (n, vocabulary) of one sequence (n,), fed in pieces of these sizes."""
-    cache: dict[str, Array] = {}
-    names = [output.name for output in session.get_outputs()]
-    found, end = [], 0
-    for size in pieces:
-        start, end = end, end + size
-        feeds = {**_feeds(session, tokens, start, end, cache), **vectors}
-        outputs = dict(zip(names, run(session, names, feeds), strict=True))
-        found.append(outputs["logits"][0])
-        cache = {past: outputs[present] for past, present in _caches(session, names)}
-    result: Float32 = np.concatenate(found)
-    return result
+def _chain(
+    signature: Signature, tokens: Int64, pieces: Sequence[int], vectors: Feeds
+) -> list[dict[str, Array]]:
+    """What each run is fed of one sequence (n,), in pieces of these sizes."""
+    ends = np.cumsum(pieces).tolist()
+    starts = [0, *ends[:-1]]
+    return [
+        {**_feeds(signature, tokens, start, end), **vectors} for start, end in zip(starts, ends, strict=True)
+    ]
 
 
-def _feeds(session: Any, tokens: Int64, start: int, end: int, cache: Mapping[str, Array]) -> dict[str, Array]:
+def _feeds(signature: Signature, tokens: Int64, start: int, end: int) -> dict[str, Array]:
+    """The inputs of one run, the cache empty."""
     feeds: dict[str, Array] = {
         "input_ids": tokens[None, start:end],
         "attention_mask": np.ones((1, end), np.int64),
         "position_ids": np.arange(start, end)[None],
     }
-    inputs = {value.name: value for value in session.get_inputs()}
-    feeds = {name: array for name, array in feeds.items() if name in inputs}
-    for name, value in inputs.items():
+    feeds = {name: array for name, array in feeds.items() if name in signature.inputs}
+    for name, shape in signature.inputs.items():
         if name not in feeds:
-            shape = [1, *(size if isinstance(size, int) else 0 for size in value.shape[1:])]
-            feeds[name] = cache.get(name, np.zeros(shape, np.float32))
-    if any(value.name == ROPE_LENGTH for value in session.get_overridable_initializers()):
+            sizes = [1, *(size if isinstance(size, int) else 0 for size in shape[1:])]
+            feeds[name] = np.zeros(sizes, np.float32)
+    if ROPE_LENGTH in signature.overridable:
         feeds[ROPE_LENGTH] = np.array([len(tokens)])
     return feeds
 
 
-def _caches(session: Any, outputs: Sequence[str]) -> list[tuple[str, str]]:
-    """(past input, present output) of everything that is handed on from run to run."""
-    inputs = {value.name for value in session.get_inputs()}
-    found = []
-    for present in outputs:
+def _caches(signature: Signature) -> dict[str, str]:
+    """By past input, the present output of everything that is handed on from run to run."""
+    found = {}
+    for present in signature.outputs:
         rest = present.removeprefix("present.")
-        past = next((name for name in (f"past_key_values.{rest}", f"past.{rest}") if name in inputs), None)
+        names = (f"past_key_values.{rest}", f"past.{rest}")
+        past = next((name for name in names if name in signature.inputs), None)
         if rest != present and past is not None:
-            found.append((past, present))
+            found[past] = present
     return found

@@ -15,7 +15,8 @@ from vera_edge.arrays import Array
 from vera_edge.errors import TargetError
 from vera_edge.reference.model import TorchReference
 from vera_edge_onnx.graph.sites import Site
-from vera_edge_onnx.parity import Checked, Differs, Feeds, hold, opened, refusal, run, save
+from vera_edge_onnx.parity import Checked, Differs, hold, refusal
+from vera_edge_onnx.sessions import Feeds, opened, run, save
 
 _SHORT, _USUAL, _PAST, _LONGEST = 4, 40, 20, 2048  # tokens
 _SEED = 20240311

@@ -23,6 +23,7 @@ from vera_edge.plans.plan import FLOAT
 from vera_edge.rounding.weight_rounding import calibration_texts
 from vera_edge_onnx import parity
 from vera_edge_onnx.graph.sites import Site
+from vera_edge_onnx.sessions import save
 from vera_edge_onnx.weights.activations import Seen, kind_of
 
 _TOKENS = 8192  # of all texts
@@ -70,7 +71,7 @@ def _session(
     given = {value.name for value in copy.graph.outputs}
     copy.graph.outputs.extend(values[name] for name in names if name not in given)
     path.parent.mkdir()
-    parity.save(copy, path)
+    save(copy, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # so that the same text gives the same ranges
     options.log_severity_level = 3

@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from vera_edge_onnx.graph.computed import joined
 from vera_edge_onnx.graph.groups import joined_name
-from vera_edge_onnx.graph.sites import Part, Site
+from vera_edge_onnx.graph.parts import put_together
+from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.graph.weaver import Weaver, leading
 
 
@@ -42,19 +44,8 @@ def _joined(weaver: Weaver, sites: tuple[Site, ...]) -> Site:
     pieces = weaver.split(product, widths, f"{name}/Split", names, before=first.node)
     for site, piece in zip(sites, pieces, strict=True):
         weaver.take_over(site.node, piece)
-    return Site(name, node, _put_together(sites), first.in_features)
-
-
-def _put_together(sites: tuple[Site, ...]) -> tuple[Part, ...]:
-    """The parts of all sites; what was taken apart from one module (gate and up of Phi-3) is whole again."""
-    found: list[Part] = []
-    for part in (part for site in sites for part in site.parts):
-        last = found[-1] if found else None
-        if last is not None and (last.module, last.stop) == (part.module, part.start):
-            found[-1] = Part(part.module, last.start, part.stop)
-        else:
-            found.append(part)
-    return tuple(found)
+    parts = put_together(part for site in sites for part in site.parts)
+    return Site(name, node, parts, first.in_features)
 
 
 def _side_by_side(name: str, sites: tuple[Site, ...]) -> ir.Value:
@@ -64,10 +55,11 @@ def _side_by_side(name: str, sites: tuple[Site, ...]) -> ir.Value:
         value = site.node.inputs[1]
         assert value is not None and value.const_value is not None
         stored.append(value.const_value)
+    computed = joined(stored, name)
     shape = ir.Shape([sites[0].in_features, sum(site.out_features for site in sites)])
 
     def read() -> ir.TensorProtocol:
         return ir.tensor(np.concatenate([tensor.numpy() for tensor in stored], axis=1), name=name)
 
-    tensor = ir.LazyTensor(read, ir.DataType.FLOAT, shape, name=name)
+    tensor = computed or ir.LazyTensor(read, ir.DataType.FLOAT, shape, name=name)
     return ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.FLOAT), const_value=tensor)

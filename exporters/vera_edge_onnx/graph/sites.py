@@ -1,9 +1,10 @@
 """Finds the linear layers of a float graph: which MatMul holds which rows of which module's weight.
 
-Found by content, not by name: an exporter may pack q, k and v into one MatMul, or take a packed gate_up
-weight apart, and its names change between versions. Every row of a MatMul's weight is looked up among the
-rows of the checkpoint's own weights, so a site is exactly what it is taken for or it isn't a site at all.
-Names only decide between equal rows, of weights that are tied or still zeros.
+Of a graph drawn from a skeleton that's known beforehand. Another's are found by content, not by name: an
+exporter may pack q, k and v into one MatMul, or take a packed gate_up weight apart, and its names change
+between versions. Every row of a MatMul's weight is looked up among the rows of the checkpoint's own weights,
+so a site is exactly what it is taken for or it isn't a site at all. Names only decide between equal rows, of
+weights that are tied or still zeros.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import onnx_ir as ir
 
 from vera_edge.arrays import Float32
 from vera_edge.errors import TargetError
+from vera_edge_onnx.graph.computed import ComputedWeight
+from vera_edge_onnx.graph.parts import Part, put_together
 
 _WORD = re.compile(r"[./]")
 # The orders in which layers are packed into one product.
@@ -30,19 +33,6 @@ _PACKED = (
     ("gate_proj", "up_proj"),
 )
 _LAYER = re.compile(r"(?:^|[./])(?:layers?|h|blocks?)\.(\d+)[./]")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Consecutive output columns of a MatMul: rows `start` to `stop` of a module's weight (out, in)."""
-
-    module: str
-    start: int
-    stop: int
-
-    @property
-    def size(self) -> int:
-        return self.stop - self.start
 
 
 @dataclass(frozen=True)
@@ -100,6 +90,18 @@ def find(
         if parts is not None:
             name = (node.name or "").removesuffix("/MatMul")
             found.append(Site(name, node, parts, weight.shape[1]))
+    return tuple(found)
+
+
+def of_skeleton(model: ir.Model, shapes: Mapping[str, tuple[int, int]]) -> tuple[Site, ...]:
+    """The linear layers of a graph whose weights are computed when they're read, and name their rows."""
+    found: list[Site] = []
+    for node in _matmuls(model):
+        value = node.inputs[1]
+        weight = value.const_value if value is not None else None
+        if isinstance(weight, ComputedWeight) and all(part.module in shapes for part in weight.parts):
+            name = (node.name or "").removesuffix("/MatMul")
+            found.append(Site(name, node, put_together(weight.parts), weight.matrix_shape[1]))
     return tuple(found)
 
 

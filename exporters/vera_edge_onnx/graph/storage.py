@@ -16,13 +16,13 @@ import onnx_ir as ir
 from vera_edge.errors import OutputError
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import output_error
-from vera_edge_onnx.graph.weaver import Range
+from vera_edge_onnx.graph.computed import ComputedWeight
+from vera_edge_onnx.graph.spool import Spool
+from vera_edge_onnx.graph.weaver import INLINE, Range
 
 # Tensors start on a page, so that a runtime can map them: 4 KiB is enough on Linux and macOS, Windows maps at
 # 64 KiB, and asks that of tensors of some size only (as onnx-ir aligns them).
 _SMALL_ALIGNMENT = 64
-# Shape inference wants the values of the likes of Slice's ends, and reads no data file for them.
-_INLINE = 64
 _PAGE = 4096
 _LARGE = 1 << 20
 _GRANULE = 1 << 16
@@ -34,11 +34,13 @@ def save(
     shared: Mapping[str, Range],
     progress: Progress = silent,
     apart: Sequence[Collection[str]] = (),
+    spool: Spool | None = None,
 ) -> None:
     """Write `model` to `path` and its initializers to `<path>_data` beside it.
 
     shared: initializer -> where its bytes lie within another one's. apart: groups of initializers that go to
     files of their own instead, group n to `more_file(path, n)`, all of them, whatever their size.
+    spool: where initializers lie until they're written, and where it's noted that they are.
     Raises OutputError when the disk is full or a folder can't be written.
     """
     places: dict[str, int] = {}
@@ -48,7 +50,7 @@ def save(
     for name, value in sorted(model.graph.initializers.items()):
         tensor = value.const_value
         assert tensor is not None
-        inline = tensor.nbytes <= _INLINE or tensor.dtype == ir.DataType.INT64
+        inline = tensor.nbytes <= INLINE or tensor.dtype == ir.DataType.INT64
         if not inline or name in shared or name in files:
             values.append((name, value))
         else:
@@ -56,7 +58,7 @@ def save(
     own = {value: name for name, value in values if name not in shared}
     for file in dict.fromkeys([data_path, *files.values()]):
         here = [value for value, name in own.items() if files.get(name, data_path) == file]
-        _write(file, here, places, progress)
+        _write(file, here, places, progress, spool)
     for name, value in values:
         tensor = value.const_value
         assert tensor is not None
@@ -85,19 +87,36 @@ def more_file(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}_data_{number + 1}")
 
 
-def _write(path: Path, values: Sequence[ir.Value], places: dict[str, int], progress: Progress) -> None:
+def _write(
+    path: Path,
+    values: Sequence[ir.Value],
+    places: dict[str, int],
+    progress: Progress,
+    spool: Spool | None,
+) -> None:
     """Write a data file, and note in `places` where each initializer begins.
 
-    Those that start on the widest boundaries come first, so that little is left empty between them.
+    Those that start on the widest boundaries come first, so that little is left empty between them. What an
+    earlier run wrote stays.
     """
     values = sorted(values, key=lambda value: -_alignment(value))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as stream:
+        with path.open("r+b" if spool is not None and path.exists() else "wb") as stream:
             for done, value in enumerate(values):
                 progress("writing weights", done, len(values))
-                assert value.name is not None
-                places[value.name] = _append(stream, value)
+                assert value.name is not None and value.const_value is not None
+                start = stream.tell() + -stream.tell() % _alignment(value)
+                places[value.name] = start
+                if spool is not None and spool.is_at(value.name, path, start):
+                    stream.seek(start + value.const_value.nbytes)
+                    continue
+                stream.write(bytes(start - stream.tell()))
+                _put(stream, value.const_value)
+                if spool is not None:
+                    stream.flush()
+                    spool.placed(value.name, value.const_value, path, start)
+            stream.truncate()
     except OSError as cause:
         raise output_error(path, cause) from cause
 
@@ -108,13 +127,8 @@ def _alignment(value: ir.Value) -> int:
     return _GRANULE if size >= _LARGE else _PAGE if size >= _PAGE else _SMALL_ALIGNMENT
 
 
-def _append(stream: BinaryIO, value: ir.Value) -> int:
-    tensor = value.const_value
-    assert tensor is not None
-    stream.write(bytes(-stream.tell() % _alignment(value)))
-    start = stream.tell()
-    if isinstance(tensor, ir.Tensor | ir.ExternalTensor):
+def _put(stream: BinaryIO, tensor: ir.TensorProtocol) -> None:
+    if isinstance(tensor, ir.Tensor | ir.ExternalTensor | ComputedWeight):
         tensor.tofile(stream)  # without a copy in memory
     else:
         stream.write(tensor.tobytes())
-    return start

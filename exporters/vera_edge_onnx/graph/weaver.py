@@ -12,8 +12,13 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from vera_edge.errors import TargetError
+from vera_edge_onnx.graph.computed import ComputedWeight
+from vera_edge_onnx.graph.spool import Spool
 
 MICROSOFT = "com.microsoft"
+# Bytes of an initializer that lies in the graph itself: shape inference wants the values of the likes of
+# Slice's ends, and reads no data file for them.
+INLINE = 64
 Dimension = int | str | None
 
 
@@ -27,9 +32,13 @@ class Range:
 
 @dataclass
 class Weaver:
-    """A graph under change. `shared` says which initializers lie within another one's bytes."""
+    """A graph under change. `shared` says which initializers lie within another one's bytes.
+
+    spool: where initializers go at once; without one they stay in memory.
+    """
 
     model: ir.Model
+    spool: Spool | None = None
     shared: dict[str, Range] = field(default_factory=dict)
     _rows: dict[str, dict[tuple[int, int], int]] = field(default_factory=dict)
 
@@ -38,7 +47,21 @@ class Weaver:
         known = self.model.graph.initializers.get(name)
         if known is not None:
             return known
-        tensor = ir.tensor(np.asarray(array, order="C"), name=name)  # a scalar stays one
+        if self.spool is not None and array.nbytes > INLINE and array.dtype != np.int64:
+            return self._register(name, self.spool.keep(name, array))
+        return self._register(name, ir.tensor(np.asarray(array, order="C"), name=name))  # a scalar stays one
+
+    def alias(self, name: str, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        """The initializer `name`, with the bytes of another one in another shape."""
+        tensor = value.const_value
+        assert tensor is not None
+        if not isinstance(tensor, ir.ExternalTensor):
+            return self._register(name, ir.tensor(tensor.numpy().reshape(shape), name=name))
+        place = (tensor.location, tensor.offset, tensor.length, tensor.dtype)
+        same = ir.ExternalTensor(*place, shape=ir.Shape(shape), name=name, base_dir=tensor.base_dir)
+        return self._register(name, same)
+
+    def _register(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         value = ir.Value(
             name=name,
             shape=ir.Shape(tensor.shape.numpy()),
@@ -141,12 +164,20 @@ class Weaver:
 
     def narrow(self, value: ir.Value, before: ir.Node) -> None:
         """Store a float32 initializer as float16; it is widened when a runtime loads the graph."""
-        assert value.name is not None and value.const_value is not None
-        value.replace_all_uses_with(self.widened(value.name, value.const_value.numpy(), before))
+        tensor = value.const_value
+        assert value.name is not None and tensor is not None
+        if isinstance(tensor, ComputedWeight):
+            narrowed = np.empty(tensor.matrix_shape, np.float16)
+            for start, rows in tensor.pieces():
+                narrowed[start : start + len(rows)] = rows
+            array = narrowed.T if tensor.transposed else narrowed
+        else:
+            array = tensor.numpy()
+        value.replace_all_uses_with(self.widened(value.name, array, before))
 
     def widened(self, name: str, array: npt.NDArray[Any], before: ir.Node) -> ir.Value:
         """An array that is stored as float16 and given as float32."""
-        stored = self.initializer(f"{name}.fp16", array.astype(np.float16))
+        stored = self.initializer(f"{name}.fp16", array.astype(np.float16, copy=False))
         return self.node("Cast", [stored], f"{name}/Cast", array.shape, before=before, to=ir.DataType.FLOAT)
 
     def finish(self) -> dict[str, Range]:

@@ -18,7 +18,8 @@ from vera_edge.exporting.target import ExportRequest
 from vera_edge.formats.bnb8 import Int8Weight
 from vera_edge.plans.int8 import INT8_QDQ, int8_form
 from vera_edge.plans.plan import FLOAT, Step
-from vera_edge_onnx.graph.sites import Part, Site
+from vera_edge_onnx.graph.parts import Part
+from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.weights import qdq
 
 # Of 0.4 to 0.8 this lost least on MiniLM, dynamic and static.

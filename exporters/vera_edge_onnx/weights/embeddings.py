@@ -28,5 +28,5 @@ def store(weaver: Weaver, dtype: str, block: int, by_row: bool = False) -> None:
         elif dtype == "int8" and by_row:
             qdq.look_up(weaver, gather, qdq.RowCodes.nearest(table.const_value.numpy()), name)
         elif not table.const_value.shape.numpy()[1] % block:
-            blocks = head.quantized(table.const_value.numpy(), dtype, block)
+            blocks = head.quantized(table.const_value, dtype, block)
             head.look_up(weaver, gather, blocks, name, name.removesuffix(".weight"))

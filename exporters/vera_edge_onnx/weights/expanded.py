@@ -6,10 +6,11 @@ bitsandbytes' layout, for a base that is stored so the checkpoint's own bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -20,19 +21,25 @@ from vera_edge.exporting.target import ExportRequest
 from vera_edge.formats import Bnb4Weight
 from vera_edge.rounding.weight_rounding import BLOCK
 from vera_edge.storage.files import output_error
-from vera_edge.storage.tensors import write_header
+from vera_edge.storage.tensors import RawTensor, write_header
 from vera_edge_onnx.graph.sites import Site
+from vera_edge_onnx.graph.spool import Spool
 from vera_edge_onnx.weights import stored as weights
+from vera_edge_onnx.weights.deferred import Deferred
 from vera_edge_onnx.weights.linear import Blocks, StoredProduct, join_blocks
 
 SHIPPED = "model.4bit.safetensors"
+_KEPT = 8  # weights: those of a layer
 
 
 @dataclass
 class Shipped:
-    """The weights that are shipped in 4 bits, by module, and the graph's weights that are made of them."""
+    """The weights that are shipped in 4 bits, by module, and the graph's weights that are made of them.
 
-    modules: dict[str, Bnb4Weight] = field(default_factory=dict)
+    weights: None where nothing is.
+    """
+
+    weights: FourBit | None = None
     sites: dict[str, Site] = field(default_factory=dict)
 
     @property
@@ -41,17 +48,17 @@ class Shipped:
 
     def write(self, path: Path) -> None:
         """The shipped weights as safetensors, sorted by name. Raises OutputError when the disk refuses."""
-        stored = {
-            f"{module}{suffix}": tensor
-            for module, weight in sorted(self.modules.items())
-            for suffix, tensor in sorted(weight.tensors().items())
+        assert self.weights is not None
+        layout = {
+            f"{module}{suffix}": entry
+            for module in sorted(self.weights.modules)
+            for suffix, entry in sorted(self.weights.layout(module).items())
         }
         try:
             with path.open("wb") as stream:
-                layout = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()}
                 write_header(stream, layout, {})
-                for tensor in stored.values():
-                    stream.write(tensor.data.tobytes())
+                for name in layout:
+                    self.weights.write(name, stream)
         except OSError as cause:
             raise output_error(path, cause) from cause
 
@@ -65,32 +72,112 @@ class Shipped:
         return {"source": source, "block": BLOCK, "weights": found}
 
 
-def ship(request: ExportRequest, sites: Sequence[Site], stored: dict[str, StoredProduct]) -> Shipped:
+class FourBit:
+    """The 4-bit weights of modules, made when they're asked for; the last few are kept.
+
+    Their tensors are kept too, in `spool` where there is one, until they're written.
+    """
+
+    def __init__(self, request: ExportRequest, sites: Sequence[Site], spool: Spool | None) -> None:
+        self._request, self._spool = request, spool
+        self._steps = {step.module: step for step in request.plan.steps}
+        self._parts: dict[str, list[tuple[int, Site]]] = {}
+        for site in sites:
+            for part in site.parts:
+                self._parts.setdefault(part.module, []).append((part.start, site))
+        self._last: dict[str, Bnb4Weight] = {}
+        self._tensors: dict[str, RawTensor] = {}
+        self._layouts: dict[str, Mapping[str, tuple[str, tuple[int, ...]]]] = {}
+
+    @property
+    def modules(self) -> Collection[str]:
+        return self._parts.keys()
+
+    def get(self, module: str) -> Bnb4Weight:
+        """One module's weight."""
+        if module not in self._last:
+            made = self._make(module)
+            while len(self._last) >= _KEPT:
+                self._last.pop(next(iter(self._last)))
+            self._last[module] = made
+            self._keep(module, made)
+        return self._last[module]
+
+    def _make(self, module: str) -> Bnb4Weight:
+        def rows() -> Float32:
+            found = [
+                (part.start, values())
+                for site in dict.fromkeys(site for _, site in self._parts[module])
+                for part, values in weights.rows_of(site)
+                if part.module == module
+            ]
+            return np.concatenate([values for _, values in sorted(found, key=lambda pair: pair[0])])
+
+        return weights.four_bit(self._request, self._steps[module], rows)
+
+    def _keep(self, module: str, made: Bnb4Weight) -> None:
+        tensors = made.tensors()
+        self._layouts[module] = {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in tensors.items()}
+        for suffix, tensor in tensors.items():
+            name = f"{module}{suffix}"
+            if self._spool is None:
+                self._tensors[name] = tensor
+            else:
+                self._spool.keep(f"{SHIPPED}/{name}", tensor.data)
+        if self._spool is not None:
+            layout = {
+                suffix: [dtype, list(shape)] for suffix, (dtype, shape) in self._layouts[module].items()
+            }
+            self._spool.note(f"{SHIPPED}/{module}", layout)
+
+    def layout(self, module: str) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of a module's tensors, by suffix; makes them where they aren't kept."""
+        if module not in self._layouts:
+            spool, key = self._spool, f"{SHIPPED}/{module}"
+            noted = spool.noted(key) if spool is not None else None
+            if spool is not None and noted and spool.has(f"{key}{suffix}" for suffix in noted):
+                return {suffix: (dtype, tuple(shape)) for suffix, (dtype, shape) in noted.items()}
+            self._keep(module, self._make(module))
+        return self._layouts[module]
+
+    def write(self, name: str, stream: BinaryIO) -> None:
+        """Write a kept tensor's bytes, which are kept no longer then."""
+        if self._spool is None:
+            stream.write(self._tensors.pop(name).data.tobytes())
+        else:
+            self._spool.take(f"{SHIPPED}/{name}", stream)
+
+
+def ship(
+    request: ExportRequest,
+    sites: Sequence[Site],
+    stored: dict[str, StoredProduct],
+    spool: Spool | None = None,
+) -> Shipped:
     """Add int8 blocks to `stored` (by site name) where a weight is shipped in 4 bits; what they are of.
 
-    Nothing where the weights run as what is shipped.
+    Nothing where the weights run as what is shipped. spool: where weights lie until they're written.
     """
     if weights.runs_as(request) == weights.kind(request.plan):
         return Shipped()
     steps = {step.module: step for step in request.plan.steps}
     chosen = [site for site in sites if weights.is_four_bit(site, steps)]
-    rows: dict[str, list[tuple[int, Float32]]] = {}
-    for site in chosen:
-        for part, values in weights.rows_of(site):
-            rows.setdefault(part.module, []).append((part.start, values))
-    shipped = Shipped()
-    for module, parts in rows.items():
-        whole = np.concatenate([values for _, values in sorted(parts, key=lambda pair: pair[0])])
-        shipped.modules[module] = weights.four_bit(request, steps[module], whole)
+    shipped = Shipped(FourBit(request, chosen, spool))
     for done, site in enumerate(chosen):
-        request.progress("expanding the weights", done, len(chosen))
-        parts_of_site = [
-            Blocks(expansion.blocks(shipped.modules[part.module], part.start, part.stop, BLOCK))
-            for part in site.parts
-        ]
-        stored[site.name] = join_blocks(parts_of_site)
+        stored[site.name] = Deferred(partial(_expanded, request, shipped, site, done, len(chosen)))
         shipped.sites[site.weight_name] = site
     return shipped
+
+
+def _expanded(request: ExportRequest, shipped: Shipped, site: Site, done: int, count: int) -> StoredProduct:
+    request.progress("expanding the weights", done, count)
+    assert shipped.weights is not None
+    return join_blocks(
+        [
+            Blocks(expansion.blocks(shipped.weights.get(part.module), part.start, part.stop, BLOCK))
+            for part in site.parts
+        ]
+    )
 
 
 def _offset(model: ir.Model, name: str) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from vera_edge.arrays import Float32
 from vera_edge.errors import PlanError
-from vera_edge.formats.blocks import SIZES, quantize
+from vera_edge.formats.blocks import SIZES, IntBlocks, quantize
+from vera_edge_onnx.graph.computed import ComputedWeight
 from vera_edge_onnx.graph.weaver import MICROSOFT, Range, Weaver, leading
 from vera_edge_onnx.weights.linear import Blocks
 
@@ -70,27 +72,45 @@ def store(weaver: Weaver, ends: Ends, dtype: str, block: int) -> None:
             weaver.narrow(gather, _first_use(weaver, gather))
     if dtype in ("fp32", "fp16"):
         return
-    weight: Float32 = head.const_value.numpy().T
-    fitting = [size for size in SIZES if size <= block and not weight.shape[1] % size]
+    hidden = head.const_value.shape.numpy()[0]
+    fitting = [size for size in SIZES if size <= block and not hidden % size]
     if not fitting:
         return
     block = fitting[-1]
-    blocks = quantized(weight, dtype, block)
-    x = ends.head.inputs[0]
+    blocks = quantized(head.const_value, dtype, block, transposed=True)
+    x, codes = ends.head.inputs[0], f"{_NAME}.{dtype}"
     assert x is not None
     if ends.gather is not None:
         if ends.tied:
             look_up(weaver, ends.gather, blocks, _NAME)
+            form = blocks.form
+            stored = (*form.scales.shape, form.block * form.bits // 8)
+            weaver.alias(codes, weaver.model.graph.initializers[f"{codes}.rows"], stored)
         elif gather is not None and gather.const_value is not None:
-            look_up(weaver, ends.gather, quantized(gather.const_value.numpy(), dtype, block), _TABLE)
+            look_up(weaver, ends.gather, quantized(gather.const_value, dtype, block), _TABLE)
     product = blocks.product(weaver, x, _NAME, "/lm_head", ends.head)
     weaver.take_over(ends.head, product)
 
 
-def quantized(weight: Float32, dtype: str, block: int) -> Blocks:
-    """A float matrix as "int8" or "int4" in blocks along its rows."""
+def quantized(tensor: ir.TensorProtocol, dtype: str, block: int, transposed: bool = False) -> Blocks:
+    """A float matrix as "int8" or "int4" in blocks along its rows; along its columns where it's transposed.
+
+    One that is computed when it's read is never whole in memory.
+    """
     bits = int(dtype.removeprefix("int"))
-    return Blocks(quantize(weight, bits, block, symmetric=bits == 8))
+    if isinstance(tensor, ComputedWeight) and tensor.transposed == transposed:
+        out, inside = tensor.matrix_shape
+        count = inside // block
+        codes, scales = np.empty((out, count, block), np.uint8), np.empty((out, count), np.float32)
+        zeros = None if bits == 8 else np.empty((out, count), np.uint8)
+        for start, rows in tensor.pieces():
+            here, piece = slice(start, start + len(rows)), quantize(rows, bits, block, symmetric=bits == 8)
+            codes[here], scales[here] = piece.codes, piece.scales
+            if zeros is not None and piece.zero_points is not None:
+                zeros[here] = piece.zero_points
+        return Blocks(IntBlocks(bits, inside, codes, scales, zeros))
+    weight: Float32 = tensor.numpy()
+    return Blocks(quantize(weight.T if transposed else weight, bits, block, symmetric=bits == 8))
 
 
 def look_up(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from types import MappingProxyType
 
 import numpy as np
@@ -18,13 +19,16 @@ from vera_edge.formats.affine import HoldsIntegers
 from vera_edge.formats.blocks import IntBlocks, quantize
 from vera_edge.plans.plan import FLOAT, SAME, Plan, Step
 from vera_edge.rounding.weight_rounding import BLOCK, grid_of
-from vera_edge_onnx.graph.sites import Part, Site
+from vera_edge_onnx.graph.parts import Part
+from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.weights import activations, integers
 from vera_edge_onnx.weights.activations import Seen
 from vera_edge_onnx.weights.corrected import correct
+from vera_edge_onnx.weights.deferred import Deferred
 from vera_edge_onnx.weights.integers import Order
 from vera_edge_onnx.weights.linear import Bnb4Product, StoredProduct, join_bnb4
 
+Rows = Callable[[], Float32]
 ACCURACY, RUN = "accuracy_level", "run"
 INTEGERS = ("int8", "int4", "int2")
 _BNB4 = ("nf4", "fp4")
@@ -132,30 +136,48 @@ def _unknown(weights: str) -> TargetError:
 def stored(
     request: ExportRequest, sites: Sequence[Site], seen: Mapping[str, Seen] = MappingProxyType({})
 ) -> dict[str, StoredProduct]:
-    """The weight of every site, by site name; a site that isn't named is stored as float32.
+    """The weight of every site, by site name, made when it's woven in; a site that isn't named stays float32.
 
     seen: of what sites read whose activations were calibrated, by its name in the graph.
-    Raises TargetError when a weight's blocks can't be held as they are, PlanError when there's no
-    place for a correction.
+    Raises PlanError when there's no place for a correction; a weight, TargetError when its blocks can't be
+    held as they are.
     """
     steps = {step.module: step for step in request.plan.steps}
     fixed = activations.fixed(request, sites, steps)
     found: dict[str, StoredProduct] = {}
-    for done, site in enumerate(sites):
-        request.progress("quantizing", done, len(sites))
-        results = {stored_as(steps[part.module]) for part in site.parts}
-        if (reads := activations.kind_of(site, steps)) != FLOAT:
-            name = site.input.name or ""
-            facts = (steps, reads, seen.get(name), name not in fixed)
-            found[site.name] = activations.linear(request, rows_of(site), *facts)
-        elif results <= set(INTEGERS):
-            parts = [_blocks(request, steps[part.module], part, rows) for part, rows in rows_of(site)]
-            found[site.name] = integers.join(parts)
-        elif is_four_bit(site, steps) and runs_as(request) != "int8":
-            found[site.name] = join_bnb4(
-                [_bnb4(request, steps[part.module], part, rows) for part, rows in rows_of(site)]
-            )
+    for number, site in enumerate(sites):
+        maker = _maker(request, site, steps, seen.get(site.input.name or ""), fixed)
+        if maker is not None:
+            found[site.name] = Deferred(partial(_told, request, number, len(sites), maker))
     return correct(found, sites, request.corrections)
+
+
+def _told(
+    request: ExportRequest, number: int, count: int, make: Callable[[], StoredProduct]
+) -> StoredProduct:
+    request.progress("quantizing", number, count)
+    return make()
+
+
+def _maker(
+    request: ExportRequest, site: Site, steps: Mapping[str, Step], seen: Seen | None, fixed: Collection[str]
+) -> Callable[[], StoredProduct] | None:
+    """What makes a site's weight; None where it stays as it is in the graph."""
+    results = {stored_as(steps[part.module]) for part in site.parts}
+    if (reads := activations.kind_of(site, steps)) != FLOAT:
+        level = (site.input.name or "") not in fixed
+        return lambda: activations.linear(
+            request, [(part, rows()) for part, rows in rows_of(site)], steps, reads, seen, level
+        )
+    if results <= set(INTEGERS):
+        return lambda: integers.join(
+            [_blocks(request, steps[part.module], part, rows) for part, rows in rows_of(site)]
+        )
+    if is_four_bit(site, steps) and runs_as(request) != "int8":
+        return lambda: join_bnb4(
+            [_bnb4(request, steps[part.module], part, rows) for part, rows in rows_of(site)]
+        )
+    return None
 
 
 def set_accuracy(request: ExportRequest, model: ir.Model) -> None:
@@ -173,13 +195,21 @@ def set_accuracy(request: ExportRequest, model: ir.Model) -> None:
             node.attributes[ACCURACY] = ir.AttrInt64(ACCURACY, int(level))
 
 
-def rows_of(site: Site) -> list[tuple[Part, Float32]]:
-    """Each part with its rows of the site's weight, (rows, in)."""
-    ends = np.cumsum([part.size for part in site.parts])[:-1]
-    return list(zip(site.parts, np.split(site.weight, ends), strict=True))
+def rows_of(site: Site) -> list[tuple[Part, Rows]]:
+    """Each part with what gives its rows of the site's weight, (rows, in); all at most once."""
+    whole = cache(lambda: site.weight)
+    starts = np.cumsum([0, *(part.size for part in site.parts)]).tolist()
+
+    def rows(start: int, stop: int) -> Float32:
+        return whole()[start:stop]
+
+    return [
+        (part, partial(rows, start, stop))
+        for part, start, stop in zip(site.parts, starts, starts[1:], strict=False)
+    ]
 
 
-def _blocks(request: ExportRequest, step: Step, part: Part, rows: Float32) -> tuple[IntBlocks, Order | None]:
+def _blocks(request: ExportRequest, step: Step, part: Part, rows: Rows) -> tuple[IntBlocks, Order | None]:
     if (codes := request.requantized.get(step.module)) is not None:
         return _cut(codes.int_blocks(), part), None
     own = _own(request, step)
@@ -190,7 +220,7 @@ def _blocks(request: ExportRequest, step: Step, part: Part, rows: Float32) -> tu
         return _rowwise(own, part), None
     grid = grid_of(step, exported=True)
     assert grid is not None
-    return quantize(rows, grid.bits, grid.block, grid.symmetric), None
+    return quantize(rows(), grid.bits, grid.block, grid.symmetric), None
 
 
 def _cut(whole: IntBlocks, part: Part) -> IntBlocks:
@@ -208,18 +238,18 @@ def _rowwise(own: Int8Weight, part: Part) -> IntBlocks:
     return IntBlocks(8, codes.shape[1], codes.reshape(-1, count, BLOCK), scales)
 
 
-def _bnb4(request: ExportRequest, step: Step, part: Part, rows: Float32) -> Bnb4Product:
+def _bnb4(request: ExportRequest, step: Step, part: Part, rows: Rows) -> Bnb4Product:
     made = four_bit(request, step, rows)
     whole = Bnb4Product(made.shape, made.quant_type, made.blocksize, made.packed, made.absmax)
     return whole if part.size == made.shape[0] else whole.rows(part.start, part.stop)
 
 
-def four_bit(request: ExportRequest, step: Step, rows: Float32) -> Bnb4Weight:
+def four_bit(request: ExportRequest, step: Step, rows: Rows) -> Bnb4Weight:
     """A module's weight in NF4 or FP4, whole where the checkpoint or a rounding gives it; else of `rows`."""
     codes = request.requantized.get(step.module)
     made = _own(request, step) if codes is None else codes.bnb4()
     if made is None:
-        made = formats.get(step.result).quantize(rows, step.options)
+        made = formats.get(step.result).quantize(rows(), step.options)
     assert isinstance(made, Bnb4Weight)
     return made
 

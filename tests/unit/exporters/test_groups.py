@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vera_edge_onnx.graph import groups
-from vera_edge_onnx.graph.sites import Part, Site
+from vera_edge_onnx.graph.parts import Part
+from vera_edge_onnx.graph.sites import Site
 
 
 def site(name: str, x: ir.Value, *parts: Part) -> Site:

@@ -15,6 +15,7 @@ from scripts.make_config_table import TABLE, table
 from tests import exported, tiny, tiny_encoder
 from tests.config_fields import CARRIED, CASES, ROPE, Case
 from tests.families import Family
+from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import TargetError, VeraEdgeError
@@ -23,7 +24,8 @@ from vera_edge.reference.model import TorchReference
 from vera_edge_onnx.decoder import attention, drawing, parity, replica, rotary_graph
 from vera_edge_onnx.decoder.rotary import Rotary, RotaryTable, all_parameters
 from vera_edge_onnx.encoder import drawing as encoder_drawing
-from vera_edge_onnx.parity import Differs, opened
+from vera_edge_onnx.parity import Differs
+from vera_edge_onnx.running import opened_graph
 
 
 def outcome(case: Case, folder: Path) -> str:
@@ -31,10 +33,13 @@ def outcome(case: Case, folder: Path) -> str:
     model = case.model()
     base = tiny.save(model, folder / "base")
     try:
-        drawn = drawing.draw(base, model.config, case.architecture, folder / "graph", fuse_qkv=True)
+        drawn = drawing.draw(
+            Checkpoint.open(base), model.config, case.architecture, folder / "graph", fuse_qkv=True
+        )
         lengths = parity.lengths_of(drawn.config, parity.bounds_of(drawn.config, drawn.windows))
         assert lengths.reached
-        parity.compare(opened(drawn.path), TorchReference(model, model.config.vocab_size, False), lengths)
+        running = opened_graph(drawn.model, drawn.path.with_name("compared.onnx"))
+        parity.compare(running, TorchReference(model, model.config.vocab_size, False), lengths)
     except (VeraEdgeError, Differs) as cause:
         return str(cause)
     return CARRIED

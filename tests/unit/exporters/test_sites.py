@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vera_edge.errors import TargetError
 from vera_edge_onnx.graph import sites
-from vera_edge_onnx.graph.sites import Part
+from vera_edge_onnx.graph.parts import Part
 
 Float32 = npt.NDArray[np.float32]
 
