@@ -1,0 +1,40 @@
+"""Weights as the bytes of llama.cpp's types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.arrays import Bytes, Float32
+from vera_edge.errors import PlanError
+from vera_edge.formats.dense import to_dtype
+from vera_edge_gguf import tensor_types
+
+_FLOATS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_ROWS = 1 << 20  # values that are rounded at once
+
+
+def size(stored: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    block, each = gguf.GGML_QUANT_SIZES[tensor_types.ggml_type(stored)]
+    count = int(np.prod(shape))
+    return count // block * each
+
+
+def rounded(name: str, values: Float32, stored: str) -> npt.NDArray[Any]:
+    """`values` (rows, width) to nearest, as llama.cpp's own quantizer gives them: the bytes of the file."""
+    if stored in _FLOATS:
+        found = to_dtype(values, _FLOATS[stored])
+        if stored == "fp16" and not np.isfinite(found.array()).all():
+            raise PlanError(f"{name} has values beyond fp16's largest, 65504; choose --weights bf16 or fp32")
+        return found.data
+    step = max(1, _ROWS // values.shape[-1])
+    pieces = [
+        gguf.quants.quantize(values[start : start + step], tensor_types.ggml_type(stored))
+        for start in range(0, values.shape[0], step)
+    ]
+    whole: Bytes = np.concatenate(pieces)
+    return whole
