@@ -139,7 +139,7 @@ class _Source:
     request: ExportRequest
     copy: Checkpoint
     family: Family
-    ends: tensor_types.Ends
+    ends: tensor_types.EndTypes
 
     def tensor(self, wanted: Named) -> file.Tensor:
         """A tensor to be written; its values are read when its turn comes."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from vera_edge.arrays import Float32
 from vera_edge.errors import TargetError
 from vera_edge_gguf.families import Family
-from vera_edge_gguf.rotary import Rotary, rotary
+from vera_edge_gguf.rotary import RotaryMetadata, rotary
 
 _GEMMA_LAYERS_27B = {"gemma2": 46, "gemma3": 62}  # models of so many layers scale attention otherwise
 _USUAL_PATTERN = {"gemma2": 2, "gemma3": 6}  # every so many layers one sees the whole text
@@ -26,7 +26,7 @@ def hyperparameters(config: Any, family: Family) -> Hyperparameters:
     """Of transformers' config. Raises TargetError when llama.cpp can't compute what it says."""
     _check_activation(config, family)
     head_size = _head_size(config)
-    turned = Rotary({}, {}, config.max_position_embeddings) if family.architecture == "gpt2" else None
+    turned = RotaryMetadata({}, {}, config.max_position_embeddings) if family.architecture == "gpt2" else None
     turned = turned or rotary(config, head_size)
     found: dict[str, Any] = {
         "vocab_size": int(config.vocab_size),

@@ -1,4 +1,4 @@
-"""Rotary embeddings as llama.cpp is told of them: metadata, and tensors of factors for each pair of rows.
+"""RotaryMetadata embeddings as llama.cpp is told of them: metadata, and tensors of factors for each pair of rows.
 
 llama.cpp divides the frequency of each pair by its factor. Source of the three ways that are scaled by
 formula: transformers' modeling_rope_utils.py (llama3, longrope, yarn).
@@ -16,7 +16,7 @@ from vera_edge.arrays import Float32
 from vera_edge.errors import TargetError
 
 
-class Rotary(NamedTuple):
+class RotaryMetadata(NamedTuple):
     """metadata: by key without the architecture. tensors: by name. notes: for a person to read.
 
     context: the longest sequence for which llama.cpp computes what transformers does.
@@ -28,7 +28,7 @@ class Rotary(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def rotary(config: Any, head_size: int) -> Rotary:
+def rotary(config: Any, head_size: int) -> RotaryMetadata:
     """Of a text model's config (transformers'). Raises TargetError for a scaling that llama.cpp lacks."""
     given = dict(getattr(config, "rope_parameters", None) or {})
     full = dict(given.get("full_attention") or given)
@@ -50,16 +50,16 @@ def rotary(config: Any, head_size: int) -> Rotary:
     return scaled._replace(metadata={**metadata, **scaled.metadata})
 
 
-def _scaled(given: Mapping[str, Any], context: int, dimensions: int) -> Rotary:
+def _scaled(given: Mapping[str, Any], context: int, dimensions: int) -> RotaryMetadata:
     kind = str(given.get("rope_type", "default"))
     original = given.get("original_max_position_embeddings") or context
     factor = float(given.get("factor") or 1)
     if kind == "default":
-        return Rotary({}, {}, context)
+        return RotaryMetadata({}, {}, context)
     if kind == "linear":
-        return Rotary({"rope.scaling.type": "linear", "rope.scaling.factor": factor}, {}, context)
+        return RotaryMetadata({"rope.scaling.type": "linear", "rope.scaling.factor": factor}, {}, context)
     if kind == "llama3":
-        return Rotary({}, {"rope_freqs.weight": _llama3(given, factor, original, dimensions)}, context)
+        return RotaryMetadata({}, {"rope_freqs.weight": _llama3(given, factor, original, dimensions)}, context)
     if kind == "yarn":
         return _yarn(given, factor, original, context)
     if kind == "longrope":
@@ -69,7 +69,7 @@ def _scaled(given: Mapping[str, Any], context: int, dimensions: int) -> Rotary:
             f"llama.cpp doesn't grow rotary embeddings with the text (rope_type dynamic), so the file says "
             f"that the context is {original} tokens, up to which nothing is scaled"
         )
-        return Rotary({}, {}, int(original), (note,))
+        return RotaryMetadata({}, {}, int(original), (note,))
     raise TargetError(
         f"config.json scales rotary embeddings by {kind!r}, which llama.cpp isn't told of; export it to onnx"
     )
@@ -84,7 +84,7 @@ def _llama3(given: Mapping[str, Any], factor: float, original: float, dimensions
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
-def _yarn(given: Mapping[str, Any], factor: float, original: float, context: int) -> Rotary:
+def _yarn(given: Mapping[str, Any], factor: float, original: float, context: int) -> RotaryMetadata:
     if given.get("mscale") or given.get("mscale_all_dim") or given.get("truncate") is False:
         raise TargetError(
             "yarn with mscale, or without truncation, is computed otherwise in llama.cpp; export it to onnx"
@@ -100,10 +100,10 @@ def _yarn(given: Mapping[str, Any], factor: float, original: float, context: int
     if given.get("attention_factor") is not None:
         usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
         metadata["rope.scaling.attn_factor"] = float(given["attention_factor"]) / usual
-    return Rotary(metadata, {}, max(context, int(original * factor)))
+    return RotaryMetadata(metadata, {}, max(context, int(original * factor)))
 
 
-def _longrope(given: Mapping[str, Any], original: float, context: int, dimensions: int) -> Rotary:
+def _longrope(given: Mapping[str, Any], original: float, context: int, dimensions: int) -> RotaryMetadata:
     found = {}
     for length in ("long", "short"):
         factors = np.asarray(given[f"{length}_factor"], np.float32)
@@ -125,4 +125,4 @@ def _longrope(given: Mapping[str, Any], original: float, context: int, dimension
         "rope.scaling.original_context_length": int(original),
         "rope.scaling.attn_factor": float(attention),
     }
-    return Rotary(metadata, found, context, (note,))
+    return RotaryMetadata(metadata, found, context, (note,))

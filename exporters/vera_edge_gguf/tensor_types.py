@@ -66,14 +66,14 @@ def fitting(stored: str, width: int) -> str:
     return "fp16"
 
 
-class Ends(NamedTuple):
+class EndTypes(NamedTuple):
     """What the embedding and the output head are stored as."""
 
     embedding: str
     head: str
 
 
-def ends(weights: str, width: int, tied: bool, asked: str | None = None) -> Ends:
+def ends(weights: str, width: int, tied: bool, asked: str | None = None) -> EndTypes:
     """For linears of type `weights` and an embedding of so many columns.
 
     A tied embedding is the output head, which answers depend on most: Q6_K where its blocks divide a row, and
@@ -83,14 +83,14 @@ def ends(weights: str, width: int, tied: bool, asked: str | None = None) -> Ends
         if asked not in ASKED:
             raise PlanError(f"the head can't be stored as {asked!r}; choose from {', '.join(ASKED)}")
         found = fitting(ASKED[asked], width)
-        return Ends(found, found)
+        return EndTypes(found, found)
     if weights in _OF_FLOATS:
-        return Ends(weights, weights)
+        return EndTypes(weights, weights)
     head = "q8_0"
     if weights != "q8_0" and "q6_k" in BLOCKS and width % block_size(weights) == 0:
         head = fitting("q6_k", width)
     head = fitting(head, width)
-    return Ends(head if tied else fitting(weights, width), head)
+    return EndTypes(head if tied else fitting(weights, width), head)
 
 
 def notes(plan: Plan) -> tuple[str, ...]:
