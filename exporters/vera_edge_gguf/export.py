@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from vera_edge import merging as merge
 from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.bundle import contents as bundle
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting.target import Export, ExportRequest
 from vera_edge.plans import plan as plans
@@ -25,6 +26,7 @@ from vera_edge.tasks import task as tasks
 from vera_edge_gguf import blocks, file, tensor_types
 from vera_edge_gguf.families import Family, family_of
 from vera_edge_gguf.hyperparameters import hyperparameters
+from vera_edge_gguf.manifest_fields import describe, manifest_fields
 from vera_edge_gguf.tensor_names import EMBEDDING, HEAD, Named, named
 from vera_edge_gguf.vocabulary import vocabulary
 
@@ -46,12 +48,12 @@ def export(request: ExportRequest, target: str) -> Export:
             copy = _float_copy(request, Path(scratch) / "float")
             notes = _write(request, copy, family, stage)
             _side_files(copy.path, stage)
-        size = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+        manifest = bundle.write(stage, manifest_fields(request, MODEL, {}), request.progress)
     return Export(
         target,
         request.out,
         request.out / MODEL,
-        size,
+        manifest.size,
         request.plan,
         notes=(*notes, *tensor_types.notes(request.plan)),
     )
@@ -85,6 +87,7 @@ def _write(request: ExportRequest, copy: Checkpoint, family: Family, stage: Path
     source = _Source(request, copy, family, ends)
     metadata = {
         "general.type": "model",
+        **describe(request),
         "general.file_type": _file_type(_main_type(request)),
         "general.quantization_version": _QUANTIZATION_VERSION,
         **told.metadata,

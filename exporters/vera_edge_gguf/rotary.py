@@ -1,4 +1,4 @@
-"""RotaryMetadata embeddings as llama.cpp is told of them: metadata, and tensors of factors for each pair of rows.
+"""Rotary embeddings as llama.cpp is told of them: metadata, and tensors of factors for each pair of rows.
 
 llama.cpp divides the frequency of each pair by its factor. Source of the three ways that are scaled by
 formula: transformers' modeling_rope_utils.py (llama3, longrope, yarn).
@@ -59,7 +59,9 @@ def _scaled(given: Mapping[str, Any], context: int, dimensions: int) -> RotaryMe
     if kind == "linear":
         return RotaryMetadata({"rope.scaling.type": "linear", "rope.scaling.factor": factor}, {}, context)
     if kind == "llama3":
-        return RotaryMetadata({}, {"rope_freqs.weight": _llama3(given, factor, original, dimensions)}, context)
+        return RotaryMetadata(
+            {}, {"rope_freqs.weight": _llama3(given, factor, original, dimensions)}, context
+        )
     if kind == "yarn":
         return _yarn(given, factor, original, context)
     if kind == "longrope":
