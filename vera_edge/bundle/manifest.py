@@ -59,8 +59,9 @@ class ManifestFields:
     least `file` (an .onnx_adapter or a GGUF LoRA of the bundle, or null once it is merged) and `digest`.
     `default_adapter` is what runs when nothing else is asked for. `projection` is the ProjectionSpec with the
     `digest` of A and B. `limits` are the drift limits that `validate` holds the device to; `golden` is the
-    file of golden vectors. `requires` maps a runtime's distribution name to the oldest version that runs the graph, `cpu`
-    lists what an x86 processor must have to give the right values ("vnni"), None when that isn't recorded.
+    file of golden vectors. `requires` maps a runtime's distribution name to the oldest version that runs the
+    graph, `cpu` lists what an x86 processor must have to give the right values ("vnni"), None when that isn't
+    recorded.
     `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
     `trained_names` maps a module of the base to what PEFT calls it, where that's another name.
     `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py),
