@@ -47,6 +47,7 @@ def export(
     tokenizer: StrPath | None = None,
     plan: StrPath | Plan | None = None,
     method: str | None = None,
+    effort: str | None = None,
     calibration: StrPath = BUILT_IN,
     recover: Sequence[str] = (),
     force: bool = False,
@@ -77,6 +78,7 @@ def export(
         tokenizer: a folder to take tokenizer and chat template from, not from the adapter's or the base's.
         plan: a plan's file, or a Plan, that decides mode, weights, block, symmetric and activations.
         method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
+        effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
         recover: what to fit to the rounded base: lambda_b, lambda_d (a branch's), low-rank=RANK, bias.
         force: replace `out` where it exists.
@@ -128,7 +130,7 @@ def export(
         projection_rounding=projection_rounding,
         force=force,
         progress=progress,
-        rounding=Rounding(method, str(calibration), recover=tuple(recover)),
+        rounding=Rounding(method, str(calibration), recover=tuple(recover), effort=effort),
         plan=made,
         trained_as=loading(trained_as),
         tokenizer=path_or_none(tokenizer),

@@ -68,6 +68,7 @@ def merge(
     double_quant: bool = False,
     plan: StrPath | Plan | None = None,
     method: str | None = None,
+    effort: str | None = None,
     calibration: StrPath = BUILT_IN,
     weight: float = 1.0,
     projection_rounding: str | None = None,
@@ -95,6 +96,7 @@ def merge(
         double_quant: quantize the scales of nf4 and fp4 too.
         plan: a plan's file, or a Plan, that decides to, block_size and double_quant layer by layer.
         method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
+        effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
         weight: scales the delta of an adapter that has no weight of its own.
         projection_rounding: what the projections were rounded to in training, where it can't be told.
@@ -135,7 +137,7 @@ def merge(
         trained_as=trained_as,
         tokenizer=tokenizer,
     )
-    rounding = Rounding(method, str(calibration))
+    rounding = Rounding(method, str(calibration), effort=effort)
     return merge_to_folders({Path(out): planned._ready}, rounding, progress, force, resources)[0]
 
 
@@ -148,6 +150,7 @@ def merge_each(
     block_size: int | None = None,
     double_quant: bool = False,
     method: str | None = None,
+    effort: str | None = None,
     calibration: StrPath = BUILT_IN,
     weight: float = 1.0,
     projection_rounding: str | None = None,
@@ -192,7 +195,9 @@ def merge_each(
         tokenizer=tokenizer,
     )
     ready = {Path(out) / name: one._ready for name, one in planned.items()}
-    return merge_to_folders(ready, Rounding(method, str(calibration)), progress, force, resources)
+    return merge_to_folders(
+        ready, Rounding(method, str(calibration), effort=effort), progress, force, resources
+    )
 
 
 def plan_merge(

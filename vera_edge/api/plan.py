@@ -39,6 +39,7 @@ def plan(
     tokens: int = PlanRequest.tokens,
     export: StrPath | None = None,
     method: str | None = None,
+    effort: str | None = None,
     calibration: StrPath = BUILT_IN,
     weight: float = 1.0,
     projection_rounding: str | None = None,
@@ -65,6 +66,7 @@ def plan(
         tokens: about how many to measure each unit on; plans are measured on twice as many.
         export: also write the export that was measured, to this folder.
         method: how to round: rtn, search, hqq or gptq; None: gptq.
+        effort: what search and gptq spend: quick, default or thorough; None: default.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
         weight: scales the delta of an adapter that has no weight of its own.
         projection_rounding: what the projections were rounded to in training, where it can't be told.
@@ -94,6 +96,7 @@ def plan(
         formats=tuple(formats),
         target=target,
         method=method or PlanRequest.method,
+        effort=effort or PlanRequest.effort,
         calibration=str(calibration),
         data=None if data is None else str(data),
         tokens=tokens,

@@ -10,6 +10,7 @@ import vera_edge
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
+    effort_option,
     force_option,
     json_option,
     method_option,
@@ -94,6 +95,7 @@ GGUF_WEIGHTS = "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4
 @tokenizer_option
 @plan_option
 @method_option
+@effort_option
 @calibration_option
 @recover_option
 @force_option
@@ -122,6 +124,7 @@ def export(
     tokenizer: Path | None,
     plan_file: Path | None,
     method: str | None,
+    effort: str | None,
     calibration: str,
     recover: tuple[str, ...],
     force: bool,
@@ -152,6 +155,7 @@ def export(
             tokenizer=tokenizer,
             plan=plan_file,
             method=method,
+            effort=effort,
             calibration=calibration,
             recover=recover,
             force=force,

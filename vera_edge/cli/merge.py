@@ -15,6 +15,7 @@ from vera_edge import printable
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
+    effort_option,
     err,
     force_option,
     json_option,
@@ -58,6 +59,7 @@ _SHOWN = 5
 @click.option("--double-quant", is_flag=True, help="Quantize the scales of nf4 and fp4 too.")
 @plan_option
 @method_option
+@effort_option
 @calibration_option
 @more_adapters_option
 @weight_option
@@ -84,6 +86,7 @@ def merge(
     double_quant: bool,
     plan_file: Path | None,
     method: str | None,
+    effort: str | None,
     calibration: str,
     more: list[tuple[Path, float]],
     weight: float,
@@ -127,6 +130,7 @@ def merge(
         return
     asked |= {
         "method": method,
+        "effort": effort,
         "calibration": calibration,
         "workers": workers,
         "max_memory": max_memory,

@@ -48,6 +48,7 @@ from vera_edge.cli import show
 )
 @click.option("--export", "keep", type=show.FOLDER, help="Also write the export that was measured, to here.")
 @show.method_option
+@show.effort_option
 @show.calibration_option
 @show.more_adapters_option
 @show.weight_option
@@ -70,6 +71,7 @@ def plan(
     tokens: int,
     keep: Path | None,
     method: str | None,
+    effort: str | None,
     calibration: str,
     more: list[tuple[Path, float]],
     weight: float,
@@ -99,6 +101,7 @@ def plan(
             tokens=tokens,
             export=keep,
             method=method,
+            effort=effort,
             calibration=calibration,
             projection_rounding=projection_rounding,
             trained_as=trained_as,

@@ -52,6 +52,11 @@ method_option: Callable[[F], F] = click.option(
     type=click.Choice(["rtn", "search", "hqq", "gptq"]),
     help="How to round: to nearest, by searched scales, by HQQ, or compensated (the default for 4 bits).",
 )
+effort_option: Callable[[F], F] = click.option(
+    "--effort",
+    type=click.Choice(["quick", "default", "thorough"]),
+    help="How much to spend on search and gptq; unless given, default.",
+)
 calibration_option: Callable[[F], F] = click.option(
     "--calibration",
     default="built-in",

@@ -25,7 +25,8 @@ from vera_edge.precision.trained import check_adapters, trained_model
 from vera_edge.precision.trial import Trials
 from vera_edge.precision.units import Sensitivities, bytes_of, heads_of
 from vera_edge.progress import Progress, silent
-from vera_edge.requantize import CodesFolder
+from vera_edge.requantize import CodesFolder, Effort
+from vera_edge.requantize.effort import DEFAULT
 from vera_edge.storage.files import staged_folder
 from vera_edge.storage.scratch import scratch_folder
 from vera_edge.tasks import task as tasks
@@ -102,7 +103,9 @@ class _Search:
         stores = {name: CodesFolder(self.work / name) for name in steps}
         for store in stores.values():
             store.folder.mkdir()
-        rounded = UnitCodes(self.ready, steps, self.request.method, stores)
+        rounded = UnitCodes(
+            self.ready, steps, self.request.method, stores, effort=Effort.named(self.request.effort)
+        )
         calibration, sensitivity, check = self._windows()
         trials, heads = Trials(self.ready, self.request.target, self.work), heads_of(self.request.formats)
         with self._timed("weighing"):
@@ -139,7 +142,8 @@ class _Search:
         width = min(windows.WINDOW, request.tokens)
         counts = (request.tokens, request.check_tokens)
         few, more = (windows.make(data, tokenizer, size, count, width) for count in counts)
-        return windows.make(text, tokenizer, size, request.calibration_tokens), few, more
+        calibrated = request.calibration_tokens or Effort.named(request.effort).tokens
+        return windows.make(text, tokenizer, size, calibrated), few, more
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -150,8 +154,9 @@ class _Search:
     def _notes(self, *cut: windows.Windows) -> tuple[str, ...]:
         calibration, few, more = (sum(len(window) for window in one.tokens) for one in cut)
         request, found = self.request, list(self.ready.model.notes)
+        spent = "" if request.effort == DEFAULT else f" with effort {request.effort}"
         found.append(
-            f"weights were rounded by {request.method}, calibrated on {calibration} tokens of "
+            f"weights were rounded by {request.method}{spent}, calibrated on {calibration} tokens of "
             f"{request.calibration} text; export with the same --method and --calibration"
         )
         source = request.calibration if request.data is None else request.data

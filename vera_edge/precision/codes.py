@@ -26,7 +26,7 @@ from vera_edge.progress import Progress
 from vera_edge.reference.calibration import LayerInputs, Walk
 from vera_edge.reference.layers import Changed
 from vera_edge.reference.model import oriented
-from vera_edge.requantize import Codes, CodesFolder, Gram, Grid, requantize
+from vera_edge.requantize import Codes, CodesFolder, Effort, Gram, Grid, requantize
 from vera_edge.requantize.gram import in_threads
 from vera_edge.rounding.weight_rounding import grid_of
 
@@ -46,6 +46,7 @@ class UnitCodes:
     method: str
     stores: Mapping[str, CodesFolder]
     groups: list[tuple[str, ...]] = field(default_factory=list)
+    effort: Effort = field(default_factory=Effort)
 
     def calibrate(self, model: Any, windows: Sequence[Int64], progress: Progress) -> None:
         """Round everything to everything, in one walk of the text through the model."""
@@ -75,7 +76,7 @@ class UnitCodes:
         targets = {module: self._target(module) for module in inputs.modules}
 
         def work(job: tuple[str, str, Grid]) -> Codes:
-            return requantize(targets[job[1]], job[2], self.method, gram)
+            return requantize(targets[job[1]], job[2], self.method, gram, self.effort)
 
         found = in_threads(work, wanted, torch.get_num_threads())
         for (name, module, _grid), codes in zip(wanted, found, strict=True):

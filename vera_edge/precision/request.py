@@ -9,8 +9,9 @@ from typing import get_args
 from vera_edge.errors import PlanError
 from vera_edge.exporting.target import OLD_NAMES
 from vera_edge.plans.plan import Mode
-from vera_edge.requantize import METHODS
-from vera_edge.rounding.weight_rounding import BUILT_IN, TOKENS
+from vera_edge.requantize import METHODS, Effort
+from vera_edge.requantize.effort import DEFAULT
+from vera_edge.rounding.weight_rounding import BUILT_IN
 
 FORMATS = ("int4", "int8", "nf4", "fp4", "fp32")
 TARGETS = ("onnx", *OLD_NAMES)
@@ -26,8 +27,8 @@ class PlanRequest:
 
     formats: what layers may be stored as, integers also with a block ("int4:16", "int8:128"; 32 unless said);
     "int4" and "int8" or "fp32" also what embeddings and head may.
-    method, calibration: how weights are rounded, as an export does. data: the text that sensitivities
-    (`tokens` of it) and plans (twice as many) are measured on. The calibration's when it is None.
+    method, effort, calibration: how weights are rounded, as an export does; on `calibration_tokens` of text, or
+    as many as the effort takes for None. data: the text that sensitivities (`tokens` of it) and plans (twice as many) are measured on. The calibration's when it is None.
     """
 
     max_size: int | None = None
@@ -40,7 +41,8 @@ class PlanRequest:
     calibration: str = BUILT_IN
     data: str | None = None
     tokens: int = SENSITIVITY_TOKENS
-    calibration_tokens: int = TOKENS
+    calibration_tokens: int | None = None
+    effort: str = DEFAULT
 
     @property
     def check_tokens(self) -> int:
@@ -65,6 +67,7 @@ class PlanRequest:
             raise PlanError(f"plans are measured for the target {TARGETS[0]}, not for {self.target!r}")
         if self.method not in METHODS:
             raise PlanError(f"no quantization method is called {self.method!r}; known: {', '.join(METHODS)}")
+        Effort.named(self.effort)
         unknown = [name for name in self.formats if split(name)[0] not in FORMATS]
         if unknown or not self.formats:
             raise PlanError(

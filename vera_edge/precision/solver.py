@@ -20,6 +20,7 @@ from vera_edge.precision.request import PlanRequest, split
 from vera_edge.precision.trial import Trials
 from vera_edge.precision.units import ENDS, MeasuredUnit, ends_change
 from vera_edge.progress import Progress
+from vera_edge.requantize.effort import DEFAULT
 from vera_edge.rounding.weight_rounding import Rounding
 
 # Units together lose more than the sum of each alone; a measured factor takes this one's place.
@@ -36,6 +37,8 @@ _SHOWN = 12
 def finished(plan: Plan, head: str, request: PlanRequest, ready: Prepared) -> Plan:
     """`plan` with what an export needs to know beside the steps."""
     options = {"base_digest": ready.model.checkpoint.digest, "head": head, "method": request.method}
+    if request.effort != DEFAULT:
+        options["effort"] = request.effort
     if request.mode == "branch":
         integers = any(split(name)[0] in INTEGER for name in request.formats)
         options["projections"] = "int8" if integers else "fp32"

@@ -84,7 +84,9 @@ def _export(job: ReleaseJob, stage: Path, progress: Progress, plan: Plan | None)
         options=variant.options,
         projection_rounding=job.adapter.projection_dtype,
         progress=progress,
-        rounding=Rounding(variant.method, job.recipe.text(variant.calibration), any_adapter=True),
+        rounding=Rounding(
+            variant.method, job.recipe.text(variant.calibration), any_adapter=True, effort=variant.effort
+        ),
         plan=plan,
         trained_as=base.spec,
     )

@@ -54,6 +54,7 @@ class Variant(RecipeTable):
     projections_dtype: Stored | None = None
     vectors: Literal["fp32", "fp16"] | None = None
     method: Literal["rtn", "search", "hqq", "gptq"] | None = None
+    effort: Literal["quick", "default", "thorough"] | None = None
     calibration: Line = windows.BUILT_IN
     id: Id | None = None
     adapters: tuple[Id, ...] | None = Field(default=None, strict=False, min_length=1)
@@ -93,6 +94,7 @@ class Variant(RecipeTable):
                 formats=self.formats,
                 target=self.target,
                 method=self.method or PlanRequest.method,
+                effort=self.effort or PlanRequest.effort,
                 calibration=calibration,
             )
             asked.check()

@@ -6,22 +6,27 @@
     hqq       scales and zero points by half-quadratic splitting, no activations needed
     gptq      codes that make up for each other's errors, on scales that are given
     refit     scales that are best for given codes, for a whole row at once
+    piece     some rows on their way through those two; kernels: their loops, compiled by numba
+    effort    how far they go
     quantize  the methods as one function, `requantize`
     store     codes of many modules, on disk
 
 The measure is the layer's output error, `tr((W - Q) H (W - Q)^T)` with `H = X^T X / n` over calibration
 inputs X: an error in the weight hardly predicts what it does to the model (docs/requantize.md).
-Everything is numpy, works on pieces of rows, and gives the same bytes whatever the number of threads.
+Everything works on pieces of rows, by numpy's products and compiled loops, and gives the same bytes whatever
+the number of threads.
 """
 
 from __future__ import annotations
 
+from vera_edge.requantize.effort import EFFORTS, Effort
 from vera_edge.requantize.gram import Gram, output_error
 from vera_edge.requantize.grids import Codes, Grid, bnb_grid, int8_rows, int_blocks
-from vera_edge.requantize.quantize import METHODS, Effort, requantize
+from vera_edge.requantize.quantize import METHODS, requantize
 from vera_edge.requantize.store import CodesFolder
 
 __all__ = [
+    "EFFORTS",
     "METHODS",
     "Codes",
     "CodesFolder",

@@ -1,117 +1,147 @@
 """Codes that make up for each other's errors, on scales that are given.
 
-`compensate` rounds one input's weights after the other and moves the rest so as to undo the error's effect
-on the output (GPTQ, https://arxiv.org/abs/2210.17323). `descend` then revisits each weight with all others
-fixed and takes its best level: coordinate descent on the same error, which can't rise.
+`compensate` rounds one input's weights after the other, each so as to undo what the errors before it did to
+the output (GPTQ, https://arxiv.org/abs/2210.17323). `descend` then revisits each weight with all others fixed
+and takes its best level: coordinate descent on the same error, which can't rise.
 
-Both work on the transposed weight, so that a column of weights is contiguous, and in panels of columns, so
-that most of the work is matrix products.
+Both go over ever smaller halves of the columns, so that most of the work is large matrix products; what is
+left within 32 columns is a compiled loop.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from vera_edge.arrays import Float32
-from vera_edge.requantize.gram import Gram
-from vera_edge.requantize.grids import Grid, inverse, spread
-from vera_edge.requantize.search import search
+from vera_edge.requantize.piece import Piece
+from vera_edge.requantize.search import search_columns
 
-_PANEL = 64
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """Scale, its inverse and zero point of every weight in a column, by column."""
-
-    scales: Float32  # (blocks, out), or (in, out) where blocks run over row ends
-    inverses: Float32
-    zeros: Float32
-    block_of: npt.NDArray[np.intp]
-
-    @classmethod
-    def of(cls, scales: Float32, zeros: Float32, grid: Grid, shape: tuple[int, int]) -> _Columns:
-        inside = shape[1]
-        if grid.rows(inside):
-            block_of = np.arange(inside) // grid.width(inside)
-        else:
-            scales, zeros = (spread(part, grid, shape) for part in (scales, zeros))
-            block_of = np.arange(inside)
-        upright = np.ascontiguousarray(scales.T)
-        return cls(upright, inverse(upright), np.ascontiguousarray(zeros.T), block_of)
-
-    def set(self, block: int, scales: Float32, zeros: Float32) -> None:
-        """Take other scales and zero points (out, blocks) for one block."""
-        self.scales[block], self.zeros[block] = scales[:, block], zeros[:, block]
-        self.inverses[block] = inverse(self.scales[block])
+_LOOP = 32  # columns that a compiled loop goes over
+_PANEL = 256  # columns whose pulls are computed at a time
 
 
-def compensate(
-    weight: Float32, grid: Grid, scales: Float32, zeros: Float32, gram: Gram, adapt: bool = False
-) -> Float32:
-    """Levels (out, in) float32 for weight (out, in).
+def compensate(piece: Piece, adapt: bool = False) -> None:
+    """Set a piece's levels, what is left of its weight, and its errors.
 
-    adapt: search each block's scale and zero point again for its weights as they are once they have made up
-    for all blocks before it; written to `scales` and `zeros`. Blocks must lie within rows, in order.
+    adapt: search each block's scale and zero point for its weights as they are once they have made up for
+    all blocks before it. Blocks must lie within rows, and the Gram matrix must take them in order.
     """
-    shape = (weight.shape[0], weight.shape[1])
-    columns = _Columns.of(scales, zeros, grid, shape)
-    order, feedback = gram.order, gram.feedback
-    rest = np.ascontiguousarray(weight.T[order])
-    levels = np.empty_like(rest)
-    errors = np.empty((_PANEL, shape[0]), np.float32)
-    width = grid.width(shape[1])
-    for begin in range(0, shape[1], _PANEL):
-        end = min(begin + _PANEL, shape[1])
-        for index in range(begin, end):
-            column, block = rest[index], columns.block_of[order[index]]
-            if adapt and index % width == 0:
-                last = min(index + width, shape[1])
-                pending = feedback[begin:index, index:last].T @ errors[: index - begin]
-                part = np.ascontiguousarray((rest[index:last] - pending).T)
-                scale, zero = search(part, grid, gram.conditional[index:last])
-                scales[:, block], zeros[:, block] = scale[:, 0], zero[:, 0]
-                columns.set(block, scales, zeros)
-            if index > begin:
-                column = column - feedback[begin:index, index] @ errors[: index - begin]
-            found = grid.nearest(column * columns.inverses[block], columns.zeros[block])
-            levels[order[index]] = found
-            np.subtract(column, found * columns.scales[block], out=errors[index - begin])
-        if end < shape[1]:
-            rest[end:] -= feedback[begin:end, end:].T @ errors[: end - begin]
-    return np.ascontiguousarray(levels.T)
+    work = _Compensation(piece)
+    inside = len(piece.weight)
+    if not adapt:
+        _halve(0, inside, _LOOP, work.round, work.carry)
+    else:
+        _halve(0, inside, piece.width, work.adapt, work.carry)
+    work.finish()
 
 
-def descend(
-    weight: Float32,
-    levels: Float32,
-    grid: Grid,
-    scales: Float32,
-    zeros: Float32,
-    gram: Gram,
-    sweeps: int = 1,
-) -> Float32:
-    """Levels (out, in) with an output error no higher than that of `levels`."""
-    shape = (weight.shape[0], weight.shape[1])
-    columns = _Columns.of(scales, zeros, grid, shape)
-    values, importance = gram.values, gram.importance
-    current = np.ascontiguousarray(levels.T)
-    residual = np.ascontiguousarray((weight - levels * spread(scales, grid, shape)).T)
-    slope = values @ residual  # (in, out): H (W - Q)^T, kept up to date panel by panel
-    steps = np.empty((_PANEL, shape[0]), np.float32)
+class _Compensation:
+    """One pass over a piece's columns in the Gram matrix's order.
+
+    aims: (in, rows), what each column would be rounded to. It holds what the columns that are done with want
+    of it, and is used up.
+    """
+
+    def __init__(self, piece: Piece) -> None:
+        self.piece, order = piece, piece.gram.order
+        self.order = order if piece.gram.act_order else slice(None)  # of a slice numpy makes no copy
+        self.weight, self.blocks = piece.weight[self.order], piece.blocks[order]
+        self.aims = self.weight.copy()
+        self.levels, self.residual = (
+            (np.empty_like(self.aims), np.empty_like(self.aims))
+            if piece.gram.act_order
+            else (piece.levels, piece.residual)
+        )
+
+    def carry(self, begin: int, middle: int, end: int) -> None:
+        """Tell columns from `middle` on what those from `begin` to there left undone."""
+        shares = self.piece.gram.feedback[begin:middle, middle:end]
+        self.aims[middle:end] += shares.T @ self.residual[begin:middle]
+
+    def round(self, begin: int, end: int) -> None:
+        from vera_edge.requantize.kernels import round_columns  # numba comes with it
+
+        piece, at = self.piece, slice(begin, end)
+        shares, costs = self._shares(at), piece.gram.conditional[at]
+        arrays = (self.aims[at], self.weight[at], self.levels[at], self.residual[at], shares, costs)
+        scales = (piece.scales, piece.zeros, self.blocks[at])
+        round_columns(*arrays, *scales, *piece.kernel_grid, piece.errors)
+
+    def adapt(self, begin: int, end: int) -> None:
+        """Search one block's scales, then round it."""
+        piece, at = self.piece, slice(begin, end)
+        aims = self.aims[at].copy()
+        _halve(begin, end, _LOOP, self._free, self.carry)
+        found = search_columns(self.aims[at], piece.gram.conditional[at], piece.grid)
+        block = self.blocks[begin]
+        piece.scales[block], piece.zeros[block] = found[0][0], found[1][0]
+        self.aims[at] = aims
+        _halve(begin, end, _LOOP, self.round, self.carry)
+
+    def _free(self, begin: int, end: int) -> None:
+        """As `round`, but weights may take any value: that is what `aims` then has."""
+        from vera_edge.requantize.kernels import free_columns  # numba comes with it
+
+        at = slice(begin, end)
+        free_columns(self.aims[at], self.weight[at], self.residual[at], self._shares(at))
+
+    def _shares(self, at: slice) -> Float32:
+        return np.ascontiguousarray(self.piece.gram.feedback[at, at].T)
+
+    def finish(self) -> None:
+        if self.piece.gram.act_order:
+            self.piece.levels[self.order], self.piece.residual[self.order] = self.levels, self.residual
+
+
+def descend(piece: Piece, sweeps: int = 1) -> None:
+    """Lower a piece's errors by other levels on the same scales and zero points."""
+    inside = len(piece.weight)
     for _ in range(sweeps):
-        for begin in range(0, shape[1], _PANEL):
-            end = min(begin + _PANEL, shape[1])
-            for index in range(begin, end):
-                pull, block = slope[index], columns.block_of[index]
-                if index > begin:
-                    pull = pull - values[index, begin:index] @ steps[: index - begin]
-                aim = current[index] + pull * columns.inverses[block] / importance[index]
-                found = grid.nearest(aim, columns.zeros[block])
-                np.multiply(found - current[index], columns.scales[block], out=steps[index - begin])
-                current[index] = found
-            slope -= values[:, begin:end] @ steps[: end - begin]
-    return np.ascontiguousarray(current.T)
+        for begin in range(0, inside, _PANEL):
+            end = min(begin + _PANEL, inside)
+            work = _Descent(piece, begin, piece.gram.values[begin:end] @ piece.residual)
+            _halve(begin, end, _LOOP, work.visit, work.carry)
+
+
+class _Descent:
+    """One visit of the columns from `first` on. pulls: (n, rows), H times the residual, used up."""
+
+    def __init__(self, piece: Piece, first: int, pulls: Float32) -> None:
+        self.piece, self.first, self.pulls = piece, first, pulls
+        self.steps = np.empty_like(pulls)
+
+    def carry(self, begin: int, middle: int, end: int) -> None:
+        """Tell columns from `middle` on what those from `begin` to there changed."""
+        seen = self.piece.gram.values[middle:end, begin:middle]
+        first = self.first
+        self.pulls[middle - first : end - first] += seen @ self.steps[begin - first : middle - first]
+
+    def visit(self, begin: int, end: int) -> None:
+        from vera_edge.requantize.kernels import descend_columns  # numba comes with it
+
+        piece, at = self.piece, slice(begin, end)
+        within = slice(begin - self.first, end - self.first)
+        gram = np.ascontiguousarray(piece.gram.values[at, at])
+        arrays = (self.pulls[within], piece.levels[at], piece.residual[at], self.steps[within], gram)
+        scales = (piece.scales, piece.zeros, piece.blocks[at])
+        descend_columns(*arrays, *scales, *piece.kernel_grid, piece.errors)
+
+
+def _halve(
+    begin: int,
+    end: int,
+    unit: int,
+    work: Callable[[int, int], None],
+    carry: Callable[[int, int, int], None],
+) -> None:
+    """`work(a, b)` for every `unit` columns in turn; `carry(a, b, c)` before those that come after b."""
+    if end - begin <= unit:
+        work(begin, end)
+        return
+    units = -(-(end - begin) // unit)
+    middle = begin + (units + 1) // 2 * unit
+    _halve(begin, middle, unit, work, carry)
+    carry(begin, middle, end)
+    _halve(middle, end, unit, work, carry)

@@ -19,9 +19,10 @@ from vera_edge.cores import available_cores
 from vera_edge.errors import DataError
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
-_SMALL = 256  # a triangle whose general inverse costs less than the calls that would save it
+_BLOCK = 256  # rows or columns of a matrix that are worked on at a time
 T = TypeVar("T")
 R = TypeVar("R")
+F = TypeVar("F", np.float32, np.float64)
 
 
 @cache
@@ -77,13 +78,22 @@ class Gram:
     @classmethod
     def of(cls, values: Floats, damp: float = 0.01, act_order: bool = False) -> Gram:
         """Prepare X^T X (in, in). Raises DataError when it holds NaN or infinities, or nothing but zeros."""
-        wide = np.asarray(values, np.float64)
-        mean = float(np.trace(wide)) / max(1, wide.shape[0])
-        if not np.isfinite(wide).all() or mean <= 0:
+        size = values.shape[0]
+        mean = float(np.trace(values, dtype=np.float64)) / max(1, size)
+        prepared = np.empty((size, size), np.float32)
+        finite = bool(np.isfinite(mean)) and mean > 0
+        for begin in range(0, size if finite else 0, _BLOCK):  # by tiles, for float64 takes twice the memory
+            for other in range(begin, size, _BLOCK):
+                rows, columns = slice(begin, begin + _BLOCK), slice(other, other + _BLOCK)
+                both = values[rows, columns].astype(np.float64) + values[columns, rows].T
+                finite = finite and bool(np.isfinite(both).all())
+                prepared[rows, columns] = both / (2 * mean)
+                prepared[columns, rows] = prepared[rows, columns].T
+        if not finite:
             raise DataError("the calibration statistics hold NaN or are all zero; use other calibration text")
-        wide = (wide + wide.T) / (2 * mean)
-        wide[np.diag_indices_from(wide)] += damp
-        return cls(wide.astype(np.float32), act_order)
+        diagonal = np.diag(values).astype(np.float64) / mean + damp
+        prepared[np.diag_indices(size)] = diagonal.astype(np.float32)
+        return cls(prepared, act_order)
 
     @property
     def size(self) -> int:
@@ -103,10 +113,12 @@ class Gram:
 
     @property
     def feedback(self) -> Float32:
-        """How a column's error is made up for by the ones after it: float32 (in, in), unit upper triangle.
+        """How much of a column's error each later one makes up for: float32 (in, in), unit upper triangle.
 
-        Rows of the upper Cholesky factor of the inverse, over their diagonal (Frantar et al., GPTQ,
-        https://arxiv.org/abs/2210.17323, equation 3), in the order of `order`.
+        With `H = R R^T`, R upper triangular, the output error of residuals e is `|e R|^2`: column i is best
+        rounded to `w_i + sum_(j<i) e_j R_ji / R_ii`. That is what GPTQ's recursion over the inverse comes to
+        (Frantar et al., https://arxiv.org/abs/2210.17323, equation 3; Chee et al., QuIP,
+        https://arxiv.org/abs/2307.13304, theorem 6), without an inverse. In the order of `order`.
         """
         return self._factor[0]
 
@@ -117,30 +129,36 @@ class Gram:
 
     @cached_property
     def _factor(self) -> tuple[Float32, Float32]:
-        with one_blas_thread():
-            ordered = self.values[np.ix_(self.order, self.order)].astype(np.float64)
-            # The factor of the reversed matrix gives that of the inverse without forming the inverse.
-            lower = np.linalg.cholesky(ordered[::-1, ::-1]).astype(np.float64, copy=False)
-            upper = triangular_inverse(lower)[::-1, ::-1]
-        diagonal = np.diag(upper)
-        feedback = np.ascontiguousarray((upper / diagonal[:, None]).astype(np.float32))
-        return feedback, (diagonal**-2.0).astype(np.float32)
+        ordered = self.values[np.ix_(self.order, self.order)] if self.act_order else self.values
+        try:
+            factor = upper_factor(ordered.copy())
+        except np.linalg.LinAlgError:  # too near to singular for float32
+            factor = upper_factor(ordered.astype(np.float64)).astype(np.float32)
+        diagonal = np.diag(factor).copy()
+        factor /= diagonal
+        return factor, np.square(diagonal)
 
 
-def triangular_inverse(lower: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The inverse of a lower triangular matrix (n, n), by halves: n^3 / 3 multiplications, mostly products.
+def upper_factor(matrix: npt.NDArray[F]) -> npt.NDArray[F]:
+    """The upper triangular R (n, n) with `R R^T = matrix`, in the memory of `matrix`: n^3 / 3 operations.
 
-    A general inverse takes six times as many.
+    Almost all of them are products in the matrix's own type; blocks on the diagonal are factored in float64.
+    Raises LinAlgError where the matrix isn't positive definite.
     """
-    size = len(lower)
-    if size <= _SMALL:
-        return np.tril(np.linalg.inv(lower))
-    half = size // 2
-    inverse = np.zeros_like(lower)
-    inverse[:half, :half] = triangular_inverse(lower[:half, :half])
-    inverse[half:, half:] = triangular_inverse(lower[half:, half:])
-    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
-    return inverse
+    size = len(matrix)
+    with one_blas_thread():
+        for begin in reversed(range(0, size, _BLOCK)):
+            end = min(begin + _BLOCK, size)
+            above = matrix[:end, begin:end]
+            if end < size:
+                above -= matrix[:end, end:] @ matrix[begin:end, end:].T
+            # Cholesky's lower factor of the reversed block, reversed, is its upper one.
+            reverse = above[begin:].astype(np.float64)[::-1, ::-1]
+            corner = np.linalg.cholesky(reverse)[::-1, ::-1]
+            above[:begin] = above[:begin] @ np.linalg.inv(corner).T.astype(matrix.dtype)
+            above[begin:] = corner
+            matrix[end:, begin:end] = 0
+    return matrix
 
 
 def output_error(weight: Float32, quantized: Float32, gram: Floats | Gram | None) -> float:

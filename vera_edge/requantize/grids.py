@@ -129,6 +129,18 @@ def _order(kind: str) -> tuple[Bytes, Float32]:
 
 
 @cache
+def levels_in_order(kind: str) -> tuple[Float32, Float32]:
+    """The levels of a code book in order and the middles between them, both empty for integers.
+
+    A value above a middle is nearer to the level above. Not to be written to.
+    """
+    if kind == "int":
+        return np.empty(0, np.float32), np.empty(0, np.float32)
+    levels = np.array(_order(kind)[1], np.float32)
+    return levels, (levels[1:] + levels[:-1]) / np.float32(2)
+
+
+@cache
 def _level_of_cell(kind: str) -> Float32:
     """The nearest level at the middle of each cell of [-1, 1]."""
     _, levels = _order(kind)

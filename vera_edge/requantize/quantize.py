@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import numpy as np
 
-from vera_edge.arrays import Bytes, Float32
+from vera_edge.arrays import Bytes, Float32, Float64
 from vera_edge.errors import DataError, PlanError
 from vera_edge.formats.weight import row_chunks
+from vera_edge.requantize.effort import Effort
 from vera_edge.requantize.gptq import compensate, descend
 from vera_edge.requantize.gram import Floats, Gram, in_threads, one_blas_thread
 from vera_edge.requantize.grids import Codes, Grid, inverse, spread
 from vera_edge.requantize.hqq import half_quadratic
-from vera_edge.requantize.refit import NestedScales, Normal
+from vera_edge.requantize.piece import Piece
+from vera_edge.requantize.refit import NestedScales
 from vera_edge.requantize.rtn import range_scales
 from vera_edge.requantize.search import search
 
 R = TypeVar("R")
-# Values of a piece of rows: each column of it is one step in Python, so fewer cost time (a quarter more at
-# 1 << 18, 2048 inputs), and more only memory.
+Rows = tuple[int, int]  # begin, end
+# Values of a piece of rows: matrix products are the faster the more rows there are, and take more memory.
 PIECE_VALUES = 1 << 20
+_NORMAL_VALUES = 1 << 24  # of the matrices of a piece's rows
 METHODS = ("rtn", "search", "hqq", "gptq")
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How far "gptq" goes. `rounds` of refitting the scales and then `sweeps` over the codes.
-
-    `damp` and `act_order` apply where a plain Gram matrix is given; a prepared one brings its own.
-    """
-
-    rounds: int = 2
-    sweeps: int = 2
-    damp: float = 0.01
-    act_order: bool = False
 
 
 def requantize(
@@ -90,137 +79,152 @@ class _Work:
         self.shape = (weight.shape[0], weight.shape[1])
         self.in_rows = grid.rows(self.shape[1])
         # Blocks that run over row ends tie rows together: such a weight is one piece.
-        self.pieces = (
-            list(row_chunks(self.shape, values=PIECE_VALUES)) if self.in_rows else [(0, self.shape[0])]
-        )
+        self.pieces = list(_pieces(self.shape, grid)) if self.in_rows else [(0, self.shape[0])]
         self.scales = np.empty(grid.scales_shape(self.shape), np.float32)
         self.zeros = np.empty_like(self.scales)
         self.codes: Bytes = np.empty(self.shape, np.uint8)
         self.nested: NestedScales | None = None
-        self.errors = np.empty(self.shape[0], np.float32)  # of each row, once `_improve` has begun
+        self.errors: Float64 = np.zeros(self.shape[0])  # of each row, where "gptq" rounds
 
     def run(self, method: str) -> Codes:
-        self._set_scales(method)
-        if self.grid.nested:
-            self._nest()
-        if method == "gptq" and self.gram is not None:
+        if method == "gptq":
+            assert self.gram is not None
             _ = self.gram.feedback  # computed once, before it is asked for by several threads
-        self._each(lambda piece: self._put(piece, self._first_levels(piece, method)))
-        if method == "gptq" and self.in_rows:
-            self._measure()
-            for turn in range(self.effort.rounds):
-                # Where scales are nested, the first refit also moves the grid that they lie on.
-                self._improve(self.effort.sweeps, renest=self.grid.nested and turn == 0)
-            self._improve(0, renest=False)
+            self._compensated()
+        else:
+            self._each(lambda piece: self._set_scales(piece, method))
+            self._nest()
+            self._each(self._to_nearest)
         return self._result()
 
-    def _each(self, work: Callable[[tuple[int, int]], R]) -> list[R]:
+    def _each(self, work: Callable[[Rows], R]) -> list[R]:
         """`work` of every piece, in their order; a piece depends on no other."""
         return in_threads(work, self.pieces, self.threads)
 
-    def _set_scales(self, method: str) -> None:
-        importance = None if self.gram is None else self.gram.importance
-
-        def set_piece(piece: tuple[int, int]) -> None:
-            part, rows = self.weight[slice(*piece)], self._at(piece)
-            if method == "rtn":
-                found = range_scales(part, self.grid)
-            elif method == "hqq":
-                found = half_quadratic(part, self.grid)
-            else:
-                found = search(part, self.grid, importance)
-            self.scales[rows], self.zeros[rows] = found
-
-        self._each(set_piece)
-
-    def _nest(self) -> None:
-        self.nested = NestedScales(self.scales)
-        self.scales = self.nested.nearest(self.scales, (slice(None),) * self.scales.ndim)
-
-    def _at(self, piece: tuple[int, int]) -> slice:
+    def _at(self, piece: Rows) -> slice:
         return slice(*piece) if self.in_rows else slice(None)
 
-    def _first_levels(self, piece: tuple[int, int], method: str) -> Float32:
+    def _set_scales(self, piece: Rows, method: str) -> None:
         part, rows = self.weight[slice(*piece)], self._at(piece)
-        scales, zeros = self.scales[rows], self.zeros[rows]
-        if method == "gptq":
-            assert self.gram is not None
-            # Double-quantized scales lie on a grid of their own, which is fixed by now.
-            adapt = self.in_rows and self.nested is None and not self.gram.act_order
-            return compensate(part, self.grid, scales, zeros, self.gram, adapt)
+        if method == "rtn":
+            found = range_scales(part, self.grid)
+        elif method == "hqq":
+            found = half_quadratic(part, self.grid)
+        else:
+            found = search(part, self.grid, None if self.gram is None else self.gram.importance)
+        self.scales[rows], self.zeros[rows] = found
+
+    def _nest(self) -> None:
+        if self.grid.nested:
+            self.nested = NestedScales(self.scales)
+            self.scales = self.nested.nearest(self.scales, (slice(None),) * self.scales.ndim)
+
+    def _to_nearest(self, piece: Rows) -> None:
+        part, rows = self.weight[slice(*piece)], self._at(piece)
         shape = (part.shape[0], part.shape[1])
-        scaled = part * spread(inverse(scales), self.grid, shape)
-        return self.grid.nearest(scaled, spread(zeros, self.grid, shape))
-
-    def _levels(self, piece: tuple[int, int]) -> Float32:
-        codes = self.codes[slice(*piece)]
-        return self.grid.levels_of(codes, self._zeros_of(piece))
-
-    def _put(self, piece: tuple[int, int], levels: Float32) -> None:
+        scaled = part * spread(inverse(self.scales[rows]), self.grid, shape)
+        levels = self.grid.nearest(scaled, spread(self.zeros[rows], self.grid, shape))
         self.codes[slice(*piece)] = self.grid.codes_of(levels, self._zeros_of(piece))
 
-    def _zeros_of(self, piece: tuple[int, int]) -> Float32 | None:
+    def _zeros_of(self, piece: Rows) -> Float32 | None:
         if not self.grid.integer:
             return None
         return spread(self.zeros[self._at(piece)], self.grid, (piece[1] - piece[0], self.shape[1]))
 
-    def _measure(self) -> None:
-        def measure(piece: tuple[int, int]) -> None:
-            rows = slice(*piece)
-            self.errors[rows] = self._row_errors(self.weight[rows], self._levels(piece), self.scales[rows])
-
-        self._each(measure)
-
-    def _improve(self, sweeps: int, renest: bool) -> None:
-        """Refit the scales to the codes, then the codes to the scales; keep what lowers the error."""
+    def _compensated(self) -> None:
+        """Compensation, and rounds of refitting and descent where a row's scales are its own."""
         assert self.gram is not None
+        if self.in_rows and not self.grid.nested and not self.gram.act_order:
+            self._each(self._whole)  # compensation searches the scales
+            return
+        self._each(lambda piece: self._set_scales(piece, "search"))
+        self._nest()
+        if not self.grid.nested:
+            self._each(self._whole)
+            return
+        wanted = dict(zip(self.pieces, self._each(self._first), strict=True))
+        if not self.in_rows:
+            return
+        for turn in range(self.effort.rounds):
+            # The first refit also moves the grid that double-quantized scales lie on.
+            self._improve_nested(wanted, self.effort.sweeps, renest=turn == 0)
+        self._improve_nested(wanted, 0, renest=False)
+
+    def _whole(self, piece: Rows) -> None:
+        """Everything for a piece whose scales may take any value."""
+        work = self._piece(piece)
+        compensate(work, adapt=self.in_rows and not work.gram.act_order)
+        if self.in_rows:
+            for _ in range(self.effort.rounds):
+                work.refit()
+                descend(work, self.effort.sweeps)
+            work.refit()
+        self._put(piece, work)
+
+    def _first(self, piece: Rows) -> Float32 | None:
+        """Compensation on double-quantized scales, which are fixed; what refits want."""
+        work = self._piece(piece)
+        compensate(work)
+        self._put(piece, work)
+        return work.wanted if self.in_rows else None
+
+    def _piece(self, piece: Rows) -> Piece:
+        assert self.gram is not None
+        rows = self._at(piece)
+        return Piece(self.weight[slice(*piece)], self.grid, self.scales[rows], self.zeros[rows], self.gram)
+
+    def _resumed(self, piece: Rows, wanted: Float32 | None) -> Piece:
+        work = self._piece(piece)
+        levels = self.grid.levels_of(self.codes[slice(*piece)], self._zeros_of(piece))
+        work.set_levels(levels, self.errors[slice(*piece)])
+        if wanted is not None:
+            work.wanted = wanted
+        return work
+
+    def _put(self, piece: Rows, work: Piece) -> None:
+        rows = slice(*piece)
+        if self.in_rows:
+            self.scales[rows], self.zeros[rows] = work.scales.T, work.zeros.T
+        self.errors[rows] = work.errors
+        self.codes[rows] = self.grid.codes_of(work.levels.T, self._zeros_of(piece))
+
+    def _improve_nested(self, wanted: Mapping[Rows, Float32 | None], sweeps: int, renest: bool) -> None:
+        """Refit double-quantized scales to the codes, then descend from there; keep what lowers the error.
+
+        renest: also fix anew what the scales' own quantization rests on, if that lowers the whole error.
+        """
         nested = self.nested
+        assert nested is not None
         if renest:
-            nested = NestedScales(np.concatenate(self._each(lambda piece: self._normal(piece).solve())))
-        before = [(self.codes.copy(), self.scales.copy(), self.errors.copy())] if renest else []
-        errors = [0.0, 0.0]
-        for fell in self._each(lambda piece: self._improve_piece(piece, nested, sweeps, keep=not renest)):
-            errors = [total + one for total, one in zip(errors, fell, strict=True)]
-        if renest and errors[1] >= errors[0]:
-            self.codes, self.scales, self.errors = before[0]
-        elif renest:
+            best = self._each(lambda piece: self._resumed(piece, wanted[piece]).normal().solve())
+            nested = NestedScales(np.concatenate(best))
+        before = (self.codes.copy(), self.scales.copy(), self.errors.copy()) if renest else None
+
+        def improve(piece: Rows) -> None:
+            work, rows = self._resumed(piece, wanted[piece]), slice(*piece)
+            work.refit(lambda block, values: nested.nearest(values, (rows, block)))
+            descend(work, sweeps)
+            if not renest and (worse := work.errors >= self.errors[rows]).any():
+                kept = self._resumed(piece, wanted[piece])
+                work.levels[:, worse], work.scales[:, worse] = kept.levels[:, worse], kept.scales[:, worse]
+                work.errors[worse] = kept.errors[worse]
+            self._put(piece, work)
+
+        self._each(improve)
+        if before is not None and self.errors.sum() >= before[2].sum():
+            self.codes, self.scales, self.errors = before
+        else:
             self.nested = nested
-
-    def _normal(self, piece: tuple[int, int]) -> Normal:
-        assert self.gram is not None
-        rows = slice(*piece)
-        return Normal(self.weight[rows], self._levels(piece), self.grid, self.scales[rows], self.gram)
-
-    def _improve_piece(
-        self, piece: tuple[int, int], nested: NestedScales | None, sweeps: int, keep: bool
-    ) -> tuple[float, float]:
-        """Improve one piece; with `keep` rows whose error rose stay as they were. Errors before and after."""
-        assert self.gram is not None
-        rows = slice(*piece)
-        part, levels, normal = self.weight[rows], self._levels(piece), self._normal(piece)
-        scales = normal.solve()
-        if nested is not None:
-            scales = normal.place(scales, lambda block, values: nested.nearest(values, (rows, block)))
-        zeros = self.zeros[rows]
-        better = descend(part, levels, self.grid, scales, zeros, self.gram, sweeps)
-        before = self.errors[rows].copy()
-        after = self._row_errors(part, better, scales)
-        if keep:
-            worse = after >= before
-            better[worse], scales[worse] = levels[worse], self.scales[rows][worse]
-            after[worse] = before[worse]
-        self.scales[rows], self.errors[rows] = scales, after
-        self._put(piece, better)
-        return float(before.sum()), float(after.sum())
-
-    def _row_errors(self, part: Float32, levels: Float32, scales: Float32) -> Float32:
-        assert self.gram is not None
-        difference = part - levels * spread(scales, self.grid, (part.shape[0], part.shape[1]))
-        errors: Float32 = ((difference @ self.gram.values) * difference).sum(axis=1)
-        return errors
 
     def _result(self) -> Codes:
         zeros = None if self.grid.symmetric else self.zeros.astype(np.uint8)
         nested = self.nested.stored(self.scales) if self.nested else None
         scales = nested.absmax().reshape(self.scales.shape) if nested else self.scales
         return Codes(self.grid, self.codes, scales, zeros, nested)
+
+
+def _pieces(shape: tuple[int, int], grid: Grid) -> Iterator[Rows]:
+    """Rows to be worked on at a time: their weights, and the equations for their scales, have a bound."""
+    blocks = -(-shape[1] // grid.width(shape[1]))
+    most = max(1, _NORMAL_VALUES // blocks**2)
+    return row_chunks(shape, values=min(PIECE_VALUES, most * shape[1]))

@@ -10,55 +10,81 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
 from vera_edge.arrays import Bytes, Float32, Float64
 from vera_edge.formats.nested import BLOCKSIZE, Nested, code_book, quantize_absmax
 from vera_edge.requantize.gram import Gram
-from vera_edge.requantize.grids import Grid
 
 # Pull towards the scales that are there, relative to the mean diagonal: a block of zeros keeps its scale.
 _RIDGE = 1e-5
+_TILE = 128  # inputs that are worked on at a time: what comes of them stays in the processor's cache
+# Puts the scales (rows,) of one block onto a grid of their own.
+Place = Callable[[int, Float32], Float32]
 
 
 class Normal:
-    """Every row's quadratic in its scales: `matrix` (out, blocks, blocks), `target` (out, blocks)."""
+    """Every row's quadratic in its scales: `matrix` (rows, blocks, blocks) float32, with a little ridge.
 
-    def __init__(self, weight: Float32, levels: Float32, grid: Grid, scales: Float32, gram: Gram) -> None:
-        inside = weight.shape[1]
-        starts = np.arange(0, inside, grid.width(inside))
-        self.target: Float64 = _sum_blocks((weight @ gram.values) * levels, starts)
-        self.matrix: Float64 = np.empty((*self.target.shape, starts.size))
-        for index, begin in enumerate(starts):
-            end = min(begin + grid.width(inside), inside)
-            # The matrix is symmetric: from the diagonal on will do.
-            product = levels[:, begin:end] @ gram.values[begin:end, begin:]
-            product *= levels[:, begin:]
-            sums = _sum_blocks(product, starts[index:] - begin)
-            self.matrix[:, index, index:], self.matrix[:, index:, index] = sums, sums
-        diagonal = np.arange(starts.size)
-        ridge = _RIDGE * self.matrix[:, diagonal, diagonal].mean(axis=1) + 1e-30
-        self.matrix[:, diagonal, diagonal] += ridge[:, None]
-        self.target += ridge[:, None] * scales
+    scales: where they are now, and slope: how fast the error falls from there, halved; both (rows, blocks).
+    """
+
+    def __init__(self, wanted: Float32, levels: Float32, width: int, scales: Float32, gram: Gram) -> None:
+        """wanted: H W^T, and levels, (in, rows); scales (blocks, rows)."""
+        from vera_edge.requantize.kernels import finish_normal  # numba comes with it
+
+        self.matrix = _matrix(levels, width, gram)
+        self.scales = np.ascontiguousarray(scales.T)
+        self._ridge = np.empty(len(self.matrix), np.float32)
+        finish_normal(self.matrix, _RIDGE, self._ridge)
+        target = np.add.reduceat(wanted * levels, np.arange(0, len(levels), width), axis=0).T
+        self.slope: Float32 = target - self._times(self.scales)
+
+    def _times(self, scales: Float32) -> Float32:
+        """T^T H T times scales (rows, blocks)."""
+        return (self.matrix @ scales[..., None])[..., 0] - self._ridge[:, None] * scales
 
     def solve(self) -> Float32:
-        """The best scales (out, blocks)."""
-        found: Float32 = np.linalg.solve(self.matrix, self.target[..., None])[..., 0].astype(np.float32)
-        return found
+        """The best scales (rows, blocks)."""
+        from vera_edge.requantize.kernels import solve_normal  # numba comes with it
 
-    def place(self, best: Float32, round_block: Callable[[int, Float32], Float32]) -> Float32:
-        """Round `best` block by block with `round_block(block, scales (out,))`, the rest making up for it."""
-        upper = np.linalg.inv(np.linalg.cholesky(self.matrix[:, ::-1, ::-1]))[:, ::-1, ::-1]
-        rest, placed = best.astype(np.float64), np.empty_like(best)
+        change = np.empty_like(self.scales)
+        solve_normal(self.matrix, np.ascontiguousarray(self.slope), change)
+        return self.scales + change
+
+    def rise(self, scales: Float32) -> Float64:
+        """By how much these scales (rows, blocks) raise each row's error (rows,)."""
+        change = scales - self.scales
+        rise: Float64 = (change * (self._times(change) - 2 * self.slope)).sum(axis=1, dtype=np.float64)
+        return rise
+
+    def place(self, best: Float32, place: Place) -> Float32:
+        """Put `best` onto a grid, block by block, the rest making up for it: see `Place`."""
+        # As in `Gram.feedback`, for a matrix of each row's own.
+        reverse = self.matrix[:, ::-1, ::-1].astype(np.float64)
+        upper = np.linalg.cholesky(reverse)[:, ::-1, ::-1]
+        left, placed = np.empty(best.shape), np.empty_like(best)
         for block in range(best.shape[1]):
-            placed[:, block] = round_block(block, rest[:, block].astype(np.float32))
-            error = (rest[:, block] - placed[:, block]) / upper[:, block, block]
-            rest[:, block + 1 :] -= error[:, None] * upper[:, block, block + 1 :]
+            shares = upper[:, :block, block] / upper[:, block, block, None]
+            aim = best[:, block] + (left[:, :block] * shares).sum(axis=1)
+            placed[:, block] = place(block, aim.astype(np.float32))
+            left[:, block] = best[:, block].astype(np.float64) - placed[:, block]
         return placed
 
 
-def _sum_blocks(values: Float32, starts: npt.NDArray[np.intp]) -> Float64:
-    return np.add.reduceat(values, starts, axis=1).astype(np.float64)
+def _matrix(levels: Float32, width: int, gram: Gram) -> Float32:
+    """T^T H T (rows, blocks, blocks) for levels (in, rows), right only from the diagonals on."""
+    from vera_edge.requantize.kernels import add_to_normal  # numba comes with it
+
+    inside, rows = levels.shape
+    blocks, tile = -(-inside // width), max(1, _TILE // width) * width
+    matrix = np.empty((rows, blocks, blocks), np.float32)
+    for row in range(blocks):
+        own = slice(row * width, (row + 1) * width)
+        for begin in range(own.start, inside, tile):
+            at = slice(begin, begin + tile)
+            products = gram.values[own, at].T @ levels[own]
+            add_to_normal(products, levels[at], width, row, begin // width, matrix)
+    return matrix
 
 
 class NestedScales:

@@ -7,29 +7,49 @@ Candidates shrink or stretch the block's range; each is judged after one least-s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import numpy as np
 
 from vera_edge.arrays import Float32
-from vera_edge.requantize.grids import Grid, inverse
+from vera_edge.requantize.grids import Grid, levels_in_order
 
 _FACTORS = np.linspace(0.5, 1.1, 13, dtype=np.float32)
 _TURNS = 3
-_TINY = np.float32(1e-30)
+_CODE_BOOK, _ASYMMETRIC, _SYMMETRIC, _EVEN = range(4)  # as kernels.search_block calls them
 
 
 def search(weight: Float32, grid: Grid, importance: Float32 | None) -> tuple[Float32, Float32]:
     """Scales and zero points (both float32, shape Grid.scales_shape) for weight (out, in)."""
-    blocks, cost = blocks_of(weight, grid, importance)
-    found = _Best.start(blocks, cost)
-    for scales, zeros in _candidates(blocks, grid):
-        found.offer(grid, scales, zeros)
-    for _ in range(_TURNS):
-        found.offer(grid, found.scales.copy(), found.zeros.copy())
-    shape = grid.scales_shape((weight.shape[0], weight.shape[1]))
-    return found.scales.reshape(shape), found.zeros.reshape(shape)
+    if not grid.rows(weight.shape[1]):
+        (blocks,), (costs,) = blocks_of(weight, grid, importance)
+        found = search_columns(np.ascontiguousarray(blocks.T), np.ascontiguousarray(costs.T), grid)
+        return found[0][0], found[1][0]
+    costs = np.ones(weight.shape[1], np.float32) if importance is None else importance
+    scales, zeros = search_columns(np.ascontiguousarray(weight.T), costs, grid)
+    return np.ascontiguousarray(scales.T), np.ascontiguousarray(zeros.T)
+
+
+def search_columns(weight: Float32, costs: Float32, grid: Grid) -> tuple[Float32, Float32]:
+    """Scales and zero points (blocks, rows) for weight (in, rows); costs of an error: (in,) or (in, rows)."""
+    from vera_edge.requantize.kernels import search_block  # numba comes with it
+
+    inside, rows = weight.shape
+    width = grid.width(inside)
+    scales = np.empty((-(-inside // width), rows), np.float32)
+    zeros = np.empty_like(scales)
+    constants = (np.float32(grid.middle), np.float32(grid.top), _kind(grid), *levels_in_order(grid.kind))
+    for block, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
+        at = slice(block * width, (block + 1) * width)
+        cost = costs[at] if costs.ndim == 2 else np.repeat(costs[at], rows).reshape(-1, rows)
+        search_block(weight[at], cost, _FACTORS, _TURNS, *constants, scale, zero)
+    return scales, zeros
+
+
+def _kind(grid: Grid) -> int:
+    if not grid.integer:
+        return _CODE_BOOK
+    if not grid.symmetric:
+        return _ASYMMETRIC
+    return _EVEN if grid.per_row else _SYMMETRIC
 
 
 def blocks_of(weight: Float32, grid: Grid, importance: Float32 | None) -> tuple[Float32, Float32]:
@@ -46,56 +66,3 @@ def blocks_of(weight: Float32, grid: Grid, importance: Float32 | None) -> tuple[
     if pad:
         weight, cost = np.pad(weight, ((0, 0), (0, pad))), np.pad(cost, (0, pad))
     return weight.reshape(weight.shape[0], -1, width), cost.reshape(1, -1, width)
-
-
-def _candidates(blocks: Float32, grid: Grid) -> Iterator[tuple[Float32, Float32]]:
-    largest = np.abs(blocks).max(axis=2)
-    if not grid.integer:
-        for factor in _FACTORS:
-            yield largest * factor, np.zeros_like(largest)
-    elif grid.symmetric:
-        middle = np.full_like(largest, grid.middle)
-        # The negative side has one code more (not in LLM.int8): try it on either side.
-        sign = np.where(-blocks.min(axis=2) >= largest, np.float32(1), np.float32(-1))
-        for factor in _FACTORS:
-            yield largest * (factor / np.float32(grid.middle)) * sign, middle
-            if not grid.per_row:
-                yield largest * (-factor / np.float32(grid.top - grid.middle)) * sign, middle
-    else:
-        low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
-        for factor in _FACTORS:
-            scales = (high - low) * (factor / np.float32(grid.top))
-            exact = -low * factor * inverse(scales)
-            for rounded in (np.floor(exact), np.ceil(exact)):
-                yield scales, np.clip(rounded, 0, grid.top)
-
-
-@dataclass
-class _Best:
-    """The best scale of each block so far. `gain`: how much of the weight's own energy it explains."""
-
-    blocks: Float32
-    weighted: Float32
-    cost: Float32
-    gain: Float32
-    scales: Float32
-    zeros: Float32
-
-    @classmethod
-    def start(cls, blocks: Float32, cost: Float32) -> _Best:
-        nothing = np.zeros(blocks.shape[:2], np.float32)
-        return cls(blocks, blocks * cost, cost, nothing - 1, nothing.copy(), nothing.copy())
-
-    def offer(self, grid: Grid, scales: Float32, zeros: Float32) -> None:
-        """Take scales and zeros where they beat what is there, after a least-squares step."""
-        levels = grid.nearest(self.blocks * inverse(scales)[..., None], zeros[..., None])
-        product = np.einsum("rbw,rbw->rb", self.weighted, levels)
-        levels *= levels
-        levels *= self.cost
-        energy = levels.sum(axis=2)
-        fitted = product / np.maximum(energy, _TINY)
-        gain = product * fitted
-        better = gain > self.gain
-        self.gain[better] = gain[better]
-        self.scales[better] = fitted[better]
-        self.zeros[better] = zeros[better]

@@ -22,7 +22,8 @@ from vera_edge.formats.blocks import BITS, block_within
 from vera_edge.plans.int8 import INT8_QDQ, LLM_INT8, int8_form
 from vera_edge.plans.plan import Plan, Step
 from vera_edge.progress import Progress, silent
-from vera_edge.requantize import METHODS, CodesFolder, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.requantize import METHODS, CodesFolder, Effort, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.requantize.effort import DEFAULT
 from vera_edge.rounding import recover
 from vera_edge.storage.files import check_output
 from vera_edge.storage.scratch import scratch_folder
@@ -35,8 +36,6 @@ from vera_edge.trained.trained_model import TrainedModel
 FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16")
 BLOCK = 32  # of integers in ONNX graphs
 BUILT_IN = windows.BUILT_IN
-# Enough for the Gram matrices of SmolLM2's widest input to have full rank, many times over.
-TOKENS = 16384
 
 
 def default_method(steps: Sequence[Step]) -> str:
@@ -75,17 +74,20 @@ class Rounding:
     """How a plan's weights are rounded. method: of requantize.METHODS, None for the plan's own or
     `default_method`.
 
-    text: what "search" and "gptq" are calibrated on, a UTF-8 file or "built-in"; about `tokens` of it.
+    text: what "search" and "gptq" are calibrated on, a UTF-8 file or "built-in"; about `tokens` of it, or as
+        many as the effort takes.
     recover: what to win back from rounding, of recover.PARTS.
     any_adapter: calibrate a side-branch's base without its adapter, so that the weights come out the same
         whichever adapter they are exported with.
+    effort: of requantize.EFFORTS, what "search" and "gptq" spend; None for the plan's own or "default".
     """
 
     method: str | None = None
     text: str = BUILT_IN
-    tokens: int = TOKENS
+    tokens: int | None = None
     recover: tuple[str, ...] = ()
     any_adapter: bool = False
+    effort: str | None = None
 
     @contextmanager
     def codes(
@@ -98,12 +100,14 @@ class Rounding:
     ) -> Iterator[RoundedWeights]:
         """The weights rounded; codes are kept beside `out` while the context lasts.
 
-        No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or one
-        that no layer can use, or where nothing can be recovered, DataError for unusable text.
+        No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or
+        effort, a method that no layer can use, or where nothing can be recovered, DataError for unusable text.
         """
         method = self.method or str(plan.options.get("method") or default_method(plan.steps))
         if method not in METHODS:
             raise PlanError(f"no quantization method is called {method!r}; known: {', '.join(METHODS)}")
+        named = self.effort or str(plan.options.get("effort") or DEFAULT)
+        effort = Effort.named(named)
         asked = recover.check(self.recover, model.adapters, plan.mode == "merged", method)
         if asked.corrects and not exported:
             raise PlanError("only an exported graph has a place for a low-rank term or a bias of its own")
@@ -126,8 +130,11 @@ class Rounding:
             )
         from vera_edge.rounding.writeback import Calibration, write_back  # they import torch
 
-        cut, notes = _windows(model.checkpoint, method, self.text, self.tokens)
-        calibration = Calibration(cut, method, recover=self.recover)
+        said = method if named == DEFAULT else f"{method} with effort {named}"
+        cut, notes = _windows(model.checkpoint, method, said, self.text, self.tokens or effort.tokens)
+        calibration = Calibration(
+            cut, method, "inputs" if effort.follows else "original", effort=effort, recover=self.recover
+        )
         with scratch_folder(out, "codes") as folder:
             store = CodesFolder(folder)
             merged = plan.mode == "merged"
@@ -212,7 +219,7 @@ def _longest(config: Mapping[str, Any]) -> int:
 
 
 def _windows(
-    checkpoint: Checkpoint, method: str, source: str, tokens: int
+    checkpoint: Checkpoint, method: str, said: str, source: str, tokens: int
 ) -> tuple[tuple[Int64, ...], tuple[str, ...]]:
     if method == "hqq":
         return (), ("weights were rounded by hqq, which needs no calibration",)
@@ -222,7 +229,7 @@ def _windows(
     tokenizer, known = tokenizers.read(checkpoint.files, checkpoint.config), int(config.get("vocab_size", 0))
     cut = windows.make(text, tokenizer, known, tokens, _longest(config))
     count = sum(len(window) for window in cut.tokens)
-    note = f"weights were rounded by {method}, calibrated on {count} tokens of {source} text"
+    note = f"weights were rounded by {said}, calibrated on {count} tokens of {source} text"
     if source == BUILT_IN:
         note += "; text like the adapter's own (--calibration FILE) loses less"
     return cut.tokens, (note, *windows.beyond(tokenizer, known))
