@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,6 +168,11 @@ class _Source:
         return "fp32" if step is None or len(shape) != 2 else step.result
 
     def _data(self, wanted: Named) -> npt.NDArray[Any]:
+        codes = self.request.requantized.get(wanted.source.removesuffix(".weight"))
+        if codes is not None and wanted.name not in (EMBEDDING, HEAD):
+            return blocks.packed(
+                replace(codes, codes=wanted.rows(codes.codes), scales=wanted.rows(codes.scales))
+            )
         values = self.copy.float32(wanted.source)
         if self._transposed(wanted):
             values = np.ascontiguousarray(values.T)

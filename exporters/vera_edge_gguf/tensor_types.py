@@ -20,7 +20,7 @@ from vera_edge_gguf.families import family_of
 # what a person asks for -> the plan's name of it
 _FLOATS = {"fp32": "fp32", "f32": "fp32", "fp16": "fp16", "f16": "fp16", "bf16": "bf16"}
 LEGACY = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-BLOCKS: tuple[str, ...] = LEGACY
+BLOCKS: tuple[str, ...] = (*LEGACY, "iq4_nl")
 _MIXTURES: Mapping[str, str] = {}
 ASKED: Mapping[str, str] = {**_FLOATS, **{name: name for name in (*BLOCKS, *_MIXTURES)}}
 _OF_FLOATS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}

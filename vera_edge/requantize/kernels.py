@@ -333,7 +333,8 @@ def search_block(
     """The best scale and zero point of one block in every lane, written to scales and zeros (lanes,).
 
     weights, costs (n, lanes). kind: 0 a code book, 1 integers with zero points, 2 integers about `middle`,
-    3 the same, with as many codes on either side. factors: by which the block's range is stretched.
+    3 the same, with as many codes on either side, 4 a code book that isn't the same on both. factors: by which
+    the block's range is stretched.
     """
     lanes = weights.shape[1]
     works, bests = np.empty((7, _LANES), np.float32), np.empty((3, _LANES), np.float32)
@@ -360,16 +361,18 @@ def search_block(
                         exact = -low[lane] * factor * inverse
                         rounded = np.floor(exact) if side == 0 else np.ceil(exact)
                         zero[lane] = min(max(rounded, _ZERO), top)
-                elif side == 1 and kind != 2:
+                elif side == 1 and kind != 2 and kind != 4:
                     break
                 else:
                     # The negative side has one code more: it is tried on either side.
-                    reach = _ONE if kind == 0 else middle if side == 0 else middle - top
+                    book = kind == 0 or kind == 4
+                    reach = _ONE if book else middle if side == 0 else middle - top
                     for lane in range(size):
                         largest = max(high[lane], -low[lane])
                         sign = _ONE if kind != 2 or -low[lane] >= largest else -_ONE
+                        sign = -sign if kind == 4 and side == 1 else sign
                         scale[lane] = largest * (factor / reach) * sign
-                        zero[lane] = _ZERO if kind == 0 else middle
+                        zero[lane] = _ZERO if book else middle
                 _offer(weights, costs, scale, zero, table, bounds, top, works, bests, begin)
         for _turn in range(turns):
             for lane in range(size):

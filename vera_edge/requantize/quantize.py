@@ -112,7 +112,7 @@ class _Work:
             found = half_quadratic(part, self.grid)
         else:
             found = search(part, self.grid, None if self.gram is None else self.gram.importance)
-        self.scales[rows], self.zeros[rows] = found
+        self.scales[rows], self.zeros[rows] = self.grid.stored(found[0]), found[1]
 
     def _nest(self) -> None:
         if self.grid.nested:

@@ -22,7 +22,16 @@ from vera_edge.formats.blocks import BITS, block_within
 from vera_edge.plans.int8 import INT8_QDQ, LLM_INT8, int8_form
 from vera_edge.plans.plan import Plan, Step
 from vera_edge.progress import Progress, silent
-from vera_edge.requantize import METHODS, CodesFolder, Effort, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.requantize import (
+    GGML_GRIDS,
+    METHODS,
+    CodesFolder,
+    Effort,
+    Grid,
+    bnb_grid,
+    int8_rows,
+    int_blocks,
+)
 from vera_edge.requantize.effort import DEFAULT
 from vera_edge.rounding import recover
 from vera_edge.storage.files import check_output
@@ -33,7 +42,7 @@ from vera_edge.text import windows
 from vera_edge.trained.text_settings import vocabulary_size
 from vera_edge.trained.trained_model import TrainedModel
 
-FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16")
+FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16", "q4_0", "q5_0", "iq4_nl")
 BLOCK = 32  # of integers in ONNX graphs
 BUILT_IN = windows.BUILT_IN
 
@@ -53,6 +62,8 @@ def grid_of(step: Step, exported: bool = False) -> Grid | None:
         options = dict(step.options)
         double = options.pop("double_quant", False) and not exported
         return bnb_grid(step.result, options.pop("blocksize", 64), double_quant=double, **options)
+    if step.result in GGML_GRIDS:
+        return GGML_GRIDS[step.result]
     if int8_form(step, exported) in (LLM_INT8, INT8_QDQ):
         return int8_rows()
     if step.result in ("int8", "int4", "int2"):
