@@ -333,8 +333,8 @@ def search_block(
     """The best scale and zero point of one block in every lane, written to scales and zeros (lanes,).
 
     weights, costs (n, lanes). kind: 0 a code book, 1 integers with zero points, 2 integers about `middle`,
-    3 the same, with as many codes on either side, 4 a code book that isn't the same on both. factors: by which
-    the block's range is stretched.
+    3 the same, with as many codes on either side, 4 a code book that isn't the same on both. factors: by
+    which the block's range is stretched.
     """
     lanes = weights.shape[1]
     works, bests = np.empty((7, _LANES), np.float32), np.empty((3, _LANES), np.float32)
