@@ -23,7 +23,7 @@ from vera_edge.storage import side_files
 from vera_edge.storage.files import staged_folder, write_atomic
 from vera_edge.storage.json_text import read_json, settings_json
 from vera_edge.tasks import task as tasks
-from vera_edge_gguf import blocks, file, tensor_types
+from vera_edge_gguf import adapters, blocks, file, tensor_types
 from vera_edge_gguf.families import Family, family_of
 from vera_edge_gguf.hyperparameters import hyperparameters
 from vera_edge_gguf.manifest_fields import describe, manifest_fields
@@ -31,7 +31,7 @@ from vera_edge_gguf.tensor_names import EMBEDDING, HEAD, Named, named
 from vera_edge_gguf.vocabulary import vocabulary
 
 MODEL = "model.gguf"
-_OPTIONS = ("head",)
+_OPTIONS = ("head", adapters.PROJECTIONS)
 _QUANTIZATION_VERSION = 2  # of the layout of blocks in ggml
 _ORIGINS = ("_name_or_path", "_model_name_or_path")
 
@@ -46,15 +46,19 @@ def export(request: ExportRequest, target: str) -> Export:
     with staged_folder(request.out, request.force) as stage:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
             copy = _float_copy(request, Path(scratch) / "float")
-            notes = _write(request, copy, family, stage)
+            tensors, notes = _write(request, copy, family, stage)
             _side_files(copy.path, stage)
-        manifest = bundle.write(stage, manifest_fields(request, MODEL, {}), request.progress)
+        files = {}
+        if request.plan.mode == "branch":
+            files = adapters.write(request, stage, family, _by_module(tensors))
+        manifest = bundle.write(stage, manifest_fields(request, MODEL, files), request.progress)
     return Export(
         target,
         request.out,
         request.out / MODEL,
         manifest.size,
         request.plan,
+        adapters={name: request.out / path for name, path in files.items()},
         notes=(*notes, *tensor_types.notes(request.plan)),
     )
 
@@ -62,20 +66,22 @@ def export(request: ExportRequest, target: str) -> Export:
 def _check(request: ExportRequest, target: str) -> None:
     if unknown := sorted(set(request.options) - set(_OPTIONS)):
         raise PlanError(f"the target {target} takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
-    if request.plan.mode != "merged":
-        raise TargetError(f"the target {target} writes merged models; leave --mode branch out")
+    adapters.check(request)
     if request.corrections:
         raise TargetError("GGUF has no place for a low-rank term or a bias of a layer's own; leave it out")
 
 
 def _float_copy(request: ExportRequest, folder: Path) -> Checkpoint:
-    """The merged model in float32."""
-    model = request.model
+    """The model in float32: merged, or the base that adapters stay beside."""
+    model = request.model if request.plan.mode == "merged" else replace(request.model, adapters=())
     merge.write(plans.plan_model(model, "merged", "fp32"), model, folder, request.progress)
     return Checkpoint.open(folder)
 
 
-def _write(request: ExportRequest, copy: Checkpoint, family: Family, stage: Path) -> tuple[str, ...]:
+def _write(
+    request: ExportRequest, copy: Checkpoint, family: Family, stage: Path
+) -> tuple[tuple[Named, ...], tuple[str, ...]]:
+    """Write the model's file; its tensors, and notes for a person."""
     config = config_of(copy)
     told = hyperparameters(config, family)
     tensors = named(_sources(copy, config), config, family)
@@ -105,7 +111,11 @@ def _write(request: ExportRequest, copy: Checkpoint, family: Family, stage: Path
         [*extra, *map(source.tensor, tensors)],
         request.progress,
     )
-    return (*told.notes, *words.notes)
+    return tensors, (*told.notes, *words.notes)
+
+
+def _by_module(tensors: tuple[Named, ...]) -> dict[str, Named]:
+    return {tensor.source.removesuffix(".weight"): tensor for tensor in tensors}
 
 
 def _sources(copy: Checkpoint, config: Any) -> Iterator[str]:
