@@ -97,8 +97,10 @@ class LlamaRunner:
         self._context = self._opened(self._path, library.llama_init_from_model(self._model, options))
         self._size = size
         if self._lora is not None:
-            adapters = (ctypes.c_void_p * 1)(ctypes.cast(self._lora, ctypes.c_void_p))
-            library.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0))
+            kind = library.llama_adapter_lora_p_ctypes
+            adapters = (kind * 1)(ctypes.cast(self._lora, kind))
+            if library.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0)):
+                raise BundleError(f"llama.cpp can't put a LoRA on {self._path}{self._why()}")
 
     def __del__(self) -> None:
         if getattr(self, "_context", None) is not None:
