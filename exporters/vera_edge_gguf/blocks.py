@@ -12,7 +12,7 @@ from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats.dense import to_dtype
 from vera_edge.requantize import GGML_GRIDS, Codes, requantize
-from vera_edge_gguf import tensor_types
+from vera_edge_gguf import k_blocks, tensor_types
 
 _FLOATS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
 _ROWS = 1 << 20  # values that are rounded at once
@@ -45,8 +45,12 @@ def rounded(name: str, values: Float32, stored: str) -> npt.NDArray[Any]:
 
 def packed(codes: Codes) -> Bytes:
     """Codes on one of GGML_GRIDS as the file has them: of each block its scale, then its codes."""
+    if codes.grid.ggml.endswith("_k"):
+        return k_blocks.packed(codes)
     count, bits = codes.codes.size // 32, codes.grid.bits
     scales = codes.grid.halves(codes.scales).reshape(count, 1).view(np.uint8)
+    if codes.stored is not None:
+        scales = np.concatenate([scales, codes.stored["offset"].reshape(count, 1).view(np.uint8)], axis=1)
     blocks = codes.codes.reshape(count, 32)
     if bits == 8:
         parts = [scales, blocks ^ np.uint8(0x80)]  # from an offset of 128 to a sign

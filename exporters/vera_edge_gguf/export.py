@@ -89,12 +89,12 @@ def _write(
     embedding = next(tensor.source for tensor in tensors if tensor.name == EMBEDDING)
     rows, width = copy.tensors[embedding].shape
     words = vocabulary(copy.path, rows)
-    ends = tensor_types.ends(_main_type(request), width, tied, request.options.get("head"))
+    ends = tensor_types.ends(tensor_types.base_type(request.plan), width, tied, request.options.get("head"))
     source = _Source(request, copy, family, ends)
     metadata = {
         "general.type": "model",
         **describe(request),
-        "general.file_type": _file_type(_main_type(request)),
+        "general.file_type": tensor_types.file_type(request.plan),
         "general.quantization_version": _QUANTIZATION_VERSION,
         **told.metadata,
         f"{family.architecture}.vocab_size": rows,
@@ -123,22 +123,6 @@ def _sources(copy: Checkpoint, config: Any) -> Iterator[str]:
     for name in copy.tensors:
         if not (name == "lm_head.weight" and config.tie_word_embeddings):
             yield name
-
-
-def _main_type(request: ExportRequest) -> str:
-    """The type of most weights."""
-    sizes: dict[str, int] = {}
-    for step in request.plan.steps:
-        sizes[step.result] = sizes.get(step.result, 0) + step.shape[0] * step.shape[1]
-    return max(sizes, key=lambda name: sizes[name])
-
-
-def _file_type(stored: str) -> int:
-    """llama.cpp's number for a file whose weights are mostly of this type."""
-    import gguf
-
-    names = {"fp32": "ALL_F32", "fp16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"}
-    return int(gguf.LlamaFileType[names.get(stored, f"MOSTLY_{stored.upper()}")])
 
 
 def _same(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -180,8 +164,10 @@ class _Source:
     def _data(self, wanted: Named) -> npt.NDArray[Any]:
         codes = self.request.requantized.get(wanted.source.removesuffix(".weight"))
         if codes is not None and wanted.name not in (EMBEDDING, HEAD):
+            stored = {name: wanted.rows(array) for name, array in (codes.stored or {}).items()}
+            scales = wanted.rows(codes.scales)
             return blocks.packed(
-                replace(codes, codes=wanted.rows(codes.codes), scales=wanted.rows(codes.scales))
+                replace(codes, codes=wanted.rows(codes.codes), scales=scales, stored=stored or None)
             )
         values = self.copy.float32(wanted.source)
         if self._transposed(wanted):

@@ -5,6 +5,7 @@
     search    scales that minimise the error weighted by how much each input matters
     hqq       scales and zero points by half-quadratic splitting, no activations needed
     gptq      codes that make up for each other's errors, on scales that are given
+    super_blocks  llama.cpp's types with offsets, and those whose scales have a scale
     refit     scales that are best for given codes, for a whole row at once
     piece     some rows on their way through those two; kernels: their loops, compiled by numba
     effort    how far they go

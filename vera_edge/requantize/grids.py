@@ -35,7 +35,8 @@ class Grid:
 
     `kind`: "nf4", "fp4" or "iq4_nl" (a table of levels), or "int" with `bits`. `symmetric`: no zero point is
     stored. `nested`: the scales are double-quantized as bitsandbytes does it. `half`: they are float16, in a
-    type of llama.cpp's. `options`: the format's own, kept for writing (storage dtype and the like).
+    type of llama.cpp's; `ggml`: the type's name where blocks have more than that (super_blocks.py).
+    `options`: the format's own, kept for writing (storage dtype and the like).
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Grid:
     nested: bool = False
     per_row: bool = False
     half: bool = False
+    ggml: str = ""
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -141,12 +143,18 @@ def int8_rows() -> Grid:
     return Grid("int", 8, 0, per_row=True)
 
 
-# llama.cpp's types of 32 weights with one float16 scale
+# llama.cpp's types: those of 32 weights with one float16 scale
 GGML_GRIDS: Mapping[str, Grid] = {
     "q4_0": Grid("int", 4, 32, half=True),
     "q5_0": Grid("int", 5, 32, half=True),
     "q8_0": Grid("int", 8, 32, half=True),
     "iq4_nl": Grid("iq4_nl", 4, 32, half=True),
+    # those with offsets, and those in super-blocks of 256
+    "q4_1": Grid("int", 4, 32, symmetric=False, ggml="q4_1"),
+    "q5_1": Grid("int", 5, 32, symmetric=False, ggml="q5_1"),
+    "q4_k": Grid("int", 4, 32, symmetric=False, ggml="q4_k"),
+    "q5_k": Grid("int", 5, 32, symmetric=False, ggml="q5_k"),
+    "q6_k": Grid("int", 6, 16, ggml="q6_k"),
 }
 
 
@@ -197,6 +205,7 @@ class Codes:
     """A requantized weight. `codes`: uint8 (out, in). `scales`: float32, see Grid.scales_shape, de-nested.
 
     `zeros`: uint8, of the scales' shape, for asymmetric integer grids. `nested`: the double-quantized scales.
+    `stored`: by name, rows first, what scales and offsets are made of in llama.cpp's types that have more.
     """
 
     grid: Grid
@@ -204,6 +213,7 @@ class Codes:
     scales: Float32
     zeros: Bytes | None = None
     nested: Nested | None = None
+    stored: Mapping[str, npt.NDArray[Any]] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -211,6 +221,13 @@ class Codes:
 
     def dequantize(self) -> Float32:
         """What the codes mean, float32 (out, in), bit for bit as the format's own reader has it."""
+        if self.grid.ggml:
+            assert self.stored is not None
+            levels = self.codes.astype(np.float32) - np.float32(
+                self.grid.middle if self.grid.symmetric else 0
+            )
+            offsets = spread(self.stored["offsets"], self.grid, self.shape)
+            return levels * spread(self.scales, self.grid, self.shape) + offsets
         if self.grid.half:
             zeros = np.full(1, self.grid.middle, np.float32)
             levels = self.grid.levels_of(self.codes, zeros)
@@ -223,7 +240,7 @@ class Codes:
 
     def weight(self) -> Bnb4Weight | Int8Weight:
         """The weight as bitsandbytes stores it. Raises PlanError for integer blocks."""
-        if self.grid.half:
+        if self.grid.half or self.grid.ggml:
             raise PlanError("llama.cpp's blocks can't be stored in a bitsandbytes checkpoint; export to gguf")
         if self.grid.per_row:
             return self.bnb8()

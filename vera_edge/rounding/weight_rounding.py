@@ -42,7 +42,7 @@ from vera_edge.text import windows
 from vera_edge.trained.text_settings import vocabulary_size
 from vera_edge.trained.trained_model import TrainedModel
 
-FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16", "q4_0", "q5_0", "iq4_nl")
+FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16", *GGML_GRIDS.keys() - {"q8_0", "q6_k"})
 BLOCK = 32  # of integers in ONNX graphs
 BUILT_IN = windows.BUILT_IN
 
