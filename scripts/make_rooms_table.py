@@ -22,7 +22,8 @@ def page() -> str:
     rows = ["| room | what it holds |", "|---|---|"]
     for name in ORDER:
         rows += _rows(ROOT / "vera_edge" / name, ROOT / "vera_edge")
-    rows += _rows(ROOT / "exporters" / "vera_edge_onnx", ROOT)
+    for name in ("vera_edge_gguf", "vera_edge_onnx"):
+        rows += _rows(ROOT / "exporters" / name, ROOT)
     return before + BEGIN + "\n".join(rows) + "\n" + END + after
 
 

@@ -2,8 +2,8 @@
 
 Exports the demo's decoder (merged and as a side-branch, int8) and an encoder (float32, int8, and int8 with
 int8 activations, dynamic and static), opens each folder in vera_edge, plain ONNX Runtime, ONNX Runtime GenAI,
-Optimum and Transformers.js, and exits 1 when one says something else. Run by scripts/test_consumers, which
-makes the environments.
+Optimum and Transformers.js, and the model as GGUF in llama.cpp, and exits 1 when one says something else.
+Run by scripts/test_consumers, which makes the environments.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scripts import demo_encoder, prepare_demo
+from scripts import bench_llama_cpp, demo_encoder, prepare_demo
 from vera_edge.device.runtime.chat import BundleText
 from vera_edge.exporting import frozen_graph, target
+from vera_edge.measuring.opened_reference import open_trained
 
 HERE = Path(__file__).resolve().parent / "consumers"
 PROMPT, COUNT = "The for statement is used to", 24
@@ -45,6 +47,7 @@ def main(environments: Path) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         failed = _decoders([*decoders, optimum, script], Path(temporary))
         failed |= _encoders([optimum, script], Path(temporary))
+        failed |= _llama(environments.parent / "llama-cpp", Path(temporary))
     return int(failed)
 
 
@@ -59,6 +62,35 @@ def _decoders(commands: list[list[str]], work: Path) -> bool:
             words = [str(folder), PROMPT, str(COUNT), str(file)]
             failed |= _compare(f"{folder.name}, adapter {name}", commands, words)
     return failed
+
+
+def _llama(environment: Path, work: Path) -> bool:
+    """GGUF files in llama.cpp against the model as trained, in torch."""
+    demo, failed = prepare_demo.prepare(), False
+    command = [str(bench_llama_cpp.environment(environment)), str(HERE / "with_llama.py")]
+    for mode, weights in (("merged", "fp16"), ("merged", "q8_0"), ("branch", "fp16")):
+        folder = work / f"gguf-{mode}-{weights}"
+        made = target.export(
+            demo.base, [(demo.adapter, 1.0)], folder, target="gguf", mode=mode, weights=weights
+        )
+        files = [str(file) for file in made.adapters.values()]
+        one = _run([*command, str(folder), PROMPT, str(COUNT), *files])
+        wanted = _greedy(demo)
+        failed |= one["text"] != wanted
+        print(f"{folder.name}, llama.cpp: {'the same text' if one['text'] == wanted else one['text']!r}")
+    return failed
+
+
+@cache
+def _greedy(demo: prepare_demo.Demo) -> str:
+    """The model as trained goes on with the prompt, in torch."""
+    reference = open_trained(demo.adapter, demo.base)
+    assert reference.tokenizer is not None
+    tokens = reference.tokenizer.encode(PROMPT).ids
+    start = len(tokens)
+    for _ in range(COUNT):
+        tokens.append(int(reference.runner.logits(np.array(tokens))[-1].argmax()))
+    return str(reference.tokenizer.decode(tokens[start:]))
 
 
 def _compare(what: str, commands: list[list[str]], words: list[str]) -> bool:

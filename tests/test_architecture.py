@@ -64,7 +64,7 @@ NOT_ON_THE_DEVICE = {
     "onnxruntime_genai",
     "optimum",
 }
-EXPORTERS = {"vera_edge_onnx"}
+EXPORTERS = {"vera_edge_onnx", "vera_edge_gguf"}
 NOT_FOR_HELP = (
     NOT_ON_THE_DEVICE | EXPORTERS | {"numpy", "onnxruntime", "tokenizers", "safetensors", "rich", "jinja2"}
 )

@@ -61,10 +61,11 @@ def export(
         base: the base's folder.
         adapter: the PEFT folder; several that share their projections as {folder: weight} or a list.
         out: the folder to write, whole or not at all.
-        target: "onnx", or the name of an exporter that is installed.
+        target: "onnx", "gguf" (llama.cpp), or the name of an exporter that is installed.
         mode: "merged": the adapter in the weights. "branch": beside them, and swapped at run time.
         weights: how the linear layers are stored: same (as the base stores them), fp32, fp16, int8, int4,
-            int2, nf4, fp4.
+            int2, nf4, fp4; for gguf f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4_k, q4_1,
+            q4_0, iq4_nl.
         run: "int8": what `install` expands 4-bit weights to on the device.
         weight: scales the delta of an adapter that has no weight of its own.
         block: inputs that share a scale: 16, 32 (unless given), 64, 128 or 256.

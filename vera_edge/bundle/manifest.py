@@ -29,6 +29,7 @@ NO_ADAPTER = (
     "none"  # how a command line asks for the base alone, so no name of an adapter that can be swapped
 )
 VECTOR_DTYPES = ("float32", "float16")
+GGUF = ".gguf"  # how a model's file ends that llama.cpp runs, and no ONNX Runtime
 VNNI = "vnni"  # what a graph may ask of an x86 processor, see device/runtime/int8_products.py
 CPU_NEEDS = (VNNI,)
 _MAX_FILES = 10_000
@@ -54,12 +55,13 @@ class ManifestFields:
     """What the exporter knows and the files alone don't tell.
 
     `weights` is the stored format of most linears ("fp32", "int8", "int4", "nf4"); `plan` has each one's.
-    `model` is the ONNX graph. `base` holds at least `digest`; `adapters` maps a name to at least `file` (an
-    .onnx_adapter of the bundle, or null once it is merged) and `digest`. `default_adapter` is what runs
-    when nothing else is asked for. `projection` is the ProjectionSpec with the `digest` of A and B.
-    `limits` are the drift limits that `validate` holds the device to; `golden` is the file of golden
-    vectors. `requires` maps a runtime's distribution name to the oldest version that runs the graph, `cpu`
-    lists what an x86 processor must have to give the right values ("vnni"), None when that isn't recorded.
+    `model` is the ONNX graph, or the GGUF file. `base` holds at least `digest`; `adapters` maps a name to at
+    least `file` (an .onnx_adapter or a GGUF LoRA of the bundle, or null once it is merged) and `digest`.
+    `default_adapter` is what runs when nothing else is asked for. `projection` is the ProjectionSpec with the
+    `digest` of A and B. `limits` are the drift limits that `validate` holds the device to; `golden` is the
+    file of golden vectors. `requires` maps a runtime's distribution name to the oldest version that runs the
+    graph, `cpu` lists what an x86 processor must have to give the right values ("vnni"), None when that isn't
+    recorded.
     `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
     `trained_names` maps a module of the base to what PEFT calls it, where that's another name.
     `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py),

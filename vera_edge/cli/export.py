@@ -29,7 +29,8 @@ from vera_edge.cli.show import (
 )
 
 STORED = ("fp32", "fp16", "int8", "int4")
-WEIGHTS = ("same", *STORED, "int2", "nf4", "fp4")
+ONNX_WEIGHTS = "same, fp32, fp16, int8, int4, int2, nf4, fp4"
+GGUF_WEIGHTS = "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4_k, q4_1, q4_0, iq4_nl"
 
 
 @click.command()
@@ -37,7 +38,7 @@ WEIGHTS = ("same", *STORED, "int2", "nf4", "fp4")
 @click.argument("adapter", type=FOLDER)
 @click.option("-o", "--out", "folder", type=FOLDER, required=True, help="The folder to write.")
 @click.option("--onnx", is_flag=True, expose_value=False, help="Export to ONNX, which is the default.")
-@click.option("--target", default="onnx", show_default=True, help="onnx, or one that is installed.")
+@click.option("--target", default="onnx", show_default=True, help="onnx, gguf, or one that is installed.")
 @click.option(
     "--mode",
     type=click.Choice(["merged", "branch"]),
@@ -48,10 +49,10 @@ WEIGHTS = ("same", *STORED, "int2", "nf4", "fp4")
 @click.option(
     "--weights",
     "--ship",
-    type=click.Choice(WEIGHTS),
     default="fp32",
     show_default=True,
-    help="How the linear layers are stored; same: as the base stores them.",
+    help=f"How the linear layers are stored. onnx: {ONNX_WEIGHTS} (same: as the base stores them). "
+    f"gguf: {GGUF_WEIGHTS}.",
 )
 @click.option(
     "--run",
@@ -132,7 +133,7 @@ def export(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Export BASE with ADAPTER to a folder that ONNX Runtime and ONNX Runtime GenAI open as it is."""
+    """Export BASE with ADAPTER to a folder that ONNX Runtime, GenAI, or llama.cpp (--target gguf) opens."""
     refuse_beside_plan("mode", "weights", "block", "symmetric", "activations")
     with progress_bar(quiet or as_json) as progress:
         result = vera_edge.export(

@@ -132,13 +132,40 @@ class RoundsWeights(Protocol):
 
 @runtime_checkable
 class Exporter(Protocol):
-    """A target."""
+    """A target.
+
+    One may also have `weights`, what linear layers can be asked to be by the names that its users know, each
+    with the plan's name of it (without it they are WEIGHTS); and `settle(plan, model)`, which gives the plan
+    with every layer's own format where the target doesn't store all layers alike (see `WithFormats`).
+    """
 
     @property
     def name(self) -> str: ...
 
     def export(self, request: ExportRequest) -> Export:
         """Write `request.out`, whole or not at all. Raises TargetError when the model can't be exported."""
+
+
+@runtime_checkable
+class WithFormats(Exporter, Protocol):
+    """A target with weight formats of its own."""
+
+    @property
+    def weights(self) -> Mapping[str, str]:
+        """What a person can ask for -> the plan's name of it."""
+
+    def settle(self, plan: Plan, model: TrainedModel) -> Plan:
+        """`plan` with the format that each layer really gets. Raises TargetError where there is none."""
+
+
+def planned_weights(exporter: Exporter, asked: str) -> str:
+    """What a plan calls the weights that were asked for; raises PlanError when the target has none such."""
+    known = exporter.weights if isinstance(exporter, WithFormats) else {name: name for name in WEIGHTS}
+    if asked not in known:
+        raise PlanError(
+            f"the target {exporter.name} stores no {asked} weights; choose from {', '.join(known)}"
+        )
+    return known[asked]
 
 
 def names() -> tuple[str, ...]:
@@ -262,9 +289,11 @@ def export(
     check_complete(model.checkpoint)
     options = dict(options or {})
     if plan is None:
-        plan = plans.plan_model(model, mode, weights)
+        plan = plans.plan_model(model, mode, planned_weights(exporter, weights))
     plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
     plan = with_activations(plan, options.pop("activations", FLOAT))
+    if isinstance(exporter, WithFormats):
+        plan = exporter.settle(plan, model)
     notes = dict.fromkeys([*model.notes, *model.checkpoint.notes])
     if target in OLD_NAMES:
         notes[f"the target {target} is called {exporter.name} now; write that"] = None

@@ -1,4 +1,4 @@
-"""The 16 levels of NF4 and FP4, packing two codes to a byte, and the nearest code of a value.
+"""The 16 levels of NF4, FP4 and IQ4_NL, packing two codes to a byte, and the nearest code of a value.
 
 All arithmetic is float32 in bitsandbytes' order of operations, so that the codes are its codes bit for bit.
 Source of the levels: Dettmers et al., QLoRA, https://arxiv.org/abs/2305.14314.
@@ -22,9 +22,12 @@ _NF4 = (
     "0.24611230194568634 0.33791524171829224 0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0"
 )
 _FP4 = "0 0.0625 8 12 4 6 2 3 0 -0.0625 -8 -12 -4 -6 -2 -3"
+# llama.cpp's, whole numbers there (ggml-common.h, kvalues_iq4nl): of its 16 none is zero.
+_IQ4_NL = "-127 -104 -83 -65 -49 -35 -22 -10 1 13 25 38 53 69 89 113"
 LEVELS: Mapping[str, Float32] = {
     "nf4": np.array(_NF4.split(), np.float32),
     "fp4": np.array(_FP4.split(), np.float32) / np.float32(12),
+    "iq4_nl": np.array(_IQ4_NL.split(), np.float32) / np.float32(128),
 }
 # A value over its block's absmax, times this, cut to an integer, is its cell.
 _CELLS = np.float32(32767)

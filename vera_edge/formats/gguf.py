@@ -2,8 +2,8 @@
 
 The `gguf` package dequantizes; what is ours is the header, read as one that nobody vouches for, and the
 mapping: names of Llama, Mistral, Qwen2 and Qwen3, the rows of q and k that llama.cpp reorders for its rotary
-embedding, and a config.json from the metadata. A quantized tensor reads as float32: GGUF is a source here,
-nothing writes it.
+embedding, and a config.json from the metadata. A quantized tensor reads as float32: it is written by the
+exporter vera_edge_gguf.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's convert_hf_to_gguf.py.
 """
 
@@ -26,7 +26,7 @@ from vera_edge.storage.json_text import read_json
 from vera_edge.storage.tensors import DTYPES, RawTensor, TensorFolder, TensorInfo
 
 _FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
-_QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+_QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # general.architecture -> transformers' class; llama.cpp calls Mistral "llama" too
 _CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _LAYER = (

@@ -15,6 +15,8 @@ from vera_edge.adapters import vera as adapters
 from vera_edge.arrays import Float32, Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
+from vera_edge.bundle.contents import Manifest
+from vera_edge.bundle.manifest import GGUF
 from vera_edge.errors import CheckpointError, DataError
 from vera_edge.formats import checks
 from vera_edge.measuring.artefact import artefact, weights_of
@@ -113,6 +115,8 @@ def _candidate_export(path: Path, trained: Sequence[str], later: bool) -> Opened
     names = sorted(own, key=lambda name: name != manifest.default_adapter)
     found = [name for name in names if own[name] in trained] if manifest.mode == "branch" else []
     adapter = found[0] if found else "default"
+    if manifest.model.endswith(GGUF):
+        return _candidate_gguf(path, manifest, adapter, notes)
     kind = f"{manifest.mode} export, {manifest.weights} weights, ONNX Runtime"
     if manifest.kind == "encoder":
         from vera_edge.measuring.exported_encoder import ExportedEncoder
@@ -147,6 +151,18 @@ class _OpenedLater:
 
     def logits(self, tokens: Int64) -> Float32:
         return self._session.logits(tokens)
+
+
+def _candidate_gguf(path: Path, manifest: Manifest, adapter: str, notes: tuple[str, ...]) -> OpenedCandidate:
+    from vera_edge.measuring.llama_runner import LlamaRunner
+
+    bundle.verify(path)
+    name = manifest.default_adapter if adapter == "default" else adapter
+    file = manifest.adapters[name]["file"] if name is not None else None
+    runner = LlamaRunner(manifest.path(manifest.model), None if file is None else manifest.path(file))
+    kind = f"{manifest.mode} export, {manifest.weights} weights, llama.cpp"
+    facts = (artefact(path, kind), path, runner.context, notes)
+    return OpenedCandidate(runner, *facts, tokenizer=exported_tokenizer(path))
 
 
 def _split_blocks(checkpoint: Checkpoint) -> str | None:

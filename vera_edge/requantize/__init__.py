@@ -5,6 +5,7 @@
     search    scales that minimise the error weighted by how much each input matters
     hqq       scales and zero points by half-quadratic splitting, no activations needed
     gptq      codes that make up for each other's errors, on scales that are given
+    super_blocks  llama.cpp's types with offsets, and those whose scales have a scale
     refit     scales that are best for given codes, for a whole row at once
     piece     some rows on their way through those two
     kernels   their loops, and those of search, compiled by numba; normal_kernels: those of refit
@@ -22,12 +23,13 @@ from __future__ import annotations
 
 from vera_edge.requantize.effort import EFFORTS, Effort
 from vera_edge.requantize.gram import Gram, output_error
-from vera_edge.requantize.grids import Codes, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.requantize.grids import GGML_GRIDS, Codes, Grid, bnb_grid, int8_rows, int_blocks
 from vera_edge.requantize.quantize import METHODS, requantize
 from vera_edge.requantize.store import CodesFolder
 
 __all__ = [
     "EFFORTS",
+    "GGML_GRIDS",
     "METHODS",
     "Codes",
     "CodesFolder",

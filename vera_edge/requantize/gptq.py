@@ -76,7 +76,7 @@ class _Compensation:
         _halve(begin, end, _LOOP, self._free, self.carry)
         found = search_columns(self.aims[at], piece.gram.conditional[at], piece.grid)
         block = self.blocks[begin]
-        piece.scales[block], piece.zeros[block] = found[0][0], found[1][0]
+        piece.scales[block], piece.zeros[block] = piece.grid.stored(found[0][0]), found[1][0]
         self.aims[at] = aims
         _halve(begin, end, _LOOP, self.round, self.carry)
 

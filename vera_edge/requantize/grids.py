@@ -33,9 +33,10 @@ _127 = np.float32(127)
 class Grid:
     """What can be stored. `block`: weights per scale along a row, 0 for the whole row.
 
-    `kind`: "nf4" or "fp4" (a table of levels), or "int" with `bits`. `symmetric`: no zero point is stored.
-    `nested`: the scales are double-quantized as bitsandbytes does it. `options`: the format's own, kept for
-    writing (storage dtype and the like).
+    `kind`: "nf4", "fp4" or "iq4_nl" (a table of levels), or "int" with `bits`. `symmetric`: no zero point is
+    stored. `nested`: the scales are double-quantized as bitsandbytes does it. `half`: they are float16, in a
+    type of llama.cpp's; `ggml`: the type's name where blocks have more than that (super_blocks.py).
+    `options`: the format's own, kept for writing (storage dtype and the like).
     """
 
     kind: str
@@ -44,6 +45,8 @@ class Grid:
     symmetric: bool = True
     nested: bool = False
     per_row: bool = False
+    half: bool = False
+    ggml: str = ""
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -74,6 +77,25 @@ class Grid:
         if self.rows(inside):
             return (out, -(-inside // self.width(inside)))
         return (-(-out * inside // self.block),)
+
+    def stored(self, scales: Float32) -> Float32:
+        """The scales nearest to these that the format can store, but for double quantization."""
+        if not self.half:
+            return scales
+        with np.errstate(over="ignore"):
+            rounded = (scales / self._unit).astype(np.float16).astype(np.float32)
+        found: Float32 = rounded * self._unit
+        return found
+
+    @property
+    def _unit(self) -> np.float32:
+        """What a stored scale is multiplied by: IQ4_NL's levels are whole numbers in the format."""
+        return np.float32(128 if self.kind == "iq4_nl" else 1)
+
+    def halves(self, scales: Float32) -> npt.NDArray[np.float16]:
+        """The float16 that the format stores for scales that lie on it."""
+        found: npt.NDArray[np.float16] = (scales / self._unit).astype(np.float16)
+        return found
 
     def nearest(self, scaled: Float32, zero: Float32 | None) -> Float32:
         """The level nearest to each value of `scaled` (weights over their scale); changes `scaled`."""
@@ -119,6 +141,21 @@ def int_blocks(bits: int, block: int = 32, symmetric: bool = True) -> Grid:
 def int8_rows() -> Grid:
     """bitsandbytes' LLM.int8: codes -127 to 127, one scale for each row."""
     return Grid("int", 8, 0, per_row=True)
+
+
+# llama.cpp's types: those of 32 weights with one float16 scale
+GGML_GRIDS: Mapping[str, Grid] = {
+    "q4_0": Grid("int", 4, 32, half=True),
+    "q5_0": Grid("int", 5, 32, half=True),
+    "q8_0": Grid("int", 8, 32, half=True),
+    "iq4_nl": Grid("iq4_nl", 4, 32, half=True),
+    # those with offsets, and those in super-blocks of 256
+    "q4_1": Grid("int", 4, 32, symmetric=False, ggml="q4_1"),
+    "q5_1": Grid("int", 5, 32, symmetric=False, ggml="q5_1"),
+    "q4_k": Grid("int", 4, 32, symmetric=False, ggml="q4_k"),
+    "q5_k": Grid("int", 5, 32, symmetric=False, ggml="q5_k"),
+    "q6_k": Grid("int", 6, 16, ggml="q6_k"),
+}
 
 
 @cache
@@ -168,6 +205,7 @@ class Codes:
     """A requantized weight. `codes`: uint8 (out, in). `scales`: float32, see Grid.scales_shape, de-nested.
 
     `zeros`: uint8, of the scales' shape, for asymmetric integer grids. `nested`: the double-quantized scales.
+    `stored`: by name, rows first, what scales and offsets are made of in llama.cpp's types that have more.
     """
 
     grid: Grid
@@ -175,6 +213,7 @@ class Codes:
     scales: Float32
     zeros: Bytes | None = None
     nested: Nested | None = None
+    stored: Mapping[str, npt.NDArray[Any]] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -182,6 +221,17 @@ class Codes:
 
     def dequantize(self) -> Float32:
         """What the codes mean, float32 (out, in), bit for bit as the format's own reader has it."""
+        if self.grid.ggml:
+            assert self.stored is not None
+            levels = self.codes.astype(np.float32) - np.float32(
+                self.grid.middle if self.grid.symmetric else 0
+            )
+            offsets = spread(self.stored["offsets"], self.grid, self.shape)
+            return levels * spread(self.scales, self.grid, self.shape) + offsets
+        if self.grid.half:
+            zeros = np.full(1, self.grid.middle, np.float32)
+            levels = self.grid.levels_of(self.codes, zeros)
+            return levels * spread(self.scales, self.grid, self.shape)
         if not self.grid.integer:
             return self.bnb4().rows(0, self.shape[0])
         if self.grid.per_row:
@@ -190,6 +240,8 @@ class Codes:
 
     def weight(self) -> Bnb4Weight | Int8Weight:
         """The weight as bitsandbytes stores it. Raises PlanError for integer blocks."""
+        if self.grid.half or self.grid.ggml:
+            raise PlanError("llama.cpp's blocks can't be stored in a bitsandbytes checkpoint; export to gguf")
         if self.grid.per_row:
             return self.bnb8()
         if self.grid.integer:

@@ -243,13 +243,15 @@ def _candidate(
             rounded = np.floor(exact) if side == 0 else np.ceil(exact)
             zero[lane] = min(max(rounded, _ZERO), top)
         return
-    # The negative side has one code more: it is tried on either side.
-    reach = _ONE if kind == 0 else middle if side == 0 else middle - top
+    # The negative side has one code more: it is tried on either side, as is a code book that isn't symmetric.
+    book = kind == 0 or kind == 4
+    reach = _ONE if book else middle if side == 0 else middle - top
     for lane in range(scale.size):
         largest = max(high[lane], -low[lane])
         sign = _ONE if kind != 2 or -low[lane] >= largest else -_ONE
+        sign = -sign if kind == 4 and side == 1 else sign
         scale[lane] = largest * (factor / reach) * sign
-        zero[lane] = _ZERO if kind == 0 else middle
+        zero[lane] = _ZERO if book else middle
 
 
 @compiled
@@ -269,7 +271,8 @@ def search_block(
     """The best scale and zero point of one block in every lane, written to scales and zeros (lanes,).
 
     weights, costs (n, lanes). kind: 0 a code book, 1 integers with zero points, 2 integers about `middle`,
-    3 the same, with as many codes on either side. factors: by which the block's range is stretched.
+    3 the same, with as many codes on either side, 4 a code book that isn't the same on both. factors: by
+    which the block's range is stretched.
     """
     lanes = weights.shape[1]
     works, bests = np.empty((7, _LANES), np.float32), np.empty((3, _LANES), np.float32)
@@ -288,7 +291,7 @@ def search_block(
                 low[lane] = min(low[lane], weight[lane])
                 high[lane] = max(high[lane], weight[lane])
         for factor in factors:
-            for side in range(2 if kind == 1 or kind == 2 else 1):
+            for side in range(1 if kind == 0 or kind == 3 else 2):
                 _candidate(low, high, factor, side, middle, top, kind, scale, zero)
                 _offer(weights, costs, scale, zero, table, bounds, top, works, bests, begin)
         for _turn in range(turns):

@@ -55,7 +55,7 @@ class Piece:
         """Take the scales that are best for the levels; `place` puts them onto a grid of their own."""
         normal = self.normal()
         best = normal.solve()
-        scales = best if place is None else normal.place(best, place)
+        scales = self.grid.stored(best) if place is None else normal.place(best, place)
         self.errors += normal.rise(scales)
         self.scales = np.ascontiguousarray(scales.T)
         self._subtract()

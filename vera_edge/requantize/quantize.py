@@ -10,6 +10,7 @@ import numpy as np
 from vera_edge.arrays import Bytes, Float32, Float64
 from vera_edge.errors import DataError, PlanError
 from vera_edge.formats.weight import row_chunks
+from vera_edge.requantize import super_blocks
 from vera_edge.requantize.effort import Effort
 from vera_edge.requantize.gptq import compensate, descend
 from vera_edge.requantize.gram import Floats, Gram, in_threads, one_blas_thread
@@ -46,6 +47,8 @@ def requantize(
     effort = effort or Effort()
     prepared = _prepared(weight, method, gram, effort)
     with one_blas_thread():
+        if grid.ggml:
+            return super_blocks.round_to(weight, grid, method, prepared, effort, threads)
         return _Work(weight, grid, prepared, effort, threads).run(method)
 
 
@@ -112,7 +115,7 @@ class _Work:
             found = half_quadratic(part, self.grid)
         else:
             found = search(part, self.grid, None if self.gram is None else self.gram.importance)
-        self.scales[rows], self.zeros[rows] = found
+        self.scales[rows], self.zeros[rows] = self.grid.stored(found[0]), found[1]
 
     def _nest(self) -> None:
         if self.grid.nested:

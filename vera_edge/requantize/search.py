@@ -14,7 +14,7 @@ from vera_edge.requantize.grids import Grid, levels_in_order
 
 _FACTORS = np.linspace(0.5, 1.1, 13, dtype=np.float32)
 _TURNS = 3
-_CODE_BOOK, _ASYMMETRIC, _SYMMETRIC, _EVEN = range(4)  # as kernels.search_block calls them
+_CODE_BOOK, _ASYMMETRIC, _SYMMETRIC, _EVEN, _UNEVEN_BOOK = range(5)  # as kernels.search_block calls them
 
 
 def search(weight: Float32, grid: Grid, importance: Float32 | None) -> tuple[Float32, Float32]:
@@ -46,7 +46,7 @@ def search_columns(weight: Float32, costs: Float32, grid: Grid) -> tuple[Float32
 
 def _kind(grid: Grid) -> int:
     if not grid.integer:
-        return _CODE_BOOK
+        return _UNEVEN_BOOK if grid.kind == "iq4_nl" else _CODE_BOOK
     if not grid.symmetric:
         return _ASYMMETRIC
     return _EVEN if grid.per_row else _SYMMETRIC

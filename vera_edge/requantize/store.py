@@ -32,6 +32,8 @@ class CodesFolder(Mapping[str, Codes]):
         arrays: dict[str, npt.NDArray[Any]] = {"codes": codes.codes, "scales": codes.scales}
         if codes.zeros is not None:
             arrays["zeros"] = codes.zeros
+        for name, array in (codes.stored or {}).items():
+            arrays[f"stored.{name}"] = array
         if codes.nested is not None:
             arrays["nested_codes"] = codes.nested.codes
             arrays["nested_scales"] = codes.nested.scales
@@ -53,7 +55,9 @@ class CodesFolder(Mapping[str, Codes]):
         if "nested_codes" in arrays:
             offset = np.float32(arrays["nested_offset"][0])
             nested = Nested(arrays["nested_codes"], code_book(), arrays["nested_scales"], BLOCKSIZE, offset)
-        return Codes(self.grids[module], arrays["codes"], arrays["scales"], arrays.get("zeros"), nested)
+        stored = {name[7:]: array for name, array in arrays.items() if name.startswith("stored.")}
+        known = (arrays["codes"], arrays["scales"], arrays.get("zeros"), nested, stored or None)
+        return Codes(self.grids[module], *known)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.grids)

@@ -24,7 +24,16 @@ from vera_edge.parallel import Engine
 from vera_edge.plans.int8 import INT8_QDQ, LLM_INT8, int8_form
 from vera_edge.plans.plan import Plan, Step
 from vera_edge.progress import Progress, silent
-from vera_edge.requantize import METHODS, Codes, Effort, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.requantize import (
+    GGML_GRIDS,
+    METHODS,
+    Codes,
+    Effort,
+    Grid,
+    bnb_grid,
+    int8_rows,
+    int_blocks,
+)
 from vera_edge.requantize.effort import DEFAULT
 from vera_edge.rounding import recover
 from vera_edge.storage.files import check_output, output_error
@@ -36,7 +45,7 @@ from vera_edge.text import windows
 from vera_edge.trained.text_settings import vocabulary_size
 from vera_edge.trained.trained_model import TrainedModel
 
-FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16")
+FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16", *GGML_GRIDS.keys() - {"q8_0", "q6_k"})
 BLOCK = 32  # of integers in ONNX graphs
 BUILT_IN = windows.BUILT_IN
 
@@ -56,6 +65,8 @@ def grid_of(step: Step, exported: bool = False) -> Grid | None:
         options = dict(step.options)
         double = options.pop("double_quant", False) and not exported
         return bnb_grid(step.result, options.pop("blocksize", 64), double_quant=double, **options)
+    if step.result in GGML_GRIDS:
+        return GGML_GRIDS[step.result]
     if int8_form(step, exported) in (LLM_INT8, INT8_QDQ):
         return int8_rows()
     if step.result in ("int8", "int4", "int2"):

@@ -8,6 +8,7 @@ import onnxruntime
 
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
+from vera_edge.bundle.manifest import GGUF
 from vera_edge.device.check import hardware
 from vera_edge.device.runtime import adapters, generated, int8_products
 from vera_edge.device.runtime.adapters import Vectors
@@ -99,6 +100,8 @@ def open_graph(
     Warns (BundleWarning) when other programs would get wrong values from it on this processor.
     """
     manifest = bundle.verify(folder, deep=deep)
+    if manifest.model.endswith(GGUF):
+        raise BundleError(f"{folder} is for llama.cpp; run it with: {llama_command(manifest)}")
     if manifest.kind != kind:
         hint = {
             "encoder": "an encoder, which generates no text; open it as vera_edge.Encoder",
@@ -109,6 +112,14 @@ def open_graph(
     _check_memory(manifest)
     exact = int8_products.must_be_exact(manifest)
     return manifest, Graph(manifest.path(manifest.model), threads, generated.in_memory(manifest), exact)
+
+
+def llama_command(manifest: Manifest) -> str:
+    """How llama.cpp's server is started with a bundle's GGUF file, its default adapter beside it."""
+    command = f"llama-server -m {manifest.path(manifest.model)}"
+    name = manifest.default_adapter
+    file = manifest.adapters[name]["file"] if name is not None else None
+    return command if file is None else f"{command} --lora {manifest.path(file)}"
 
 
 def _check_memory(manifest: Manifest) -> None:

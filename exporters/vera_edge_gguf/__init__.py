@@ -1,0 +1,34 @@
+"""llama.cpp target: one GGUF file, with weights in llama.cpp's own formats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vera_edge.exporting.target import Export, ExportRequest
+from vera_edge.plans.plan import Plan
+from vera_edge.trained.trained_model import TrainedModel
+from vera_edge_gguf import export, tensor_types
+
+
+class GgufExporter:
+    """Decoders of the families that llama.cpp knows."""
+
+    @property
+    def name(self) -> str:
+        return "gguf"
+
+    @property
+    def weights(self) -> Mapping[str, str]:
+        """What linear layers can be asked to be -> the plan's name of it."""
+        return tensor_types.ASKED
+
+    def settle(self, plan: Plan, model: TrainedModel) -> Plan:
+        """`plan` with the type that each layer gets; see `tensor_types.settle`."""
+        return tensor_types.settle(plan, model)
+
+    def export(self, request: ExportRequest) -> Export:
+        """Write `request.out`, whole or not at all; see `export.export` for what is raised."""
+        return export.export(request, self.name)
+
+
+EXPORTER = GgufExporter()

@@ -1,0 +1,138 @@
+"""Adapters beside a base: each as a GGUF LoRA file, the exact bridge, which llama.cpp swaps as it runs.
+
+`diag(b) B diag(d) A x = B' A' x` with `A' = diag(d) A[:, :in]` and `B' = diag(b) B[:out]`, as in
+`vera_edge.trained.to_lora`; alpha is the rank, so that llama.cpp's scale is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.adapters.vera import Adapter
+from vera_edge.bundle.contents import NO_ADAPTER
+from vera_edge.errors import PlanError, TargetError
+from vera_edge.exporting.target import ExportRequest
+from vera_edge.storage.tensors import FLOATS, RawTensor
+from vera_edge_gguf import blocks, file
+from vera_edge_gguf.families import Family
+from vera_edge_gguf.tensor_names import Named
+
+PROJECTIONS = "projections"  # the option that says what A' and B' are stored as
+_STORED = ("fp32", "fp16")
+_DEFAULT = "default"
+
+
+def merged_names(request: ExportRequest) -> list[str]:
+    """What each merged adapter is called in the manifest: by its folder, numbered where that is taken."""
+    found: list[str] = []
+    for adapter, _ in request.model.adapters:
+        name, number = adapter.name, 1
+        while name in found:
+            number += 1
+            name = f"{adapter.name[:60]}-{number}"
+        found.append(name)
+    return found
+
+
+def branch_names(request: ExportRequest) -> list[str]:
+    """The first adapter is "default", others are called by their folders.
+
+    Raises PlanError where a name that is asked for at run time would mean two things.
+    """
+    found: list[str] = []
+    for adapter, _ in request.model.adapters:
+        name = adapter.name if found else _DEFAULT
+        if name in found or name == NO_ADAPTER:
+            raise PlanError(f"an adapter can't be called {name} here; rename the folder {adapter.path}")
+        found.append(name)
+    return found
+
+
+def check(request: ExportRequest) -> None:
+    """Raise TargetError when no LoRA can stand for an adapter, PlanError on what factors are stored as."""
+    if request.options.get(PROJECTIONS, _STORED[0]) not in _STORED:
+        raise PlanError(f"a GGUF LoRA is stored as {' or '.join(_STORED)}")
+    if request.plan.mode != "branch":
+        if PROJECTIONS in request.options:
+            raise PlanError("a merged export holds no projections to store; leave --store-projections out")
+        return
+    branch_names(request)
+    for adapter, _ in request.model.adapters:
+        trained = (
+            name for name, saved in adapter.modules_to_save.items() if not _is_base(request, name, saved)
+        )
+        if more := sorted([*adapter.biases, *trained]):
+            raise TargetError(
+                f"{adapter.path} also trained {more[0]}, which a GGUF LoRA doesn't carry; use --mode merged"
+            )
+
+
+def _is_base(request: ExportRequest, name: str, saved: RawTensor) -> bool:
+    """Whether a tensor that PEFT saved whole is a copy of the base's, which changes nothing."""
+    tensors = request.model.checkpoint.tensors
+    if name not in tensors or tensors[name].dtype not in FLOATS or saved.dtype not in FLOATS:
+        return False
+    return np.array_equal(tensors.float32(name), saved.float32())
+
+
+def write(
+    request: ExportRequest, stage: Path, family: Family, tensors: Mapping[str, Named]
+) -> dict[str, str]:
+    """Write one file for each adapter; its name -> the file within `stage`.
+
+    tensors: what the base's file holds, by module. Raises TargetError for a module that isn't in it.
+    """
+    files = {}
+    (stage / "adapters").mkdir()
+    for name, (adapter, weight) in zip(branch_names(request), request.model.adapters, strict=True):
+        files[name] = f"adapters/{name}.gguf"
+        metadata = {
+            "general.type": "adapter",
+            "general.name": name,
+            "adapter.type": "lora",
+            "adapter.lora.alpha": float(adapter.rank),
+            "vera_edge.adapters": adapter.digest,
+            "vera_edge.base": request.model.checkpoint.digest,
+            "vera_edge.projections": request.model.projections.digest,
+        }
+        factors = _factors(request, adapter, weight, tensors)
+        file.write(stage / files[name], family.architecture, metadata, factors, request.progress)
+    return files
+
+
+def _factors(
+    request: ExportRequest, adapter: Adapter, weight: float, tensors: Mapping[str, Named]
+) -> Iterator[file.Tensor]:
+    stored = request.options.get(PROJECTIONS, _STORED[0])
+    for module in sorted(adapter.vectors):
+        if module not in tensors:
+            raise TargetError(
+                f"{adapter.path} adapts {module}, no tensor of its own in llama.cpp; use --mode merged"
+            )
+        out, inside = request.model.checkpoint.linear(module).shape
+        named = tensors[module]
+        lower = partial(_lower, request, adapter, module, inside, stored)
+        yield file.Tensor(f"{named.name}.lora_a", stored, (adapter.rank, inside), lower)
+        upper = partial(_upper, request, adapter, module, out, weight, named, stored)
+        yield file.Tensor(f"{named.name}.lora_b", stored, (out, adapter.rank), upper)
+
+
+def _lower(
+    request: ExportRequest, adapter: Adapter, module: str, inside: int, stored: str
+) -> npt.NDArray[Any]:
+    values = adapter.vectors[module].lambda_d[:, None] * request.model.projections.a[:, :inside]
+    return blocks.rounded(module, values, stored)
+
+
+def _upper(
+    request: ExportRequest, adapter: Adapter, module: str, out: int, weight: float, named: Named, stored: str
+) -> npt.NDArray[Any]:
+    lambda_b = np.float32(weight) * adapter.vectors[module].lambda_b
+    values = lambda_b[:, None] * request.model.projections.b[:out]
+    return blocks.rounded(module, named.rows(values), stored)

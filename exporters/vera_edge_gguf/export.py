@@ -1,0 +1,185 @@
+"""Exports a decoder as a folder with one GGUF file, which llama.cpp opens as it is."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge import merging as merge
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.bundle import contents as bundle
+from vera_edge.errors import PlanError, TargetError
+from vera_edge.exporting.target import Export, ExportRequest
+from vera_edge.plans import plan as plans
+from vera_edge.reference.loading import config_of
+from vera_edge.storage import side_files
+from vera_edge.storage.files import staged_folder, write_atomic
+from vera_edge.storage.json_text import read_json, settings_json
+from vera_edge.tasks import task as tasks
+from vera_edge_gguf import adapters, blocks, file, tensor_types
+from vera_edge_gguf.families import Family, family_of
+from vera_edge_gguf.hyperparameters import hyperparameters
+from vera_edge_gguf.manifest_fields import describe, manifest_fields
+from vera_edge_gguf.tensor_names import EMBEDDING, HEAD, Named, named
+from vera_edge_gguf.vocabulary import vocabulary
+
+MODEL = "model.gguf"
+_OPTIONS = ("head", adapters.PROJECTIONS)
+_QUANTIZATION_VERSION = 2  # of the layout of blocks in ggml
+_ORIGINS = ("_name_or_path", "_model_name_or_path")
+
+
+def export(request: ExportRequest, target: str) -> Export:
+    """Write `request.out`, whole or not at all.
+
+    Raises TargetError when llama.cpp can't have the model, PlanError on an option that isn't known.
+    """
+    _check(request, target)
+    family = family_of(tasks.architecture(request.model.checkpoint.config))
+    with staged_folder(request.out, request.force) as stage:
+        with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
+            copy = _float_copy(request, Path(scratch) / "float")
+            tensors, notes = _write(request, copy, family, stage)
+            _side_files(copy.path, stage)
+        files = {}
+        if request.plan.mode == "branch":
+            files = adapters.write(request, stage, family, _by_module(tensors))
+        manifest = bundle.write(stage, manifest_fields(request, MODEL, files), request.progress)
+    return Export(
+        target,
+        request.out,
+        request.out / MODEL,
+        manifest.size,
+        request.plan,
+        adapters={name: request.out / path for name, path in files.items()},
+        notes=(*notes, *tensor_types.notes(request.plan)),
+    )
+
+
+def _check(request: ExportRequest, target: str) -> None:
+    if unknown := sorted(set(request.options) - set(_OPTIONS)):
+        raise PlanError(f"the target {target} takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
+    adapters.check(request)
+    if request.corrections:
+        raise TargetError("GGUF has no place for a low-rank term or a bias of a layer's own; leave it out")
+
+
+def _float_copy(request: ExportRequest, folder: Path) -> Checkpoint:
+    """The model in float32: merged, or the base that adapters stay beside."""
+    model = request.model if request.plan.mode == "merged" else replace(request.model, adapters=())
+    merge.write(plans.plan_model(model, "merged", "fp32"), model, folder, request.progress)
+    return Checkpoint.open(folder)
+
+
+def _write(
+    request: ExportRequest, copy: Checkpoint, family: Family, stage: Path
+) -> tuple[tuple[Named, ...], tuple[str, ...]]:
+    """Write the model's file; its tensors, and notes for a person."""
+    config = config_of(copy)
+    told = hyperparameters(config, family)
+    tensors = named(_sources(copy, config), config, family)
+    tied = all(tensor.name != HEAD for tensor in tensors)
+    embedding = next(tensor.source for tensor in tensors if tensor.name == EMBEDDING)
+    rows, width = copy.tensors[embedding].shape
+    words = vocabulary(copy.path, rows)
+    ends = tensor_types.ends(tensor_types.base_type(request.plan), width, tied, request.options.get("head"))
+    source = _Source(request, copy, family, ends)
+    metadata = {
+        "general.type": "model",
+        **describe(request),
+        "general.file_type": tensor_types.file_type(request.plan),
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        **told.metadata,
+        f"{family.architecture}.vocab_size": rows,
+        **words.metadata,
+    }
+    extra = [
+        file.Tensor(name, "fp32", values.shape, partial(_same, values))
+        for name, values in told.tensors.items()
+    ]
+    file.write(
+        stage / MODEL,
+        family.architecture,
+        metadata,
+        [*extra, *map(source.tensor, tensors)],
+        request.progress,
+    )
+    return tensors, (*told.notes, *words.notes)
+
+
+def _by_module(tensors: tuple[Named, ...]) -> dict[str, Named]:
+    return {tensor.source.removesuffix(".weight"): tensor for tensor in tensors}
+
+
+def _sources(copy: Checkpoint, config: Any) -> Iterator[str]:
+    """The tensors of the model, a tied output head left out."""
+    for name in copy.tensors:
+        if not (name == "lm_head.weight" and config.tie_word_embeddings):
+            yield name
+
+
+def _same(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return values
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the bytes of every tensor come from: codes that were rounded with care, else the float copy."""
+
+    request: ExportRequest
+    copy: Checkpoint
+    family: Family
+    ends: tensor_types.EndTypes
+
+    def tensor(self, wanted: Named) -> file.Tensor:
+        """A tensor to be written; its values are read when its turn comes."""
+        shape = self.copy.tensors[wanted.source].shape
+        if self._transposed(wanted):
+            shape = shape[::-1]
+        return file.Tensor(wanted.name, self._stored(wanted, shape), shape, partial(self._data, wanted))
+
+    @property
+    def _steps(self) -> Mapping[str, plans.Step]:
+        return {step.module: step for step in self.request.plan.steps}
+
+    def _transposed(self, wanted: Named) -> bool:
+        module = wanted.source.removesuffix(".weight")
+        return module in self.copy.linears and self.copy.is_conv1d(module)
+
+    def _stored(self, wanted: Named, shape: tuple[int, ...]) -> str:
+        if wanted.name == EMBEDDING:
+            return self.ends.embedding
+        if wanted.name == HEAD:
+            return self.ends.head
+        step = self._steps.get(wanted.source.removesuffix(".weight"))
+        return "fp32" if step is None or len(shape) != 2 else step.result
+
+    def _data(self, wanted: Named) -> npt.NDArray[Any]:
+        codes = self.request.requantized.get(wanted.source.removesuffix(".weight"))
+        if codes is not None and wanted.name not in (EMBEDDING, HEAD):
+            stored = {name: wanted.rows(array) for name, array in (codes.stored or {}).items()}
+            scales = wanted.rows(codes.scales)
+            return blocks.packed(
+                replace(codes, codes=wanted.rows(codes.codes), scales=scales, stored=stored or None)
+            )
+        values = self.copy.float32(wanted.source)
+        if self._transposed(wanted):
+            values = np.ascontiguousarray(values.T)
+        if self.family.norm_shift and wanted.source.endswith("norm.weight"):
+            values = values + np.float32(1)
+        return blocks.rounded(wanted.name, wanted.rows(values), self._stored(wanted, values.shape))
+
+
+def _side_files(source: Path, stage: Path) -> None:
+    """The tokenizer's files and config.json, by which vera-edge reads text for the model."""
+    config = read_json(source / "config.json", TargetError)
+    kept = {key: value for key, value in config.items() if key not in _ORIGINS}
+    write_atomic(stage / "config.json", settings_json(kept))
+    side_files.copy(source, stage)

@@ -1,0 +1,68 @@
+"""Codes and rounded weights as bytes, against the gguf package's reading and llama.cpp's own quantizer."""
+
+from __future__ import annotations
+
+import hashlib
+
+import gguf
+import numpy as np
+import pytest
+
+from vera_edge.requantize import GGML_GRIDS, requantize
+from vera_edge_gguf import blocks, tensor_types
+
+# SHA-256, its first half, of what ggml_quantize_chunk (llama-cpp-python 0.3.36) made of `weight()`.
+BY_GGML = {
+    "q8_0": "4b8c4a13e5a875fb4affbfbe8ed8925d",
+    "q5_1": "df566e2a8daddb4f3372630dd8c98cee",
+    "q5_0": "ab79f96aa560ab9ca1614ffa93bca5ef",
+    "q4_1": "3c1ddd09430267657150baa33d4a9e6c",
+    "q4_0": "3f6e19805b9ac276ac9897938819073c",
+}
+
+
+def weight() -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """(16, 256), with one block of zeros."""
+    drawn = np.random.RandomState(5).standard_normal((16, 256)) / 16
+    drawn[3, 32:64] = 0
+    return drawn.astype(np.float32)
+
+
+@pytest.mark.parametrize("stored", sorted(BY_GGML))
+def test_rounding_to_nearest_gives_llama_cpps_bytes(stored: str) -> None:
+    found = blocks.rounded("a weight", weight(), stored)
+    assert hashlib.sha256(found.tobytes()).hexdigest()[:32] == BY_GGML[stored]
+
+
+@pytest.mark.parametrize("method", ["search", "gptq"])
+@pytest.mark.parametrize("stored", sorted(GGML_GRIDS))
+def test_packed_codes_mean_to_the_gguf_package_what_they_mean_here(stored: str, method: str) -> None:
+    inputs = np.random.RandomState(6).standard_normal((600, 256)).astype(np.float32)
+    codes = requantize(weight(), GGML_GRIDS[stored], method, inputs.T @ inputs)
+    packed = blocks.packed(codes)
+    assert packed.size == blocks.size(stored, (16, 256))
+    read = gguf.quants.dequantize(packed.reshape(16, -1), tensor_types.ggml_type(stored))
+    assert np.array_equal(read, codes.dequantize())
+    # Compensation also uses weights that are zero to make up for others' errors.
+    assert method == "gptq" or not read[3, 32:64].any()
+
+
+@pytest.mark.parametrize("stored", sorted(GGML_GRIDS))
+def test_compensation_makes_up_for_errors_on_llama_cpps_grids(stored: str) -> None:
+    """The measure is the layer's output error, on inputs that depend on each other."""
+    draw = np.random.RandomState(7)
+    inputs = (draw.standard_normal((2000, 256)) @ draw.standard_normal((256, 256))).astype(np.float32)
+    gram = inputs.T @ inputs
+
+    def error(method: str) -> float:
+        left = weight() - requantize(weight(), GGML_GRIDS[stored], method, gram).dequantize()
+        return float(((left @ gram) * left).sum())
+
+    assert error("gptq") < 0.6 * error("search")
+
+
+def test_a_value_beyond_float16_is_refused() -> None:
+    from vera_edge.errors import PlanError
+
+    with pytest.raises(PlanError, match="has values beyond fp16's largest"):
+        blocks.rounded("blk.0.ffn_up.weight", weight() * np.float32(1e7), "fp16")
