@@ -66,7 +66,7 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> list
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """`values`: float32 (in, in), symmetric: X^T X / n over its mean diagonal `mean`, with `damp` on the diagonal.
+    """`values`: float32 (in, in), symmetric: X^T X / n over its mean diagonal `mean`, `damp` on its diagonal.
 
     Damping stands for what calibration didn't see, keeps the factor defined, and keeps inputs that were
     always zero from being free to take any weight.
