@@ -110,4 +110,5 @@ def test_ctrl_c_ends_a_stream_with_a_word_and_no_traceback(bundle: Path) -> None
         answer = connection.getresponse()
         assert answer.status == 200 and answer.readline().startswith(b"data: {")
     rest = answer.read()
+    connection.close()
     assert b"the server ends" in rest and rest.endswith(b"data: [DONE]\n\n")

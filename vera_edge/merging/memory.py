@@ -16,7 +16,7 @@ from vera_edge.parallel import Engine
 from vera_edge.storage.shards import nbytes
 
 _PROCESS = 96 << 20  # Python, numpy and what vera-edge imports, measured with some to spare
-_COMPILER = 160 << 20  # numba and LLVM, alike
+_COMPILER = 240 << 20  # numba and LLVM while they compile, alike
 _PIECES = 16 << 20  # what is worked on piece by piece (formats.CHUNK_VALUES)
 ROOM = 1 << 30
 

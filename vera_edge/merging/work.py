@@ -37,7 +37,9 @@ from vera_edge.storage.shards import Shards, nbytes
 from vera_edge.storage.tensors import RawTensor, WitnessedFolder
 from vera_edge.trained.trained_model import TrainedModel
 
-COMPILED_FROM = 1 << 29  # weights for which loading numba, about a second and 150 MB, is worth it
+COMPILED_FROM = (
+    1 << 29
+)  # weights for which loading numba, about a second and 150 MB (240 MB where it compiles), is worth it
 _AHEAD = 1 << 28  # bytes of one tensor to fetch ahead; a longer one is read in order, which the system sees
 
 

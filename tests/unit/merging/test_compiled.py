@@ -68,7 +68,7 @@ def test_larger_products_of_a_wide_layer_sum_alike(out: int, monkeypatch: pytest
     rng, inside, rank = np.random.default_rng(3), 20_000, 8
     vectors = LambdaVectors(*(rng.standard_normal(size).astype(np.float32) for size in (out, rank)))
     adapter = Adapter(Path(), "a", None, rank, 7, {"fc": vectors}, None, {}, {}, {}, None, "0")
-    change = delta.Delta("fc", inside, [(adapter, 1.0)], regenerate(ProjectionSpec(3, rank, out, inside)))
+    change = delta.Delta("fc", inside, [(adapter, 1.0)], regenerate(ProjectionSpec(3, rank, inside, out)))
     bf16 = formats.get("bf16")
     base = bf16.quantize(rng.standard_normal((out, inside)).astype(np.float32), bf16.options({}))
     large = delta.merge_rows("fc", base, change)
