@@ -105,6 +105,7 @@ class Walk:
         with torch.inference_mode():
             stack, hidden = self._opened(room)
             original = _copied(hidden, room) if self.sees == "inputs" else hidden
+            plan: GroupPlan | None = None
             for index in range(len(stack.layers)):
                 self.progress("calibrating", index, len(stack.layers))
                 with stack.placed(index):
@@ -112,7 +113,8 @@ class Walk:
                     if self.sees == "original":
                         _plain(layer, hidden, answer, recall)
                     else:
-                        _following(layer, hidden, original, room, answer, recall)
+                        plan = GroupPlan.of(layer, original, plan)
+                        _following(layer, plan, hidden, original, room, answer, recall)
             self.progress("calibrating", len(stack.layers), len(stack.layers))
 
     def _opened(self, room: Room) -> tuple[Stack, HiddenStates]:
@@ -158,10 +160,15 @@ def _plain(layer: Layer, hidden: HiddenStates, answer: Answer, recall: Recall) -
 
 
 def _following(
-    layer: Layer, hidden: HiddenStates, original: HiddenStates, room: Room, answer: Answer, recall: Recall
+    layer: Layer,
+    plan: GroupPlan,
+    hidden: HiddenStates,
+    original: HiddenStates,
+    room: Room,
+    answer: Answer,
+    recall: Recall,
 ) -> None:
     """One layer input by input, each with the changes before it; both streams have its outputs in the end."""
-    plan = GroupPlan.of(layer, original)
     kept = {module: layer.state(module) for group in plan.groups for module in group}
     before = GroupPasses(layer, plan, original, kept, room)
     now = GroupPasses(layer, plan, hidden, dict(kept), room)

@@ -31,8 +31,11 @@ class GroupPlan:
     widths: Mapping[str, int] = field(default_factory=dict)  # of what linears give
 
     @classmethod
-    def of(cls, layer: Layer, states: HiddenStates) -> GroupPlan:
-        """Look at a layer that reads `states`: at the longest of the texts, in which most shows."""
+    def of(cls, layer: Layer, states: HiddenStates, like: GroupPlan | None = None) -> GroupPlan:
+        """Look at a layer that reads `states`: at the longest of the texts, in which most shows.
+
+        like: the plan of a layer before it, which is taken over where it holds for this one too.
+        """
         row = max(range(len(states)), key=lambda number: (states[number].numel(), -number))
         hidden = states[row]
         groups, added_to = layer.groups(hidden, row), layer.added_to(hidden, row)
@@ -41,22 +44,30 @@ class GroupPlan:
             for group in groups
         )
         plan = cls(tuple(groups), wanted)
-        modules = [module for group in groups for module in group]
+        modules = plan.before(len(groups))
         if len(set(modules)) < len(modules):
             return plan
-        outputs = layer.outputs(hidden, row)
-        needed = []
+        look, guess, needed = _Look(layer, plan, hidden, row), plan.renamed(like), []
         for target in range(len(groups) + 1):
-            found = plan._needed(layer, hidden, row, outputs, target)
+            found = guess[target] if guess is not None and look.holds(target, guess[target]) else None
+            found = look.needed(target) if found is None else found
             if found is None:
                 return plan
             needed.append(found)
-        widths = {module: outputs[module].shape[-1] for module in modules}
+        widths = {module: look.outputs[module].shape[-1] for module in modules}
         return cls(plan.groups, wanted, tuple(needed), widths)
 
     def before(self, target: int) -> list[str]:
         """The linears of the groups before this one."""
         return [module for group in self.groups[:target] for module in group]
+
+    def renamed(self, like: GroupPlan | None) -> tuple[frozenset[str], ...] | None:
+        """What another plan needs, by the names of this one's linears; None where they are others."""
+        if like is None or like.needed is None or [*map(len, like.groups)] != [*map(len, self.groups)]:
+            return None
+        count = len(self.groups)
+        names = dict(zip(like.before(count), self.before(count), strict=True))
+        return tuple(frozenset(names[module] for module in needed) for needed in like.needed)
 
     def run(
         self, layer: Layer, hidden: torch.Tensor, row: int, target: int
@@ -66,38 +77,47 @@ class GroupPlan:
             return {}, layer(hidden, row)
         return layer.inputs(self.wanted[target], hidden, row)
 
-    def _needed(
-        self,
-        layer: Layer,
-        hidden: torch.Tensor,
-        row: int,
-        outputs: Mapping[str, torch.Tensor],
-        target: int,
-    ) -> frozenset[str] | None:
-        before = self.before(target)
-        wanted = _reached(*self.run(layer, hidden, row, target))
 
-        def reached(changed: Mapping[str, torch.Tensor]) -> bool:
-            """Whether what is wanted comes out the same where these linears give something else."""
-            with layer.giving({module: outputs[module] for module in before} | dict(changed)):
-                found = _reached(*self.run(layer, hidden, row, target))
-            return all(torch.equal(one, two) for one, two in zip(found, wanted, strict=True))
+class _Look:
+    """One text through a layer, to see what depends on what."""
 
-        if not reached({}):
+    def __init__(self, layer: Layer, plan: GroupPlan, hidden: torch.Tensor, row: int) -> None:
+        self._layer, self._plan, self._hidden, self._row = layer, plan, hidden, row
+        self.outputs = layer.outputs(hidden, row)
+        parts = list(dict.fromkeys(part for parts in plan.wanted for part in parts))
+        reads, output = layer.inputs(parts, hidden, row, to_the_end=True)
+        assert output is not None
+        self._expected = [[reads[part] for part in parts] for parts in plan.wanted] + [[output]]
+
+    def needed(self, target: int) -> frozenset[str] | None:
+        """See `GroupPlan.needed`; None where what is wanted isn't told by the outputs of linears alone."""
+        if not self._same(target, {}):
             return None
+        found = frozenset(module for module in self._plan.before(target) if not self._spare(target, [module]))
+        return found if self.holds(target, found) else None
+
+    def holds(self, target: int, needed: frozenset[str]) -> bool:
+        """Whether nothing but these matters."""
+        rest = [module for module in self._plan.before(target) if module not in needed]
+        return self._same(target, {}) and self._spare(target, rest)
+
+    def _spare(self, target: int, modules: list[str]) -> bool:
+        """Whether it doesn't matter what these linears give: zeros, or any numbers."""
         draw = torch.Generator().manual_seed(target)
-        needed = set()
-        for module in before:
-            zeros = torch.zeros_like(outputs[module])
-            other = torch.randn(zeros.shape, generator=draw, dtype=zeros.dtype)
-            if not (reached({module: zeros}) and reached({module: other})):
-                needed.add(module)
-        rest = {module: torch.zeros_like(outputs[module]) for module in before if module not in needed}
-        return frozenset(needed) if reached(rest) else None
+        zeros = {module: torch.zeros_like(self.outputs[module]) for module in modules}
+        others = {
+            module: torch.randn(values.shape, generator=draw, dtype=values.dtype)
+            for module, values in zeros.items()
+        }
+        return not modules or (self._same(target, zeros) and self._same(target, others))
 
-
-def _reached(values: Mapping[str, torch.Tensor], output: torch.Tensor | None) -> list[torch.Tensor]:
-    return [*values.values(), *(() if output is None else (output,))]
+    def _same(self, target: int, changed: Mapping[str, torch.Tensor]) -> bool:
+        """Whether what is wanted comes out the same where these linears give something else."""
+        given = {module: self.outputs[module].clone() for module in self._plan.before(target)}
+        with self._layer.giving(given | dict(changed)):
+            reads, output = self._plan.run(self._layer, self._hidden, self._row, target)
+        found = [output] if output is not None else [reads[part] for part in self._plan.wanted[target]]
+        return all(torch.equal(one, two) for one, two in zip(found, self._expected[target], strict=True))
 
 
 class GroupPasses:

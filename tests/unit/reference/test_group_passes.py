@@ -69,8 +69,8 @@ def test_no_bit_changes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     plans: list[GroupPlan] = []
     whole = GroupPlan.of
 
-    def kept(layer: Any, hidden: HiddenStates) -> GroupPlan:
-        plans.append(whole(layer, hidden))
+    def kept(layer: Any, hidden: HiddenStates, like: GroupPlan | None) -> GroupPlan:
+        plans.append(whole(layer, hidden, like))
         return plans[-1]
 
     monkeypatch.setattr(group_passes.GroupPlan, "of", kept)
