@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 import vera_edge
 from vera_edge.cli.show import (
@@ -95,6 +98,7 @@ WEIGHTS = ("same", *STORED, "int2", "nf4", "fp4")
 @method_option
 @calibration_option
 @recover_option
+@click.option("--dry-run", is_flag=True, help="Say what it would write and take, and write nothing.")
 @force_option
 @quiet_option
 @json_option
@@ -123,39 +127,38 @@ def export(
     method: str | None,
     calibration: str,
     recover: tuple[str, ...],
+    dry_run: bool,
     force: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Export BASE with ADAPTER to a folder that ONNX Runtime and ONNX Runtime GenAI open as it is."""
     refuse_beside_plan("mode", "weights", "block", "symmetric", "activations")
+    pairs = [(adapter, weight), *more]
+    asked: dict[str, Any] = {
+        "target": target,
+        "mode": mode,
+        "weights": weights,
+        "run": run,
+        "block": block,
+        "symmetric": symmetric,
+        "accuracy_level": accuracy_level,
+        "activations": activations,
+        "head": head,
+        "store_projections": store_projections,
+        "projections_from": projections_from,
+        "vectors": vectors,
+        "projection_rounding": projection_rounding,
+        "trained_as": trained_as,
+        "tokenizer": tokenizer,
+        "plan": plan_file,
+    }
+    if dry_run:
+        _show_planned(vera_edge.plan_export(base, pairs, **asked), as_json)
+        return
+    asked |= {"method": method, "calibration": calibration, "recover": recover, "force": force}
     with progress_bar(quiet or as_json) as progress:
-        result = vera_edge.export(
-            base,
-            [(adapter, weight), *more],
-            out=folder,
-            target=target,
-            mode=mode,
-            weights=weights,
-            run=run,
-            block=block,
-            symmetric=symmetric,
-            accuracy_level=accuracy_level,
-            activations=activations,
-            head=head,
-            store_projections=store_projections,
-            projections_from=projections_from,
-            vectors=vectors,
-            projection_rounding=projection_rounding,
-            trained_as=trained_as,
-            tokenizer=tokenizer,
-            plan=plan_file,
-            method=method,
-            calibration=calibration,
-            recover=recover,
-            force=force,
-            progress=progress,
-        )
+        result = vera_edge.export(base, pairs, out=folder, progress=progress, **asked)
     if as_json:
         print_json(result.to_dict())
         return
@@ -166,3 +169,17 @@ def export(
         console.print(f"adapter {name}: {path}")
     for note in result.notes:
         console.print(note)
+
+
+def _show_planned(planned: vera_edge.PlannedExport, as_json: bool) -> None:
+    if as_json:
+        print_json(planned.to_dict())
+        return
+    cost, table = planned.cost, Table("export", "", box=SIMPLE_HEAD)
+    table.add_row("writes", f"about {cost.size / 1e6:,.1f} MB")
+    table.add_row("disk", f"about {cost.disk / 1e6:,.1f} MB at most")
+    table.add_row("memory", f"about {cost.memory / 1e6:,.0f} MB at most")
+    table.add_row("time", f"about {cost.seconds:,.0f} s, and calibration where the method needs it")
+    out().print(table)
+    for note in planned.notes:
+        out().print(note)
