@@ -198,3 +198,10 @@ def _register_layer_norm() -> None:
 
     made.set_type_and_shape_inference_function(infer)
     defs.register_schema(made)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What all files of a folder hold, by relative name."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }

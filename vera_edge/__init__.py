@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from vera_edge.api.drift import Interval as Interval
     from vera_edge.api.drift import drift as drift
     from vera_edge.api.export import Export as Export
+    from vera_edge.api.export import PlannedExport as PlannedExport
     from vera_edge.api.export import export as export
+    from vera_edge.api.export import plan_export as plan_export
     from vera_edge.api.fetch import Fetched as Fetched
     from vera_edge.api.fetch import fetch as fetch
     from vera_edge.api.golden import golden as golden
@@ -91,7 +93,7 @@ _PUBLIC = {
     "api.diff": ("Difference", "diff", "diff_adapters"),
     "api.doctor": ("Diagnosis", "doctor"),
     "api.drift": ("DriftReport", "EncoderReport", "Interval", "drift"),
-    "api.export": ("Export", "export"),
+    "api.export": ("Export", "PlannedExport", "export", "plan_export"),
     "api.fetch": ("Fetched", "fetch"),
     "api.golden": ("golden",),
     "api.inspect": ("Inspection", "inspect"),

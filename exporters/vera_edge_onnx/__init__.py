@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vera_edge.errors import TargetError
+from vera_edge.exporting.costs import ExportCost
 from vera_edge.exporting.target import Export, ExportRequest
 from vera_edge.tasks import task as tasks
 from vera_edge_onnx.classes import ENCODER_OF
@@ -29,6 +30,15 @@ class OnnxExporter:
         from vera_edge_onnx.encoder import export as encoder
 
         return encoder.export(request, self.name, name)
+
+    def estimate(self, request: ExportRequest, timed: bool = True) -> ExportCost:
+        """What `export` takes and writes, by estimate; writes nothing. Raises as it does on the request."""
+        from vera_edge_onnx import options
+        from vera_edge_onnx.estimate import estimate
+
+        options.check(request, self.name)
+        name = tasks.architecture(request.model.checkpoint.config)
+        return estimate(request, timed, not tasks.is_decoder(name) or name in ENCODER_OF)
 
 
 EXPORTER = OnnxExporter()

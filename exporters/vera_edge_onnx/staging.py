@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,25 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.adapters.vera import Adapter
-from vera_edge.exporting.target import BUILT_IN, ExportRequest
+from vera_edge.errors import OutputError
+from vera_edge.exporting.target import BUILT_IN, EXPORT, ExportRequest
 from vera_edge.merging.work import key_of as merge_key
 from vera_edge.requantize.correction import Correction
-from vera_edge.storage.files import check_output, commit_folder, output_error, sha256_bytes, sha256_file
+from vera_edge.storage import resumable
+from vera_edge.storage.files import (
+    check_output,
+    commit_folder,
+    output_error,
+    settle,
+    sha256_bytes,
+    sha256_file,
+)
 from vera_edge.storage.json_text import canonical_json
-from vera_edge.storage.resumable import resumable_folder
+from vera_edge.storage.lock import exclusive
 from vera_edge_onnx.graph import spool as spools
 from vera_edge_onnx.graph.computed import rows_file
 from vera_edge_onnx.graph.spool import Spool
 from vera_edge_onnx.manifest_fields import tools
-
-_PURPOSE = "export"
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,13 @@ def opened(request: ExportRequest, kind: str) -> Iterator[Stage]:
 
     kind: "decoder" or "encoder". Raises OutputError when the target is taken, or can't be written.
     """
+    _end(request.out.absolute())
     check_output(request.out, request.force)
     target, key = request.out.absolute(), key_of(request, kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (
-            resumable_folder(target, _PURPOSE, key, _has_progress) as folder,
+            resumable.resumable_folder(target, EXPORT, key, _has_progress) as folder,
             spools.opened(folder, key) as spool,
         ):
             stage = Stage(folder / "out", folder / "work", spool)
@@ -65,6 +73,18 @@ def opened(request: ExportRequest, kind: str) -> Iterator[Stage]:
             commit_folder(stage.out, target)
     except OSError as cause:
         raise output_error(target, cause) from cause
+
+
+def _end(target: Path) -> None:
+    """End what a run left that was killed while it put the bundle in its place, or after that."""
+    folder = resumable.folder_of(target, EXPORT)
+    if not folder.is_dir():
+        return
+    # Who holds the lock tidies up by itself.
+    with suppress(OutputError, OSError), exclusive(folder / "lock", f"export into {target}"):
+        settle(target)
+        if target.is_dir() and any(target.iterdir()) and not any(folder.glob("*/out")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _has_progress(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""`vera_edge.export`: base and adapter as a folder that ONNX Runtime opens."""
+"""`vera_edge.export`: base and adapter as a folder that ONNX Runtime opens; `plan_export`: what it takes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vera_edge.api.arguments import (
 )
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.exporting import target as targets
-from vera_edge.exporting.target import Export
+from vera_edge.exporting.target import Asked, Export, PlannedExport
 from vera_edge.plans.plan import Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.rounding.weight_rounding import Rounding
 
-__all__ = ["Export", "export"]
+__all__ = ["Export", "PlannedExport", "export", "plan_export"]
 
 
 def export(
@@ -146,3 +146,68 @@ def export(
         trained_as=loading(trained_as),
         tokenizer=path_or_none(tokenizer),
     )
+
+
+def plan_export(
+    base: StrPath,
+    adapter: Adapters,
+    *,
+    target: str = "onnx",
+    mode: str = "merged",
+    weights: str = "fp32",
+    run: str | None = None,
+    weight: float = 1.0,
+    block: int | None = None,
+    symmetric: bool | None = None,
+    accuracy_level: str | int | None = None,
+    activations: str | None = None,
+    head: str | None = None,
+    store_projections: str | None = None,
+    projections_from: str | None = None,
+    vectors: str | None = None,
+    projection_rounding: str | None = None,
+    trained_as: str | TrainedAs | None = None,
+    tokenizer: StrPath | None = None,
+    plan: StrPath | Plan | None = None,
+) -> PlannedExport:
+    """Say what `export` would write and take, and write nothing (`vera-edge export --dry-run`).
+
+    Args:
+        base, adapter, target, ...: all as in `export`.
+
+    Returns:
+        A PlannedExport: the plan, and `cost`: bytes of the folder, of memory and of the disk, and seconds,
+        estimated by trying one layer; calibration comes on top.
+
+    Raises:
+        A VeraEdgeError as `export` does.
+
+    Example:
+        >>> planned = vera_edge.plan_export("base", "adapter", weights="int8")
+        >>> planned.plan.weights, planned.cost.size > 0
+        ('int8', True)
+    """
+    made = plan_or_none(
+        plan,
+        mode=(mode, "merged"),
+        weights=(weights, "fp32"),
+        block=(block, None),
+        symmetric=(symmetric, None),
+        activations=(activations, None),
+    )
+    options = {
+        "head": head,
+        "projections": store_projections,
+        "origin": projections_from,
+        "run": run,
+        "block": None if block is None else str(block),
+        "symmetric": None if symmetric is None else str(symmetric).lower(),
+        "accuracy_level": None if accuracy_level is None else str(accuracy_level),
+        "activations": activations,
+        "vectors": vectors,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    asked = Asked(
+        target, mode, weights, given, projection_rounding, made, loading(trained_as), path_or_none(tokenizer)
+    )
+    return targets.plan_export(Path(base), weighted(adapter, weight), Path("export"), asked)

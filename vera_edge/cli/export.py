@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 import vera_edge
 from vera_edge.cli.show import (
@@ -99,6 +102,7 @@ GGUF_WEIGHTS = "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4
 @calibration_option
 @recover_option
 @click.option("--max-memory", metavar="SIZE", help="Calibrate models of over half of it, like 6GB, by layer.")
+@click.option("--dry-run", is_flag=True, help="Say what it would write and take, and write nothing.")
 @force_option
 @quiet_option
 @json_option
@@ -129,41 +133,39 @@ def export(
     calibration: str,
     recover: tuple[str, ...],
     max_memory: str | None,
+    dry_run: bool,
     force: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
     """Export BASE with ADAPTER to a folder that ONNX Runtime, GenAI, or llama.cpp (--target gguf) opens."""
     refuse_beside_plan("mode", "weights", "block", "symmetric", "activations")
+    pairs = [(adapter, weight), *more]
+    asked: dict[str, Any] = {
+        "target": target,
+        "mode": mode,
+        "weights": weights,
+        "run": run,
+        "block": block,
+        "symmetric": symmetric,
+        "accuracy_level": accuracy_level,
+        "activations": activations,
+        "head": head,
+        "store_projections": store_projections,
+        "projections_from": projections_from,
+        "vectors": vectors,
+        "projection_rounding": projection_rounding,
+        "trained_as": trained_as,
+        "tokenizer": tokenizer,
+        "plan": plan_file,
+    }
+    if dry_run:
+        _show_planned(vera_edge.plan_export(base, pairs, **asked), as_json)
+        return
+    asked |= {"method": method, "effort": effort, "calibration": calibration, "recover": recover}
+    asked |= {"max_memory": max_memory, "force": force}
     with progress_bar(quiet or as_json) as progress:
-        result = vera_edge.export(
-            base,
-            [(adapter, weight), *more],
-            out=folder,
-            target=target,
-            mode=mode,
-            weights=weights,
-            run=run,
-            block=block,
-            symmetric=symmetric,
-            accuracy_level=accuracy_level,
-            activations=activations,
-            head=head,
-            store_projections=store_projections,
-            projections_from=projections_from,
-            vectors=vectors,
-            projection_rounding=projection_rounding,
-            trained_as=trained_as,
-            tokenizer=tokenizer,
-            plan=plan_file,
-            method=method,
-            effort=effort,
-            calibration=calibration,
-            recover=recover,
-            max_memory=max_memory,
-            force=force,
-            progress=progress,
-        )
+        result = vera_edge.export(base, pairs, out=folder, progress=progress, **asked)
     if as_json:
         print_json(result.to_dict())
         return
@@ -174,3 +176,17 @@ def export(
         console.print(f"adapter {name}: {path}")
     for note in result.notes:
         console.print(note)
+
+
+def _show_planned(planned: vera_edge.PlannedExport, as_json: bool) -> None:
+    if as_json:
+        print_json(planned.to_dict())
+        return
+    cost, table = planned.cost, Table("export", "", box=SIMPLE_HEAD)
+    table.add_row("writes", f"about {cost.size / 1e6:,.1f} MB")
+    table.add_row("disk", f"about {cost.disk / 1e6:,.1f} MB at most")
+    table.add_row("memory", f"about {cost.memory / 1e6:,.0f} MB at most")
+    table.add_row("time", f"about {cost.seconds:,.0f} s, and calibration where the method needs it")
+    out().print(table)
+    for note in planned.notes:
+        out().print(note)

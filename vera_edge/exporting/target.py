@@ -20,6 +20,7 @@ import numpy.typing as npt
 from vera_edge.arrays import Float32
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import PlanError, TargetError
+from vera_edge.exporting.costs import ExportCost, check_room
 from vera_edge.formats.blocks import SIZES, check_kind
 from vera_edge.plans import plan as plans
 from vera_edge.plans import step_options
@@ -28,11 +29,13 @@ from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes
 from vera_edge.requantize.correction import Correction
 from vera_edge.storage.files import check_output
+from vera_edge.storage.resumable import held as held_of
 from vera_edge.trained.text_settings import with_fast_tokenizer
 from vera_edge.trained.trained_model import TrainedModel, open_model
 
 GROUP = "vera_edge.exporters"
 BUILT_IN = "built-in"
+EXPORT = "export"  # the purpose of the hidden folder in which one grows
 OLD_NAMES = {"genai": "onnx"}  # names of earlier versions, which go on working for a release
 WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "int2", "nf4", "fp4")  # what linears can be asked to be
 _BLOCKS = {"int8": 8, "int4": 4, "int2": 2}
@@ -276,10 +279,83 @@ def export(
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
     check_output(out, force, (base, *(path for path, _ in adapter_paths)))
+    asked = Asked(target, mode, weights, options or {}, projection_rounding, plan, trained_as, tokenizer)
+    exporter, request, notes = _prepare(base, adapter_paths, out, asked)
+    estimate = getattr(exporter, "estimate", None)
+    if estimate is not None:
+        check_room(estimate(request, timed=False), out, held_of(out, EXPORT))
+    rounds = (
+        rounding.codes(request.model, request.plan, out, progress)
+        if rounding
+        else nullcontext(RoundedWeights({}, (), request.model))
+    )
+    with rounds as rounded:
+        request = replace(
+            request,
+            model=rounded.model,
+            force=force,
+            progress=progress,
+            requantized=rounded.codes,
+            text=rounding.text if rounding else BUILT_IN,
+            corrections=rounded.corrections,
+        )
+        exported = exporter.export(request)
+    return replace(exported, notes=(*notes, *rounded.notes, *exported.notes))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of an export, as `export` takes it."""
+
+    target: str = "onnx"
+    mode: str = "merged"
+    weights: str = "fp32"
+    options: Mapping[str, str] = field(default_factory=dict)
+    projection_rounding: str | None = None
+    plan: Plan | None = None
+    trained_as: TrainedAs | None = None
+    tokenizer: Path | None = None
+
+
+@dataclass(frozen=True)
+class PlannedExport:
+    """What an export would do: its plan, layer by layer, and what it would write and take, by estimate.
+
+    notes: sentences for a person to read.
+    """
+
+    plan: Plan
+    cost: ExportCost
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {"plan": self.plan.to_dict(), "cost": self.cost.to_dict(), "notes": list(self.notes)}
+
+
+def plan_export(
+    base: Path, adapter_paths: Sequence[tuple[Path, float]], out: Path, asked: Asked
+) -> PlannedExport:
+    """Say what `export` would do, and write nothing; computes one layer to tell.
+
+    Raises as `export` does, and TargetError for a target that doesn't tell.
+    """
+    exporter, request, notes = _prepare(base, adapter_paths, out, asked)
+    estimate = getattr(exporter, "estimate", None)
+    if estimate is None:
+        raise TargetError(f"the target {exporter.name} doesn't tell beforehand what an export takes")
+    return PlannedExport(request.plan, estimate(request), tuple(notes))
+
+
+def _prepare(
+    base: Path, adapter_paths: Sequence[tuple[Path, float]], out: Path, asked: Asked
+) -> tuple[Exporter, ExportRequest, list[str]]:
+    """The target, what is asked of it before anything is rounded, and notes."""
+    target, plan = asked.target, asked.plan
     exporter = find(target)
     if not adapter_paths:
         raise PlanError("give at least one adapter to export")
-    model = open_model(base, adapter_paths, projection_rounding, trained_as, tokenizer)
+    model = open_model(base, adapter_paths, asked.projection_rounding, asked.trained_as, asked.tokenizer)
     if plan is not None:
         plans.check_made_for(plan, model)
         step_options.check(plan, model.checkpoint, graph=True)
@@ -287,9 +363,9 @@ def export(
 
     model = replace(model, checkpoint=with_fast_tokenizer(model.checkpoint))
     check_complete(model.checkpoint)
-    options = dict(options or {})
+    options = dict(asked.options)
     if plan is None:
-        plan = plans.plan_model(model, mode, planned_weights(exporter, weights))
+        plan = plans.plan_model(model, asked.mode, planned_weights(exporter, asked.weights))
     plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
     plan = with_activations(plan, options.pop("activations", FLOAT))
     if isinstance(exporter, WithFormats):
@@ -297,20 +373,4 @@ def export(
     notes = dict.fromkeys([*model.notes, *model.checkpoint.notes])
     if target in OLD_NAMES:
         notes[f"the target {target} is called {exporter.name} now; write that"] = None
-    rounds = (
-        rounding.codes(model, plan, out, progress) if rounding else nullcontext(RoundedWeights({}, (), model))
-    )
-    with rounds as rounded:
-        request = ExportRequest(
-            rounded.model,
-            plan,
-            out,
-            {**stored_options(plan), **options},
-            force,
-            progress,
-            rounded.codes,
-            text=rounding.text if rounding else BUILT_IN,
-            corrections=rounded.corrections,
-        )
-        exported = exporter.export(request)
-    return replace(exported, notes=(*notes, *rounded.notes, *exported.notes))
+    return exporter, ExportRequest(model, plan, out, {**stored_options(plan), **options}), list(notes)

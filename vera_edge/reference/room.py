@@ -22,8 +22,13 @@ def fits(checkpoint: Checkpoint, max_memory: int | None = None) -> bool:
 
     max_memory: bytes. It holds on systems that don't say how much is free.
     """
-    limits = [limit for limit in (max_memory, _available(), _left_in_group()) if limit is not None]
+    limits = [limit for limit in (max_memory, free_memory()) if limit is not None]
     return not limits or float32_size(checkpoint) <= min(limits) // _SHARE
+
+
+def free_memory() -> int | None:
+    """Bytes that this process can still have; None on systems that don't say."""
+    return min((free for free in (_available(), _left_in_group()) if free is not None), default=None)
 
 
 def note(checkpoint: Checkpoint) -> str:

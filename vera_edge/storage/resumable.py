@@ -30,6 +30,12 @@ def files_of(target: Path, purpose: str, key: str) -> Path:
     return folder_of(target, purpose) / key[:_KEY_DIGITS]
 
 
+def held(target: Path, purpose: str) -> int:
+    """Bytes on the disk of what earlier work of this purpose left."""
+    folder = folder_of(target, purpose)
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 @contextmanager
 def resumable_folder(
     target: Path,
