@@ -52,8 +52,8 @@ def rotary(config: Any, head_size: int, factors: Sequence[str]) -> RotaryMetadat
     kind = str(full.get("rope_type", "default"))
     if kind in ("llama3", "longrope") and kind not in factors:
         raise TargetError(
-            f"rotary embeddings are scaled by {kind}, for which llama.cpp has no place in this family; export "
-            "it to onnx"
+            f"rotary embeddings are scaled by {kind}, for which llama.cpp has no place in this family; "
+            "export it to onnx"
         )
     scaled = _scaled(full, int(config.max_position_embeddings), dimensions)
     return scaled._replace(metadata={**metadata, **scaled.metadata})
