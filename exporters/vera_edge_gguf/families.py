@@ -19,6 +19,7 @@ class Family:
     interleaved: rotary embeddings turn neighbouring rows of a head, where transformers turns its two halves.
     norm_shift: transformers multiplies by 1 + weight. window: layers with a sliding window are computed.
     biases: which linears of a layer may have one. tied: the output head is the embedding, always.
+    factors: the ways to scale rotary embeddings by a factor for each pair of rows, for which it has a place.
     """
 
     architecture: str
@@ -28,18 +29,19 @@ class Family:
     window: bool = False
     biases: frozenset[str] = frozenset()
     tied: bool = False
+    factors: tuple[str, ...] = ()
 
 
 _QKV = frozenset({"attn_q", "attn_k", "attn_v"})
 _ALL = _QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 _GELU = ("gelu_pytorch_tanh",)
 FAMILIES: Mapping[str, Family] = {
-    "LlamaForCausalLM": Family("llama", interleaved=True, biases=_ALL),
-    "MistralForCausalLM": Family("llama", interleaved=True),
+    "LlamaForCausalLM": Family("llama", interleaved=True, biases=_ALL, factors=("llama3", "longrope")),
+    "MistralForCausalLM": Family("llama", interleaved=True, factors=("llama3", "longrope")),
     "SmolLM3ForCausalLM": Family("smollm3", interleaved=True, biases=_QKV),
     "Qwen2ForCausalLM": Family("qwen2", biases=_QKV),
     "Qwen3ForCausalLM": Family("qwen3", biases=_QKV),
-    "Phi3ForCausalLM": Family("phi3"),
+    "Phi3ForCausalLM": Family("phi3", factors=("longrope",)),
     "Gemma2ForCausalLM": Family("gemma2", _GELU, norm_shift=True, window=True, biases=_QKV, tied=True),
     "Gemma3ForCausalLM": Family("gemma3", _GELU, norm_shift=True, window=True, biases=_QKV),
     "GPT2LMHeadModel": Family(

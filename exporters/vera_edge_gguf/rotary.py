@@ -7,7 +7,7 @@ formula: transformers' modeling_rope_utils.py (llama3, longrope, yarn).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +28,11 @@ class RotaryMetadata(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def rotary(config: Any, head_size: int) -> RotaryMetadata:
-    """Of a text model's config (transformers'). Raises TargetError for a scaling that llama.cpp lacks."""
+def rotary(config: Any, head_size: int, factors: Sequence[str]) -> RotaryMetadata:
+    """Of a text model's config (transformers'). Raises TargetError for a scaling that llama.cpp lacks.
+
+    factors: the ways to scale for which the family has a place for factors.
+    """
     given = dict(getattr(config, "rope_parameters", None) or {})
     full = dict(given.get("full_attention") or given)
     sliding = given.get("sliding_attention")
@@ -46,6 +49,12 @@ def rotary(config: Any, head_size: int) -> RotaryMetadata:
                 "it to onnx"
             )
         metadata["rope.freq_base_swa"] = float(sliding.get("rope_theta", 10000.0))
+    kind = str(full.get("rope_type", "default"))
+    if kind in ("llama3", "longrope") and kind not in factors:
+        raise TargetError(
+            f"rotary embeddings are scaled by {kind}, for which llama.cpp has no place in this family; "
+            "export it to onnx"
+        )
     scaled = _scaled(full, int(config.max_position_embeddings), dimensions)
     return scaled._replace(metadata={**metadata, **scaled.metadata})
 

@@ -17,7 +17,7 @@ tokens = model.tokenize(prompt.encode(), add_bos=True, special=False)
 found = []
 for token in model.generate(tokens, temp=0.0, repeat_penalty=1.0):
     found.append(token)
-    if len(found) == count or token == model.token_eos():
+    if len(found) == count:
         break
 text = model.detokenize(found).decode(errors="replace")
 print(json.dumps({"consumer": "llama.cpp", "text": text, "tokens": tokens}))

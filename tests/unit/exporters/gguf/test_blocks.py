@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
-from vera_edge.requantize import GGML_GRIDS, requantize
+from vera_edge.requantize import GGML_GRIDS, CodesFolder, requantize
 from vera_edge_gguf import blocks, tensor_types
 
 # SHA-256, its first half, of what ggml_quantize_chunk (llama-cpp-python 0.3.36) made of `weight()`.
@@ -19,6 +20,9 @@ BY_GGML = {
     "q4_1": "3c1ddd09430267657150baa33d4a9e6c",
     "q4_0": "3f6e19805b9ac276ac9897938819073c",
 }
+
+# Its squared error for types whose scales are searched for.
+BY_GGML_SQUARES = {"q4_k": 0.08104, "q5_k": 0.02129, "q6_k": 0.00518, "iq4_nl": 0.09238}
 
 
 def weight() -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
@@ -59,6 +63,30 @@ def test_compensation_makes_up_for_errors_on_llama_cpps_grids(stored: str) -> No
         return float(((left @ gram) * left).sum())
 
     assert error("gptq") < 0.6 * error("search")
+
+
+@pytest.mark.parametrize("stored", ["q4_0", "q4_1", "q5_k", "q6_k"])
+def test_codes_come_back_from_the_disk_as_they_were(stored: str, tmp_path: Path) -> None:
+    codes = requantize(weight(), GGML_GRIDS[stored], "search")
+    folder = CodesFolder(tmp_path)
+    folder.put("a", codes)
+    assert np.array_equal(folder["a"].dequantize(), codes.dequantize())
+    assert np.array_equal(blocks.packed(folder["a"]), blocks.packed(codes))
+
+
+@pytest.mark.parametrize("stored", ["q4_k", "q5_k", "q6_k", "iq4_nl"])
+def test_a_search_for_scales_loses_about_what_llama_cpps_does(stored: str) -> None:
+    """Squared error of `weight()` after ggml_quantize_chunk (llama-cpp-python 0.3.36)."""
+    left = weight() - requantize(weight(), GGML_GRIDS[stored], "search").dequantize()
+    assert float((left**2).sum()) < 1.15 * BY_GGML_SQUARES[stored]
+
+
+def test_codes_on_several_threads_are_the_same_bytes() -> None:
+    wide = np.random.RandomState(8).standard_normal((9000, 256)).astype(np.float32)
+    inputs = np.random.RandomState(6).standard_normal((600, 256)).astype(np.float32)
+    gram = inputs.T @ inputs
+    one, two = (requantize(wide, GGML_GRIDS["q4_k"], "gptq", gram, threads=count) for count in (1, 2))
+    assert np.array_equal(blocks.packed(one), blocks.packed(two))
 
 
 def test_a_value_beyond_float16_is_refused() -> None:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from tests import tiny
 from vera_edge.errors import TargetError
-from vera_edge_gguf import pre_tokenizer
+from vera_edge_gguf import file, pre_tokenizer
 from vera_edge_gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, vocabulary
 
 LLAMA3 = (
@@ -135,3 +135,45 @@ def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     with pytest.raises(TargetError, match="the tokenizer is WordLevel"):
         vocabulary(folder, 2)
+
+
+def trained_sentencepiece(folder: Path) -> Tokenizer:
+    """BPE over whole lines, spaces as ▁, bytes for what the text hadn't, merges as SentencePiece's."""
+    from tokenizers import trainers
+
+    folder.mkdir()
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.ByteFallback()
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=520, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(tiny.TEXT.splitlines(), trainer)
+    given = json.loads(tokenizer.to_str())
+    # The bytes are plain tokens; only the trainer needs to be told of them.
+    given["added_tokens"] = [entry for entry in given["added_tokens"] if entry["id"] < 3]
+    tokenizer = Tokenizer.from_str(json.dumps(given))
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "config.json").write_text("{}")
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+def test_llama_cpp_cuts_text_into_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    folder = tmp_path / "model"
+    if kind == "sentencepiece":
+        tokenizer = trained_sentencepiece(folder)
+    else:
+        tokenizer = Tokenizer.from_file(str(byte_level(folder) / "tokenizer.json"))
+    found, _ = vocabulary(folder, tokenizer.get_vocab_size())
+    sizes = {"context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32}
+    sizes |= {"attention.head_count": 2, "attention.head_count_kv": 2}
+    settings = {f"llama.{key}": value for key, value in sizes.items()}
+    settings["llama.attention.layer_norm_rms_epsilon"] = 1e-5  # type: ignore[assignment]
+    file.write(tmp_path / "vocabulary.gguf", "llama", {**settings, **found}, (), lambda *_: None)
+    model = llama_cpp.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
+    for text in (tiny.TEXT, "Zwölf Boxkämpfer  jagen 12345 Eva\n\tquer über den Sylter Deich 🚀", "a"):
+        assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text).ids

@@ -1,0 +1,97 @@
+"""Settings of a config that change what a decoder computes: llama.cpp computes the same, or it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+import vera_edge
+from tests import tiny
+from tests.config_fields import CASES, Case
+from vera_edge.errors import TargetError
+from vera_edge.exporting import target
+from vera_edge_gguf import EXPORTER
+from vera_edge_gguf.families import FAMILIES
+
+# What llama.cpp can't be told of: refused, in these words.
+REFUSED = {
+    "activation": "asks for the activation",
+    "attention scaling": "asks for query_pre_attn_scalar",
+    "attention in both directions": "attention in both directions",
+    "layers without RoPE": "other layers without rotary embeddings",
+}
+OF_ONE = {
+    ("Qwen2ForCausalLM", "head size"): "asks for heads of 48",
+    ("Gemma3ForCausalLM", "softcaps"): "asks for attn_logit_softcapping",
+    ("Gemma2ForCausalLM", "head size"): "asks for query_pre_attn_scalar",
+    ("Gemma3ForCausalLM", "head size"): "asks for query_pre_attn_scalar",
+    ("Phi3ForCausalLM", "head size"): "asks for heads of 48",
+}
+OF_ONE |= {
+    (name, f"RoPE {kind}"): f"scaled by {kind}, for which"
+    for name, family in FAMILIES.items()
+    for kind in ("llama3", "longrope")
+    if kind not in family.factors
+}
+OURS = [case for case in CASES if case.architecture in FAMILIES]
+
+
+def exported(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The case's model as GGUF, an adapter that adds nothing merged into it."""
+    from peft import VeraConfig, get_peft_model
+
+    monkeypatch.setattr(target, "find", lambda name: EXPORTER)
+    base = tiny.save(case.model(), folder / "base")
+    names = ["qkv_proj"] if case.architecture == "Phi3ForCausalLM" else ["q_proj"]
+    settings = VeraConfig(r=2, target_modules=names, save_projection=False)
+    get_peft_model(tiny.load(base), settings).save_pretrained(folder / "adapter")
+    return vera_edge.export(
+        base, folder / "adapter", out=folder / "out", target="gguf", trained_as="float"
+    ).model
+
+
+def expected(case: Case) -> str | None:
+    return OF_ONE.get((case.architecture, case.setting), REFUSED.get(case.setting))
+
+
+@pytest.mark.parametrize("case", [case for case in OURS if expected(case)], ids=lambda case: case.name)
+def test_a_setting_that_llama_cpp_lacks_is_refused(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(TargetError, match=expected(case)):
+        exported(case, tmp_path, monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", [case for case in OURS if not expected(case)], ids=lambda case: case.name)
+def test_a_setting_is_computed_in_llama_cpp(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the context that the file says it has, which ends where the two would differ."""
+    pytest.importorskip("llama_cpp")
+    from vera_edge.base.checkpoint import Checkpoint
+    from vera_edge.measuring.llama_runner import LlamaRunner
+    from vera_edge.reference.model import open_reference
+
+    file = exported(case, tmp_path, monkeypatch)
+    wanted = open_reference(Checkpoint.open(tmp_path / "base"))
+    longest = LlamaRunner(file).context
+    lengths = {min(longest, 60), min(longest, 120)}
+    if "longrope" in case.setting:
+        lengths.remove(60)  # llama.cpp's context is 256 tokens at least, and goes by that
+    for length in sorted(lengths):
+        tokens = np.random.default_rng(4).integers(3, tiny.VOCABULARY, length)
+        found = LlamaRunner(file, context=length).logits(tokens)
+        right = wanted.logits(tokens)
+        assert np.abs(found - right).max() < 2e-2 * np.abs(right).max(), length
+
+
+def test_a_window_that_llama_cpp_lacks_bounds_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(case for case in OURS if case.name == "MistralForCausalLM, sliding window")
+    file = gguf.GGUFReader(exported(case, tmp_path, monkeypatch))
+    assert file.fields["llama.context_length"].contents() == 24
