@@ -1,7 +1,7 @@
 """Train the demo's VeRA adapter: it teaches SmolLM2 to answer in the style of the Python reference.
 
 Rank 256 on all seven linears of each layer, on the NF4 base itself, on the CPU. Two threads and fixed seeds,
-so that the same machine and versions give the same adapter.
+so that the same machine and versions give the same adapter. What this gave once is kept in examples/adapter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.demo_text import Topic, split
-from vera_edge.progress import Progress
+from vera_edge.progress import Progress, silent
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 END = "<|im_end|>"
@@ -38,6 +38,34 @@ class Recipe:
 
 def train(base: Path, folder: Path, recipe: Recipe, progress: Progress) -> None:
     """Train on `base` and write the adapter as PEFT saves it, with training.json beside it."""
+    model, tokenizer = _prepared(base, recipe)
+    started = time.monotonic()
+    losses = _fit(model, _order(split().train, tokenizer, recipe), recipe, progress)
+    facts = _facts(model, _judged(tokenizer, recipe), losses)
+    model.save_pretrained(folder)
+    (folder / "README.md").write_text(_card(recipe, facts), encoding="utf-8")
+    facts["minutes"] = round((time.monotonic() - started) / 60, 2)
+    (folder / "training.json").write_text(json.dumps({**asdict(recipe), **facts}, indent=2) + "\n")
+
+
+def first_losses(base: Path, recipe: Recipe, steps: int) -> list[float]:
+    """The losses of the first steps of that training, and no more of it."""
+    model, tokenizer = _prepared(base, recipe)
+    return _fit(model, _order(split().train, tokenizer, recipe), recipe, silent, steps)
+
+
+def held_out_perplexity(base: Path, adapter: Path, recipe: Recipe) -> float:
+    """The perplexity of a trained adapter on the held-out windows, on `base`."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, device_map="cpu", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    return _perplexity(PeftModel.from_pretrained(model, adapter), _judged(tokenizer, recipe))
+
+
+def _prepared(base: Path, recipe: Recipe) -> tuple[Any, Any]:
+    """The model as its training begins, and its tokenizer."""
     import torch
     from peft import VeraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,17 +82,13 @@ def train(base: Path, folder: Path, recipe: Recipe, progress: Progress) -> None:
         save_projection=False,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(model, config)
-    parts = split()
-    judged = [w for topic in parts.evaluation for w in windows(topic, tokenizer, recipe.window)]
-    judged = judged[:: max(1, len(judged) // recipe.judged)][: recipe.judged]
-    started = time.monotonic()
-    losses = _fit(model, _order(parts.train, tokenizer, recipe), recipe, progress)
-    facts = _facts(model, judged, losses)
-    model.save_pretrained(folder)
-    (folder / "README.md").write_text(_card(recipe, facts), encoding="utf-8")
-    facts["minutes"] = round((time.monotonic() - started) / 60, 2)
-    (folder / "training.json").write_text(json.dumps({**asdict(recipe), **facts}, indent=2) + "\n")
+    return get_peft_model(model, config), tokenizer
+
+
+def _judged(tokenizer: Any, recipe: Recipe) -> list[list[int]]:
+    """The held-out windows whose loss is measured."""
+    every = [w for topic in split().evaluation for w in windows(topic, tokenizer, recipe.window)]
+    return every[:: max(1, len(every) // recipe.judged)][: recipe.judged]
 
 
 def windows(topic: Topic, tokenizer: Any, length: int) -> Iterator[list[int]]:
@@ -89,15 +113,24 @@ def _order(topics: Sequence[Topic], tokenizer: Any, recipe: Recipe) -> list[list
     return order[: recipe.steps]
 
 
-def _fit(model: Any, order: Sequence[Sequence[int]], recipe: Recipe, progress: Progress) -> list[float]:
-    """AdamW, linear warm-up, cosine decay, one window a step. Returns the loss of each step."""
+def _fit(
+    model: Any,
+    order: Sequence[Sequence[int]],
+    recipe: Recipe,
+    progress: Progress,
+    steps: int | None = None,
+) -> list[float]:
+    """AdamW, linear warm-up, cosine decay, one window a step. Returns the loss of each step.
+
+    steps: after how many to stop; all by default.
+    """
     import torch
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.learning_rate, weight_decay=0.0)
     model.train()
     losses = []
-    for step, window in enumerate(order):
+    for step, window in enumerate(order[:steps]):
         rise = min(1.0, (step + 1) / recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * rise * (0.5 + 0.5 * math.cos(math.pi * step / len(order)))
@@ -116,6 +149,7 @@ def _facts(model: Any, judged: Sequence[Sequence[int]], losses: Sequence[float])
     with model.disable_adapter():
         without = _perplexity(model, judged)
     return {
+        "first_losses": [round(loss, 4) for loss in losses[:4]],
         "first_loss": round(sum(losses[:20]) / 20, 4),
         "last_loss": round(sum(losses[-20:]) / 20, 4),
         "held_out_perplexity_base": round(without, 4),

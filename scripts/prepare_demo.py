@@ -1,6 +1,7 @@
 """Make what the demo and the tests of the real model need: model, NF4 base, text, trained VeRA adapter.
 
-    python -m scripts.prepare_demo        prints the folder when all of it is there
+    python -m scripts.prepare_demo            prints the folder when all of it is there
+    python -m scripts.prepare_demo --train    trains the adapter, not taking that of examples/adapter
 
 Everything lands in $VERA_EDGE_CACHE/demo (by default .cache/demo of the checkout). A step is done again only
 when its inputs change: each leaves a stamp of them. A step writes to a temporary folder first, so that a
@@ -15,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 import warnings
@@ -25,10 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from scripts import demo_model, demo_text, demo_training
-from vera_edge.storage.files import staged_folder, write_atomic
+from vera_edge.storage.files import sha256_file, staged_folder, write_atomic
 from vera_edge.storage.json_text import canonical_json
 
 ROOT = Path(__file__).resolve().parent.parent
+ADAPTER = ROOT / "examples" / "adapter"
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VERA_EDGE_CACHE") or ROOT / ".cache").resolve()
 
 
-def prepare() -> Demo:
-    """Make what is missing or out of date, in order."""
+def prepare(train: bool = False) -> Demo:
+    """Make what is missing or out of date, in order. train: the adapter by training, which takes minutes."""
     demo = Demo(cache_folder() / "demo")
     demo.folder.mkdir(parents=True, exist_ok=True)
     with _lock(demo.folder / ".lock"):
-        for step in _steps(demo):
+        for step in _steps(demo, train):
             _perform(step, demo.folder)
     return demo
 
 
-def _steps(demo: Demo) -> list[Step]:
+def _steps(demo: Demo, train: bool) -> list[Step]:
     packages = {
         name: version(name).split("+")[0] for name in ("torch", "transformers", "peft", "bitsandbytes")
     }
@@ -102,7 +105,7 @@ def _steps(demo: Demo) -> list[Step]:
     recipe = demo_training.Recipe()
     trained = {**nf4, **packages, "text": text, "recipe": asdict(recipe), "training_code": 1}
 
-    def write_adapter(folder: Path) -> None:
+    def train_adapter(folder: Path) -> None:
         with _working_in(demo.folder):  # so that the adapter names its base "smollm2-nf4", not a local path
             demo_training.train(Path(demo.base.name), folder, recipe, _report)
 
@@ -110,8 +113,19 @@ def _steps(demo: Demo) -> list[Step]:
         Step("smollm2", model, demo_model.write_float32),
         Step("smollm2-nf4", nf4, lambda folder: demo_model.write_nf4(demo.float_base, folder)),
         Step("text", {"text": text, "code": 1}, lambda f: demo_text.write(f, platform.python_version())),
-        Step("adapter", trained, write_adapter),
+        Step("adapter", trained, train_adapter) if train else Step("adapter", _shipped(), copy_adapter),
     ]
+
+
+def _shipped() -> dict[str, str]:
+    """The digests of the files of the adapter that comes with this repository."""
+    return {path.name: sha256_file(path) for path in sorted(ADAPTER.iterdir())}
+
+
+def copy_adapter(folder: Path) -> None:
+    """Take the adapter that `scripts/demo_training.py` once gave."""
+    for path in ADAPTER.iterdir():
+        shutil.copyfile(path, folder / path.name)
 
 
 def _perform(step: Step, folder: Path) -> None:
@@ -174,4 +188,4 @@ def _hush() -> None:
 
 if __name__ == "__main__":
     _hush()
-    print(prepare().folder)
+    print(prepare(train="--train" in sys.argv[1:]).folder)
