@@ -34,11 +34,12 @@ from vera_edge.reference.hidden_states import HiddenStates, Room
 from vera_edge.reference.layers import Changed, Layer, Stack
 from vera_edge.reference.products import MeanProduct
 from vera_edge.reference.streamed import LayerStream, Run
-from vera_edge.requantize.gram import one_blas_thread
+from vera_edge.requantize.gram import Gram, in_threads
 
 # How much damping a token less per input costs: errors on other text were least between 1 and 4.
 _DAMP = 2.0
 _LEAST_DAMP = 0.01
+_ROWS = 512  # of a weight whose target is computed at a time
 Sees = Literal["original", "inputs"]
 
 
@@ -199,20 +200,25 @@ def _statistics(
     return LayerInputs(group, gram.value(), gram.count, cross.value(), shift, means)
 
 
-def follow_target(weight: Float32, inputs: LayerInputs, share: float, damp: float | None = None) -> Float32:
+def follow_target(
+    weight: Float32, inputs: LayerInputs, share: float, gram: Gram, threads: int = 1
+) -> Float32:
     """`weight` (out, in) moved towards the best one for inputs and a stream that changed; `share` of the way.
 
-    W + share * (W (C - H) + S)(H + damp * mean diagonal)^-1, C = X^T X~, H = X~^T X~, S = (R - R~)^T X~.
-    damp: `inputs.damp` unless given.
+    W + share * (W (C - H) + S)(H + damping)^-1, C = X^T X~, H = X~^T X~, S = (R - R~)^T X~.
+    gram: of `inputs.gram`, with its damping. threads: that rows are shared out among, which changes no bit.
     """
     if inputs.cross is None or share == 0:
         return weight
-    gram = inputs.gram.astype(np.float64)
-    damping = inputs.damp if damp is None else damp
-    gram[np.diag_indices_from(gram)] += damping * np.trace(gram) / gram.shape[0]
-    with one_blas_thread():
-        pull = weight @ (inputs.cross - inputs.gram)
+    _ = gram.feedback  # computed once, before it is asked for by several threads
+    difference = inputs.cross - inputs.gram
+
+    def followed(begin: int) -> Float32:
+        rows = slice(begin, begin + _ROWS)
+        pull = weight[rows] @ difference
         if inputs.stream is not None:
-            pull += inputs.stream
-        shift = np.linalg.solve(gram, pull.astype(np.float64).T).T
-    return weight + np.float32(share) * shift.astype(np.float32)
+            pull += inputs.stream[rows]
+        moved: Float32 = weight[rows] + np.float32(share) * gram.solve(pull)
+        return moved
+
+    return np.concatenate(in_threads(followed, range(0, len(weight), _ROWS), threads))

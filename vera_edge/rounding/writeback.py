@@ -222,7 +222,7 @@ class _WriteBack:
         """The codes, the effective weight that the model has from now on, and what its bias gets."""
         base, delta = self.model.checkpoint.dequantize(module), self._delta(module)
         trained = base + delta
-        target = follow_target(trained, inputs, self.calibration.follow)
+        target = follow_target(trained, inputs, self.calibration.follow, gram, self.threads)
         if self.merged:
             codes = self._codes(module, target, gram)
             found = codes.dequantize()

@@ -14,6 +14,7 @@ from tests import tiny
 from vera_edge.errors import DataError
 from vera_edge.reference.calibration import LayerInputs, Sees, Walk, follow_target
 from vera_edge.reference.layers import HIDDEN_STATES, Changed, Layer, Stack
+from vera_edge.requantize.gram import Gram
 
 WINDOWS = [np.random.default_rng(seed).integers(3, 300, size) for seed, size in enumerate((48, 48, 30))]
 
@@ -126,11 +127,14 @@ def test_following_finds_the_best_weight_for_changed_inputs() -> None:
         return float(np.square(original @ weight.T - changed @ some.T).sum())
 
     best, *_ = np.linalg.lstsq(changed, original @ weight.T, rcond=None)
-    followed = follow_target(weight, inputs, 1.0, damp=1e-6)
+    followed = follow_target(weight, inputs, 1.0, Gram.of(inputs.gram, 1e-6))
     np.testing.assert_allclose(followed, best.T, atol=1e-4)
-    errors = [error(follow_target(weight, inputs, share)) for share in (0.0, 0.5, 1.0)]
+    gram = Gram.of(inputs.gram, inputs.damp)
+    errors = [error(follow_target(weight, inputs, share, gram)) for share in (0.0, 0.5, 1.0)]
     assert errors[0] > errors[1] > errors[2]
-    assert follow_target(weight, LayerInputs(("m",), inputs.gram, 400), 1.0) is weight
+    assert follow_target(weight, LayerInputs(("m",), inputs.gram, 400), 1.0, gram) is weight
+    threaded = [follow_target(np.tile(weight, (90, 1)), inputs, 1.0, gram, threads) for threads in (1, 2)]
+    assert (threaded[0] == threaded[1]).all() and len(threaded[0]) == 90 * len(weight)
 
 
 def test_models_and_texts_that_cannot_be_walked(tiny_llama: tiny.TinyLlama) -> None:
