@@ -279,7 +279,9 @@ def export(
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
     check_output(out, force, (base, *(path for path, _ in adapter_paths)))
-    asked = Asked(target, mode, weights, options or {}, projection_rounding, plan, trained_as, tokenizer)
+    asked = ExportArguments(
+        target, mode, weights, options or {}, projection_rounding, plan, trained_as, tokenizer
+    )
     exporter, request, notes = _prepare(base, adapter_paths, out, asked)
     estimate = getattr(exporter, "estimate", None)
     if estimate is not None:
@@ -304,7 +306,7 @@ def export(
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExportArguments:
     """What is asked of an export, as `export` takes it."""
 
     target: str = "onnx"
@@ -334,7 +336,7 @@ class PlannedExport:
 
 
 def plan_export(
-    base: Path, adapter_paths: Sequence[tuple[Path, float]], out: Path, asked: Asked
+    base: Path, adapter_paths: Sequence[tuple[Path, float]], out: Path, asked: ExportArguments
 ) -> PlannedExport:
     """Say what `export` would do, and write nothing; computes one layer to tell.
 
@@ -348,7 +350,7 @@ def plan_export(
 
 
 def _prepare(
-    base: Path, adapter_paths: Sequence[tuple[Path, float]], out: Path, asked: Asked
+    base: Path, adapter_paths: Sequence[tuple[Path, float]], out: Path, asked: ExportArguments
 ) -> tuple[Exporter, ExportRequest, list[str]]:
     """The target, what is asked of it before anything is rounded, and notes."""
     target, plan = asked.target, asked.plan

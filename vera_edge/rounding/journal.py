@@ -42,7 +42,7 @@ class Rounded:
 
 
 @dataclass
-class Journal(Mapping[str, Codes]):
+class RoundingJournal(Mapping[str, Codes]):
     """The codes of modules in `folder`, by name, and what goes with them; `grids`: of all that are wanted."""
 
     folder: Path
@@ -73,13 +73,13 @@ class Journal(Mapping[str, Codes]):
             raise OutputError(f"can't write {place}: {cause}") from cause
         self._done[module] = None
 
-    def moved(self, folder: Path) -> Journal:
+    def moved(self, folder: Path) -> RoundingJournal:
         """The same, whose folder is now called `folder`, on the same disk; this one holds nothing then."""
         try:
             self.folder.rename(folder)
         except OSError as cause:
             raise output_error(folder, cause) from cause
-        return Journal(folder, self.grids)
+        return RoundingJournal(folder, self.grids)
 
     def read(self, module: str) -> Rounded:
         """What was put."""

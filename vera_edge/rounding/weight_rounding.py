@@ -149,7 +149,7 @@ class Rounding:
             )
         # They import torch.
         from vera_edge.reference import room
-        from vera_edge.rounding.journal import Journal, key_of
+        from vera_edge.rounding.journal import RoundingJournal, key_of
         from vera_edge.rounding.writeback import Calibration, write_back
 
         said = method if named == DEFAULT else f"{method} with effort {named}"
@@ -163,7 +163,7 @@ class Rounding:
         light = not room.fits(model.checkpoint, self.max_memory)
         key = key_of(seen, grids, calibration, merged, task)
         with _journal_folder(out, key) as folder:
-            store = Journal(folder, grids)
+            store = RoundingJournal(folder, grids)
             won = write_back(
                 seen, grids, calibration, _nowhere, merged, task, progress, store, layer_by_layer=light
             )
@@ -269,12 +269,12 @@ class _Item(NamedTuple):
 
 def _round_item(rounding: Rounding, item: _Item) -> tuple[Mapping[str, Codes], tuple[str, ...]]:
     """Codes and notes of one model. Each try has a folder of its own, whatever a lost worker left."""
-    from vera_edge.rounding.journal import Journal  # it imports torch
+    from vera_edge.rounding.journal import RoundingJournal  # it imports torch
 
     name = uuid4().hex
     with rounding.codes(item.model, item.plan, item.folder / f"try-{name}", exported=False) as rounded:
         codes = rounded.codes
-        if isinstance(codes, Journal):
+        if isinstance(codes, RoundingJournal):
             codes = codes.moved(item.folder / name)
         return codes, rounded.notes
 

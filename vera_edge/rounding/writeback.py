@@ -28,7 +28,7 @@ from vera_edge.requantize import Codes, Effort, Gram, Grid, requantize
 from vera_edge.requantize.correction import Correction, low_rank
 from vera_edge.requantize.gram import in_threads
 from vera_edge.rounding import recover
-from vera_edge.rounding.journal import Journal, Rounded
+from vera_edge.rounding.journal import Rounded, RoundingJournal
 from vera_edge.trained.alignment import names_in
 from vera_edge.trained.trained_model import TrainedModel
 
@@ -64,7 +64,7 @@ def write_back(
     merged: bool = True,
     auto_class: str = "AutoModelForCausalLM",
     progress: Progress = silent,
-    journal: Journal | None = None,
+    journal: RoundingJournal | None = None,
     layer_by_layer: bool = False,
 ) -> Recovered:
     """Requantize the modules of `grids`; `put(module, codes)` is called for each, in order of computation.
@@ -97,7 +97,7 @@ class _WriteBack:
     put: Callable[[str, Codes], None]
     merged: bool
     asked: recover.Recovery
-    journal: Journal | None = None
+    journal: RoundingJournal | None = None
     done: set[str] = field(default_factory=set)
     refitted: dict[str, LambdaVectors] = field(default_factory=dict)
     corrections: dict[str, Correction] = field(default_factory=dict)

@@ -50,6 +50,7 @@ OTHERWISE = {
     ("export", "adapter"): "the second argument takes several adapters",
     ("plan", "adapter"): "the second argument takes several adapters",
     ("export", "onnx"): "says nothing: it is the default",
+    ("export", "dry_run"): "a function of its own, plan_export, as it gives a plan and what it takes",
     ("release make", "dry_run"): "a function of its own, plan_release, as it gives jobs",
     ("adapter pack", "for"): "a keyword of Python: the second argument",
     ("adapter freeze", "for"): "a keyword of Python: the second argument",
@@ -132,7 +133,11 @@ def test_an_option_left_out_is_an_argument_left_out(words: str, command: click.C
 
 
 def test_the_weights_of_an_export_are_those_of_the_library() -> None:
-    assert set(export.WEIGHTS) == set(targets.WEIGHTS)
+    assert set(export.ONNX_WEIGHTS.split(", ")) == set(targets.WEIGHTS)
+    gguf = targets.find("gguf")
+    assert isinstance(gguf, targets.WithFormats)
+    # What other targets call float32 and float16 is taken too.
+    assert {*export.GGUF_WEIGHTS.split(", "), "fp32", "fp16"} == set(gguf.weights)
 
 
 def test_every_difference_between_option_and_argument_is_still_one() -> None:

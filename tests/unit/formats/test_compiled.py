@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from vera_edge.formats.weight import Weight, WeightFormat
 from vera_edge.storage.tensors import float32_to_bf16
 
 SHAPE = (96, 320)
-OPTIONS = [
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("nf4", {"blocksize": 32}),
     ("nf4", {"double_quant": True}),
     ("nf4", {"blocksize": 256}),

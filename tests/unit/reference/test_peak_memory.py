@@ -25,7 +25,7 @@ from vera_edge.adapters.projection import ProjectionSpec, regenerate
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.reference.model import TorchReference, open_reference
 from vera_edge.requantize import int_blocks
-from vera_edge.rounding.journal import Journal
+from vera_edge.rounding.journal import RoundingJournal
 from vera_edge.rounding.writeback import Calibration, write_back
 from vera_edge.trained.trained_model import TrainedModel
 
@@ -47,7 +47,7 @@ Path(sys.argv[3]).mkdir()
 model = TrainedModel(checkpoint, (), regenerate(ProjectionSpec(0, 1, 1, 1)))
 grids = {name: int_blocks(4, 32, symmetric=False) for name in checkpoint.linears if "q_proj" in name}
 how = Calibration(windows, "search")
-journal = Journal(Path(sys.argv[3]), grids)
+journal = RoundingJournal(Path(sys.argv[3]), grids)
 nowhere = lambda module, codes: None
 write_back(model, grids, how, nowhere, journal=journal, layer_by_layer=light)
 assert len(journal) == len(grids)

@@ -23,7 +23,7 @@ from vera_edge.errors import OutputError
 from vera_edge.merging import Prepared
 from vera_edge.requantize import Codes, Grid, int_blocks, requantize
 from vera_edge.rounding import writeback
-from vera_edge.rounding.journal import Journal, Rounded, key_of
+from vera_edge.rounding.journal import Rounded, RoundingJournal, key_of
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
 from vera_edge.rounding.writeback import Calibration, Recovered, write_back
 
@@ -35,7 +35,7 @@ class _Killed(BaseException):
 
 
 @dataclass
-class _Dying(Journal):
+class _Dying(RoundingJournal):
     """A journal whose process ends after some modules, or in the middle of one."""
 
     left: int = 1 << 30
@@ -59,7 +59,7 @@ def grids_of(ready: Prepared) -> dict[str, Grid]:
 
 
 def run(
-    ready: Prepared, journal: Journal, recover: tuple[str, ...] = RECOVER, light: bool = False
+    ready: Prepared, journal: RoundingJournal, recover: tuple[str, ...] = RECOVER, light: bool = False
 ) -> Recovered:
     calibration = Calibration(WINDOWS[:4], recover=recover)
     none: Any = lambda module, codes: None  # noqa: E731
@@ -86,7 +86,7 @@ def test_a_run_goes_on_wherever_the_one_before_ended(
 ) -> None:
     grids = grids_of(ready)
     (tmp_path / "whole").mkdir()
-    whole = Journal(tmp_path / "whole", grids)
+    whole = RoundingJournal(tmp_path / "whole", grids)
     expected = arrays(whole, run(ready, whole, recover))
     assert len(whole) == len(grids) == 14
     for count in (1, 3, 7, 9, 13, 14):
@@ -113,14 +113,14 @@ def test_the_codes_are_the_same_layer_by_layer(
         folder.mkdir()
         if light:  # it must not fall back
             monkeypatch.setattr(writeback, "load_dense", None)
-        journal = Journal(folder, grids_of(ready))
+        journal = RoundingJournal(folder, grids_of(ready))
         found.append(arrays(journal, run(ready, journal, light=light)))
     assert found[0] == found[1]
 
 
 def test_a_journal_moves_to_another_folder(tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
-    store = Journal(tmp_path / "first", {"a.b": int_blocks(4, 32, symmetric=False)})
+    store = RoundingJournal(tmp_path / "first", {"a.b": int_blocks(4, 32, symmetric=False)})
     weight = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
     codes = requantize(weight, store.grids["a.b"], "search")
     store.put("a.b", Rounded(codes))
@@ -135,7 +135,7 @@ def test_a_journal_moves_to_another_folder(tmp_path: Path) -> None:
 
 def test_what_a_kill_cut_off_is_not_taken(ready: Prepared, tmp_path: Path) -> None:
     grids = grids_of(ready)
-    journal = Journal(tmp_path, grids)
+    journal = RoundingJournal(tmp_path, grids)
     run(ready, journal)
     modules = list(grids)
     (journal._place(modules[0]) / "done.json").unlink()
@@ -143,7 +143,7 @@ def test_what_a_kill_cut_off_is_not_taken(ready: Prepared, tmp_path: Path) -> No
     codes = journal._place(modules[2]) / "0.safetensors"
     codes.write_bytes(codes.read_bytes()[:-1] + b"?")
     (journal._place(modules[3]) / "done.json").write_bytes(b"{")
-    assert set(Journal(tmp_path, grids)) == set(modules[4:])
+    assert set(RoundingJournal(tmp_path, grids)) == set(modules[4:])
 
 
 def test_anything_that_decides_the_result_makes_another_key(
@@ -243,15 +243,15 @@ def test_a_base_that_changed_is_rounded_anew(
     text.write_text(letters(0))
     for path in tiny_llama.nf4.iterdir():
         (base / path.name).write_bytes(path.read_bytes())
-    own, calls = Journal.put, []
+    own, calls = RoundingJournal.put, []
 
-    def put(self: Journal, module: str, rounded: Rounded) -> None:
+    def put(self: RoundingJournal, module: str, rounded: Rounded) -> None:
         calls.append(module)
         if len(calls) == 9:
             raise _Killed
         own(self, module, rounded)
 
-    monkeypatch.setattr(Journal, "put", put)
+    monkeypatch.setattr(RoundingJournal, "put", put)
     with pytest.raises(_Killed):
         merge_to_folder(
             merging.prepare(base, [(tiny_adapter, 1.0)]), tmp_path / "out", Rounding(None, str(text))
