@@ -29,9 +29,11 @@ from vera_edge.errors import AdapterError, CheckpointError
 from vera_edge.progress import Progress, silent
 from vera_edge.quiet import first_line, quiet
 from vera_edge.reference.adapted import Swap, with_adapters
+from vera_edge.reference.dense import dense_names, dense_tensor, matrices_of
 from vera_edge.reference.layers import forward
 from vera_edge.reference.loading import LOCAL, config_of, loaded
-from vera_edge.reference.stand_ins import StandIns, matrices_of
+from vera_edge.reference.rotary import forget_lengths
+from vera_edge.reference.stand_ins import StandIns
 from vera_edge.reference.streamed import LayerStream
 from vera_edge.trained.alignment import as_loaded
 
@@ -152,7 +154,7 @@ class TorchReference:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Without gradients, with the adapter and the precision that this view of the model has."""
-        _forget_lengths(self.model)
+        forget_lengths(self.model)
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             if self.has_adapter and not self.adapter_on:
@@ -217,21 +219,6 @@ def _array(values: torch.Tensor) -> Float32:
     return found
 
 
-def _forget_lengths(model: Any) -> None:
-    """Let dynamically scaled rotary embeddings forget the longest sequence they saw.
-
-    transformers goes on to rotate by it until a sequence is within the original context again.
-    """
-    for module in model.modules():
-        if "dynamic" not in str(getattr(module, "rope_type", "")):
-            continue
-        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-            setattr(module, name, module.original_max_seq_len)
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            if name.endswith("original_inv_freq"):
-                setattr(module, name.replace("original_", ""), buffer.clone())
-
-
 def open_reference(
     checkpoint: Checkpoint,
     adapters: Sequence[tuple[Adapter, float]] = (),
@@ -281,7 +268,7 @@ def load_dense(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM")
 
     Raises CheckpointError when transformers doesn't know the architecture or tensors are missing.
     """
-    names = _dense_names(checkpoint)
+    names = dense_names(checkpoint)
     return _loaded(checkpoint, auto_class, {name: dense_tensor(checkpoint, name) for name in names})
 
 
@@ -298,7 +285,7 @@ def load_light(
     weights = StandIns(matrices_of(checkpoint), lambda name: change(name, dense_tensor(checkpoint, name)))
     tensors = {
         name: weights.tensors[name] if name in weights.tensors else dense_tensor(checkpoint, name)
-        for name in _dense_names(checkpoint)
+        for name in dense_names(checkpoint)
     }
     try:
         model = _loaded(checkpoint, auto_class, tensors)
@@ -328,22 +315,6 @@ def oriented(checkpoint: Checkpoint, module: str, weight: Float32) -> torch.Tens
     """A weight (out, in) as transformers' model holds it: Conv1D holds (in, out)."""
     found = torch.from_numpy(weight)
     return found.T.contiguous() if checkpoint.is_conv1d(module) else found
-
-
-def _dense_names(checkpoint: Checkpoint) -> list[str]:
-    return [*(f"{module}.weight" for module in checkpoint.linears), *checkpoint.other_names]
-
-
-def dense_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """One tensor as the unquantized model would store it, floats in float32."""
-    module = name.removesuffix(".weight")
-    if module in checkpoint.linears and name == f"{module}.weight":
-        weight = checkpoint.dequantize(module)
-        conv1d = checkpoint.is_conv1d(module)
-        return torch.from_numpy(np.ascontiguousarray(weight.T) if conv1d else weight)
-    raw = checkpoint.tensors.read(name)
-    is_float = raw.dtype in ("F16", "BF16", "F32", "F64")
-    return torch.from_numpy(raw.float32() if is_float else raw.array())
 
 
 def load_as_stored(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM") -> TorchReference:

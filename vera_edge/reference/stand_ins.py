@@ -15,8 +15,6 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from vera_edge.base.checkpoint import Checkpoint
-
 Load = Callable[[str], torch.Tensor]
 _SEED = 5
 
@@ -102,15 +100,3 @@ class StandIns:
         finally:
             for parameter, stand_in, _ in changed:
                 parameter.data = stand_in
-
-
-def matrices_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The shapes of the float matrices of a checkpoint, as the unquantized model stores them."""
-    found: dict[str, tuple[int, ...]] = {}
-    for module, linear in checkpoint.linears.items():
-        found[f"{module}.weight"] = linear.shape[::-1] if checkpoint.is_conv1d(module) else linear.shape
-    for name in checkpoint.other_names:
-        info = checkpoint.tensors[name]
-        if len(info.shape) >= 2 and 0 not in info.shape and info.dtype in ("F16", "BF16", "F32", "F64"):
-            found[name] = tuple(info.shape)
-    return found

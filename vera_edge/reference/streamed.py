@@ -23,6 +23,7 @@ from torch import nn
 
 from vera_edge.arrays import Float32, Int64
 from vera_edge.progress import Progress, silent
+from vera_edge.reference.alike import same, tensors_of
 from vera_edge.reference.hidden_states import HiddenStates, Room
 from vera_edge.reference.layers import Call, call_of, forward, hidden_of, output_hidden, stack_of
 from vera_edge.reference.stand_ins import StandIns
@@ -190,32 +191,32 @@ class LayerStream:
         window = np.arange(_PROBE, dtype=np.int64) % _vocabulary(self.model)
         calls, first, last, output = self._watched(window)
         again, start = self.calls(window)
-        expected = _tensors(output)
-        if not _same((calls, first), (again, start)) or not expected:
+        expected = tensors_of(output)
+        if not same((calls, first), (again, start)) or not expected:
             raise _Unlike
         if not all(tensor.isfinite().all() for tensor in expected):
             raise _Unlike
         # A second text between: nothing but its arguments may tell a layer which one it works on.
         other = window[::-1][: _PROBE // 2 + 1]
-        beside = _tensors(forward(self.model, other))
+        beside = tensors_of(forward(self.model, other))
         both = [(window, again, start), (other, *self.calls(other))]
         for text, hidden, wanted in zip(
             (window, other), self._chained(both), (expected, beside), strict=True
         ):
-            if not _same(_tensors(self.end(text, hidden)), wanted):
+            if not same(tensors_of(self.end(text, hidden)), wanted):
                 raise _Unlike
         outside = {name for own in self.outside() if (name := self.weights.name_of(own.data))}
         for name in sorted(outside):
             with self.weights.poisoned([name]):
-                if not _same(self.calls(window), (again, start)):
+                if not same(self.calls(window), (again, start)):
                     self.first.add(name)
-                if not _same(_tensors(self.end(window, last)), expected):
+                if not same(tensors_of(self.end(window, last)), expected):
                     self.last.add(name)
         with self.weights.poisoned(self.weights.tensors.keys() - self.first):
-            if not _same(self.calls(window), (again, start)):
+            if not same(self.calls(window), (again, start)):
                 raise _Unlike
         with self.weights.poisoned(self.weights.tensors.keys() - self.last):
-            if not _same(_tensors(self.end(window, last)), expected):
+            if not same(tensors_of(self.end(window, last)), expected):
                 raise _Unlike
 
     def _chained(self, texts: Sequence[tuple[Int64, list[Call], torch.Tensor]]) -> list[torch.Tensor]:
@@ -268,10 +269,10 @@ class Run:
                 calls, hidden = stream.calls(window)
             # Windows of one length are mostly called alike: one copy of their masks and angles will do.
             alike = known.setdefault(len(window), [])
-            same = next((one for one in alike if _same(one, calls)), None)
-            if same is None:
+            known_calls = next((one for one in alike if same(one, calls)), None)
+            if known_calls is None:
                 alike.append(calls)
-            self.calls.append(calls if same is None else same)
+            self.calls.append(calls if known_calls is None else known_calls)
             self._states[row] = hidden
 
     def layer(self, index: int, read: dict[str, torch.Tensor]) -> None:
@@ -291,23 +292,3 @@ class Run:
 
 def _vocabulary(model: Any) -> int:
     return max(1, int(getattr(model.config.get_text_config(), "vocab_size", 1) or 1))
-
-
-def _tensors(output: Any) -> list[torch.Tensor]:
-    """The tensors of a model's output."""
-    values = output.values() if hasattr(output, "values") else output
-    return [value for value in values if isinstance(value, torch.Tensor)]
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two values are equal, bit for bit in tensors; what has no equality isn't."""
-    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
-        both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-        return both and (one is other or (one.dtype == other.dtype and torch.equal(one, other)))
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
