@@ -19,7 +19,7 @@ Dimension = int | str | None
 
 
 @dataclass(frozen=True)
-class Signature:
+class GraphSignature:
     """inputs: the shapes of those that must be fed. overridable: those that have a value of their own."""
 
     inputs: Mapping[str, Sequence[Dimension]]
@@ -27,7 +27,7 @@ class Signature:
     outputs: tuple[str, ...]
 
     @classmethod
-    def of(cls, graph: ir.Model) -> Signature:
+    def of(cls, graph: ir.Model) -> GraphSignature:
         needed = {
             value.name: [size if isinstance(size, int) else size.value for size in value.shape or ()]
             for value in graph.graph.inputs
@@ -43,7 +43,7 @@ class Running(Protocol):
     """A graph that is open."""
 
     @property
-    def signature(self) -> Signature: ...
+    def signature(self) -> GraphSignature: ...
 
     def run_chains(
         self, chains: Sequence[Sequence[Feeds]], handed_on: Mapping[str, str], names: Collection[str]
@@ -56,7 +56,7 @@ class Whole:
     """In one ONNX Runtime session."""
 
     session: Any
-    signature: Signature
+    signature: GraphSignature
 
     def run_chains(
         self, chains: Sequence[Sequence[Feeds]], handed_on: Mapping[str, str], names: Collection[str]
@@ -77,7 +77,7 @@ class InParts:
     """With the weights of one part in memory. folder: to write to."""
 
     graph: ir.Model
-    signature: Signature
+    signature: GraphSignature
     folder: Path
 
     def run_chains(
@@ -93,7 +93,7 @@ def opened_graph(graph: ir.Model, path: Path, more: Collection[str] = ()) -> Run
 
     Raises TargetError when ONNX Runtime refuses it.
     """
-    signature = Signature.of(graph)
+    signature = GraphSignature.of(graph)
     weights = (value.const_value for value in graph.graph.initializers.values())
     if sum(weight.nbytes for weight in weights if isinstance(weight, ComputedWeight)) > segments.MOST:
         return InParts(graph, signature, path.parent)

@@ -44,7 +44,7 @@ from vera_edge_onnx.manifest_fields import tools
 
 
 @dataclass(frozen=True)
-class Stage:
+class ExportStage:
     """`out`: the folder to write the bundle to. `work`: for what it's made with. `spool`: for weights."""
 
     out: Path
@@ -53,7 +53,7 @@ class Stage:
 
 
 @contextmanager
-def opened(request: ExportRequest, kind: str) -> Iterator[Stage]:
+def opened(request: ExportRequest, kind: str) -> Iterator[ExportStage]:
     """The stage of an export, with what an earlier run of it left; the bundle takes its place in the end.
 
     kind: "decoder" or "encoder". Raises OutputError when the target is taken, or can't be written.
@@ -67,7 +67,7 @@ def opened(request: ExportRequest, kind: str) -> Iterator[Stage]:
             resumable.resumable_folder(target, EXPORT, key, _has_progress) as folder,
             spools.opened(folder, key) as spool,
         ):
-            stage = Stage(folder / "out", folder / "work", spool)
+            stage = ExportStage(folder / "out", folder / "work", spool)
             _tidy(stage)
             yield stage
             commit_folder(stage.out, target)
@@ -91,7 +91,7 @@ def _has_progress(folder: Path) -> bool:
     return (folder / "journal").read_bytes().count(b"\n") > 1
 
 
-def _tidy(stage: Stage) -> None:
+def _tidy(stage: ExportStage) -> None:
     """Remove what an earlier run left half-done: all but noted weights, and graphs that were drawn."""
     stage.out.mkdir(exist_ok=True)
     stage.work.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ from vera_edge.api.arguments import (
 )
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.exporting import target as targets
-from vera_edge.exporting.target import Asked, Export, PlannedExport
+from vera_edge.exporting.target import Export, ExportAsked, PlannedExport
 from vera_edge.plans.plan import Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.rounding.weight_rounding import Rounding
@@ -194,7 +194,7 @@ def plan_export(
         "vectors": vectors,
     }
     given = {key: value for key, value in options.items() if value is not None}
-    asked = Asked(
+    asked = ExportAsked(
         target, mode, weights, given, projection_rounding, made, loading(trained_as), path_or_none(tokenizer)
     )
     return targets.plan_export(Path(base), weighted(adapter, weight), Path("export"), asked)

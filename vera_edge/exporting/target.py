@@ -252,7 +252,9 @@ def export(
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
     check_output(out, force, (base, *(path for path, _ in adapter_paths)))
-    asked = Asked(target, mode, weights, options or {}, projection_rounding, plan, trained_as, tokenizer)
+    asked = ExportAsked(
+        target, mode, weights, options or {}, projection_rounding, plan, trained_as, tokenizer
+    )
     exporter, request, notes = _prepare(base, adapter_paths, out, asked)
     estimate = getattr(exporter, "estimate", None)
     if estimate is not None:
@@ -277,7 +279,7 @@ def export(
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExportAsked:
     """What is asked of an export, as `export` takes it."""
 
     target: str = "onnx"
@@ -307,7 +309,7 @@ class PlannedExport:
 
 
 def plan_export(
-    base: Path, adapter_paths: Sequence[tuple[Path, float]], out: Path, asked: Asked
+    base: Path, adapter_paths: Sequence[tuple[Path, float]], out: Path, asked: ExportAsked
 ) -> PlannedExport:
     """Say what `export` would do, and write nothing; computes one layer to tell.
 
@@ -321,7 +323,7 @@ def plan_export(
 
 
 def _prepare(
-    base: Path, adapter_paths: Sequence[tuple[Path, float]], out: Path, asked: Asked
+    base: Path, adapter_paths: Sequence[tuple[Path, float]], out: Path, asked: ExportAsked
 ) -> tuple[Exporter, ExportRequest, list[str]]:
     """The target, what is asked of it before anything is rounded, and notes."""
     target, plan = asked.target, asked.plan

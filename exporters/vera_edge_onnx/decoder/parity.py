@@ -13,7 +13,7 @@ from vera_edge.arrays import Array, Float32, Int64
 from vera_edge.device.runtime.decoding import ROPE_LENGTH
 from vera_edge_onnx.decoder.rotary import all_parameters, context_length
 from vera_edge_onnx.parity import hold
-from vera_edge_onnx.running import Running, Signature
+from vera_edge_onnx.running import GraphSignature, Running
 from vera_edge_onnx.sessions import Feeds
 
 _LONGEST = 400  # tokens that a sequence on the model itself has at most,
@@ -102,7 +102,7 @@ def _pieces(length: int) -> list[int]:
 
 
 def _chain(
-    signature: Signature, tokens: Int64, pieces: Sequence[int], vectors: Feeds
+    signature: GraphSignature, tokens: Int64, pieces: Sequence[int], vectors: Feeds
 ) -> list[dict[str, Array]]:
     """What each run is fed of one sequence (n,), in pieces of these sizes."""
     ends = np.cumsum(pieces).tolist()
@@ -112,7 +112,7 @@ def _chain(
     ]
 
 
-def _feeds(signature: Signature, tokens: Int64, start: int, end: int) -> dict[str, Array]:
+def _feeds(signature: GraphSignature, tokens: Int64, start: int, end: int) -> dict[str, Array]:
     """The inputs of one run, the cache empty."""
     feeds: dict[str, Array] = {
         "input_ids": tokens[None, start:end],
@@ -129,7 +129,7 @@ def _feeds(signature: Signature, tokens: Int64, start: int, end: int) -> dict[st
     return feeds
 
 
-def _caches(signature: Signature) -> dict[str, str]:
+def _caches(signature: GraphSignature) -> dict[str, str]:
     """By past input, the present output of everything that is handed on from run to run."""
     found = {}
     for present in signature.outputs:

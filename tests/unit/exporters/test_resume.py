@@ -104,7 +104,7 @@ def test_another_base_is_not_gone_on_from(tiny_llama: tiny.TinyLlama, tmp_path: 
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(tiny_llama.fp32, base)
     adapter = tiny.make_adapter(base, tmp_path / "adapter")
-    killed = (base, adapter, out, "merged", "int8", {}, ("quantizing", 3))
+    killed: tuple[object, ...] = (base, adapter, out, "merged", "int8", {}, ("quantizing", 3))
     run(killed)
     (before,) = [path.name for path in next(tmp_path.glob(".out.*")).iterdir() if path.is_dir()]
     tensors = load_file(base / "model.safetensors")
@@ -122,7 +122,7 @@ def test_another_base_is_not_gone_on_from(tiny_llama: tiny.TinyLlama, tmp_path: 
 @pytest.mark.parametrize("kind", ["initializers", "out/onnx"])
 def test_what_was_damaged_since_is_made_again(kind: str, tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
     adapter = tiny.make_adapter(tiny_llama.fp32, tmp_path / "adapter")
-    common = (tiny_llama.fp32, adapter, tmp_path / "out", "merged", "int8", {})
+    common: tuple[object, ...] = (tiny_llama.fp32, adapter, tmp_path / "out", "merged", "int8", {})
     run((*common, ("writing weights", 8)))
     (folder,) = next(tmp_path.glob(".out.*")).glob("*/" + kind)
     damaged = [path for path in folder.iterdir() if path.is_file()]

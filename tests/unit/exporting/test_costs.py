@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,12 @@ def adapter(tiny_llama: tiny.TinyLlama, tmp_path_factory: pytest.TempPathFactory
 def test_the_size_is_near_what_is_written(
     mode: str, weights: str, tiny_llama: tiny.TinyLlama, adapter: Path, tmp_path: Path
 ) -> None:
-    asked = {"mode": mode, "weights": weights, "head": "fp32", "projection_rounding": "float32"}
+    asked: dict[str, Any] = {
+        "mode": mode,
+        "weights": weights,
+        "head": "fp32",
+        "projection_rounding": "float32",
+    }
     planned = vera_edge.plan_export(tiny_llama.fp32, adapter, **asked)
     assert not list(tmp_path.iterdir())
     made = vera_edge.export(tiny_llama.fp32, adapter, out=tmp_path / "out", method="rtn", **asked)
