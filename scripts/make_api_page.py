@@ -37,7 +37,7 @@ This page is written by `scripts/make_api_page.py`.
 GROUPS = {
     "Base and adapter": ("inspect", "projections", "quantize", "to_lora", "diff_adapters"),
     "Merge": ("merge", "merge_each", "plan_merge", "plan_merge_each"),
-    "Export": ("export", "plan", "golden", "pack_adapter", "freeze_adapter"),
+    "Export": ("export", "plan_export", "plan", "golden", "pack_adapter", "freeze_adapter"),
     "Drift": ("drift",),
     "Bundles": ("verify", "read_manifest", "sign", "diff"),
     "On the device": (

@@ -13,9 +13,8 @@ from vera_edge.reference import room
 
 @dataclass(frozen=True)
 class ExportCost:
-    """Estimates. size: bytes of the folder. memory: bytes of the process at its peak. disk: bytes at
-    its peak, `size` among them. seconds: on this machine, by the time that one layer took; 0 where none was
-    tried.
+    """Estimates. size: bytes of the folder. memory: bytes of the process at its peak. disk: bytes at its
+    peak, `size` among them. seconds: on this machine, by the time that one layer took; 0 where none was.
     """
 
     size: int

@@ -26,7 +26,7 @@ _FED = 1 << 16  # bytes of an initializer that isn't put into the part's own gra
 Values = dict[str, Array]
 
 
-class Segment(Protocol):
+class GraphPart(Protocol):
     """Some nodes."""
 
     @property
@@ -114,9 +114,9 @@ class _Cut:
         self.fed |= _fed(node)
 
 
-def cut(graph: ir.Model, folder: Path, most: int, wanted: frozenset[str]) -> list[Segment]:
+def cut(graph: ir.Model, folder: Path, most: int, wanted: frozenset[str]) -> list[GraphPart]:
     """The parts of a graph. folder: to write to. wanted: values that are asked for, or handed on."""
-    found: list[Segment | _Cut] = []
+    found: list[GraphPart | _Cut] = []
     for node in graph.graph:
         alone = _alone(node, most)
         if alone is not None:
@@ -128,7 +128,7 @@ def cut(graph: ir.Model, folder: Path, most: int, wanted: frozenset[str]) -> lis
             assert isinstance(last, _Cut)
             last.add(node)
     reads = [part.inputs if not isinstance(part, _Cut) else _reads(part.nodes) for part in found]
-    parts: list[Segment] = []
+    parts: list[GraphPart] = []
     for number, part in enumerate(found):
         if isinstance(part, _Cut):
             later = wanted.union(*reads[number + 1 :])
@@ -182,7 +182,7 @@ def _reads(nodes: Sequence[ir.Node]) -> frozenset[str]:
     )
 
 
-def _alone(node: ir.Node, most: int) -> Segment | None:
+def _alone(node: ir.Node, most: int) -> GraphPart | None:
     """A node whose matrix is too large for ONNX Runtime, as a part of its own."""
     if node.op_type == "Gather" and node.domain == "" and node.inputs[0] is not None:
         table, turned = node.inputs[0], False
@@ -237,7 +237,7 @@ def _info(value: ir.Value) -> onnx.ValueInfoProto:
 
 
 def run_parts(
-    parts: Sequence[Segment],
+    parts: Sequence[GraphPart],
     chains: Sequence[Sequence[Feeds]],
     handed_on: Mapping[str, str],
     names: Collection[str],

@@ -25,7 +25,7 @@ _FOLDER, _JOURNAL = "initializers", "journal"
 
 
 @dataclass(frozen=True)
-class SpooledTensor:
+class SpooledPlace:
     """Where an initializer's bytes lie: a file within the spool's folder, and the SHA-256 of them.
 
     dtype: of onnx_ir.
@@ -44,7 +44,7 @@ class Spool:
 
     def __init__(self, folder: Path, journal: LineJournal) -> None:
         self.folder, self._journal = folder, journal
-        self._places: dict[str, SpooledTensor] = {}
+        self._places: dict[str, SpooledPlace] = {}
         self._notes: dict[str, Any] = {}
         self._count = 0
         for entry in journal.entries:
@@ -57,10 +57,10 @@ class Spool:
             self._notes[entry["note"]] = entry["value"]
             return
         place = entry["place"]
-        self._places[entry["name"]] = SpooledTensor(**{**place, "shape": tuple(place["shape"])})
+        self._places[entry["name"]] = SpooledPlace(**{**place, "shape": tuple(place["shape"])})
         self._count += 1
 
-    def _is_there(self, place: SpooledTensor) -> bool:
+    def _is_there(self, place: SpooledPlace) -> bool:
         path = self.folder / place.file
         if not path.is_file() or path.stat().st_size < place.offset + place.size:
             return False
@@ -79,7 +79,7 @@ class Spool:
             except OSError as cause:
                 raise output_error(path, cause) from cause
             digest = hashlib.sha256(data.data).hexdigest()
-            self._put(name, SpooledTensor(file, 0, data.size, digest, int(tensor.dtype), shape))
+            self._put(name, SpooledPlace(file, 0, data.size, digest, int(tensor.dtype), shape))
         return self.tensor(name)
 
     def tensor(self, name: str) -> ir.ExternalTensor:
@@ -112,14 +112,14 @@ class Spool:
     def placed(self, name: str, tensor: ir.TensorProtocol, path: Path, offset: int) -> None:
         """Note that the bytes of an initializer are in a data file now, and remove the file they were in."""
         file, shape = path.relative_to(self.folder).as_posix(), tuple(tensor.shape.numpy())
-        here = SpooledTensor(
+        here = SpooledPlace(
             file, offset, tensor.nbytes, _digest(path, offset, tensor.nbytes), int(tensor.dtype), shape
         )
         old = Path(tensor.path) if isinstance(tensor, ir.ExternalTensor) else None
         same = [other for other, place in self._places.items() if self.folder / place.file == old]
         for other in same:
             there = self._places[other]
-            self._put(other, SpooledTensor(file, offset, here.size, here.digest, there.dtype, there.shape))
+            self._put(other, SpooledPlace(file, offset, here.size, here.digest, there.dtype, there.shape))
         if name not in same:
             self._put(name, here)
         if old is not None and same:
@@ -140,7 +140,7 @@ class Spool:
         """What was noted, in this run or an earlier one; None when nothing was."""
         return self._notes.get(what)
 
-    def _put(self, name: str, place: SpooledTensor) -> None:
+    def _put(self, name: str, place: SpooledPlace) -> None:
         self._places[name] = place
         self._count += 1
         self._journal.add({"name": name, "place": asdict(place)})

@@ -45,6 +45,7 @@ FUNCTIONS = {
 # Options that are something else in Python, and why.
 OTHERWISE = {
     ("merge", "each"): "a function of its own, merge_each, as it gives several reports",
+    ("export", "dry_run"): "a function of its own, plan_export, as it gives a plan",
     ("merge", "dry_run"): "functions of their own, plan_merge and plan_merge_each, as they give plans",
     ("merge", "adapter"): "the second argument takes several adapters",
     ("export", "adapter"): "the second argument takes several adapters",
