@@ -26,7 +26,7 @@ from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32, Int64
 from vera_edge.reference.calibration import Sees
 from vera_edge.reference.model import load_dense, oriented
-from vera_edge.requantize import CodesFolder, Effort, Grid, bnb_grid, int8_rows, int_blocks
+from vera_edge.requantize import EFFORTS, CodesFolder, Effort, Grid, bnb_grid, int8_rows, int_blocks
 from vera_edge.rounding.writeback import Calibration, Recovered, write_back
 from vera_edge.text import windows
 
@@ -35,7 +35,10 @@ NF4, INT4, INT2 = bnb_grid("nf4"), *(int_blocks(bits, 32, symmetric=False) for b
 
 @dataclass(frozen=True)
 class Way:
-    """One row of the table. `bits`: a weight's, scales and zero points included."""
+    """One row of the table. `bits`: a weight's, scales and zero points included.
+
+    own_tokens: calibrate on as many as the effort takes, and not on --tokens.
+    """
 
     name: str
     grid: Grid
@@ -46,12 +49,18 @@ class Way:
     follow: float = 1.0
     recover: tuple[str, ...] = ()
     effort: Effort = field(default_factory=Effort)
+    own_tokens: bool = False
 
 
 NF4_BITS, INT4_BITS, INT2_BITS = 4 + 8 / 64 + 32 / 64 / 256, 4 + 32 / 32 + 4 / 32, 2 + 1 + 2 / 32
 WAYS = (
     *(Way(f"nf4, {method}", NF4, NF4_BITS, method) for method in ("rtn", "search", "hqq", "gptq")),
-    Way("nf4, gptq without refit and descent", NF4, NF4_BITS, effort=Effort(rounds=0)),
+    *(
+        Way(f"{name}, effort {effort}", grid, bits, effort=Effort.named(effort), own_tokens=True)
+        for name, grid, bits in (("nf4", NF4, NF4_BITS), ("int4 blocks", INT4, INT4_BITS))
+        for effort in EFFORTS
+    ),
+    Way("nf4, gptq without descent", NF4, NF4_BITS, effort=Effort(rounds=0)),
     Way("nf4, gptq, act-order", NF4, NF4_BITS, effort=Effort(act_order=True)),
     Way("nf4, gptq, damping 0.001", NF4, NF4_BITS, effort=Effort(damp=0.001)),
     Way("nf4, gptq, damping 0.1", NF4, NF4_BITS, effort=Effort(damp=0.1)),
@@ -210,7 +219,8 @@ def main() -> None:
     for way in WAYS:
         if asked.only and way.name not in asked.only:
             continue
-        found = bench.run(way, calibration)
+        own = cut(ready, asked.calibration, way.effort.tokens).tokens if way.own_tokens else calibration
+        found = bench.run(way, own)
         if asked.json:
             print(json.dumps(found), flush=True)
             continue

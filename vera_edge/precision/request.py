@@ -27,8 +27,9 @@ class PlanRequest:
 
     formats: what layers may be stored as, integers also with a block ("int4:16", "int8:128"; 32 unless said);
     "int4" and "int8" or "fp32" also what embeddings and head may.
-    method, effort, calibration: how weights are rounded, as an export does; on `calibration_tokens` of text, or
-    as many as the effort takes for None. data: the text that sensitivities (`tokens` of it) and plans (twice as many) are measured on. The calibration's when it is None.
+    method, effort, calibration: how weights are rounded, as an export does; on `calibration_tokens` of text,
+    or as many as the effort takes. data: the text that sensitivities (`tokens` of it) and plans (twice as
+    many) are measured on. The calibration's when it is None.
     """
 
     max_size: int | None = None

@@ -7,7 +7,8 @@
     gptq      codes that make up for each other's errors, on scales that are given
     super_blocks  llama.cpp's types with offsets, and those whose scales have a scale
     refit     scales that are best for given codes, for a whole row at once
-    piece     some rows on their way through those two; kernels: their loops, compiled by numba
+    piece     some rows on their way through those two
+    kernels   their loops, and those of search, compiled by numba; normal_kernels: those of refit
     effort    how far they go
     quantize  the methods as one function, `requantize`
     store     codes of many modules, on disk

@@ -33,8 +33,8 @@ class Effort:
 
 DEFAULT = "default"
 _NAMED = {
-    "quick": Effort(rounds=0, sweeps=0, tokens=4096, follows=False),
+    "quick": Effort(rounds=0, sweeps=0, tokens=8192),
     DEFAULT: Effort(),
-    "thorough": Effort(rounds=4, sweeps=4, tokens=32768),
+    "thorough": Effort(rounds=3, tokens=32768),
 }
 EFFORTS = tuple(_NAMED)

@@ -66,7 +66,7 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], threads: int) -> list
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """`values`: float32 (in, in), symmetric: X^T X / n, plus `damp` times its mean diagonal on the diagonal.
+    """`values`: float32 (in, in), symmetric: X^T X / n over its mean diagonal `mean`, `damp` on its diagonal.
 
     Damping stands for what calibration didn't see, keeps the factor defined, and keeps inputs that were
     always zero from being free to take any weight.
@@ -74,6 +74,7 @@ class Gram:
 
     values: Float32
     act_order: bool = False
+    mean: float = 1.0
 
     @classmethod
     def of(cls, values: Floats, damp: float = 0.01, act_order: bool = False) -> Gram:
@@ -93,7 +94,7 @@ class Gram:
             raise DataError("the calibration statistics hold NaN or are all zero; use other calibration text")
         diagonal = np.diag(values).astype(np.float64) / mean + damp
         prepared[np.diag_indices(size)] = diagonal.astype(np.float32)
-        return cls(prepared, act_order)
+        return cls(prepared, act_order, mean)
 
     @property
     def size(self) -> int:
@@ -137,6 +138,33 @@ class Gram:
         diagonal = np.diag(factor).copy()
         factor /= diagonal
         return factor, np.square(diagonal)
+
+    def solve(self, rows: Float32) -> Float32:
+        """rows (k, in) times the inverse of the damped X^T X / n: float32, by the factor that rounding has.
+
+        One step of refinement makes up for most of what float32 loses; 6 k in^2 operations in all.
+        """
+        with one_blas_thread():
+            first = self._solved(rows)
+            found: Float32 = first + self._solved(rows - first @ self.values)
+        return found / np.float32(self.mean)
+
+    def _solved(self, rows: Float32) -> Float32:
+        """x with x R R^T = rows."""
+        found, factor, size = np.ascontiguousarray(rows[:, self.order]), self.feedback, self.size
+        starts = range(0, size, _BLOCK)
+        for begin in reversed(starts):
+            at, after = slice(begin, begin + _BLOCK), slice(begin + _BLOCK, size)
+            found[:, at] -= found[:, after] @ factor[at, after].T
+            found[:, at] = np.linalg.solve(factor[at, at], found[:, at].T).T
+        found /= self.conditional
+        for begin in starts:
+            at, before = slice(begin, begin + _BLOCK), slice(0, begin)
+            found[:, at] -= found[:, before] @ factor[before, at]
+            found[:, at] = np.linalg.solve(factor[at, at].T, found[:, at].T).T
+        back: Float32 = np.empty_like(found)
+        back[:, self.order] = found
+        return back
 
 
 def upper_factor(matrix: npt.NDArray[F]) -> npt.NDArray[F]:

@@ -1,7 +1,8 @@
-"""The compiled loops. Arrays are float32 and transposed: a row is an input, a column an output (a "lane").
+"""The compiled loops of rounding and search.
 
-Lanes don't depend on each other, and every loop runs over neighbouring ones innermost. `table`: the levels of
-a code book in order, `bounds`: the middles between them; both empty for integers, whose codes end at `top`.
+Arrays are float32 and transposed: a row is an input, a column an output (a "lane"). Lanes don't depend on
+each other, and every loop runs over neighbouring ones innermost. `table`: the levels of a code book in order,
+`bounds`: the middles between them; both empty for integers, whose codes end at `top`.
 """
 
 from __future__ import annotations
@@ -182,104 +183,6 @@ def subtract(weights: Float32, levels: Float32, scales: Float32, blocks: Any, re
 
 
 @compiled
-def add_to_normal(products: Float32, levels: Float32, width: int, row: int, first: int, matrix: Any) -> None:
-    """matrix[lane, row, first + k] = the sum of products * levels over the k-th `width` inputs of n.
-
-    products, levels (n, lanes); matrix (lanes, blocks, blocks).
-    """
-    count, lanes = products.shape
-    sums = np.zeros((-(-count // width), lanes), np.float32)
-    for index in range(count):
-        total, product, level = sums[index // width], products[index], levels[index]
-        for lane in range(lanes):
-            total[lane] += product[lane] * level[lane]
-    for lane in range(lanes):
-        for block in range(sums.shape[0]):
-            matrix[lane, row, first + block] = sums[block, lane]
-
-
-@compiled
-def finish_normal(matrix: Any, ridge: Any, ridges: Float32) -> None:
-    """Mirror what lies above the diagonals of matrix (lanes, n, n); add `ridge` times the mean diagonal.
-
-    Writes what was added to ridges (lanes,).
-    """
-    size = matrix.shape[1]
-    for lane in range(matrix.shape[0]):
-        one = matrix[lane]
-        total = np.float64(0)
-        for row in range(size):
-            total += np.float64(one[row, row])
-            for column in range(row + 1, size):
-                one[column, row] = one[row, column]
-        ridges[lane] = np.float32(ridge * total / size) + _TINY
-        for row in range(size):
-            one[row, row] += ridges[lane]
-
-
-@compiled
-def solve_normal(matrix: Any, wanted: Float32, found: Float32) -> None:
-    """found[lane] = the solution of matrix[lane] x = wanted[lane], (lanes, n), by Cholesky's factor.
-
-    Reads nothing below the diagonals of matrix (lanes, n, n). Where one isn't positive definite: zeros.
-    """
-    lanes, size = wanted.shape
-    factor = np.empty((size, size), np.float32)
-    for lane in range(lanes):
-        for row in range(size):
-            factor[row, row:] = matrix[lane, row, row:]
-        one = found[lane]
-        one[:] = wanted[lane]
-        if not _factor(factor):
-            one[:] = _ZERO
-            continue
-        for row in range(size):  # U^T y = b
-            known = one[row] / factor[row, row]
-            one[row] = known
-            rest, shares = one[row + 1 :], factor[row, row + 1 :]
-            for column in range(rest.size):
-                rest[column] -= shares[column] * known
-        for row in range(size - 1, -1, -1):  # U x = y
-            total = np.float64(one[row])
-            for column in range(row + 1, size):
-                total -= np.float64(factor[row, column] * one[column])
-            one[row] = np.float32(total) / factor[row, row]
-
-
-@compiled
-def _factor(matrix: Float32) -> bool:
-    """The upper triangle U (n, n) with U^T U = matrix, in its place; four rows at a time."""
-    size = matrix.shape[0]
-    for begin in range(0, size, 4):
-        end = min(begin + 4, size)
-        for row in range(begin, end):
-            pivot = matrix[row, row]
-            if not pivot > _TINY * _TINY:
-                return False
-            share = _ONE / np.sqrt(pivot)
-            whole = matrix[row, row:]
-            for column in range(whole.size):
-                whole[column] *= share
-            for below in range(row + 1, end):
-                share = matrix[row, below]
-                rest, first = matrix[below, below:], matrix[row, below:]
-                for column in range(rest.size):
-                    rest[column] -= share * first[column]
-        if end - begin < 4:
-            break
-        for below in range(end, size):
-            rest = matrix[below, below:]
-            first, second = matrix[begin, below:], matrix[begin + 1, below:]
-            third, fourth = matrix[begin + 2, below:], matrix[begin + 3, below:]
-            a, b, c, d = first[0], second[0], third[0], fourth[0]
-            for column in range(rest.size):
-                rest[column] -= (a * first[column] + b * second[column]) + (
-                    c * third[column] + d * fourth[column]
-                )
-    return True
-
-
-@compiled
 def _offer(
     weights: Float32,
     costs: Float32,
@@ -314,6 +217,41 @@ def _offer(
         gain = product[lane] * fitted
         if gain > bests[0, lane]:
             bests[0, lane], bests[1, lane], bests[2, lane] = gain, fitted, zeros[lane]
+
+
+@compiled
+def _candidate(
+    low: Float32,
+    high: Float32,
+    factor: Any,
+    side: int,
+    middle: Any,
+    top: Any,
+    kind: int,
+    scale: Float32,
+    zero: Float32,
+) -> None:
+    """Scales and zero points that stretch the ranges of blocks, low to high (lanes,), by a factor.
+
+    side: of two, below or above the exact zero point; or which side reaches the end of the range.
+    """
+    if kind == 1:
+        for lane in range(scale.size):
+            scale[lane] = (high[lane] - low[lane]) * (factor / top)
+            inverse = _ONE / scale[lane] if scale[lane] > _TINY else _ZERO
+            exact = -low[lane] * factor * inverse
+            rounded = np.floor(exact) if side == 0 else np.ceil(exact)
+            zero[lane] = min(max(rounded, _ZERO), top)
+        return
+    # The negative side has one code more: it is tried on either side.
+    book = kind == 0 or kind == 4
+    reach = _ONE if book else middle if side == 0 else middle - top
+    for lane in range(scale.size):
+        largest = max(high[lane], -low[lane])
+        sign = _ONE if kind != 2 or -low[lane] >= largest else -_ONE
+        sign = -sign if kind == 4 and side == 1 else sign
+        scale[lane] = largest * (factor / reach) * sign
+        zero[lane] = _ZERO if book else middle
 
 
 @compiled
@@ -353,26 +291,8 @@ def search_block(
                 low[lane] = min(low[lane], weight[lane])
                 high[lane] = max(high[lane], weight[lane])
         for factor in factors:
-            for side in range(2):
-                if kind == 1:
-                    for lane in range(size):
-                        scale[lane] = (high[lane] - low[lane]) * (factor / top)
-                        inverse = _ONE / scale[lane] if scale[lane] > _TINY else _ZERO
-                        exact = -low[lane] * factor * inverse
-                        rounded = np.floor(exact) if side == 0 else np.ceil(exact)
-                        zero[lane] = min(max(rounded, _ZERO), top)
-                elif side == 1 and kind != 2 and kind != 4:
-                    break
-                else:
-                    # The negative side has one code more: it is tried on either side.
-                    book = kind == 0 or kind == 4
-                    reach = _ONE if book else middle if side == 0 else middle - top
-                    for lane in range(size):
-                        largest = max(high[lane], -low[lane])
-                        sign = _ONE if kind != 2 or -low[lane] >= largest else -_ONE
-                        sign = -sign if kind == 4 and side == 1 else sign
-                        scale[lane] = largest * (factor / reach) * sign
-                        zero[lane] = _ZERO if book else middle
+            for side in range(2 if kind == 1 or kind == 2 or kind == 4 else 1):
+                _candidate(low, high, factor, side, middle, top, kind, scale, zero)
                 _offer(weights, costs, scale, zero, table, bounds, top, works, bests, begin)
         for _turn in range(turns):
             for lane in range(size):

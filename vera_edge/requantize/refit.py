@@ -30,7 +30,7 @@ class Normal:
 
     def __init__(self, wanted: Float32, levels: Float32, width: int, scales: Float32, gram: Gram) -> None:
         """wanted: H W^T, and levels, (in, rows); scales (blocks, rows)."""
-        from vera_edge.requantize.kernels import finish_normal  # numba comes with it
+        from vera_edge.requantize.normal_kernels import finish_normal  # numba comes with it
 
         self.matrix = _matrix(levels, width, gram)
         self.scales = np.ascontiguousarray(scales.T)
@@ -45,7 +45,7 @@ class Normal:
 
     def solve(self) -> Float32:
         """The best scales (rows, blocks)."""
-        from vera_edge.requantize.kernels import solve_normal  # numba comes with it
+        from vera_edge.requantize.normal_kernels import solve_normal  # numba comes with it
 
         change = np.empty_like(self.scales)
         solve_normal(self.matrix, np.ascontiguousarray(self.slope), change)
@@ -73,7 +73,7 @@ class Normal:
 
 def _matrix(levels: Float32, width: int, gram: Gram) -> Float32:
     """T^T H T (rows, blocks, blocks) for levels (in, rows), right only from the diagonals on."""
-    from vera_edge.requantize.kernels import add_to_normal  # numba comes with it
+    from vera_edge.requantize.normal_kernels import add_to_normal  # numba comes with it
 
     inside, rows = levels.shape
     blocks, tile = -(-inside // width), max(1, _TILE // width) * width

@@ -112,7 +112,8 @@ class Rounding:
         """The weights rounded; codes are kept beside `out` while the context lasts.
 
         No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or
-        effort, a method that no layer can use, or where nothing can be recovered, DataError for unusable text.
+        effort, a method that no layer can use, or where nothing can be recovered; DataError for unusable
+        text.
         """
         method = self.method or str(plan.options.get("method") or default_method(plan.steps))
         if method not in METHODS:

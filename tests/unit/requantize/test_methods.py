@@ -118,6 +118,17 @@ def test_the_factor_is_that_of_the_gram_matrix(inside: int) -> None:
     np.testing.assert_allclose(1 / prepared.conditional[[0, inside // 2]], leading, rtol=1e-3)
 
 
+@pytest.mark.parametrize("inside", [64, 600])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_equations_are_solved_by_the_factor(inside: int, act_order: bool) -> None:
+    statistics, wanted = 7 * gram(inside), normal(5, inside)
+    damped = statistics.astype(np.float64)
+    damped[np.diag_indices(inside)] += 0.01 * np.trace(damped) / inside
+    found = Gram.of(statistics, 0.01, act_order).solve(wanted)
+    exact = np.linalg.solve(damped, wanted.T.astype(np.float64)).T
+    assert np.abs(found - exact).max() < 1e-4 * np.abs(exact).max()
+
+
 def test_a_factor_too_near_to_singular_for_float32_is_made_in_float64() -> None:
     size = 64
     statistics = np.full((size, size), 1, np.float32) + np.eye(size, dtype=np.float32) * np.float32(1e-7)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,12 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import PlanError
 from vera_edge.exporting import target
+from vera_edge.reference.calibration import Sees
 from vera_edge.reference.model import load_dense
+from vera_edge.requantize import EFFORTS, Codes, Effort
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
-from vera_edge.text.windows import open_tokenizer
+from vera_edge.rounding.writeback import Calibration, write_back
+from vera_edge.text.windows import make, open_tokenizer, read_text
 
 
 @pytest.mark.parametrize(("mode", "weights"), [("branch", "int4"), ("merged", "int4"), ("merged", "nf4")])
@@ -95,3 +100,53 @@ def test_a_branch_ships_the_vectors_that_were_refitted(
         out = tmp_path / "merged"
         target.export(tiny_llama.nf4, adapters, out, mode="merged", weights="int4", rounding=rounding)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_an_effort_reaches_the_calibration_and_is_recorded(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, effort: str
+) -> None:
+    """The codes are those of calibrating by hand with the effort's numbers."""
+    (tmp_path / "text.txt").write_text(letters(0))
+    ready = merging.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)], "nf4")
+    text = str(tmp_path / "text.txt")
+    rounding = Rounding("gptq", text, effort=effort, tokens=512)
+    spent = Effort.named(effort)
+    codes: dict[str, Codes] = {}
+    checkpoint = ready.model.checkpoint
+    cut = make(read_text(text), open_tokenizer(checkpoint.path), int(checkpoint.config["vocab_size"]), 512)
+    sees: Sees = "inputs" if spent.follows else "original"
+    with rounding.codes(ready.model, ready.plan, tmp_path / "out") as rounded:
+        grids = {module: rounded.codes[module].grid for module in rounded.codes}
+        write_back(ready.model, grids, Calibration(cut.tokens, sees=sees, effort=spent), codes.__setitem__)
+        for module, found in rounded.codes.items():
+            assert (found.codes == codes[module].codes).all()
+        assert any(f"effort {effort}" in note for note in rounded.notes) == (effort != "default")
+
+
+def test_an_effort_takes_its_own_number_of_tokens(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(letters(0) * 400)
+    ready = merging.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)], "nf4")
+    rounding = Rounding("gptq", str(tmp_path / "text.txt"), effort="quick")
+    with rounding.codes(ready.model, ready.plan, tmp_path / "out") as rounded:
+        (tokens,) = (int(re.findall(r"on (\d+) tokens", note)[0]) for note in rounded.notes[:1])
+    assert 0.9 < tokens / Effort.named("quick").tokens < 1.1
+
+
+def test_a_plan_s_effort_is_taken_unless_another_is_asked_for(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(letters(0))
+    ready = merging.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)], "nf4")
+    plan = replace(ready.plan, options={**ready.plan.options, "effort": "quick"})
+    for asked, said in ((None, "quick"), ("thorough", "thorough")):
+        rounding = Rounding("gptq", str(tmp_path / "text.txt"), tokens=256, effort=asked)
+        with rounding.codes(ready.model, plan, tmp_path / "out") as rounded:
+            assert f"effort {said}" in rounded.notes[0]
+    with (
+        pytest.raises(PlanError, match="no effort is called 'heroic'; known: quick, default, thorough"),
+        Rounding("gptq", effort="heroic").codes(ready.model, plan, tmp_path / "out"),
+    ):
+        pass
