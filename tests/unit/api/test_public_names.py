@@ -51,7 +51,6 @@ OTHERWISE = {
     ("export", "adapter"): "the second argument takes several adapters",
     ("plan", "adapter"): "the second argument takes several adapters",
     ("export", "onnx"): "says nothing: it is the default",
-    ("export", "dry_run"): "a function of its own, plan_export, as it gives a plan and what it takes",
     ("release make", "dry_run"): "a function of its own, plan_release, as it gives jobs",
     ("adapter pack", "for"): "a keyword of Python: the second argument",
     ("adapter freeze", "for"): "a keyword of Python: the second argument",
