@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.adapters.vera import Adapter
-from vera_edge.errors import OutputError
+from vera_edge.errors import CheckpointError, OutputError
 from vera_edge.exporting.target import BUILT_IN, EXPORT, ExportRequest
 from vera_edge.merging.work import key_of as merge_key
 from vera_edge.requantize.correction import Correction
@@ -56,10 +56,12 @@ class ExportStage:
 def opened(request: ExportRequest, kind: str) -> Iterator[ExportStage]:
     """The stage of an export, with what an earlier run of it left; the bundle takes its place in the end.
 
-    kind: "decoder" or "encoder". Raises OutputError when the target is taken, or can't be written.
+    kind: "decoder" or "encoder". Raises OutputError when the target is taken, or can't be written,
+    CheckpointError when a file of the base or of an adapter changed meanwhile.
     """
     _end(request.out.absolute())
     check_output(request.out, request.force)
+    stamps = _stamps(request)
     target, key = request.out.absolute(), key_of(request, kind)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,9 +72,25 @@ def opened(request: ExportRequest, kind: str) -> Iterator[ExportStage]:
             stage = ExportStage(folder / "out", folder / "work", spool)
             _tidy(stage)
             yield stage
+            _check_unchanged(stamps, _stamps(request))
             commit_folder(stage.out, target)
     except OSError as cause:
         raise output_error(target, cause) from cause
+
+
+def _stamps(request: ExportRequest) -> dict[Path, tuple[int, int]]:
+    """Size and time of change of every file that the model is read from."""
+    folders = [folder for folder in request.model.folders if folder.is_dir()]
+    files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
+    return {path: ((stat := path.stat()).st_size, stat.st_mtime_ns) for path in files}
+
+
+def _check_unchanged(before: Mapping[Path, object], after: Mapping[Path, object]) -> None:
+    for path in sorted({*before, *after}):
+        if before.get(path) != after.get(path):
+            raise CheckpointError(
+                f"{path} changed while it was exported; export again when nothing writes there"
+            )
 
 
 def _end(target: Path) -> None:

@@ -13,7 +13,7 @@ class Effort:
 
     `damp` and `act_order` apply where a plain Gram matrix is given; a prepared one brings its own.
     tokens: of text that a model is calibrated on, about. follows: whether each linear is rounded for what
-    the rounded ones before it give, which takes three passes over the text instead of one.
+    the rounded ones before it give, which takes two passes over the text instead of one.
     """
 
     rounds: int = 2

@@ -118,7 +118,8 @@ def _corrected(before_saving: Callable[[ir.Graph], None] | None) -> Iterator[Non
 
     The head: it takes every linear with as many outputs as the vocabulary for it. Gemma 3's two rotary
     embeddings: its reader knows transformers 4's flat settings only; the tables are replaced in any case.
-    OLMo's norms: it takes them for root mean square norms, and they subtract the mean too.
+    OLMo's norms: it takes them for root mean square norms, and they subtract the mean too. Its own commit: it
+    writes that of whatever repository it lies in into the graph, so that other bytes came of the same inputs.
     before_saving: gets the graph when it's drawn.
     """
     from onnxruntime_genai.models import builder
@@ -140,11 +141,12 @@ def _corrected(before_saving: Callable[[ir.Graph], None] | None) -> Iterator[Non
 
     save = builder.Model.save_model
     layer_norm = builder.OLMoModel.make_layernorm
-    patches = [
+    patches: list[tuple[Any, str, Any]] = [
         (builder.Model, "has_lm_head", has_lm_head),
         (builder.Gemma3Model, "make_rope_init", make_rope_init),
         (builder.OLMoModel, "make_layernorm", make_layernorm),
         (builder.Model, "save_model", save_model),
+        (builder.Model, "get_genai_commit", classmethod(lambda _: None)),
     ]
     before = [(cls, name, cls.__dict__.get(name)) for cls, name, _ in patches]
     for cls, name, method in patches:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import exported, tiny
-from vera_edge.errors import OutputError
+from vera_edge.errors import CheckpointError, OutputError
 from vera_edge.exporting import target
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="exports are killed in forks")
@@ -117,6 +117,21 @@ def test_another_base_is_not_gone_on_from(tiny_llama: tiny.TinyLlama, tmp_path: 
     assert before != after
     target.export(base, [(adapter, 1.0)], out, mode="merged", weights="int8")
     assert exported.files(out) == exported.files(tmp_path / "whole")
+
+
+def test_a_base_that_changes_meanwhile_is_told_and_nothing_left(
+    tiny_llama: tiny.TinyLlama, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_llama.fp32, tmp_path / "base")
+    adapter = tiny.make_adapter(base, tmp_path / "adapter")
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "writing weights":
+            os.utime(base / "model.safetensors", (1, 1))
+
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was exported"):
+        target.export(base, [(adapter, 1.0)], tmp_path / "out", weights="int8", progress=progress)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
 
 
 @pytest.mark.parametrize("kind", ["initializers", "out/onnx"])
