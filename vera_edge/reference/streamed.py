@@ -77,7 +77,7 @@ class LayerStream:
         weights.fill()
         try:
             for view in views:
-                with view.running():
+                with view.running(), weights.products():
                     stream._probe()
         except (_Unlike, RuntimeError, TypeError, AttributeError, LookupError, ValueError):
             return None  # of whatever the model's code meets when its layers are left out
