@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import signal
 import socket
+import threading
 from pathlib import Path
 
 import uvicorn
@@ -84,6 +86,9 @@ def run(
     )
     app.start()
     try:
+        if threading.current_thread() is threading.main_thread():
+            # A shell that starts it in the background has told it to ignore Ctrl-C, and uvicorn listens later.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):  # from the moment that it's said to be there
             tell(f"serving {', '.join(each.name for each in names)} on {address(listening)}")
             uvicorn.Server(config).run(sockets=[listening])
