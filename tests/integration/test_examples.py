@@ -22,7 +22,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 @pytest.fixture(scope="module")
 def project(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples") / "project"
-    shutil.copytree(EXAMPLES, folder)
+    # Of a base and an adapter of one's own; the demo's isn't for a tiny model.
+    shutil.copytree(EXAMPLES, folder, ignore=shutil.ignore_patterns("adapter"))
     shutil.copytree(tiny_llama.nf4, folder / "base")
     shutil.copytree(tiny_adapter, folder / "adapter")
     (folder / "eval.txt").write_text(tiny.TEXT * 8)

@@ -130,7 +130,7 @@ def test_calibrations_on_a_cluster_that_loses_a_node(
     node, lost = cluster.add_node(num_cpus=3), threading.Event()
 
     def lose_the_node() -> None:
-        while len(list((tmp_path / "there").glob(".*/.rounding*"))) < 3 and not lost.is_set():
+        while len(list((tmp_path / "there").glob(".*/.try-*"))) < 3 and not lost.is_set():
             time.sleep(0.01)
         lost.set()
         cluster.remove_node(node, allow_graceful=False)

@@ -140,6 +140,10 @@ COMMAND_LINES: Mapping[str, tuple[str, str]] = {
 }
 
 
+# What the interpreter itself imports from a folder would leave compiled files there, which no manifest lists.
+CLEAN = {"PYTHONDONTWRITEBYTECODE": "1"}
+
+
 def run(
     hostile: Hostile, command: str, tmp_path: Path, launcher: str, environment: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
@@ -153,7 +157,7 @@ def run(
             shutil.copytree(hostile.root / name, tmp_path / name, symlinks=True)
     filled = words.format(root=hostile.root, new=tmp_path / "new", own=tmp_path).split()
     launch = {"script": [sys.executable, str(hostile.script)], "module": [sys.executable, "-m", "vera_edge"]}
-    whole, every = [*launch[launcher], *command.split(), *filled], {**os.environ, **environment}
+    whole, every = [*launch[launcher], *command.split(), *filled], {**os.environ, **CLEAN, **environment}
     if command == "serve":
         return until_it_serves(whole, stands, every)
     # Were a question asked, this would be a yes to it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,9 @@ def chat(bundle: Path, **options: Any) -> None:
             if conversation.ended:
                 return
         return
+    with contextlib.suppress(ValueError):  # of a thread that isn't the main one
+        # A shell that started it in the background, and brought it forward since, had it ignore Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     tell("/help says what can be changed; Ctrl-D leaves")
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (its import gives the prompt a history and editing)

@@ -23,7 +23,7 @@ from vera_edge.formats.codes4 import LEVELS, block_codes, levels_of, nearest_cod
 from vera_edge.formats.nested import BLOCKSIZE as NESTED_BLOCKSIZE
 from vera_edge.formats.nested import Nested, quantize_absmax
 from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear, Weight, add_values
-from vera_edge.storage import buffers, json_text
+from vera_edge.storage import json_text
 from vera_edge.storage.tensors import DTYPES, FLOATS, RawTensor, TensorFolder
 
 STATE = ".weight.quant_state.bitsandbytes__"
@@ -55,7 +55,7 @@ class Bnb4Weight:
         """Rows as float32: level times absmax, one rounding, as bitsandbytes' own kernels have it."""
         whole = self.whole_blocks(start, stop)
         if whole is not None:
-            rows: Float32 = buffers.empty((stop - start, self.shape[1]), np.float32)
+            rows = np.empty((stop - start, self.shape[1]), np.float32)
             put = compiled.four_bits(self.blocksize).put
             put(*whole, codes4.tables(self.quant_type).pairs, rows.reshape(-1))
             return rows
@@ -267,7 +267,7 @@ class Bnb4Rounder:
         self.multiple = self._blocksize // math.gcd(self._blocksize, shape[1])
         self._shape, self._quant_type, self._options = shape, quant_type, options
         self._absmax = np.empty(-(-count // self._blocksize), np.float32)
-        self._packed: Bytes = buffers.empty(-(-count // 2), np.uint8)
+        self._packed = np.empty(-(-count // 2), np.uint8)
         self._done = 0
 
     def add(self, rows: Float32) -> None:

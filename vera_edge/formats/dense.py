@@ -13,7 +13,6 @@ from vera_edge.arrays import Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats import compiled
 from vera_edge.formats.weight import CHUNK_VALUES, Layout, StoredLinear, Weight, add_values
-from vera_edge.storage import buffers
 from vera_edge.storage.tensors import RawTensor, TensorFolder, float32_to_bf16
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -147,7 +146,7 @@ class DenseRounder:
 
     def __init__(self, dtype: str, shape: tuple[int, int], transposed: bool) -> None:
         self._dtype, self._transposed, self._done = dtype, transposed, 0
-        self._result = buffers.empty(shape[::-1] if transposed else shape, _NUMPY[dtype])
+        self._result = np.empty(shape[::-1] if transposed else shape, _NUMPY[dtype])
 
     def add_sum(self, base: Weight, start: int, rows: Float32) -> bool | None:
         """See `weight.round_sum`."""

@@ -14,7 +14,6 @@ from vera_edge.arrays import Float32
 from vera_edge.errors import AdapterError, CheckpointError
 from vera_edge.formats import Rounder, Weight, add_rows, round_sum, row_chunks
 from vera_edge.merging.measure import ROWS
-from vera_edge.storage import buffers
 
 # Values of one product: fewer make it slow, more fall out of the processor's cache before they're stored.
 PRODUCT_VALUES = 1 << 21
@@ -52,11 +51,7 @@ class Delta:
 
     @cached_property
     def _scaled_a(self) -> list[Float32]:
-        found = []
-        for _, lambda_d in self._terms:
-            found.append(buffers.empty(self._a.shape, np.float32))
-            np.multiply(lambda_d[:, None], self._a, out=found[-1])
-        return found
+        return [lambda_d[:, None] * self._a for _, lambda_d in self._terms]
 
     def into(self, out: Float32, start: int = 0) -> None:
         """Write rows `start`, ... of the delta over `out` (rows, in), by the products in PEFT's order
@@ -87,7 +82,7 @@ def merged_rows(
     Raises CheckpointError when the base isn't finite, AdapterError when the sum isn't.
     """
     multiple = rounder.multiple if rounder else 1
-    buffer: Float32 = buffers.empty((piece_rows(base.shape, multiple), base.shape[1]), np.float32)
+    buffer = np.empty((piece_rows(base.shape, multiple), base.shape[1]), np.float32)
     for start, end in _pieces(base.shape, multiple):
         piece = buffer[: end - start]
         if delta is not None:

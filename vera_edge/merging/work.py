@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -29,8 +28,6 @@ from vera_edge.merging.units import Linear, MergeUnit
 from vera_edge.plans.plan import Plan
 from vera_edge.requantize import Codes
 from vera_edge.requantize.gram import one_blas_thread
-from vera_edge.storage import buffers
-from vera_edge.storage.buffers import Buffers
 from vera_edge.storage.files import output_error, sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 from vera_edge.storage.shards import Shards, nbytes
@@ -75,16 +72,6 @@ class MergeJob:
     def untied(self) -> bool:
         """Whether the output head is untied from the embedding by this merge."""
         return self._cut[1]
-
-    @property
-    def buffers(self) -> Buffers:
-        """The memory that units of this job are worked on in, in this thread."""
-        found: Buffers = self._held.__dict__.setdefault("buffers", Buffers())
-        return found
-
-    @cached_property
-    def _held(self) -> threading.local:
-        return threading.local()
 
     @cached_property
     def compiles(self) -> bool:
@@ -202,7 +189,7 @@ def do_unit(job: MergeJob, number: int) -> Done:
         compiled.start()
     _read_ahead(job, number + job.ahead)
     read, written = WitnessedFolder(job.model.checkpoint.tensors), _Written(job)
-    with one_blas_thread(), buffers.reused(job.buffers):
+    with one_blas_thread():
         layer = job.units[number].run(read, written)
     for name in job.units[number].names:
         if name not in read.digests:  # a part that was read when the base was opened

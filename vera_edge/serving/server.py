@@ -87,7 +87,7 @@ def run(
     app.start()
     try:
         if threading.current_thread() is threading.main_thread():
-            # A shell that starts it in the background has told it to ignore Ctrl-C, and uvicorn listens later.
+            # A shell that starts it in the background has it ignore Ctrl-C, and uvicorn listens later.
             signal.signal(signal.SIGINT, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):  # from the moment that it's said to be there
             tell(f"serving {', '.join(each.name for each in names)} on {address(listening)}")

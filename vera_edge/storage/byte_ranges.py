@@ -9,7 +9,6 @@ import numpy as np
 
 from vera_edge.arrays import Bytes
 from vera_edge.errors import CheckpointError, ReadError
-from vera_edge.storage import buffers
 
 
 def read(path: Path, start: int, sizes: Iterable[int], what: str) -> Iterator[Bytes]:
@@ -21,7 +20,7 @@ def read(path: Path, start: int, sizes: Iterable[int], what: str) -> Iterator[By
         with path.open("rb") as stream:
             stream.seek(start)
             for size in sizes:
-                data, done = buffers.empty(size, np.uint8), 0
+                data, done = np.empty(size, np.uint8), 0
                 # Not np.fromfile, which takes a failing disk for the end of the file.
                 while done < size and (count := stream.readinto(data.data[done:])):
                     done += count

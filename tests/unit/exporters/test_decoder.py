@@ -488,7 +488,7 @@ def test_refusals_leave_nothing_behind(
         refused(PlanError, match, out, tiny_llama.fp32, one, options={"block": block}, **int4)
     refused(PlanError, "only weights that are quantized", out, tiny_llama.fp32, one, options={"block": "64"})
     refused(TargetError, "no export target is called 'tflite'", out, tiny_llama.fp32, one, target="tflite")
-    refused(TargetError, "bf8", out, tiny_llama.fp32, one, weights="bf8")
+    refused(PlanError, "bf8", out, tiny_llama.fp32, one, weights="bf8")
     refused(PlanError, "at least one adapter", out, tiny_llama.fp32, [])
     (out / "kept").mkdir(parents=True)
     with pytest.raises(OutputError, match="--force"):

@@ -88,7 +88,7 @@ def test_a_recipe_comes_back_as_it_was_written(tmp_path: Path) -> None:
         ("variant", {"mode": "merged", "vectors": "fp16"}, 'has vectors, which belongs to mode = "branch"'),
         ("variant", {"mode": "merged", "projections": "seed"}, "has projections, which belongs to mode"),
         ("variant", {"weights": "plan", "plan": "p", "block": 64}, "has block, and a plan decides on that"),
-        ("variant", {"target": "onxn"}, "is for 'onxn', which isn't a target here; choose from onnx"),
+        ("variant", {"target": "onxn"}, "is for 'onxn', which isn't a target here; choose from gguf, onnx"),
         ("variant", {"adapters": []}, "variant[0].adapters"),
         ("variant", {"adapters": ["b"]}, "names adapter 'b', which isn't there"),
         ("variant", {"max_kl": 0.1}, 'variant[0] has max_kl, which belongs to weights = "plan"'),
