@@ -8,14 +8,14 @@ For a linear (o, i), o outputs and i inputs, and T tokens of calibration text in
     Gram matrices    3 T i i              an input: X~^T X~, symmetric, and X^T X~; q, k and v read one input,
                                           gate and up another
     stream           2 T o i              (R - R~)^T X~, where the output is added to the hidden states
-    factors          2/3 i i i            an input: a Cholesky factorisation for the compensation and one for
-                                          the target, i^3 / 3 each
+    factors          1/3 i i i            an input: one Cholesky factorisation, for compensation and target
     target           4 o i i              W (X^T X~)(X~^T X~)^-1: a product and two triangular solves
     compensation     o i i                GPTQ: each column's error on all later ones
-    refit            3 o i i + 2/3 o b^3  scales of a row at once, b = i / 32 of them: W H, T^T H T, a solve
-    descent          2 o i i (1 + sweeps) H (W - Q)^T, and its update in each sweep
+    refits           2 o i i              H W^T, once for all of them
+    refit            o i i + 1/3 o b^3    scales of a row at once, b = i / 32 of them: T^T H T, a solve
+    descent          2 o i i sweeps       H times what is left of W
 
-Refit and descent are done `rounds` times, then a refit alone. What an effort does without counts nothing.
+Refit and descent are done `rounds` times, then a refit alone (docs/requantize.md).
 """
 
 from __future__ import annotations
@@ -37,8 +37,12 @@ class Effort:
     sweeps: int = 2
 
 
-# By the name of --effort; of others no operations are told.
-EFFORTS: Mapping[str, Effort] = {"default": Effort()}
+# By the name of --effort, as vera_edge/requantize/effort.py has them.
+EFFORTS: Mapping[str, Effort] = {
+    "quick": Effort(8192, 0, 0),
+    "default": Effort(),
+    "thorough": Effort(32_768, 3, 2),
+}
 
 
 def merge(size: Size, rank: int) -> int:
@@ -55,7 +59,7 @@ def calibrated_export(size: Size, effort: Effort) -> dict[str, float]:
     added = [shapes["self_attn.o_proj"], shapes["mlp.down_proj"]]
     stream = sum(2 * tokens * out * inside for out, inside in added)
     gram = sum(3 * tokens * inside**2 for inside in _inputs(size)) + stream
-    factors = sum(2 / 3 * inside**3 for inside in _inputs(size))
+    factors = sum(1 / 3 * inside**3 for inside in _inputs(size))
     one = {
         "forward": 2 * (2 * tokens * weights + attention),
         "gram": gram,
@@ -71,6 +75,6 @@ def _inputs(size: Size) -> Iterator[int]:
 
 
 def _rounding(out: int, inside: int, effort: Effort) -> float:
-    refit = 3 * out * inside**2 + 2 / 3 * out * (inside / _BLOCK) ** 3
-    descent = 2 * out * inside**2 * (1 + effort.sweeps)
-    return out * inside**2 + effort.rounds * (refit + descent) + (refit if effort.rounds else 0)
+    refit = out * inside**2 + 1 / 3 * out * (inside / _BLOCK) ** 3
+    descent = 2 * out * inside**2 * effort.sweeps
+    return 3 * out * inside**2 + effort.rounds * (refit + descent) + refit

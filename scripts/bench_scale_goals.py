@@ -98,4 +98,7 @@ def _stands(goal: Goal, known: dict[tuple[str, str, str], Result]) -> tuple[str,
     if value is None:
         return "", "can't be told"
     part = "" if result.layers == result.all_layers else f", at {result.layers} of {result.all_layers} layers"
+    if part and goal.unit == "min":  # what embeddings and start take is counted too often then
+        value *= result.all_layers / result.layers
+        part = f", by proportion: {result.layers} of {result.all_layers} layers were run"
     return f"{value:.2f} {goal.unit}", ("reached" if value <= goal.bound else "**not reached**") + part
