@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.adapters.vera import Adapter
-from vera_edge.errors import CheckpointError, OutputError
-from vera_edge.exporting.target import BUILT_IN, EXPORT, ExportRequest
+from vera_edge.errors import CheckpointError
+from vera_edge.exporting.target import BUILT_IN, EXPORT, RESULT, ExportRequest
 from vera_edge.merging.work import key_of as merge_key
 from vera_edge.requantize.correction import Correction
 from vera_edge.storage import resumable
@@ -31,12 +31,10 @@ from vera_edge.storage.files import (
     check_output,
     commit_folder,
     output_error,
-    settle,
     sha256_bytes,
     sha256_file,
 )
 from vera_edge.storage.json_text import canonical_json
-from vera_edge.storage.lock import exclusive
 from vera_edge_onnx.graph import spool as spools
 from vera_edge_onnx.graph.computed import rows_file
 from vera_edge_onnx.graph.spool import Spool
@@ -59,7 +57,7 @@ def opened(request: ExportRequest, kind: str) -> Iterator[ExportStage]:
     kind: "decoder" or "encoder". Raises OutputError when the target is taken, or can't be written,
     CheckpointError when a file of the base or of an adapter changed meanwhile.
     """
-    _end(request.out.absolute())
+    resumable.tidy(request.out, EXPORT, RESULT)
     check_output(request.out, request.force)
     stamps = _stamps(request)
     target, key = request.out.absolute(), key_of(request, kind)
@@ -69,7 +67,7 @@ def opened(request: ExportRequest, kind: str) -> Iterator[ExportStage]:
             resumable.resumable_folder(target, EXPORT, key, _has_progress) as folder,
             spools.opened(folder, key) as spool,
         ):
-            stage = ExportStage(folder / "out", folder / "work", spool)
+            stage = ExportStage(folder / RESULT, folder / "work", spool)
             _tidy(stage)
             yield stage
             _check_unchanged(stamps, _stamps(request))
@@ -91,18 +89,6 @@ def _check_unchanged(before: Mapping[Path, object], after: Mapping[Path, object]
             raise CheckpointError(
                 f"{path} changed while it was exported; export again when nothing writes there"
             )
-
-
-def _end(target: Path) -> None:
-    """End what a run left that was killed while it put the bundle in its place, or after that."""
-    folder = resumable.folder_of(target, EXPORT)
-    if not folder.is_dir():
-        return
-    # Who holds the lock tidies up by itself.
-    with suppress(OutputError, OSError), exclusive(folder / "lock", f"export into {target}"):
-        settle(target)
-        if target.is_dir() and any(target.iterdir()) and not any(folder.glob("*/out")):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _has_progress(folder: Path) -> bool:

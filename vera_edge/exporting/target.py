@@ -30,12 +30,14 @@ from vera_edge.requantize import Codes
 from vera_edge.requantize.correction import Correction
 from vera_edge.storage.files import check_output
 from vera_edge.storage.resumable import held as held_of
+from vera_edge.storage.resumable import tidy
 from vera_edge.trained.text_settings import with_fast_tokenizer
 from vera_edge.trained.trained_model import TrainedModel, open_model
 
 GROUP = "vera_edge.exporters"
 BUILT_IN = "built-in"
-EXPORT = "export"  # the purpose of the hidden folder in which one grows
+EXPORT = "export"  # the purpose of the hidden folder in which one grows,
+RESULT = "out"  # and what in it becomes the bundle
 OLD_NAMES = {"genai": "onnx"}  # names of earlier versions, which go on working for a release
 WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "int2", "nf4", "fp4")  # what linears can be asked to be
 _BLOCKS = {"int8": 8, "int4": 4, "int2": 2}
@@ -278,6 +280,7 @@ def export(
     the adapters' or the base's.
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
+    tidy(out, EXPORT, RESULT)
     check_output(out, force, (base, *(path for path, _ in adapter_paths)))
     asked = ExportArguments(
         target, mode, weights, options or {}, projection_rounding, plan, trained_as, tokenizer

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vera_edge.errors import OutputError, ReadError, VeraEdgeError, WorkerError
-from vera_edge.storage.files import PARTIAL_MARK
+from vera_edge.storage.files import PARTIAL_MARK, settle
 from vera_edge.storage.lock import exclusive
 
 _KEY_DIGITS = 16
@@ -76,3 +76,17 @@ def _may_pass(error: Exception, files: Path, has_progress: Callable[[Path], bool
         return has_progress(files)
     except OSError:
         return False
+
+
+def tidy(target: Path, purpose: str, result: str) -> None:
+    """End what a run left that was killed while it put its work's folder `result` in the target's place, or
+    after that.
+    """
+    target, folder = target.absolute(), folder_of(target, purpose)
+    if not folder.is_dir():
+        return
+    # Who holds the lock tidies up by itself.
+    with suppress(OutputError, OSError), exclusive(folder / "lock", f"{purpose} into {target}"):
+        settle(target)
+        if target.is_dir() and any(target.iterdir()) and not any(folder.glob(f"*/{result}")):
+            shutil.rmtree(folder, ignore_errors=True)
