@@ -15,7 +15,7 @@ from scripts.prepare_demo import ADAPTER, Demo
 pytestmark = pytest.mark.real
 RECORD = json.loads((ADAPTER / "training.json").read_text())
 # Another processor sums in another order, and four steps of training make more of that.
-STEPS, TOLERANCE = 4, 0.02
+STEPS, TOLERANCE = 4, 0.05
 
 
 def test_the_shipped_adapter_is_of_todays_recipe(demo: Demo) -> None:
