@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vera_edge.api.arguments import (
     BUILT_IN,
@@ -105,34 +106,29 @@ def export(
         >>> made.plan.mode, made.model.name
         ('branch', 'model.onnx')
     """
-    made = plan_or_none(
+    asked = _asked(
         plan,
-        mode=(mode, "merged"),
-        weights=(weights, "fp32"),
-        block=(block, None),
-        symmetric=(symmetric, None),
-        activations=(activations, None),
+        target=target,
+        mode=mode,
+        weights=weights,
+        run=run,
+        block=block,
+        symmetric=symmetric,
+        accuracy_level=accuracy_level,
+        activations=activations,
+        head=head,
+        projections=store_projections,
+        origin=projections_from,
+        vectors=vectors,
+        projection_rounding=projection_rounding,
+        trained_as=trained_as,
+        tokenizer=tokenizer,
     )
-    options = {
-        "head": head,
-        "projections": store_projections,
-        "origin": projections_from,
-        "run": run,
-        "block": None if block is None else str(block),
-        "symmetric": None if symmetric is None else str(symmetric).lower(),
-        "accuracy_level": None if accuracy_level is None else str(accuracy_level),
-        "activations": activations,
-        "vectors": vectors,
-    }
     return targets.export(
         Path(base),
         weighted(adapter, weight),
         Path(out),
-        target=target,
-        mode=mode,
-        weights=weights,
-        options={key: value for key, value in options.items() if value is not None},
-        projection_rounding=projection_rounding,
+        **vars(asked),
         force=force,
         progress=progress,
         rounding=Rounding(
@@ -142,9 +138,6 @@ def export(
             effort=effort,
             max_memory=size_or_none(max_memory),
         ),
-        plan=made,
-        trained_as=loading(trained_as),
-        tokenizer=path_or_none(tokenizer),
     )
 
 
@@ -187,27 +180,52 @@ def plan_export(
         >>> planned.plan.weights, planned.cost.size > 0
         ('int8', True)
     """
+    asked = _asked(
+        plan,
+        target=target,
+        mode=mode,
+        weights=weights,
+        run=run,
+        block=block,
+        symmetric=symmetric,
+        accuracy_level=accuracy_level,
+        activations=activations,
+        head=head,
+        projections=store_projections,
+        origin=projections_from,
+        vectors=vectors,
+        projection_rounding=projection_rounding,
+        trained_as=trained_as,
+        tokenizer=tokenizer,
+    )
+    return targets.plan_export(Path(base), weighted(adapter, weight), Path("export"), asked)
+
+
+def _asked(
+    plan: StrPath | Plan | None,
+    *,
+    target: str,
+    mode: str,
+    weights: str,
+    projection_rounding: str | None,
+    trained_as: str | TrainedAs | None,
+    tokenizer: StrPath | None,
+    **options: Any,
+) -> ExportArguments:
+    """What is asked of an export; options: the target's own, by its names, None where one isn't given."""
+    decided = {name: options[name] for name in ("block", "symmetric", "activations")}
     made = plan_or_none(
         plan,
         mode=(mode, "merged"),
         weights=(weights, "fp32"),
-        block=(block, None),
-        symmetric=(symmetric, None),
-        activations=(activations, None),
+        **{name: (value, None) for name, value in decided.items()},
     )
-    options = {
-        "head": head,
-        "projections": store_projections,
-        "origin": projections_from,
-        "run": run,
-        "block": None if block is None else str(block),
-        "symmetric": None if symmetric is None else str(symmetric).lower(),
-        "accuracy_level": None if accuracy_level is None else str(accuracy_level),
-        "activations": activations,
-        "vectors": vectors,
-    }
-    given = {key: value for key, value in options.items() if value is not None}
-    asked = ExportArguments(
+    given = {name: _written(value) for name, value in options.items() if value is not None}
+    return ExportArguments(
         target, mode, weights, given, projection_rounding, made, loading(trained_as), path_or_none(tokenizer)
     )
-    return targets.plan_export(Path(base), weighted(adapter, weight), Path("export"), asked)
+
+
+def _written(value: object) -> str:
+    """An option as a target reads it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
