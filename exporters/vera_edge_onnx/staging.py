@@ -57,7 +57,7 @@ def opened(request: ExportRequest, kind: str) -> Iterator[ExportStage]:
     kind: "decoder" or "encoder". Raises OutputError when the target is taken, or can't be written,
     CheckpointError when a file of the base or of an adapter changed meanwhile.
     """
-    resumable.tidy(request.out, EXPORT, RESULT)
+    resumable.tidy(request.out, EXPORT, f"*/{RESULT}")
     check_output(request.out, request.force)
     stamps = _stamps(request)
     target, key = request.out.absolute(), key_of(request, kind)

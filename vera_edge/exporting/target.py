@@ -280,7 +280,7 @@ def export(
     the adapters' or the base's.
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
-    tidy(out, EXPORT, RESULT)
+    tidy(out, EXPORT, f"*/{RESULT}")
     check_output(out, force, (base, *(path for path, _ in adapter_paths)))
     asked = ExportArguments(
         target, mode, weights, options or {}, projection_rounding, plan, trained_as, tokenizer

@@ -6,7 +6,6 @@ is, so that no other merge goes on from here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +14,7 @@ from typing import Any
 
 from vera_edge.merging.measure import Survival
 from vera_edge.merging.report import LayerReport
-from vera_edge.storage.files import sha256_bytes
-
-_MARK = 16  # hex digits of a line's digest
+from vera_edge.storage.line_journal import line, parsed
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Journal:
         """Fill `done`; returns how many bytes of the file are sound and of this merge."""
         data, kept = self._path.read_bytes() if self._path.exists() else b"", 0
         for number, entry in enumerate(data.splitlines(keepends=True)):
-            value = _parse(entry)
+            value = parsed(entry)
             if value is None or (number == 0 and value != {"merge": self._key}):
                 break
             if number:
@@ -98,19 +95,3 @@ class Journal:
                 self.done[found.unit] = found
             kept += len(entry)
         return kept
-
-
-def line(value: Mapping[str, Any]) -> bytes:
-    """A line of the journal."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    return sha256_bytes(text)[:_MARK].encode() + b" " + text + b"\n"
-
-
-def _parse(entry: bytes) -> Any:
-    mark, _, text = entry.removesuffix(b"\n").partition(b" ")
-    if not entry.endswith(b"\n") or mark != sha256_bytes(text)[:_MARK].encode():
-        return None
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

@@ -11,17 +11,15 @@ this one.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_edge.errors import OutputError, ReadError, VeraEdgeError
+from vera_edge.errors import ReadError, VeraEdgeError
 from vera_edge.merging.journal import Journal
 from vera_edge.storage import resumable
-from vera_edge.storage.files import commit_folder, output_error, settle
-from vera_edge.storage.lock import exclusive
+from vera_edge.storage.files import commit_folder, output_error
 
 _PURPOSE = "merge"
 
@@ -85,11 +83,4 @@ def _error(target: Path, cause: OSError) -> VeraEdgeError:
 
 def tidy(target: Path) -> None:
     """End what a run left that was killed while it put the files in their place, or after that."""
-    folder = folder_of(target)
-    if not folder.is_dir():
-        return
-    # Who holds the lock tidies up by itself.
-    with suppress(OutputError, OSError), exclusive(folder / "lock", f"merge into {target}"):
-        settle(target.absolute())
-        if target.is_dir() and not any(path.is_dir() for path in folder.iterdir()):
-            shutil.rmtree(folder, ignore_errors=True)
+    resumable.tidy(target, _PURPOSE, "*")

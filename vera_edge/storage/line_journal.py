@@ -46,24 +46,34 @@ class LineJournal:
         self._append(entry)
 
     def _append(self, entry: Any) -> None:
-        text = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
-        self._stream.write(sha256_bytes(text)[:_MARK].encode() + b" " + text + b"\n")
+        self._stream.write(line(entry))
         self._stream.flush()
 
     def _read(self) -> int:
         """Fill `entries`; returns how many bytes of the file are sound and of this work."""
         data, kept = self._path.read_bytes() if self._path.exists() else b"", 0
-        for number, line in enumerate(data.splitlines(keepends=True)):
-            mark, _, text = line.removesuffix(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or mark != sha256_bytes(text)[:_MARK].encode():
-                break
-            try:
-                entry = json.loads(text)
-            except (ValueError, RecursionError):
-                break
-            if number == 0 and entry != {"work": self._key}:
+        for number, written in enumerate(data.splitlines(keepends=True)):
+            entry = parsed(written)
+            if entry is None or (number == 0 and entry != {"work": self._key}):
                 break
             if number:
                 self.entries.append(entry)
-            kept += len(line)
+            kept += len(written)
         return kept
+
+
+def line(entry: Any) -> bytes:
+    """A JSON value as a line that begins with a digest of the rest."""
+    text = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
+    return sha256_bytes(text)[:_MARK].encode() + b" " + text + b"\n"
+
+
+def parsed(written: bytes) -> Any:
+    """What `line` wrote; None for one that isn't whole."""
+    mark, _, text = written.removesuffix(b"\n").partition(b" ")
+    if not written.endswith(b"\n") or mark != sha256_bytes(text)[:_MARK].encode():
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -78,9 +78,10 @@ def _may_pass(error: Exception, files: Path, has_progress: Callable[[Path], bool
         return False
 
 
-def tidy(target: Path, purpose: str, result: str) -> None:
-    """End what a run left that was killed while it put its work's folder `result` in the target's place, or
-    after that.
+def tidy(target: Path, purpose: str, results: str) -> None:
+    """End what a run left that was killed while it put its result in the target's place, or after that.
+
+    results: a pattern of the folders that become the target, within that of the purpose.
     """
     target, folder = target.absolute(), folder_of(target, purpose)
     if not folder.is_dir():
@@ -88,5 +89,9 @@ def tidy(target: Path, purpose: str, result: str) -> None:
     # Who holds the lock tidies up by itself.
     with suppress(OutputError, OSError), exclusive(folder / "lock", f"{purpose} into {target}"):
         settle(target)
-        if target.is_dir() and any(target.iterdir()) and not any(folder.glob(f"*/{result}")):
+        if (
+            target.is_dir()
+            and any(target.iterdir())
+            and not any(path.is_dir() for path in folder.glob(results))
+        ):
             shutil.rmtree(folder, ignore_errors=True)

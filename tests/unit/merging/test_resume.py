@@ -28,11 +28,12 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, OutputError, PlanError, ReadError
 from vera_edge.merging import Resources, executor, memory, stage, units, work
 from vera_edge.merging.cutting import cut
-from vera_edge.merging.journal import Done, Journal, line
+from vera_edge.merging.journal import Done, Journal
 from vera_edge.merging.measure import Survival
 from vera_edge.merging.report import LayerReport
 from vera_edge.parallel import Engine
 from vera_edge.plans import plan as plans
+from vera_edge.storage.line_journal import line
 from vera_edge.storage.lock import exclusive
 from vera_edge.storage.shards import Shards
 from vera_edge.trained.trained_model import TrainedModel
