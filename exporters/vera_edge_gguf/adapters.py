@@ -15,43 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.adapters.vera import Adapter
-from vera_edge.bundle.contents import NO_ADAPTER
 from vera_edge.errors import PlanError, TargetError
+from vera_edge.exporting.exported_adapters import names, trained_whole
 from vera_edge.exporting.target import ExportRequest
-from vera_edge.storage.tensors import FLOATS, RawTensor
 from vera_edge_gguf import blocks, file
 from vera_edge_gguf.families import Family
 from vera_edge_gguf.tensor_names import Named
 
 PROJECTIONS = "projections"  # the option that says what A' and B' are stored as
 _STORED = ("fp32", "fp16")
-_DEFAULT = "default"
-
-
-def merged_names(request: ExportRequest) -> list[str]:
-    """What each merged adapter is called in the manifest: by its folder, numbered where that is taken."""
-    found: list[str] = []
-    for adapter, _ in request.model.adapters:
-        name, number = adapter.name, 1
-        while name in found:
-            number += 1
-            name = f"{adapter.name[:60]}-{number}"
-        found.append(name)
-    return found
-
-
-def branch_names(request: ExportRequest) -> list[str]:
-    """The first adapter is "default", others are called by their folders.
-
-    Raises PlanError where a name that is asked for at run time would mean two things.
-    """
-    found: list[str] = []
-    for adapter, _ in request.model.adapters:
-        name = adapter.name if found else _DEFAULT
-        if name in found or name == NO_ADAPTER:
-            raise PlanError(f"an adapter can't be called {name} here; rename the folder {adapter.path}")
-        found.append(name)
-    return found
 
 
 def check(request: ExportRequest) -> None:
@@ -62,23 +34,12 @@ def check(request: ExportRequest) -> None:
         if PROJECTIONS in request.options:
             raise PlanError("a merged export holds no projections to store; leave --store-projections out")
         return
-    branch_names(request)
+    names(request)
     for adapter, _ in request.model.adapters:
-        trained = (
-            name for name, saved in adapter.modules_to_save.items() if not _is_base(request, name, saved)
-        )
-        if more := sorted([*adapter.biases, *trained]):
+        if more := trained_whole(request, adapter):
             raise TargetError(
                 f"{adapter.path} also trained {more[0]}, which a GGUF LoRA doesn't carry; use --mode merged"
             )
-
-
-def _is_base(request: ExportRequest, name: str, saved: RawTensor) -> bool:
-    """Whether a tensor that PEFT saved whole is a copy of the base's, which changes nothing."""
-    tensors = request.model.checkpoint.tensors
-    if name not in tensors or tensors[name].dtype not in FLOATS or saved.dtype not in FLOATS:
-        return False
-    return np.array_equal(tensors.float32(name), saved.float32())
 
 
 def write(
@@ -90,7 +51,7 @@ def write(
     """
     files = {}
     (stage / "adapters").mkdir()
-    for name, (adapter, weight) in zip(branch_names(request), request.model.adapters, strict=True):
+    for name, (adapter, weight) in zip(names(request), request.model.adapters, strict=True):
         files[name] = f"adapters/{name}.gguf"
         metadata = {
             "general.type": "adapter",

@@ -7,11 +7,11 @@ from importlib.metadata import version
 
 import vera_edge
 from vera_edge.bundle.contents import ManifestFields
+from vera_edge.exporting import exported_adapters
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 from vera_edge.tasks import task as tasks
-from vera_edge_gguf import adapters
 
 _TOOLS = ("gguf", "numpy", "torch", "transformers")
 
@@ -44,7 +44,7 @@ def manifest_fields(request: ExportRequest, model: str, files: Mapping[str, str]
     """
     plan, overlay = request.plan, request.model.checkpoint.overlay
     whole = overlay.digests if overlay is not None else {}
-    names = list(files) or adapters.merged_names(request)
+    names = exported_adapters.names(request)
     return ManifestFields(
         kind="decoder",
         mode=plan.mode,

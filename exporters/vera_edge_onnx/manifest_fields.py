@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 import vera_edge
 from vera_edge.bundle.contents import ManifestFields
+from vera_edge.exporting import exported_adapters
 from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.storage.files import sha256_bytes
@@ -63,7 +64,7 @@ def manifest_fields(
     """
     plan, branch, overlay = request.plan, bool(files), request.model.checkpoint.overlay
     whole = overlay.digests if overlay is not None else {}
-    names = adapters.names(request)
+    names = exported_adapters.names(request)
     spec = request.model.projections.spec.to_dict() | {"digest": request.model.projections.digest}
     return ManifestFields(
         kind=model_kind,

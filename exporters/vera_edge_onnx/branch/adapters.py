@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from vera_edge.bundle.contents import NO_ADAPTER
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting import onnx_adapter as packing
+from vera_edge.exporting.exported_adapters import names, trained_whole
 from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
-from vera_edge.storage.tensors import FLOATS, RawTensor
 
 VECTORS = "vectors"
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
@@ -44,20 +41,10 @@ def check(request: ExportRequest) -> None:
     if request.plan.mode == "branch":
         names(request)
     for adapter, _ in request.model.adapters if request.plan.mode == "branch" else ():
-        trained = {
-            name for name, saved in adapter.modules_to_save.items() if not _is_base(request, name, saved)
-        }
-        if more := sorted([*adapter.biases, *trained]):
+        if more := trained_whole(request, adapter):
             raise TargetError(
                 f"{adapter.path} also trained {more[0]}, which a side-branch doesn't carry; use --mode merged"
             )
-
-
-def _is_base(request: ExportRequest, name: str, saved: RawTensor) -> bool:
-    tensors = request.model.checkpoint.tensors
-    if name not in tensors or tensors[name].dtype not in FLOATS or saved.dtype not in FLOATS:
-        return False
-    return np.array_equal(tensors.float32(name), saved.float32())
 
 
 def sizes(request: ExportRequest) -> dict[str, int]:
@@ -77,30 +64,6 @@ def base_digest(request: ExportRequest) -> str:
     whole = {} if overlay is None else overlay.digests
     digest = request.model.checkpoint.digest
     return digest if not whole else sha256_bytes(canonical_json([digest, whole]))
-
-
-def names(request: ExportRequest) -> list[str]:
-    """What each adapter is called in the manifest: the first of a branch "default", others by their folders.
-
-    Merged, one whose folder's name is another's gets a number. Raises PlanError where a name that is asked
-    for at run time would mean two things.
-    """
-    found: list[str] = []
-    branch = request.plan.mode == "branch"
-    for adapter, _ in request.model.adapters:
-        name, number = "default" if branch and not found else adapter.name, 1
-        if branch and name in found:
-            raise PlanError(f"two adapters are called {name}; rename the folder of one of them")
-        if branch and name == NO_ADAPTER:
-            raise PlanError(
-                f"an adapter can't be called {name}, by which one asks for the base alone; rename the folder "
-                f"{adapter.path}"
-            )
-        while name in found:
-            number += 1
-            name = f"{adapter.name[:60]}-{number}"
-        found.append(name)
-    return found
 
 
 def write(request: ExportRequest, stage: Path, layout: Sequence[Piece]) -> dict[str, str]:
