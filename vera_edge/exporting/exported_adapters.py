@@ -1,4 +1,4 @@
-"""A request's adapters as any target exports them: their names, and what they trained beside their vectors."""
+"""An export's adapters for any target: their names, and what they trained beside their vectors."""
 
 from __future__ import annotations
 
