@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, normalizers
 from vera_edge.errors import CheckpointError
 from vera_edge.quiet import first_line, quiet
 from vera_edge.storage import tokenizer_json
-from vera_edge.storage.json_text import settings_json
+from vera_edge.storage.json_text import TABLE, parse_json, settings_json
 from vera_edge.storage.side_files import GENERATION, TOKENIZER_CONFIG, VOCABULARIES, SideFiles
 
 FAST = "tokenizer.json"
@@ -38,6 +38,8 @@ _SENTENCEPIECE = (
 # Words alone: what a model makes of other characters is its own affair.
 _SAMPLE = "The weights of a layer keep their bytes and the adapter adds what it learned"
 _SHOWN = 60
+# Writing a tokenizer.json takes memory for every id up to the highest. Vocabularies have some 300,000.
+_HIGHEST_ID = 1 << 24
 
 
 def read(files: SideFiles, config: Mapping[str, Any]) -> Tokenizer:
@@ -65,10 +67,24 @@ def with_fast(files: SideFiles, config: Mapping[str, Any]) -> SideFiles:
         )
     names = [name for name in files.names if "/" not in name]
     content = tuple((name, files.read(name)) for name in names)
+    for name in ("vocab.json", "added_tokens.json"):
+        if name in files:
+            _check_ids(files.read(name), files.where(name))
     made = _made(content, str(config.get("model_type")), str(_folder(files)))
     for name, data in made:
         files = files.with_file(name, data)
     return files
+
+
+def _check_ids(data: bytes, where: Path) -> None:
+    """Raise CheckpointError where a vocabulary's JSON gives a token an id beyond any vocabulary."""
+    vocabulary = parse_json(data, str(where), CheckpointError, TABLE)
+    for word, number in vocabulary.items() if isinstance(vocabulary, dict) else ():
+        if isinstance(number, int) and not 0 <= number <= _HIGHEST_ID:
+            raise CheckpointError(
+                f"{where} gives the token {word[:_SHOWN]!r} the id {number}, which no vocabulary has; "
+                "copy or download it again"
+            )
 
 
 def _folder(files: SideFiles) -> Path:

@@ -115,6 +115,14 @@ def test_an_encoders_vocabulary_reads_as_in_transformers(
         ({"tekken.json": b"{}"}, r"none of what is there \(tekken\.json\)"),
         ({"tokenizer.json": b"{}"}, "isn't a tokenizer that the tokenizers package reads"),
         ({"added_tokens.json": b"{}"}, "holds no tokenizer"),
+        (
+            {"vocab.json": b'{"a": 2147483648, "b": 1}', "merges.txt": b""},
+            r"vocab\.json gives the token 'a' the id 2147483648",
+        ),
+        (
+            {"vocab.json": b'{"a": 0}', "merges.txt": b"", "added_tokens.json": b'{"<x>": -1}'},
+            r"added_tokens\.json gives the token '<x>' the id -1",
+        ),
     ],
 )
 def test_what_no_tokenizer_can_be_made_of_is_refused(

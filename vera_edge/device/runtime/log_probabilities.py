@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from vera_edge.device.runtime.chat import BundleText
 
@@ -45,7 +46,7 @@ class TokenBytes:
 
     def __init__(self, text: BundleText) -> None:
         self._text = text
-        self._bytelevel = _mentions(text.tokenizer.to_str(), "ByteLevel")
+        self._bytelevel = _decodes_by(text.tokenizer, "ByteLevel")
 
     def of(self, token: int) -> bytes:
         """The bytes of `token`; of a special token, those of its name."""
@@ -65,16 +66,20 @@ class TokenBytes:
         return word.replace("▁", " ").encode()
 
 
-def _mentions(tokenizer: str, kind: str) -> bool:
+def _decodes_by(tokenizer: Tokenizer, kind: str) -> bool:
     """Whether the tokenizer's decoder is, or holds, one of this kind."""
     import json
+
+    if tokenizer.decoder is None:
+        return False
 
     def within(decoder: Any) -> bool:
         if not isinstance(decoder, Mapping):
             return False
         return decoder.get("type") == kind or any(map(within, decoder.get("decoders") or ()))
 
-    return within(json.loads(tokenizer).get("decoder"))
+    # Of the whole tokenizer's JSON a file could make gigabytes: it has a place for each id up to the highest.
+    return within(json.loads(tokenizer.decoder.__getstate__()))
 
 
 @cache
