@@ -40,8 +40,7 @@ class DriftRequest:
     text_only: refuse a model that gives embeddings or classes, before it is measured. limits: names of those
          that the report will be held to; what isn't measured of the model is refused before it is measured.
     trained_as: how the reference's base was loaded in training.
-    max_memory: bytes; a model that takes more than half of them in float32 is run layer by layer, unless
-        `by_layer` is asked for.
+    max_memory: bytes; a model that takes more than half of them in float32 is run layer by layer.
     """
 
     reference: Path
@@ -103,13 +102,13 @@ def _open(request: DriftRequest, progress: Progress) -> _Opened:
     text = windows.read_text(request.data)
     progress("opening the models", 0, 2)
     given = (request.base, request.adapters, request.projection_rounding)
-    memory = (request.max_memory, request.by_layer)
+    memory = request.max_memory
     trained = opened_reference.open_trained(
-        request.reference, *given, request.trained_as, request.tokenizer, *memory
+        request.reference, *given, request.trained_as, request.tokenizer, memory
     )
     progress("opening the models", 1, 2)
     candidate = opened_candidate.open_candidate(
-        request.candidate, request.exact, trained.digests, *memory, later=runs_by_layer(trained.runner)
+        request.candidate, request.exact, trained.digests, memory, later=runs_by_layer(trained.runner)
     )
     progress("opening the models", 2, 2)
     if _gives_text(trained) and candidate.gives != tasks.TEXT:

@@ -8,29 +8,29 @@ That is two forward passes of 128 tokens for each linear, from the layer on that
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from vera_edge.arrays import Float32
+from vera_edge.arrays import Float32, Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import DataError, MismatchError
-from vera_edge.measuring.metrics import compare
+from vera_edge.measuring.layer_passes import kl_of_each
 from vera_edge.measuring.opened_candidate import OpenedCandidate
 from vera_edge.measuring.opened_reference import OpenedReference
 from vera_edge.measuring.result import LayerDrift
 from vera_edge.progress import Progress, silent
-from vera_edge.reference.layers import stack_of
+from vera_edge.reference.model import TorchReference
 from vera_edge.text.windows import Windows
 
 # Tokens that the passes run on: layers are ranked by them, not measured to the last digit.
 _TOKENS = 256
 _PIECES = 2
 _WRAPPED = "base_model.model."  # what PEFT puts before a module's name
+_ROWS = 512  # of a weight that are looked at in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -61,97 +61,50 @@ def by_layer(
     layer's shapes differ.
     """
     check(trained, candidate)
-    assert trained.checkpoint is not None and candidate.checkpoint is not None
-    shared = _in_model_order(trained, candidate.checkpoint)
-    passes = _Passes(trained, _pieces(windows), shared)
-    reference = passes.record()
-    found = []
-    for index, module in enumerate(shared):
-        progress("measuring layer by layer", index, len(shared))
-        pair = _load(trained, trained.checkpoint, candidate.checkpoint, module)
-        with _replaced(trained, module, pair) as powers:
-            kl = [
-                compare(before, passes.logits(row, module), passes.pieces[row][1:]).kl
-                for row, before in enumerate(reference)
-            ]
-        found.append(_describe(candidate.checkpoint, module, pair, powers, float(np.concatenate(kl).mean())))
-    progress("measuring layer by layer", len(shared), len(shared))
-    return tuple(found)
+    assert isinstance(trained.runner, TorchReference)
+    layers = _Layers(trained, candidate)
+    kl = kl_of_each(trained.runner, _pieces(windows), list(layers.names), layers.exchanged, progress)
+    return tuple(layers.drift(name, kl[name]) for name in layers.names)
 
 
-class _Passes:
-    """Forward passes over the same pieces, in which layers before one that changed give what they gave."""
+class _Layers:
+    """The linear layers that both sides have, each exchanged in the reference by itself.
 
-    def __init__(
-        self, trained: OpenedReference, pieces: list[npt.NDArray[np.int64]], modules: Sequence[str]
-    ) -> None:
-        self.pieces, self._runner = pieces, trained.runner
-        model, names = _model(trained), _names(trained)
-        self._stack, self._layers = stack_of(model, [names[module] for module in modules])
-        self._stack = self._stack.removeprefix(_WRAPPED)
-        self._given: list[list[Any]] = []
+    names: by their names in the model, in its order, those in its checkpoint.
+    """
 
-    def record(self) -> list[Float32]:
-        """The logits (n - 1, vocab) of every piece, as the model is."""
-        logits = []
-        for piece in self.pieces:
-            given: list[Any] = []
-            with ExitStack() as hooks:
-                for layer in self._layers:
-                    handle = layer.register_forward_hook(lambda _, __, output, to=given: to.append(output))
-                    hooks.callback(handle.remove)
-                logits.append(self._runner.logits(piece)[:-1])
-            self._given.append(given)
-        return logits
+    def __init__(self, trained: OpenedReference, candidate: OpenedCandidate) -> None:
+        assert trained.checkpoint is not None and candidate.checkpoint is not None
+        assert isinstance(trained.runner, TorchReference)
+        self._trained, self._model = trained, trained.runner.model
+        self._base, self._stored = trained.checkpoint, candidate.checkpoint
+        own = {name: name.removeprefix(_WRAPPED) for name, _ in self._model.named_modules()}
+        both = self._base.linears.keys() & self._stored.linears.keys()
+        self.names = {name: module for name, module in own.items() if module in both}
+        self._powers: dict[str, list[tuple[float, float]]] = {}
+        self._weights: dict[str, LayerDrift] = {}
 
-    def logits(self, row: int, module: str) -> Float32:
-        """The same of one piece, where nothing that comes before `module` has changed."""
-        given, first = self._given[row], self._place(module)
-        with ExitStack() as kept:
-            for layer, output in zip(self._layers[:first], given, strict=False):
-                kept.enter_context(_giving(layer, output))
-            return self._runner.logits(self.pieces[row])[:-1]
+    @contextmanager
+    def exchanged(self, name: str) -> Iterator[None]:
+        """Let one layer compute with the artefact's weight, and look at what it gives then."""
+        module = self.names[name]
+        pair = _load(self._trained, self._base, self._stored, module)
+        if name not in self._weights:
+            self._weights[name] = _of_weights(self._stored, module, pair)
+        with _replaced(self._model.get_submodule(name), pair, self._powers.setdefault(name, [])):
+            yield
 
-    def _place(self, module: str) -> int:
-        """How many layers come before the one that holds `module`; 0 where that can't be told."""
-        inside = module.removeprefix(f"{self._stack}.")
-        if inside == module or any(len(given) != len(self._layers) for given in self._given):
-            return 0
-        return int(inside.partition(".")[0])
+    def drift(self, name: str, kl: float) -> LayerDrift:
+        """Everything about a layer that was exchanged."""
+        signal, noise = (sum(power[part] for power in self._powers[name]) for part in (0, 1))
+        ratio = float(10 * np.log10(signal / noise)) if noise > 0 and signal > 0 else None
+        return replace(self._weights[name], output_snr=ratio, kl=kl)
 
 
-@contextmanager
-def _giving(layer: Any, output: Any) -> Iterator[None]:
-    """Let a layer give this without computing it."""
-    layer.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        del layer.forward
-
-
-def _pieces(windows: Windows) -> list[npt.NDArray[np.int64]]:
+def _pieces(windows: Windows) -> list[Int64]:
     """Beginnings of windows from different parts of the text."""
     step = max(1, len(windows.tokens) // _PIECES)
     return [window[: _TOKENS // _PIECES] for window in windows.tokens[::step]][:_PIECES]
-
-
-def _in_model_order(trained: OpenedReference, stored: Checkpoint) -> list[str]:
-    assert trained.checkpoint is not None
-    known = trained.checkpoint.linears
-    return [name for name in _names(trained) if name in stored.linears and name in known]
-
-
-def _names(trained: OpenedReference) -> dict[str, str]:
-    """The model's own names of modules, by those in its checkpoint, in its order."""
-    return {name.removeprefix(_WRAPPED): name for name, _ in _model(trained).named_modules()}
-
-
-def _model(trained: OpenedReference) -> Any:
-    from vera_edge.reference.model import TorchReference
-
-    assert isinstance(trained.runner, TorchReference)
-    return trained.runner.model
 
 
 def _load(trained: OpenedReference, base: Checkpoint, stored: Checkpoint, module: str) -> _Pair:
@@ -173,12 +126,10 @@ def _load(trained: OpenedReference, base: Checkpoint, stored: Checkpoint, module
 
 
 @contextmanager
-def _replaced(trained: OpenedReference, module: str, pair: _Pair) -> Iterator[list[tuple[float, float]]]:
-    """Let one layer compute with the artefact's weight; yields (signal, error) powers of its outputs."""
-    layer = _model(trained).get_submodule(_names(trained)[module])
+def _replaced(layer: Any, pair: _Pair, powers: list[tuple[float, float]]) -> Iterator[None]:
+    """Let a layer compute with the artefact's weight; adds (signal, error) powers of its outputs."""
     inner = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     stored, exact = torch.from_numpy(pair.stored), torch.from_numpy(pair.exact)
-    powers: list[tuple[float, float]] = []
 
     def instead(_: Any, inputs: Sequence[torch.Tensor], __: torch.Tensor) -> torch.Tensor:
         x = inputs[0]
@@ -188,26 +139,27 @@ def _replaced(trained: OpenedReference, module: str, pair: _Pair) -> Iterator[li
 
     handle = layer.register_forward_hook(instead)
     try:
-        yield powers
+        yield
     finally:
         handle.remove()
 
 
-def _describe(
-    stored: Checkpoint, module: str, pair: _Pair, powers: list[tuple[float, float]], kl: float
-) -> LayerDrift:
-    linear = stored.linears[module]
-    error = (pair.stored - pair.exact).astype(np.float64)
-    delta = None if pair.delta is None else pair.delta.astype(np.float64)
-    size = float(np.linalg.norm(delta)) if delta is not None else 0.0
-    signal, noise = (sum(part) for part in zip(*powers, strict=True))
+def _of_weights(stored: Checkpoint, module: str, pair: _Pair) -> LayerDrift:
+    """What the weights alone say of a layer."""
+    squares = np.zeros(4)  # of the error, the exact weight, the delta; and <Q - W, dW>
+    for start in range(0, len(pair.exact), _ROWS):
+        rows = slice(start, start + _ROWS)
+        error = (pair.stored[rows] - pair.exact[rows]).astype(np.float64)
+        exact = pair.exact[rows].astype(np.float64)
+        delta = np.zeros_like(error) if pair.delta is None else pair.delta[rows].astype(np.float64)
+        # Q - W = error + dW
+        products = ((error, error), (exact, exact), (delta, delta), (error + delta, delta))
+        squares += [float(np.vdot(one, other)) for one, other in products]
+    error_size, weight_size, delta_size = (float(np.sqrt(square)) for square in squares[:3])
     return LayerDrift(
         module=module,
-        bytes=sum(stored.tensors[name].nbytes for name in linear.tensors.values()),
-        weight_error=float(np.linalg.norm(error) / (np.linalg.norm(pair.exact.astype(np.float64)) or 1.0)),
-        delta_error=float(np.linalg.norm(error)) / size if size else None,
-        # <Q - W, dW> with Q - W = error + dW.
-        retained=float(np.sum((error + delta) * delta)) / size**2 if delta is not None and size else None,
-        output_snr=float(10 * np.log10(signal / noise)) if noise > 0 and signal > 0 else None,
-        kl=kl,
+        bytes=sum(stored.tensors[name].nbytes for name in stored.linears[module].tensors.values()),
+        weight_error=error_size / (weight_size or 1.0),
+        delta_error=error_size / delta_size if delta_size else None,
+        retained=float(squares[3] / squares[2]) if delta_size else None,
     )

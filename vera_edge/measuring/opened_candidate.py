@@ -61,7 +61,6 @@ def open_candidate(
     exact: bool = False,
     trained: Sequence[str] = (),
     max_memory: int | None = None,
-    whole: bool = False,
     later: bool = False,
 ) -> OpenedCandidate:
     """The artefact in `path`: an exported folder, or a Hugging Face folder of any weight format.
@@ -69,8 +68,8 @@ def open_candidate(
     trained: digests of the reference's adapters; of a branch export's own, the one among them runs.
 
     A bitsandbytes checkpoint runs as its users run it, in bitsandbytes' kernels; with `exact`, on the exact
-    values of its weights in float32. max_memory: bytes, for a model in float32 (see `room.fits`); whole: in
-    memory in any case. later: an export of a decoder is closed again until it is first run.
+    values of its weights in float32. max_memory: bytes, for a model in float32 (see `room.fits`). later: an
+    export of a decoder is closed again until it is first run.
     """
     if (path / bundle.MANIFEST).is_file():
         return _candidate_export(path, trained, later)
@@ -97,7 +96,7 @@ def open_candidate(
         kernels = "bitsandbytes" if checks.method(checkpoint.config) == "bitsandbytes" else "transformers'"
         kind = f"checkpoint, {weights}, {kernels} kernels"
     else:
-        light = not whole and not room.fits(checkpoint, max_memory)
+        light = not room.fits(checkpoint, max_memory)
         runner = reference.open_reference(checkpoint, auto_class=task.auto_class, layer_by_layer=light)
         notes += [room.note(checkpoint)] * runner.layer_by_layer
         kind = f"checkpoint, {weights}, computed in float32"

@@ -79,14 +79,12 @@ def open_trained(
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
     max_memory: int | None = None,
-    whole: bool = False,
 ) -> OpenedReference:
     """The model as trained from an adapter folder, a base folder (with `adapter_paths`), or a branch export.
 
     trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer reads the text,
-    instead of the adapters' or the base's. max_memory: bytes, see `room.fits`. whole: in memory in any case.
-    An export has its base, adapter and projections in it, and takes
-    no others. Raises a VeraEdgeError of the part that is at fault.
+    instead of the adapters' or the base's. max_memory: bytes, see `room.fits`. An export has its base,
+    adapter and projections in it, and takes no others. Raises a VeraEdgeError of the part that is at fault.
     """
     if (path / bundle.MANIFEST).is_file():
         given = {
@@ -109,7 +107,7 @@ def open_trained(
         raise PlanError("--projection-rounding is for an adapter, and the reference has none; leave it out")
     base = base_folder(path, base)
     checkpoint, read = trained_base.read(base, adapter_paths, tokenizer, trained_as)
-    return _trained_checkpoint(checkpoint, read, projection_rounding, max_memory, whole)
+    return _trained_checkpoint(checkpoint, read, projection_rounding, max_memory)
 
 
 def base_folder(path: Path, base: Path | None) -> Path:
@@ -132,7 +130,6 @@ def _trained_checkpoint(
     read: tuple[tuple[adapters.Adapter, float], ...],
     projection_rounding: str | None,
     max_memory: int | None,
-    whole: bool,
 ) -> OpenedReference:
     found = [provenance.resolve_for_command(adapter, checkpoint, projection_rounding) for adapter, _ in read]
     if any(other.projections.digest != found[0].projections.digest for other in found[1:]):
@@ -142,7 +139,7 @@ def _trained_checkpoint(
     from vera_edge.reference import model as reference
     from vera_edge.reference import room
 
-    light = not whole and not room.fits(checkpoint, max_memory)
+    light = not room.fits(checkpoint, max_memory)
     task = tasks.of(checkpoint.config).auto_class
     model = reference.open_reference(checkpoint, read, projections, task, light)
     notes = [note for one in found for note in (*one.notes, f"projections: {one.how}")]

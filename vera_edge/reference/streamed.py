@@ -258,7 +258,7 @@ class Run:
     def __init__(
         self, stream: LayerStream, view: View, windows: Sequence[Int64], states: HiddenStates
     ) -> None:
-        self._stream, self._view, self.windows, self._states = stream, view, windows, states
+        self._stream, self._view, self.windows, self.states = stream, view, windows, states
         self.calls: list[list[Call]] = []
 
     def start(self, read: dict[str, torch.Tensor]) -> None:
@@ -273,7 +273,7 @@ class Run:
             if known_calls is None:
                 alike.append(calls)
             self.calls.append(calls if known_calls is None else known_calls)
-            self._states[row] = hidden
+            self.states[row] = hidden
 
     def layer(self, index: int, read: dict[str, torch.Tensor]) -> None:
         """Every window through one layer."""
@@ -281,13 +281,14 @@ class Run:
         with self._view.running(), self._stream.weights.placed(layer.parameters(), read):
             for row in range(len(self.windows)):
                 args, kwargs = self.calls[row][index]
-                self._states[row] = output_hidden(layer(self._states[row], *args, **kwargs))
+                self.states[row] = output_hidden(layer(self.states[row], *args, **kwargs))
 
-    def end(self, row: int, read: dict[str, torch.Tensor]) -> Any:
-        """The model's output for one window."""
+    def end(self, row: int, read: dict[str, torch.Tensor], needed: set[str] | None = None) -> Any:
+        """The model's output for one window. needed: matrices that must be there, if other than usual."""
         stream = self._stream
-        with self._view.running(), stream.weights.placed(stream.outside(), read, stream.last):
-            return stream.end(self.windows[row], self._states[row])
+        wanted = stream.last if needed is None else needed
+        with self._view.running(), stream.weights.placed(stream.outside(), read, wanted):
+            return stream.end(self.windows[row], self.states[row])
 
 
 def _vocabulary(model: Any) -> int:

@@ -73,11 +73,32 @@ def test_an_encoder(tmp_path: Path, cli: Cli) -> None:
     assert len(told) == 2 and light == whole
 
 
-def test_by_layer_holds_models_whole(
-    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli
-) -> None:
+def test_by_layer(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli) -> None:
+    """Every exchange is carried along in one pass, and gives what it gives alone."""
     merged = tmp_path / "merged"
     assert cli("merge", tiny_llama.nf4, tiny_adapter, "--to", "bf16", "-o", merged).exit_code == 0
     words = (tiny_adapter, merged, "--base", tiny_llama.nf4, "--by-layer", *QUICK)
-    report, told = measured(cli, *words, "--max-memory", "1KB")
-    assert not told and len(report["layers"]) == 14
+    whole, none = measured(cli, *words)
+    light, told = measured(cli, *words, "--max-memory", "1KB")
+    assert not none and len(told) == 2
+    assert len(whole["layers"]) == 14 and all(layer["kl"] > 0 for layer in whole["layers"])
+    assert light == whole
+
+
+def test_by_layer_with_one_behind_the_layers(tiny_llama: tiny.TinyLlama, tmp_path: Path, cli: Cli) -> None:
+    """A head that is a linear of both sides goes the whole way by itself."""
+    model = tiny.load(tiny_llama.fp32, tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * 0.5)
+    base = tiny.save(model, tmp_path / "untied")
+    with torch.no_grad():
+        model.lm_head.weight.copy_((model.lm_head.weight * 64).round() / 64)
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.02)
+    changed = tiny.save(model, tmp_path / "changed")
+    words = (base, changed, "--by-layer", *QUICK)
+    whole, _ = measured(cli, *words)
+    light, told = measured(cli, *words, "--max-memory", "1KB")
+    assert len(told) == 2 and light == whole
+    kl = {layer["module"]: layer["kl"] for layer in whole["layers"]}
+    assert kl.pop("lm_head") > 1e-6 and kl.pop("model.layers.1.mlp.up_proj") > 1e-6
+    assert max(kl.values()) == 0

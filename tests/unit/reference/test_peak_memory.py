@@ -23,10 +23,12 @@ import torch
 torch.set_num_threads(1)
 from vera_edge.adapters.projection import ProjectionSpec, regenerate
 from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.measuring import layers, opened_candidate, opened_reference
 from vera_edge.reference.model import TorchReference, open_reference
 from vera_edge.requantize import int_blocks
 from vera_edge.rounding.journal import RoundingJournal
 from vera_edge.rounding.writeback import Calibration, write_back
+from vera_edge.text.windows import Windows
 from vera_edge.trained.trained_model import TrainedModel
 
 checkpoint, light = Checkpoint.open(Path(sys.argv[1])), sys.argv[2] == "light"
@@ -42,6 +44,14 @@ assert (view.stream is not None) == light
 for _ in view.logits_together([view, view.bfloat16()], windows):
     pass
 """,
+    "by layer": """
+found = layers.by_layer(
+    opened_reference.open_trained(checkpoint.path, max_memory=1 if light else None),
+    opened_candidate.open_candidate(checkpoint.path, max_memory=1 if light else None),
+    Windows(None, tuple(window[:16] for window in windows), 16),
+)
+assert len(found) == len(checkpoint.linears)
+""",
     "rounding": """
 Path(sys.argv[3]).mkdir()
 model = TrainedModel(checkpoint, (), regenerate(ProjectionSpec(0, 1, 1, 1)))
@@ -53,6 +63,8 @@ write_back(model, grids, how, nowhere, journal=journal, layer_by_layer=light)
 assert len(journal) == len(grids)
 """,
 }
+# What others give away when models are held whole is the same models, so that once is enough.
+_HELD_WHOLE_TOO = ("logits", "rounding")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +85,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 @pytest.mark.parametrize("way", _WAYS)
 def test_the_peak_does_not_grow_with_the_layers(bases: dict[int, Path], tmp_path: Path, way: str) -> None:
     peaks = {}
-    for kind in ("light", "whole"):
+    kinds = ("light", "whole") if way in _HELD_WHOLE_TOO else ("light",)
+    for kind in kinds:
         for layers, base in bases.items():
             code = _START + _WAYS[way] + _END
             words = [sys.executable, "-c", code, str(base), kind, str(tmp_path / f"{kind}{layers}")]
@@ -81,6 +94,6 @@ def test_the_peak_does_not_grow_with_the_layers(bases: dict[int, Path], tmp_path
             assert done.returncode == 0, done.stderr
             peaks[kind, layers] = 1024 * json.loads(done.stdout.splitlines()[-1])
     more = (_MANY - _FEW) * _LAYER
-    grown = {kind: (peaks[kind, _MANY] - peaks[kind, _FEW]) / more for kind in ("light", "whole")}
+    grown = {kind: (peaks[kind, _MANY] - peaks[kind, _FEW]) / more for kind in kinds}
     assert grown["light"] < 0.25, (grown, peaks)
-    assert grown["whole"] > 0.75, (grown, peaks)
+    assert grown.get("whole", 1) > 0.75, (grown, peaks)
