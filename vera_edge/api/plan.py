@@ -44,6 +44,7 @@ def plan(
     weight: float = 1.0,
     projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
+    max_memory: int | str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> ChosenPlan:
@@ -71,6 +72,8 @@ def plan(
         weight: scales the delta of an adapter that has no weight of its own.
         projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
+        max_memory: bytes, or words like "6GB": a model that takes more than half of them in float32, or of
+            what is free, is read layer by layer.
         force: replace `out`, and the folder `export`, where they exist.
         progress: called with what is done, how much of it, and of how much.
 
@@ -100,6 +103,7 @@ def plan(
         calibration=str(calibration),
         data=None if data is None else str(data),
         tokens=tokens,
+        max_memory=size_or_none(max_memory),
     )
     request.check()
     file, keep = Path(out), path_or_none(export)

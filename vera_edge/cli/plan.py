@@ -54,6 +54,7 @@ from vera_edge.cli import show
 @show.weight_option
 @show.projection_rounding_option
 @show.trained_as_option
+@click.option("--max-memory", metavar="SIZE", help="Read a model of over half of it, like 6GB, by layer.")
 @show.force_option
 @show.quiet_option
 @show.json_option
@@ -77,6 +78,7 @@ def plan(
     weight: float,
     projection_rounding: str | None,
     trained_as: str | None,
+    max_memory: str | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -105,6 +107,7 @@ def plan(
             calibration=calibration,
             projection_rounding=projection_rounding,
             trained_as=trained_as,
+            max_memory=max_memory,
             force=force,
             progress=progress,
         )

@@ -16,7 +16,7 @@ import numpy as np
 from vera_edge.arrays import Float32, Float64, Int64
 from vera_edge.measuring.metrics import compare
 from vera_edge.progress import Progress
-from vera_edge.reference.carried import Exchange, carried
+from vera_edge.reference.carried import Carried, Exchange, Made
 from vera_edge.reference.layers import stack_of
 from vera_edge.reference.model import TorchReference
 from vera_edge.reference.streamed import LayerStream
@@ -64,8 +64,8 @@ def _streamed(
     exchanged: Exchanged,
     progress: Progress,
 ) -> dict[str, float]:
-    def made(module: str) -> Callable[[], AbstractContextManager[None]]:
-        return lambda: exchanged(module)
+    def made(module: str) -> Made:
+        return lambda _: exchanged(module)
 
     owned = {
         name: index for index, layer in enumerate(stream.layers) for name in _names_in(runner.model, layer)
@@ -73,7 +73,8 @@ def _streamed(
     exchanges = [Exchange(owned.get(module), made(module)) for module in modules]
     found: dict[str, list[Float64]] = {module: [] for module in modules}
     reference: Float32 | None = None
-    for row, place, logits in carried(stream, runner, pieces, exchanges, _logits, progress):
+    passes = Carried(stream, runner, pieces, exchanges)
+    for row, place, logits in passes.outputs(_logits, progress):
         if place is None:
             reference = logits
         else:

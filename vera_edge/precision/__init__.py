@@ -2,7 +2,9 @@
 
 request   what is asked
 trained   the model that weights are exchanged in
+changes   a model with weights exchanged, and what linears read rounded
 replay    the model's KL with one unit exchanged, or with all of them
+streamed_replay  the same of a model that is read layer by layer
 codes     every module rounded to every format
 units     what is chosen for: bytes and sensitivity of every unit in every format
 sizes     bytes of a layer in a format

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from vera_edge import merging as merge
 from vera_edge.base.trained_as import TrainedAs
@@ -16,15 +17,19 @@ from vera_edge.exporting import target as targets
 from vera_edge.merging import Prepared
 from vera_edge.plans import plan as plans
 from vera_edge.plans.plan import DENSE, SAME, Plan, Step
+from vera_edge.precision.changes import Replaying
 from vera_edge.precision.choice import ChosenPlan
 from vera_edge.precision.codes import UnitCodes
 from vera_edge.precision.replay import Replay
 from vera_edge.precision.request import PlanRequest, split
 from vera_edge.precision.solver import Solver, finished
-from vera_edge.precision.trained import check_adapters, trained_model
+from vera_edge.precision.streamed_replay import StreamedReplay
+from vera_edge.precision.trained import check_adapters, trained_model, trained_stream
 from vera_edge.precision.trial import Trials
-from vera_edge.precision.units import Sensitivities, bytes_of, heads_of
+from vera_edge.precision.units import Sensitivities, as_it_is, bytes_of, heads_of
 from vera_edge.progress import Progress, silent
+from vera_edge.reference import room
+from vera_edge.reference.streamed import LayerStream
 from vera_edge.requantize import CodesFolder, Effort
 from vera_edge.requantize.effort import DEFAULT
 from vera_edge.storage.files import staged_folder
@@ -110,25 +115,42 @@ class _Search:
         trials, heads = Trials(self.ready, self.request.target, self.work), heads_of(self.request.formats)
         with self._timed("weighing"):
             weighed = trials.weigh(finished(start, heads[0], self.request, self.ready), self.progress)
-        model = trained_model(self.ready)
+        stream = self._stream()
+        model = trained_model(self.ready) if stream is None else stream.model
+        values = as_it_is if stream is None else stream.weights.values
         with self._timed("calibration and rounding"):
-            rounded.calibrate(model, calibration.tokens, self.progress)
+            rounded.calibrate(model, calibration.tokens, self.progress, stream)
         modules = [module for group in rounded.groups for module in group]
         with self._timed("sensitivities"):
             timed = self.request.max_latency is not None
-            measured = Sensitivities(model, Replay(model, modules, sensitivity.tokens), rounded, timed)
-            units = measured.units(heads, self.progress)
-            del measured
+            replay = self._replay(stream, model, modules, sensitivity)
+            units = Sensitivities(model, replay, rounded, timed, values).units(heads, self.progress)
+            del replay
         fixed = float(weighed - bytes_of(units, first, heads[0]))
         with self._timed("trials"):
-            replay = Replay(model, modules, check.tokens)
-            facts = (self.request, start, rounded, units, model, replay, trials, self.progress, fixed)
+            replay = self._replay(stream, model, modules, check)
+            facts = (self.request, start, rounded, units, model, replay, trials, self.progress, fixed, values)
             solver = Solver(*facts)
             point = solver.solve()
         if self.keep is not None:
             with staged_folder(self.keep, force=True) as stage:
                 shutil.copytree(solver.folders[point], stage, dirs_exist_ok=True)
-        return solver.choice(point, self.seconds, self._notes(calibration, sensitivity, check))
+        notes = self._notes(calibration, sensitivity, check)
+        told = () if stream is None else (room.note(self.ready.model.checkpoint),)
+        return solver.choice(point, self.seconds, (*notes, *told))
+
+    def _stream(self) -> LayerStream | None:
+        """What runs the model layer by layer, where it doesn't fit and can be run so."""
+        if room.fits(self.ready.model.checkpoint, self.request.max_memory):
+            return None
+        return trained_stream(self.ready)
+
+    def _replay(
+        self, stream: LayerStream | None, model: Any, modules: Sequence[str], text: windows.Windows
+    ) -> Replaying:
+        if stream is not None:
+            return StreamedReplay(stream, text.tokens)
+        return Replay(model, modules, text.tokens)
 
     def _windows(self) -> tuple[windows.Windows, windows.Windows, windows.Windows]:
         request, checkpoint = self.request, self.ready.model.checkpoint

@@ -21,11 +21,12 @@ from vera_edge.formats.blocks import quantize
 from vera_edge.merging import Prepared
 from vera_edge.plans.int8 import int8_form
 from vera_edge.plans.plan import Step
-from vera_edge.precision.replay import Change
+from vera_edge.precision.changes import Change
 from vera_edge.progress import Progress
 from vera_edge.reference.calibration import LayerInputs, Walk
 from vera_edge.reference.layers import Changed
 from vera_edge.reference.model import oriented
+from vera_edge.reference.streamed import LayerStream
 from vera_edge.requantize import Codes, CodesFolder, Effort, Gram, Grid, requantize
 from vera_edge.requantize.gram import in_threads
 from vera_edge.rounding.weight_rounding import grid_of
@@ -48,10 +49,12 @@ class UnitCodes:
     groups: list[tuple[str, ...]] = field(default_factory=list)
     effort: Effort = field(default_factory=Effort)
 
-    def calibrate(self, model: Any, windows: Sequence[Int64], progress: Progress) -> None:
-        """Round everything to everything, in one walk of the text through the model."""
+    def calibrate(
+        self, model: Any, windows: Sequence[Int64], progress: Progress, stream: LayerStream | None = None
+    ) -> None:
+        """Round everything to everything, in one walk of the text through the model; see `Walk`."""
         modules = frozenset(module for steps in self.steps.values() for module in steps)
-        Walk(model, modules, windows, "original", progress=progress).run(self._answer)
+        Walk(model, modules, windows, "original", progress, stream).run(self._answer)
         reached = {module for group in self.groups for module in group}
         if missing := sorted(modules - reached):
             raise PlanError(

@@ -2,16 +2,12 @@
 
 The layers before a unit give what they give as trained, so they are run once for all units of a layer and
 what the last of them gave is handed to the next. A unit of layer i then costs the layers from i on.
-
-ONNX Runtime rounds what a layer in integer blocks reads, too: to 8 bits, block by block, with the largest
-magnitude of a block on 127 (accuracy level 4 of `MatMulNBits`). On SmolLM2 in int8 that is most of the drift,
-so the same is done here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -23,25 +19,17 @@ from torch import nn
 from vera_edge.arrays import Int64
 from vera_edge.errors import DataError
 from vera_edge.exporting.target import Runner
+from vera_edge.precision.changes import PARTS, Change, ChangeOf, Outside, changed, hooked
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.layers import stack_of
 
 # Rows of logits at once: with a vocabulary of 50,000 they take 3 MB, which caches hold.
 _ROWS = 16
-_TOP = 127.0
 _LARGE = 80.0  # e to the power of more overflows float32
 
 
 class _Stop(Exception):
     """Raised by a hook: the output that was wanted of this forward pass is there."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """Parameters by name, and the linears whose inputs a runtime rounds then, in blocks of what size."""
-
-    weights: Mapping[str, torch.Tensor]
-    rounded: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,17 +51,28 @@ class Replay:
     _shares: list[torch.Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        if not self.windows:
-            raise DataError("there is no text to measure on; give a longer file")
         name, self.layers = stack_of(self.model, self.modules)
         self._prefix = f"{name}."
-        # Windows of one length run together.
-        self.windows = sorted(self.windows, key=len)
-        by_length = groupby(self.windows, key=len)
-        self._batches = [torch.from_numpy(np.stack(list(group))) for _, group in by_length]
+        self._batches = [torch.from_numpy(batch) for batch in batches_of(self.windows)]
         with torch.inference_mode():
             self._reference = [self._logits(row) for row in range(len(self._batches))]
             self._shares = [torch.softmax(logits, -1) for logits in self._reference]
+
+    def each(
+        self,
+        outside: Sequence[Outside],
+        units: Sequence[Sequence[str]],
+        change_of: ChangeOf,
+        progress: Progress,
+    ) -> list[float]:
+        """Mean KL in nats of every change alone: of `outside` first, then of units in the model's order."""
+        found = [self.kl(change(PARTS)) for change in outside]
+        for number, modules in enumerate(units):
+            progress("measuring sensitivities", number, len(units))
+            change = change_of(modules, self.inputs(modules[0]))
+            found.append(0.0 if change is None else self.kl(change))
+        progress("measuring sensitivities", len(units), len(units))
+        return found
 
     def kl(self, change: Change) -> float:
         """Mean KL in nats from the model as trained to it with this change.
@@ -83,18 +82,18 @@ class Replay:
         depth = min((self.depth_of(name) for name in (*change.weights, *change.rounded)), default=0)
         with torch.inference_mode():
             self._go_to(depth)
-            with self._changed(change):
+            with changed(self.model, change):
                 return self._divergence()
 
-    def joint(self, change_of: Callable[[int], Change], whole: Change) -> float:
-        """The KL of a change of everything, the weights of one layer at a time in memory.
+    def joint(self, change_of: Callable[[int], Change], outside: Outside) -> float:
+        """The KL of a change of everything, the changed weights of one layer at a time in memory.
 
-        change_of: what changes in a layer of the stack, by its number. whole: what changes outside the stack.
+        change_of: what changes in a layer of the stack, by its number.
         """
-        with torch.inference_mode(), self._changed(whole):
+        with torch.inference_mode(), changed(self.model, outside(PARTS)):
             self._start, self._given = 0, []
             for depth in range(len(self.layers)):
-                with self._changed(change_of(depth)):
+                with changed(self.model, change_of(depth)):
                     given = [self._output(row) for row in range(len(self._batches))]
                 self._start, self._given = depth + 1, given
             found = self._divergence()
@@ -111,7 +110,7 @@ class Replay:
 
         with torch.inference_mode():
             self._go_to(self.depth_of(module))
-            with _hooked(self.model.get_submodule(module).register_forward_pre_hook(before)):
+            with hooked(self.model.get_submodule(module).register_forward_pre_hook(before)):
                 for row in range(len(self._batches)):
                     with self._skipping(row), suppress(_Stop):
                         self._forward(row)
@@ -124,18 +123,16 @@ class Replay:
             zip(self._batches, self._shares, self._reference, strict=True)
         ):
             progress("measuring the plan", number, len(self._batches))
-            logits = np.concatenate([runner.logits(window.numpy())[:-1] for window in tokens])
-            found.append(divergence(shares, reference, torch.from_numpy(logits)))
-        return _mean(found)
+            found.append(divergence(shares, reference, logits_of(runner, tokens.numpy())))
+        return mean_of(found)
 
     def depth_of(self, name: str) -> int:
         """The layer that holds a parameter; 0, the whole model, for one outside the stack."""
-        number = name.removeprefix(self._prefix).split(".")[0]
-        return int(number) if name.startswith(self._prefix) and number.isdigit() else 0
+        return depth_in(name, self._prefix)
 
     def _divergence(self) -> float:
         parts = zip(self._shares, self._reference, strict=True)
-        return _mean([divergence(*part, self._logits(row)) for row, part in enumerate(parts)])
+        return mean_of([divergence(*part, self._logits(row)) for row, part in enumerate(parts)])
 
     def _logits(self, row: int) -> torch.Tensor:
         """Logits (n, vocabulary) of one batch, from the layer that was gone to.
@@ -143,8 +140,7 @@ class Replay:
         As in drift, the last position of a window isn't judged.
         """
         with self._skipping(row):
-            found: torch.Tensor = self._forward(row).logits[:, :-1].float()
-            return found.reshape(-1, found.shape[-1])
+            return rows_of(self._forward(row))
 
     def _forward(self, row: int) -> Any:
         return self.model(input_ids=self._batches[row], use_cache=False)
@@ -164,7 +160,7 @@ class Replay:
             found.append(output)
             raise _Stop
 
-        watched = _hooked(self.layers[self._start].register_forward_hook(after))
+        watched = hooked(self.layers[self._start].register_forward_hook(after))
         with watched, self._skipping(row), suppress(_Stop):
             self._forward(row)
         return found[0]
@@ -186,52 +182,38 @@ class Replay:
             for layer in skipped:
                 del layer.forward
 
-    @contextmanager
-    def _changed(self, change: Change) -> Iterator[None]:
-        parameters = {name: self.model.get_parameter(name) for name in change.weights}
-        kept = {name: parameter.data for name, parameter in parameters.items()}
-        layers = ((self.model.get_submodule(module), block) for module, block in change.rounded.items())
-        with _hooked(*(layer.register_forward_pre_hook(_rounding(block)) for layer, block in layers)):
-            try:
-                for name, parameter in parameters.items():
-                    parameter.data = change.weights[name]
-                yield
-            finally:
-                for name, parameter in parameters.items():
-                    parameter.data = kept[name]
+
+def batches_of(windows: Sequence[Int64]) -> list[Int64]:
+    """Windows of one length together, (rows, n), the shortest first. Raises DataError without any."""
+    if not windows:
+        raise DataError("there is no text to measure on; give a longer file")
+    ordered = sorted(windows, key=len)
+    return [np.stack(list(group)) for _, group in groupby(ordered, key=len)]
 
 
-def _mean(found: Sequence[torch.Tensor]) -> float:
+def rows_of(output: Any) -> torch.Tensor:
+    """The logits (tokens, vocabulary) that are judged: as in drift, not those after a window's last token."""
+    found: torch.Tensor = output.logits[:, :-1].float()
+    return found.reshape(-1, found.shape[-1])
+
+
+def logits_of(runner: Runner, tokens: Int64) -> torch.Tensor:
+    """The same of a runner, for a batch of windows (rows, n)."""
+    return torch.from_numpy(np.concatenate([runner.logits(window)[:-1] for window in tokens]))
+
+
+def depth_in(name: str, prefix: str) -> int:
+    """The number behind `prefix` in the name of a parameter or a module; 0 without that."""
+    number = name.removeprefix(prefix).split(".")[0]
+    return int(number) if name.startswith(prefix) and number.isdigit() else 0
+
+
+def mean_of(found: Sequence[torch.Tensor]) -> float:
+    """The mean KL of all rows. Raises DataError when it isn't a number."""
     kl = float(torch.cat(list(found)).mean())
     if not np.isfinite(kl):
         raise DataError("the model's logits hold NaN or infinities; the model or its weights are broken")
     return kl
-
-
-@contextmanager
-def _hooked(*handles: Any) -> Iterator[None]:
-    """Remove these hooks in the end."""
-    with ExitStack() as stack:
-        for handle in handles:
-            stack.callback(handle.remove)
-        yield
-
-
-def _rounding(block: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (rounded(args[0], block), *args[1:])
-
-    return before
-
-
-def rounded(x: torch.Tensor, block: int) -> torch.Tensor:
-    """What a layer in blocks of integers computes with where it is given x (..., in)."""
-    inside = x.shape[-1]
-    padded = nn.functional.pad(x, (0, -inside % block))
-    blocks = padded.reshape(*x.shape[:-1], -1, block)
-    scales = blocks.abs().amax(-1, keepdim=True) / _TOP
-    levels = torch.round(blocks / torch.where(scales == 0, 1.0, scales))
-    return (levels * scales).reshape(padded.shape)[..., :inside]
 
 
 def divergence(shares: torch.Tensor, reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,8 @@ class PlanRequest:
     "int4" and "int8" or "fp32" also what embeddings and head may.
     method, effort, calibration: how weights are rounded, as an export does; on `calibration_tokens` of text,
     or as many as the effort takes. data: the text that sensitivities (`tokens` of it) and plans (twice as
-    many) are measured on. The calibration's when it is None.
+    many) are measured on. The calibration's when it is None. max_memory: bytes; a model that takes more than
+    half of them in float32 is read layer by layer.
     """
 
     max_size: int | None = None
@@ -44,6 +45,7 @@ class PlanRequest:
     tokens: int = SENSITIVITY_TOKENS
     calibration_tokens: int | None = None
     effort: str = DEFAULT
+    max_memory: int | None = None
 
     @property
     def check_tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,13 @@ import numpy as np
 from vera_edge.errors import PlanError
 from vera_edge.merging import Prepared
 from vera_edge.plans.plan import SAME, Plan
+from vera_edge.precision.changes import Change, Replaying
 from vera_edge.precision.choice import ChosenPlan, FrontPoint, Trial
 from vera_edge.precision.codes import INTEGER, UnitCodes
 from vera_edge.precision.knapsack import Front, front
-from vera_edge.precision.replay import Change, Replay
 from vera_edge.precision.request import PlanRequest, split
 from vera_edge.precision.trial import Trials
-from vera_edge.precision.units import ENDS, MeasuredUnit, ends_change
+from vera_edge.precision.units import ENDS, MeasuredUnit, Values, as_it_is, ends_change
 from vera_edge.progress import Progress
 from vera_edge.requantize.effort import DEFAULT
 from vera_edge.rounding.weight_rounding import Rounding
@@ -49,8 +49,9 @@ def finished(plan: Plan, head: str, request: PlanRequest, ready: Prepared) -> Pl
 class Solver:
     """Solves, tries out, corrects. `fixed`: bytes of the export beside the units.
 
-    model, replay: the model as trained over the text that plans are measured on. factor: KL of all units
-    together over the sum of each alone. gain: KL of an export over that of layers rounded alone, in torch.
+    model, replay: the model as trained over the text that plans are measured on. values: see `Sensitivities`.
+    factor: KL of all units together over the sum of each alone. gain: KL of an
+    export over that of layers rounded alone, in torch.
     """
 
     request: PlanRequest
@@ -58,10 +59,11 @@ class Solver:
     rounded: UnitCodes
     units: tuple[MeasuredUnit, ...]
     model: Any
-    replay: Replay
+    replay: Replaying
     trials: Trials
     progress: Progress
     fixed: float
+    values: Values = as_it_is
     factor: float = FIRST_FACTOR
     gain: float = 1.0
     joint: dict[int, float] = field(default_factory=dict)
@@ -156,11 +158,16 @@ class Solver:
             weights = {name: weight for change in changes for name, weight in change.weights.items()}
             return Change(weights, {name: b for change in changes for name, b in change.rounded.items()})
 
-        return self.replay.joint(change_of, ends_change(self.model, picks[ENDS]))
+        def outside(parts: Sequence[str]) -> Change:
+            return ends_change(self.model, picks[ENDS], self.values, parts)
+
+        return self.replay.joint(change_of, outside)
 
     def _try(self, point: int) -> None:
         predicted, request = self._expected(point), self.request
-        rounding = Rounding(text=request.calibration, tokens=request.calibration_tokens)
+        rounding = Rounding(
+            text=request.calibration, tokens=request.calibration_tokens, max_memory=request.max_memory
+        )
         found = self.trials.measure(self.plan(point), rounding, len(self.tried), self.replay, self.progress)
         self.tried[point] = Trial(found.size, float(self.points.losses[point]), predicted, found.kl)
         self.folders[point] = found.folder

@@ -11,7 +11,7 @@ from vera_edge.exporting import target as targets
 from vera_edge.exporting.target import ExportRequest, stored_options
 from vera_edge.merging import Prepared
 from vera_edge.plans.plan import Plan
-from vera_edge.precision.replay import Replay
+from vera_edge.precision.changes import Replaying
 from vera_edge.progress import Progress
 from vera_edge.requantize import Codes
 from vera_edge.rounding.weight_rounding import Rounding
@@ -39,7 +39,7 @@ class Trials:
         return _size(self._export(plan, {}, self.work / "weighed", progress))
 
     def measure(
-        self, plan: Plan, rounding: Rounding, number: int, replay: Replay, progress: Progress
+        self, plan: Plan, rounding: Rounding, number: int, replay: Replaying, progress: Progress
     ) -> MeasuredTrial:
         """Round and export as trial `number`, as `vera-edge export` does; measure on the text of `replay`.
 

@@ -8,17 +8,17 @@ the error of its output on the same text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from vera_edge.formats.blocks import quantize
+from vera_edge.precision.changes import PARTS, Change, Outside, Replaying, rounded
 from vera_edge.precision.codes import INTEGER, UnitCodes
 from vera_edge.precision.knapsack import Option
 from vera_edge.precision.latency import ProductKind, kind_of, nanoseconds
-from vera_edge.precision.replay import Change, Replay, rounded
 from vera_edge.precision.request import split
 from vera_edge.precision.sizes import HEADS, matrix_bytes, step_bytes
 from vera_edge.progress import Progress
@@ -39,35 +39,62 @@ class MeasuredUnit:
     options: Mapping[str, Option]
 
 
+Values = Callable[[torch.Tensor], torch.Tensor]
+
+
+def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter that is in memory."""
+    return tensor
+
+
 @dataclass(frozen=True)
 class Sensitivities:
-    """Measures units on the text of `replay`, whose model this is. timed: how long they take, too."""
+    """Measures units on the text of `replay`, whose model this is. timed: how long they take, too.
+
+    values: gives those of a parameter that holds a stand-in, where the model is read layer by layer.
+    """
 
     model: Any
-    replay: Replay
+    replay: Replaying
     codes: UnitCodes
     timed: bool = False
+    values: Values = as_it_is
     _times: dict[ProductKind, int] = field(default_factory=dict)
 
     def units(self, heads: Sequence[str], progress: Progress) -> tuple[MeasuredUnit, ...]:
         """Every unit with its options measured, each alone; `heads`: what the ends may be stored as."""
-        found, groups = [self._ends(heads)], self.codes.groups
-        for number, modules in enumerate(groups):
-            progress("measuring sensitivities", number, len(groups))
-            found.append(MeasuredUnit(_name(modules), modules, self._options(modules)))
-        progress("measuring sensitivities", len(groups), len(groups))
-        return tuple(found)
+        ends, groups = self._ends(heads), self.codes.groups
+        errors: dict[Sequence[str], dict[str, float]] = {}
 
-    def _options(self, modules: Sequence[str]) -> dict[str, Option]:
-        x = self.replay.inputs(modules[0])
-        changes = {name: self.codes.change(modules, name, self.model) for name in self.codes.steps}
-        errors = {name: self._output_error(modules, change, x) for name, change in changes.items()}
-        worst = max(errors, key=errors.__getitem__)
-        loss = self.replay.kl(changes[worst]) if errors[worst] > 0 else 0.0
+        def change_of(modules: Sequence[str], x: torch.Tensor) -> Change | None:
+            errors[modules], worst = self._errors(modules, x)
+            return worst
+
+        outside = [change for change in ends.values() if change is not None]
+        losses = iter(self.replay.each(outside, groups, change_of, progress))
+        kinds = {kind: 0.0 if change is None else next(losses) for kind, change in ends.items()}
+        units = [self._end_options(kinds)]
+        for modules, loss in zip(groups, losses, strict=True):
+            units.append(MeasuredUnit(_name(modules), modules, self._options(modules, errors[modules], loss)))
+        return tuple(units)
+
+    def _errors(self, modules: Sequence[str], x: torch.Tensor) -> tuple[dict[str, float], Change | None]:
+        """The output error of every format, and the change to the worst; None where no format loses."""
+        errors, worst, most = dict[str, float](), None, 0.0
+        for name in self.codes.steps:
+            change = self.codes.change(modules, name, self.model)
+            errors[name] = self._output_error(modules, change, x)
+            if errors[name] > most:
+                most, worst = errors[name], change
+        return errors, worst
+
+    def _options(self, modules: Sequence[str], errors: Mapping[str, float], loss: float) -> dict[str, Option]:
+        """Each format's; loss: that of the worst."""
+        worst = max(errors.values())
         return {
             name: Option(
                 sum(step_bytes(steps[module]) for module in modules),
-                loss * errors[name] / errors[worst] if loss else 0.0,
+                loss * errors[name] / worst if loss else 0.0,
                 sum(self._time(kind_of(steps[module])) for module in modules),
             )
             for name, steps in self.codes.steps.items()
@@ -95,34 +122,46 @@ class Sensitivities:
                 total += 0.0 if error is None else float(error.double().square().sum())
         return total
 
-    def _ends(self, heads: Sequence[str]) -> MeasuredUnit:
-        """Embeddings and head; tied ones are stored once. Every kind is measured."""
-        shapes = [tuple(weight.shape) for weight in _end_weights(self.model).values()]
+    def _ends(self, heads: Sequence[str]) -> dict[str, Outside | None]:
+        """What each kind of embeddings and head changes; tied ones are stored once."""
+        inside = next(iter(_end_weights(self.model).values())).shape[1]
         # The lookup of embeddings has no short blocks.
-        whole = self.model.get_output_embeddings() is not None and not shapes[0][1] % BLOCK
-        kinds = heads if whole else ("fp32",)
+        whole = self.model.get_output_embeddings() is not None and not inside % BLOCK
+        return {kind: self._end_change(kind) for kind in (heads if whole else ("fp32",))}
+
+    def _end_change(self, kind: str) -> Outside | None:
+        if kind not in INTEGER:
+            return None
+        return lambda parts: ends_change(self.model, kind, self.values, parts)
+
+    def _end_options(self, losses: Mapping[str, float]) -> MeasuredUnit:
+        shapes = [tuple(weight.shape) for weight in _end_weights(self.model).values()]
         options = {}
-        for kind in kinds:
+        for kind, loss in losses.items():
             size = sum(matrix_bytes(rows, columns, kind) for rows, columns in shapes)
-            change = ends_change(self.model, kind)
-            time = self._time((kind, (shapes[-1][0], shapes[-1][1]), BLOCK)) if whole else 0
-            options[kind] = Option(size, self.replay.kl(change) if change.weights else 0.0, time)
+            timed = self.model.get_output_embeddings() is not None and not shapes[0][1] % BLOCK
+            time = self._time((kind, (shapes[-1][0], shapes[-1][1]), BLOCK)) if timed else 0
+            options[kind] = Option(size, loss, time)
         return MeasuredUnit(ENDS, (), options)
 
 
-def ends_change(model: Any, kind: str) -> Change:
-    """Embeddings and output head stored as `kind`, rounded to nearest as exporters do."""
+def ends_change(model: Any, kind: str, values: Values = as_it_is, parts: Sequence[str] = PARTS) -> Change:
+    """Embeddings and output head stored as `kind`, rounded to nearest as exporters do; those of `parts`."""
     if kind not in INTEGER:
         return Change({})
     names = {id(value): name for name, value in model.named_parameters()}
-    weights = {names[key]: _rounded(weight, kind) for key, weight in _end_weights(model).items()}
+    weights = {
+        names[key]: _rounded(values(weight.data), kind) for key, weight in _end_weights(model, parts).items()
+    }
     head = model.get_output_embeddings()
-    return Change(weights, {name: BLOCK for name, module in model.named_modules() if module is head})
+    read = {name: BLOCK for name, module in model.named_modules() if module is head and "output" in parts}
+    return Change(weights, read)
 
 
-def _end_weights(model: Any) -> dict[int, torch.Tensor]:
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return {id(layer.weight): layer.weight for layer in ends if layer is not None}
+def _end_weights(model: Any, parts: Sequence[str] = PARTS) -> dict[int, torch.Tensor]:
+    ends = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
+    layers = [layer for part, layer in ends.items() if layer is not None and part in parts]
+    return {id(layer.weight): layer.weight for layer in layers}
 
 
 def _rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:

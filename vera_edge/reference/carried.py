@@ -11,97 +11,119 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
-from vera_edge.arrays import Float32, Int64
+from vera_edge.arrays import Int64
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.hidden_states import HiddenStates, Room
-from vera_edge.reference.streamed import LayerStream, Run, Take, View
+from vera_edge.reference.streamed import LayerStream, Run, View
+
+T = TypeVar("T")
+# A change of the model, for as long as the context lasts. It is given the unchanged model's run, which stands
+# before the layer, whose weights are in their place. None: nothing changes.
+Made = Callable[[Run], AbstractContextManager[None] | None]
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A change of the model that lasts as long as the context that `made` gives.
+    """A change of the model. layer: the number of the layer that it is in; None for one outside of them.
 
-    layer: the number of the layer that it is in; None for one outside of the layers.
+    That one is `made` before the first layer, and behind the last one where it doesn't have an own `end`.
     """
 
     layer: int | None
-    made: Callable[[], AbstractContextManager[None]]
+    made: Made
+    end: Made | None = None
 
 
-def carried(
-    stream: LayerStream,
-    view: View,
-    windows: Sequence[Int64],
-    exchanges: Sequence[Exchange],
-    take: Take,
-    progress: Progress = silent,
-) -> Iterator[tuple[int, int | None, Float32]]:
-    """What `take` makes of the model's output: yields (window, None, as it is), (window, exchange, changed).
+@dataclass(frozen=True)
+class Carried:
+    """A streamed model in a view over windows, and exchanges that are carried along. what: is in progress."""
 
-    Window after window, each as the model is first. exchange: by its place in `exchanges`. A change outside
-    of the layers goes the whole way by itself, and begins and ends changed.
-    """
-    room = Room()
-    branches: dict[int, Run] = {}
-    with torch.inference_mode():
-        base = Run(stream, view, windows, HiddenStates(room))
-        base.start({})
-        for place, exchange in enumerate(exchanges):
-            if exchange.layer is None:
-                branches[place] = Run(stream, view, windows, HiddenStates(room))
-                with exchange.made():
-                    branches[place].start({})
-        for index in range(len(stream.layers)):
-            progress("measuring layer by layer", index, len(stream.layers))
-            _one_layer(index, base, branches, exchanges, lambda: _branch(stream, view, base, room))
-    progress("measuring layer by layer", len(stream.layers), len(stream.layers))
-    yield from _ends(stream, base, branches, exchanges, take)
+    stream: LayerStream
+    view: View
+    windows: Sequence[Int64]
+    exchanges: Sequence[Exchange]
+    what: str = "measuring layer by layer"
 
+    def outputs(
+        self, take: Callable[[Any], T], progress: Progress = silent
+    ) -> Iterator[tuple[int, int | None, T]]:
+        """What `take` makes of the model's output: (window, None, as it is), (window, exchange, changed).
 
-def _one_layer(
-    index: int,
-    base: Run,
-    branches: dict[int, Run],
-    exchanges: Sequence[Exchange],
-    branch_of_base: Callable[[], Run],
-) -> None:
-    """Every branch through a layer, those that begin in it too."""
-    read: dict[str, torch.Tensor] = {}
-    for branch in branches.values():
-        branch.layer(index, read)
-    for place, exchange in enumerate(exchanges):
-        if exchange.layer == index:
-            branches[place] = branch_of_base()
-            with exchange.made():
-                branches[place].layer(index, read)
-    base.layer(index, read)
-
-
-def _branch(stream: LayerStream, view: View, base: Run, room: Room) -> Run:
-    """Another run, from where `base` is."""
-    found = Run(stream, view, base.windows, HiddenStates(room))
-    found.calls = base.calls
-    for row in range(len(base.windows)):
-        found.states[row] = base.states[row]
-    return found
-
-
-def _ends(
-    stream: LayerStream, base: Run, branches: dict[int, Run], exchanges: Sequence[Exchange], take: Take
-) -> Iterator[tuple[int, int | None, Float32]]:
-    read: dict[str, torch.Tensor] = {}
-    for row in range(len(base.windows)):
+        Window after window, each as the model is first. exchange: by its place in `exchanges`; one that
+        changes nothing is left out. One outside of the layers goes the whole way by itself.
+        """
+        room, layers = Room(), self.stream.layers
         with torch.inference_mode():
-            found = take(base.end(row, read))
-        yield row, None, found
-        for place, branch in sorted(branches.items()):
+            base, branches = self._run(room), dict[int, Run]()
+            base.start({})
+            for place, exchange in enumerate(self.exchanges):
+                if exchange.layer is None and (change := exchange.made(base)) is not None:
+                    branches[place] = self._run(room)
+                    with change:
+                        branches[place].start({})
+            for index in range(len(layers)):
+                progress(self.what, index, len(layers))
+                read: dict[str, torch.Tensor] = {}
+                with self.stream.weights.placed(layers[index].parameters(), read):
+                    self._layer(index, base, branches, read, room)
+        progress(self.what, len(layers), len(layers))
+        yield from self._ends(base, branches, take)
+
+    def _run(self, room: Room) -> Run:
+        return Run(self.stream, self.view, self.windows, HiddenStates(room))
+
+    def _branch(self, base: Run, room: Room) -> Run:
+        """Another run, from where `base` stands."""
+        found = self._run(room)
+        found.calls = base.calls
+        for row in range(len(self.windows)):
+            found.states[row] = base.states[row]
+        return found
+
+    def _layer(
+        self, index: int, base: Run, branches: dict[int, Run], read: dict[str, torch.Tensor], room: Room
+    ) -> None:
+        """Every branch through a layer, those that begin in it too."""
+        for branch in branches.values():
+            branch.layer(index, read)
+        for place, exchange in enumerate(self.exchanges):
+            if exchange.layer == index and (change := exchange.made(base)) is not None:
+                branches[place] = self._branch(base, room)
+                with change:
+                    branches[place].layer(index, read)
+        base.layer(index, read)
+
+    def _ends(
+        self, base: Run, branches: dict[int, Run], take: Callable[[Any], T]
+    ) -> Iterator[tuple[int, int | None, T]]:
+        read: dict[str, torch.Tensor] = {}
+        for row in range(len(self.windows)):
             with torch.inference_mode():
-                if exchanges[place].layer is None:
-                    with exchanges[place].made():  # which may read what comes before the layers, too
-                        found = take(branch.end(row, read, stream.first | stream.last))
-                else:
-                    found = take(branch.end(row, read))
-            yield row, place, found
+                found = take(base.end(row, read))
+            yield row, None, found
+            for place, branch in sorted(branches.items()):
+                with torch.inference_mode():
+                    found = self._end(branch, self.exchanges[place], row, base, read, take)
+                yield row, place, found
+
+    def _end(
+        self,
+        branch: Run,
+        exchange: Exchange,
+        row: int,
+        base: Run,
+        read: dict[str, torch.Tensor],
+        take: Callable[[Any], T],
+    ) -> T:
+        if exchange.layer is not None:
+            return take(branch.end(row, read))
+        # What is changed may read what comes before the layers, too.
+        needed = None if exchange.end else self.stream.first | self.stream.last
+        change = (exchange.end or exchange.made)(base)
+        assert change is not None
+        with change:
+            return take(branch.end(row, read, needed))

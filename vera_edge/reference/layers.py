@@ -278,9 +278,10 @@ class Layer:
 
 
 def forward(model: Any, window: Int64) -> Any:
-    """The output of a model for one text of token ids (n,), without a cache."""
+    """The output of a model for one text of token ids (n,), or texts of one length (rows, n); no cache."""
+    rows = window if window.ndim == 2 else window[None]
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    return model(input_ids=torch.from_numpy(np.ascontiguousarray(window[None])), **options)
+    return model(input_ids=torch.from_numpy(np.ascontiguousarray(rows)), **options)
 
 
 def output_hidden(output: Any) -> torch.Tensor:

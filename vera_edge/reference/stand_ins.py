@@ -42,6 +42,11 @@ class StandIns:
         own = self.tensors[name]
         return name if tensor.shape == own.shape and tensor.stride() == own.stride() else None
 
+    def values(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The values of the matrix that a tensor stands for, read now; another tensor as it is."""
+        name = self.name_of(tensor)
+        return tensor if name is None else self._load(name)
+
     def all_in(self, model: nn.Module) -> bool:
         """Whether each matrix of the model is a stand-in, none of them something computed from some."""
         return all(

@@ -253,7 +253,7 @@ class LayerStream:
 
 
 class Run:
-    """One view of a streamed model on its way through the layers."""
+    """One view of a streamed model on its way through the layers. windows: (n,) or (rows, n)."""
 
     def __init__(
         self, stream: LayerStream, view: View, windows: Sequence[Int64], states: HiddenStates

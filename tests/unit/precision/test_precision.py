@@ -25,10 +25,11 @@ from vera_edge.exporting import target
 from vera_edge.measuring.metrics import compare
 from vera_edge.plans import plan as plans
 from vera_edge.precision import PlanRequest, latency
+from vera_edge.precision.changes import Change
 from vera_edge.precision.choice import ChosenPlan
 from vera_edge.precision.choose import candidates, choose
 from vera_edge.precision.codes import UnitCodes
-from vera_edge.precision.replay import Change, Replay
+from vera_edge.precision.replay import Replay
 from vera_edge.precision.trained import trained_model
 from vera_edge.precision.units import ENDS, Sensitivities
 from vera_edge.progress import silent

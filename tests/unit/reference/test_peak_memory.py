@@ -18,12 +18,17 @@ _LAYER = 4 * (4 * _WIDTH**2 + 3 * _WIDTH * _INNER)  # bytes in float32
 _START = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import torch
 torch.set_num_threads(1)
 from vera_edge.adapters.projection import ProjectionSpec, regenerate
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.measuring import layers, opened_candidate, opened_reference
+from vera_edge.precision.changes import Change
+from vera_edge.precision.streamed_replay import StreamedReplay
+from vera_edge.precision.trained import trained_stream
+from vera_edge.progress import silent
 from vera_edge.reference.model import TorchReference, open_reference
 from vera_edge.requantize import int_blocks
 from vera_edge.rounding.journal import RoundingJournal
@@ -51,6 +56,17 @@ found = layers.by_layer(
     Windows(None, tuple(window[:16] for window in windows), 16),
 )
 assert len(found) == len(checkpoint.linears)
+""",
+    "plan": """
+ready = SimpleNamespace(model=TrainedModel(checkpoint, (), regenerate(ProjectionSpec(0, 1, 1, 1))))
+stream = trained_stream(ready)
+replay = StreamedReplay(stream, [window[:16] for window in windows])
+weight = lambda name: stream.model.get_submodule(name).weight.data
+halved = lambda modules, x: Change({f"{name}.weight": weight(name) / 2 for name in modules})
+units = [[name] for name in checkpoint.linears if "down_proj" in name]
+found = replay.each([], units, halved, silent)
+assert len(found) == checkpoint.config["num_hidden_layers"] and min(found) > 0
+replay.joint(lambda index: halved(units[index], None), lambda parts: Change({}))
 """,
     "rounding": """
 Path(sys.argv[3]).mkdir()
