@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import vera_edge
-from vera_edge import errors
+from vera_edge import errors, training
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 HEAD = """\
@@ -46,6 +46,13 @@ GROUPS = {
     ),
     "Releases": ("release", "plan_release", "rebuild"),
 }
+# Beside the commands: imported by itself, since what it gives is a model of torch's.
+TRAINING = """\
+## Training
+
+`from vera_edge.training import load` comes with torch (`pip install 'vera-edge[build]'`); see
+[training.md](training.md).
+"""
 _SECTION = re.compile(r"^(Args|Returns|Raises|Example):$", re.MULTILINE)
 _TITLES = {"Args": "Arguments"}
 
@@ -56,6 +63,8 @@ def page() -> str:
     for title, names in GROUPS.items():
         parts.append(f"## {title}\n")
         parts += [_thing(name, getattr(vera_edge, name)) for name in names]
+    parts.append(TRAINING)
+    parts += [_thing(f"training.{name}", getattr(training, name)) for name in training.__all__]
     grouped = {name for names in GROUPS.values() for name in names}
     rest = [name for name in vera_edge.__all__ if name not in grouped]
     parts.append("## What they take and give\n")

@@ -40,6 +40,7 @@ ORDER = (
     "plans",
     "merging",
     "reference",
+    "training",
     "bundle",
     "device",
     "serving",

@@ -1,4 +1,4 @@
-"""`vera-edge quantize`: the quantized base of a training run, from the float folder it was loaded from."""
+"""`vera-edge quantize`: a quantized base, of a training run or to train on, from the float folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import vera_edge
-from vera_edge.cli.show import FOLDER, force_option, json_option, out, print_json, progress_bar, quiet_option
+from vera_edge.cli.show import (
+    FOLDER,
+    effort_option,
+    force_option,
+    json_option,
+    method_option,
+    out,
+    print_json,
+    progress_bar,
+    quiet_option,
+)
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -19,9 +29,9 @@ _DTYPES = ("float32", "bfloat16", "float16")
 @click.option("-o", "--out", "folder", type=FOLDER, required=True, help="The folder to write.")
 @click.option(
     "--to",
-    type=click.Choice(["nf4", "fp4", "int8"]),
+    type=click.Choice(["nf4", "fp4", "int8", "gptq"]),
     help='nf4: load_in_4bit=True with bnb_4bit_quant_type="nf4". fp4: load_in_4bit=True alone. int8: '
-    "load_in_8bit=True.",
+    "load_in_8bit=True. gptq: 4-bit integers to train on, which an export ships as they are.",
 )
 @click.option(
     "--like",
@@ -56,6 +66,24 @@ _DTYPES = ("float32", "bfloat16", "float16")
     metavar="MODULE",
     help="llm_int8_skip_modules: a module left in floats; repeat for more. Only those named are, then.",
 )
+@click.option(
+    "--group",
+    type=click.Choice(["32", "64", "128"]),
+    help="Of gptq: inputs that share a scale.  [default: 32]",
+)
+@click.option(
+    "--asymmetric/--symmetric",
+    default=None,
+    help="Of gptq: with a zero point for each group, or without.  [default: asymmetric]",
+)
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    help="Of gptq: text to calibrate on: a UTF-8 file like what will be trained, or built-in.  "
+    "[default: built-in]",
+)
+@method_option
+@effort_option
 @force_option
 @quiet_option
 @json_option
@@ -69,6 +97,11 @@ def quantize(
     quant_storage: str | None,
     dtype: str | None,
     skip: tuple[str, ...],
+    group: str | None,
+    asymmetric: bool | None,
+    calibration: str | None,
+    method: str | None,
+    effort: str | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -80,6 +113,9 @@ def quantize(
     it was; what it left out has the default of BitsAndBytesConfig here too.
 
     Commands that take --trained-as do the same in passing, and write nothing.
+
+    --to gptq is for what isn't trained yet: it makes integers by compensated rounding, the very ones that
+    `export --weights same` lets ONNX Runtime multiply with. vera_edge.training.load gives them to PEFT.
     """
     with progress_bar(quiet or as_json, in_bytes=("quantizing",)) as progress:
         made = vera_edge.quantize(
@@ -92,6 +128,11 @@ def quantize(
             quant_storage=quant_storage,
             dtype=dtype,
             skip=skip,
+            group=None if group is None else int(group),
+            asymmetric=asymmetric,
+            calibration=calibration,
+            method=method,
+            effort=effort,
             force=force,
             progress=progress,
         )
@@ -100,8 +141,11 @@ def quantize(
         return
     table = Table(str(made.folder), "", box=SIMPLE_HEAD)
     table.add_column(overflow="fold")
-    table.add_row("as if loaded with", made.call)
-    table.add_row("in one word", f"--trained-as {made.trained_as}")
+    if made.call is not None:
+        table.add_row("as if loaded with", made.call)
+        table.add_row("in one word", f"--trained-as {made.trained_as}")
+    else:
+        table.add_row("stored as", made.stored)
     table.add_row("quantized", f"{made.layers} linear layers, from {made.dtype}")
     table.add_row("left in floats", ", ".join(made.kept) or "no linear layer")
     table.add_row("size", f"{made.size / 1e6:,.1f} MB")

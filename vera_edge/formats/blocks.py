@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import PlanError
@@ -87,6 +88,15 @@ def check_kind(bits: int, block: int) -> None:
 def block_within(group: int) -> int | None:
     """The longest block that fills a group of inputs a whole number of times; None when there is none."""
     return max((size for size in SIZES if group % size == 0), default=None)
+
+
+def block_filling(groups: npt.NDArray[np.int64]) -> int | None:
+    """The longest block that fills groups of these sizes; None when there is none.
+
+    The last block of a row may be short, so one group may be that it doesn't fill.
+    """
+    short = min(1, groups.size - 1)
+    return max((size for size in SIZES if np.count_nonzero(groups % size) <= short), default=None)
 
 
 def quantize(weight: Float32, bits: int, block: int, symmetric: bool) -> IntBlocks:

@@ -133,6 +133,10 @@ class Gptq:
         """Bits, group size (-1: the whole row) and whether it's symmetric: the grid `pack` takes codes of."""
         return options["bits"], options["group_size"], options["sym"]
 
+    def least_zero(self, options: Mapping[str, Any]) -> int:
+        """The least zero point that can be stored; see `_least_zero`."""
+        return _least_zero(options)
+
     def pack(
         self, grid: AffineParams, options: Mapping[str, Any], index: npt.NDArray[Any] | None = None
     ) -> GptqWeight:

@@ -10,7 +10,15 @@ from vera_edge.merging.costs import MergeCost
 from vera_edge.merging.executor import Merge, check_plan, merged_weight, write, write_each
 from vera_edge.merging.measure import Survival
 from vera_edge.merging.memory import ONE_PROCESS, Resources
-from vera_edge.merging.prepare import Prepared, estimate, perform, prepare, prepare_each, to_folder
+from vera_edge.merging.prepare import (
+    Prepared,
+    estimate,
+    perform,
+    prepare,
+    prepare_base,
+    prepare_each,
+    to_folder,
+)
 from vera_edge.merging.report import LayerReport, MergeReport
 
 __all__ = [
@@ -27,6 +35,7 @@ __all__ = [
     "merged_weight",
     "perform",
     "prepare",
+    "prepare_base",
     "prepare_each",
     "to_folder",
     "write",

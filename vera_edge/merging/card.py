@@ -13,6 +13,8 @@ from vera_edge.tasks import task as tasks
 
 def text(report: MergeReport, base_name: str, config: Mapping[str, Any]) -> str:
     """The model card as Markdown with Hugging Face's front matter."""
+    if not report.adapters:
+        return _of_base(report, base_name, config)
     lines = [
         "---",
         "library_name: transformers",
@@ -46,6 +48,29 @@ def text(report: MergeReport, base_name: str, config: Mapping[str, Any]) -> str:
     if report.warning:
         lines += [f"**Warning.** {report.warning}", ""]
     lines += _loading(config)
+    return "\n".join(lines)
+
+
+def _of_base(report: MergeReport, base_name: str, config: Mapping[str, Any]) -> str:
+    """The card of a base alone in another format."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(base_name)}",
+        "base_model_relation: quantized",
+        "---",
+        "",
+        f"# {_plain(base_name)}, {_formats(report)}",
+        "",
+        f"The base's weights, rounded by vera-edge {__version__}; no adapter was merged.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {_plain(base_name)} |",
+        f"| base weights, SHA-256 | `{report.base_digest}` |",
+        "",
+        *_loading(config),
+    ]
     return "\n".join(lines)
 
 

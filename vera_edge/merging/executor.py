@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import MERGE_RECORD, Checkpoint
@@ -25,12 +26,13 @@ from vera_edge.plans import step_options
 from vera_edge.plans.plan import Plan, check_made_for
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes
+from vera_edge.storage import side_files
 from vera_edge.storage.files import check_output, write_atomic
 from vera_edge.storage.json_text import canonical_json, settings_json
 from vera_edge.storage.shards import MAX_SHARD_BYTES, ShardWriter
 from vera_edge.trained.trained_model import TrainedModel
 
-WHAT = "merging"  # in progress, whose unit is a byte
+WHAT, ALONE = "merging", "quantizing"  # in progress, whose unit is a byte; ALONE: of bases without adapters
 
 
 def merged_weight(model: TrainedModel, module: str) -> Float32:
@@ -143,14 +145,15 @@ def _write_tensors(
         left = [(which, number) for which, job in enumerate(jobs) for number in range(len(job.units))]
         left = [(which, number) for which, number in left if number not in found[which]]
         left.sort(key=lambda item: item[::-1])  # one layer of the base for all jobs, then the next
-        progress(WHAT, written, total)
+        what = WHAT if any(job.model.adapters for job in jobs) else ALONE
+        progress(what, written, total)
         with closing(engine.map_with(_do, jobs, left, workers, threads=True)) as results:
             for index, done in results:
                 which = left[index][0]
                 stages[which].journal.add(done)
                 found[which][done.unit] = done
                 written += jobs[which].sizes[done.unit]
-                progress(WHAT, written, total)
+                progress(what, written, total)
         for job, writer in zip(jobs, writers, strict=True):
             for name in job.shards.layout:
                 writer.claim(name)
@@ -209,7 +212,7 @@ def _report(merge: Merge, done: Mapping[int, Done]) -> MergeReport:
         size=0,
         base_digest=_base_digest(model.checkpoint, done),
         adapters=tuple((adapter.name, adapter.digest, float(weight)) for adapter, weight in model.adapters),
-        projection={**model.projections.spec.to_dict(), "digest": model.projections.digest},
+        projection=_projection(model),
         notes=tuple(merge.notes),
         unchanged=tuple(
             step.module for step in plan.steps if step.action == "merge" and step.module not in changed
@@ -219,6 +222,13 @@ def _report(merge: Merge, done: Mapping[int, Done]) -> MergeReport:
         # Compensated rounding spends weight-space error to save output error: shares of the delta say little.
         return report
     return replace(report, warning=advice.warning(report, model))
+
+
+def _projection(model: TrainedModel) -> dict[str, Any]:
+    """The adapters' projections; of a base alone none."""
+    if not model.adapters:
+        return {}
+    return {**model.projections.spec.to_dict(), "digest": model.projections.digest}
 
 
 def _base_digest(checkpoint: Checkpoint, done: Mapping[int, Done]) -> str:
@@ -236,5 +246,9 @@ def _write_beside(stage: Path, report: MergeReport, config: dict[str, object], m
     checkpoint.files.copy(stage)
     base_name = str(checkpoint.config.get("_name_or_path") or checkpoint.path.resolve().name)
     write_atomic(stage / "README.md", card.text(report, base_name, config).encode())
+    if not report.adapters:
+        if (checkpoint.path / MERGE_RECORD).is_file():  # which adapters are in it already
+            side_files.copy(checkpoint.path, stage, [MERGE_RECORD])
+        return
     record = {"plan": merge.plan.to_dict(), "report": report.facts()}
     write_atomic(stage / MERGE_RECORD, canonical_json(record))

@@ -22,7 +22,7 @@ from vera_edge.plans.plan import SAME, Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes
 from vera_edge.storage.files import check_output
-from vera_edge.trained.trained_model import TrainedModel, open_model
+from vera_edge.trained.trained_model import TrainedModel, base_alone, open_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +66,12 @@ def prepare(
         check_plan(plan, model)
         return Prepared(model, plan)
     return Prepared(model, plans.plan_model(model, "merged", to, options))
+
+
+def prepare_base(base: Path | Checkpoint, to: str, options: Mapping[str, Any] | None = None) -> Prepared:
+    """Read a base and plan to write it in the format `to`, without an adapter; reads no weight."""
+    model = base_alone(base)
+    return Prepared(model, plans.make(model.checkpoint, (), "merged", to, options))
 
 
 def prepare_each(

@@ -57,19 +57,21 @@ class Asked:
 class Quantized:
     """A base that was quantized.
 
-    trained_as: how, in the words of `--trained-as`; call: in Python's. layers: how many were quantized.
-    kept: linear layers left in floats. digest: `Checkpoint.digest`. size: bytes of the folder.
+    trained_as: how, in the words of `--trained-as`; call: in Python's; both None for integers, which no
+    script quantizes to on loading. layers: how many were quantized. kept: linear layers left in floats.
+    digest: `Checkpoint.digest`. size: bytes of the folder. stored: what the layers are stored as, in words.
     """
 
     folder: Path
-    trained_as: str
-    call: str
+    trained_as: str | None
+    call: str | None
     dtype: str
     layers: int
     kept: tuple[str, ...]
     digest: str
     size: int
     notes: tuple[str, ...]
+    stored: str
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -113,6 +115,7 @@ def to_folder(
         digest=digest,
         size=size,
         notes=notes,
+        stored=str(spec),
     )
 
 

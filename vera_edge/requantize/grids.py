@@ -36,7 +36,8 @@ class Grid:
     `kind`: "nf4", "fp4" or "iq4_nl" (a table of levels), or "int" with `bits`. `symmetric`: no zero point is
     stored. `nested`: the scales are double-quantized as bitsandbytes does it. `half`: they are float16, in a
     type of llama.cpp's; `ggml`: the type's name where blocks have more than that (super_blocks.py).
-    `options`: the format's own, kept for writing (storage dtype and the like).
+    `options`: the format's own, kept for writing (storage dtype and the like). `least_zero`: the least zero
+    point that an asymmetric one can store.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class Grid:
     half: bool = False
     ggml: str = ""
     options: tuple[tuple[str, Any], ...] = ()
+    least_zero: int = 0
 
     @property
     def integer(self) -> bool:

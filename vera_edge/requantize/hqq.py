@@ -56,7 +56,7 @@ def _fit(
     if not grid.symmetric:
         count = np.maximum(cost.sum(axis=2), 1)
         shift = ((levels - target * inverse(scales)[..., None]) * cost).sum(axis=2) / count
-        moved = np.clip(np.rint(zeros + shift), 0, grid.top)
+        moved = np.clip(np.rint(zeros + shift), grid.least_zero, grid.top)
         levels = levels - (moved - zeros)[..., None]
         zeros = moved
     energy = np.maximum((levels * levels * cost).sum(axis=2), _TINY)

@@ -227,6 +227,7 @@ def _candidate(
     side: int,
     middle: Any,
     top: Any,
+    least: Any,
     kind: int,
     scale: Float32,
     zero: Float32,
@@ -241,7 +242,7 @@ def _candidate(
             inverse = _ONE / scale[lane] if scale[lane] > _TINY else _ZERO
             exact = -low[lane] * factor * inverse
             rounded = np.floor(exact) if side == 0 else np.ceil(exact)
-            zero[lane] = min(max(rounded, _ZERO), top)
+            zero[lane] = min(max(rounded, least), top)
         return
     # The negative side has one code more: it is tried on either side, as is a code book that isn't symmetric.
     book = kind == 0 or kind == 4
@@ -262,6 +263,7 @@ def search_block(
     turns: int,
     middle: Any,
     top: Any,
+    least: Any,
     kind: int,
     table: Float32,
     bounds: Float32,
@@ -272,7 +274,7 @@ def search_block(
 
     weights, costs (n, lanes). kind: 0 a code book, 1 integers with zero points, 2 integers about `middle`,
     3 the same, with as many codes on either side, 4 a code book that isn't the same on both. factors: by
-    which the block's range is stretched.
+    which the block's range is stretched. least: the least zero point.
     """
     lanes = weights.shape[1]
     works, bests = np.empty((7, _LANES), np.float32), np.empty((3, _LANES), np.float32)
@@ -292,7 +294,7 @@ def search_block(
                 high[lane] = max(high[lane], weight[lane])
         for factor in factors:
             for side in range(1 if kind == 0 or kind == 3 else 2):
-                _candidate(low, high, factor, side, middle, top, kind, scale, zero)
+                _candidate(low, high, factor, side, middle, top, least, kind, scale, zero)
                 _offer(weights, costs, scale, zero, table, bounds, top, works, bests, begin)
         for _turn in range(turns):
             for lane in range(size):

@@ -22,6 +22,6 @@ def range_scales(weight: Float32, grid: Grid) -> tuple[Float32, Float32]:
     else:
         low, high = np.minimum(blocks.min(axis=2), 0), np.maximum(blocks.max(axis=2), 0)
         scales = (high - low) / np.float32(grid.top)
-        zeros = np.clip(np.rint(-low * inverse(scales)), 0, grid.top)
+        zeros = np.clip(np.rint(-low * inverse(scales)), grid.least_zero, grid.top)
     shape = grid.scales_shape((weight.shape[0], weight.shape[1]))
     return scales.reshape(shape), zeros.reshape(shape)

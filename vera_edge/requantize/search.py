@@ -36,7 +36,8 @@ def search_columns(weight: Float32, costs: Float32, grid: Grid) -> tuple[Float32
     width = grid.width(inside)
     scales = np.empty((-(-inside // width), rows), np.float32)
     zeros = np.empty_like(scales)
-    constants = (np.float32(grid.middle), np.float32(grid.top), _kind(grid), *levels_in_order(grid.kind))
+    ends = (np.float32(grid.middle), np.float32(grid.top), np.float32(grid.least_zero))
+    constants = (*ends, _kind(grid), *levels_in_order(grid.kind))
     for block, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
         at = slice(block * width, (block + 1) * width)
         cost = costs[at] if costs.ndim == 2 else np.repeat(costs[at], rows).reshape(-1, rows)

@@ -74,13 +74,15 @@ def grid_of(step: Step, exported: bool = False) -> Grid | None:
         symmetric = step.options.get("symmetric", step.result == "int8")
         return int_blocks(int(step.result[3:]), step.options.get("block", BLOCK), symmetric)
     # GPTQ, AWQ, compressed-tensors: the formats that store any integer codes
-    facts = getattr(FORMATS.get(step.result), "integer_grid", lambda options: None)(step.options)
+    target = FORMATS.get(step.result)
+    facts = getattr(target, "integer_grid", lambda options: None)(step.options)
     if facts is None:
         return None
     bits, group, symmetric = facts
+    least = 0 if exported else getattr(target, "least_zero", lambda options: 0)(step.options)
     group = step.shape[1] if group == -1 else group
     block = group if not exported else block_within(group) if bits in BITS else None
-    return None if block is None else Grid("int", bits, block, symmetric=symmetric)
+    return None if block is None else Grid("int", bits, block, symmetric=symmetric, least_zero=least)
 
 
 @dataclass(frozen=True)

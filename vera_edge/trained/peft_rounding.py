@@ -41,7 +41,8 @@ def infer(adapter: Adapter, checkpoint: Checkpoint) -> tuple[ProjectionDtype, st
     """
     reasons: dict[ProjectionDtype, str] = {}
     for module in adapter.vectors:
-        rounding, why = _layer_rounding(adapter, checkpoint, checkpoint.linears[module])
+        linear = checkpoint.linears[module]
+        rounding, why = of_layer(checkpoint, linear, adapter.peft_version, str(adapter.path))
         reasons.setdefault(rounding, why)
     # The layers share one pair of buffers, cast to each layer's dtype in turn: the coarsest cast remains.
     coarse = sorted(rounding for rounding in reasons if rounding != "float32")
@@ -54,10 +55,13 @@ def infer(adapter: Adapter, checkpoint: Checkpoint) -> tuple[ProjectionDtype, st
     return rounding, reasons[rounding]
 
 
-def _layer_rounding(
-    adapter: Adapter, checkpoint: Checkpoint, linear: StoredLinear
+def of_layer(
+    checkpoint: Checkpoint, linear: StoredLinear, version: str | None, adapter: str = "an adapter"
 ) -> tuple[ProjectionDtype, str]:
-    """What PEFT rounds the shared projections to when it adapts this layer, and why."""
+    """What PEFT of a version rounds the shared projections to when it adapts this layer, and why.
+
+    adapter: what it is called in an error. Raises AdapterError when base and version don't tell.
+    """
     if linear.format in NAMES:
         rounding = NAMES[linear.format]
         return rounding, f"PEFT {_does(rounding)} on a base in {rounding}"
@@ -66,7 +70,7 @@ def _layer_rounding(
     if linear.format == "torchao":
         return _torchao_rounding(checkpoint.config)
     if linear.format in ("nf4", "fp4"):
-        return _four_bit_rounding(adapter, checkpoint.config, linear)
+        return _four_bit_rounding(version, adapter, checkpoint.config, linear)
     raise AdapterError(
         f"how PEFT rounded the projections on a {linear.format} base isn't known ({linear.module}); {ASK}"
     )
@@ -82,7 +86,7 @@ def _torchao_rounding(config: Mapping[str, Any]) -> tuple[ProjectionDtype, str]:
 
 
 def _four_bit_rounding(
-    adapter: Adapter, config: Mapping[str, Any], linear: StoredLinear
+    version: str | None, adapter: str, config: Mapping[str, Any], linear: StoredLinear
 ) -> tuple[ProjectionDtype, str]:
     """PEFT 0.19 and later round to the 4-bit layer's compute dtype, earlier ones to its storage dtype.
 
@@ -97,13 +101,13 @@ def _four_bit_rounding(
     storage = NAMES.get(str(linear.params.get("storage")), "float32")
     if compute == storage:
         return compute, f"PEFT of any version {_does(compute)} on a 4-bit base that computes in {compute}"
-    newer = rounds_to_compute_dtype(adapter.peft_version)
+    newer = rounds_to_compute_dtype(version)
     if newer is None:
         raise AdapterError(
-            f"PEFT {adapter.peft_version} may have rounded the projections of {adapter.path} to {compute} or "
+            f"PEFT {version} may have rounded the projections of {adapter} to {compute} or "
             f"to {storage}; {ASK}"
         )
-    name = adapter.peft_version or "before 0.18.1 (it records no version)"
+    name = version or "before 0.18.1 (it records no version)"
     if newer:
         return compute, f"PEFT {name} {_does(compute)} on a 4-bit base that computes in {compute}"
     return storage, f"PEFT {name} {_does(storage)} on a 4-bit base stored as {_STORAGES[storage]}"

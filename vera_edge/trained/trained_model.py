@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_edge.adapters.projection import Projections
+from vera_edge.adapters.projection import Projections, ProjectionSpec, regenerate
 from vera_edge.adapters.vera import Adapter, WeightedAdapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
@@ -56,6 +56,13 @@ def open_model(
     projections = check_projections(read, [source.projections for source in sources])
     notes = [note for source in sources for note in (source.how, *source.notes)]
     return TrainedModel(checkpoint, read, projections, tuple(dict.fromkeys([*notes, *checkpoint.notes])))
+
+
+def base_alone(base: Path | Checkpoint) -> TrainedModel:
+    """A base without any adapter; its projections are of one value each, which nothing reads."""
+    checkpoint, _ = model.read(base)
+    nothing = regenerate(ProjectionSpec(0, 1, 1, 1))
+    return TrainedModel(checkpoint, (), nothing, tuple(dict.fromkeys(checkpoint.notes)))
 
 
 def check_together(adapters: Sequence[tuple[Adapter, float]]) -> None:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from vera_edge.errors import TargetError
 from vera_edge.formats.affine import Integers
-from vera_edge.formats.blocks import SIZES, IntBlocks
+from vera_edge.formats.blocks import IntBlocks, block_filling
 from vera_edge.storage.files import sha256_bytes
 from vera_edge_onnx.graph.weaver import Weaver, leading
 from vera_edge_onnx.weights.linear import Blocks, StoredProduct, join_blocks
@@ -68,19 +68,18 @@ def of_checkpoint(found: Integers, module: str) -> tuple[IntBlocks, Order | None
     (out, inside), groups = grid.codes.shape, grid.scales.shape[1]
     index = np.arange(inside) * groups // inside if found.index is None else found.index
     sizes = np.bincount(index, minlength=groups)
-    # The last block of a row may be short, so one group may be that doesn't fill its blocks, and goes last.
-    fits = [size for size in SIZES if np.count_nonzero(sizes % size) <= min(1, groups - 1)]
-    if not fits and len(set(sizes)) == 1:
+    # The group that doesn't fill its blocks, if there is one, goes last.
+    block = block_filling(sizes)
+    if block is None and len(set(sizes)) == 1:
         raise TargetError(
             f"{module} has groups of {sizes[0]} inputs, which no whole number of ONNX Runtime's blocks (16, "
             f"32, 64, 128, 256) fills; {INSTEAD}"
         )
-    if not fits:
+    if block is None:
         raise TargetError(
             f"the groups of {module} (its g_idx) differ in size, so its inputs can't be sorted into "
             f"blocks; {INSTEAD}"
         )
-    block = max(fits)
     ragged = np.flatnonzero(sizes % block)
     chosen = np.concatenate([np.setdiff1d(np.flatnonzero(sizes), ragged), ragged])
     rank = np.empty(groups, np.int64)

@@ -154,3 +154,17 @@ def test_requests_that_make_no_sense() -> None:
         requantize(weight, int8_rows(), "rtn")
     with pytest.raises(PlanError, match="export"):
         Codes(int_blocks(4), np.zeros((2, 32), np.uint8), np.ones((2, 1), np.float32)).weight()
+
+
+@pytest.mark.parametrize("method", ["rtn", "search", "hqq"])
+def test_zero_points_keep_off_what_a_format_cant_store(method: str) -> None:
+    """Weights of one sign want a zero point of 0, or of 15."""
+    weight = np.abs(np.random.default_rng(2).standard_normal((32, 64))).astype(np.float32)
+    for least in (0, 1):
+        grid = Grid("int", 4, 32, symmetric=False, least_zero=least)
+        found = requantize(weight, grid, method)
+        assert found.zeros is not None
+        assert found.zeros.min() == least
+        error = np.linalg.norm(found.dequantize() - weight) / np.linalg.norm(weight)
+        assert error < 0.06
+    assert found.codes.min() >= 1  # nothing below zero is left
