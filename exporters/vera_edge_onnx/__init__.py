@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vera_edge.errors import TargetError
 from vera_edge.exporting.costs import ExportCost
 from vera_edge.exporting.target import Export, ExportRequest
 from vera_edge.tasks import task as tasks
+from vera_edge.trained.trained_model import TrainedModel
 from vera_edge_onnx.classes import ENCODER_OF
 
 
@@ -39,6 +42,19 @@ class OnnxExporter:
         options.check(request, self.name)
         name = tasks.architecture(request.model.checkpoint.config)
         return estimate(request, timed, not tasks.is_decoder(name) or name in ENCODER_OF)
+
+    def usual_weights(self, model: TrainedModel, mode: str, options: Mapping[str, str]) -> str:
+        """What linear layers are stored as where nobody asks."""
+        from vera_edge_onnx import usual_weights
+
+        return usual_weights.usual(model, mode, options)
+
+    def usual_note(self, request: ExportRequest, weights: str) -> str:
+        """A sentence for a person who didn't ask for weights. Raises as `estimate` does."""
+        from vera_edge_onnx import options, usual_weights
+
+        options.check(request, self.name)
+        return usual_weights.note(request, weights)
 
 
 EXPORTER = OnnxExporter()

@@ -262,7 +262,7 @@ def test_a_model_that_asks_for_kernels_of_a_repository_runs_without_them(
     (base / "config.json").write_text(json.dumps(asked))
     adapter, text = hostile.root / "adapter", hostile.root / "text.txt"
     for words in (
-        ["export", ".", adapter, "-o", tmp_path / "out", "--mode", "branch"],
+        ["export", ".", adapter, "-o", tmp_path / "out", "--mode", "branch", "--weights", "fp32"],
         ["drift", adapter, tmp_path / "out", "--base", ".", "--data", text, *QUICK.split()],
         ["drift", ".", ".", "--data", text, *QUICK.split()],
     ):
@@ -307,7 +307,7 @@ def test_no_command_looks_anything_up_on_a_network(
     text.write_text("\n\n".join([*tiny.TEXT.splitlines(), *tiny_encoder.TEXTS] * 4))
     quick = ["--data", text, "--tokens", 512, "--window", 32]
     lines: list[list[object]] = [
-        ["export", base, adapter, "-o", out, "--mode", "branch"],
+        ["export", base, adapter, "-o", out, "--mode", "branch", "--weights", "fp32"],
         ["export", base, adapter, "-o", tmp_path / "int4", "--weights", "int4"],
         ["merge", base, adapter, "-o", tmp_path / "merged", "--to", "fp32"],
         ["golden", out, base, adapter],

@@ -33,7 +33,7 @@ def export(
     out: StrPath,
     target: str = "onnx",
     mode: str = "merged",
-    weights: str = "fp32",
+    weights: str | None = None,
     run: str | None = None,
     weight: float = 1.0,
     block: int | None = None,
@@ -66,7 +66,8 @@ def export(
         mode: "merged": the adapter in the weights. "branch": beside them, and swapped at run time.
         weights: how the linear layers are stored: same (as the base stores them), fp32, fp16, int8, int4,
             int2, nf4, fp4; for gguf f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4_k, q4_1,
-            q4_0, iq4_nl.
+            q4_0, iq4_nl. None: int8 (gguf: q8_0), but in a branch the integers of a base that is quantized;
+            a note says so, and what other choices would take.
         run: "int8": what `install` expands 4-bit weights to on the device.
         weight: scales the delta of an adapter that has no weight of its own.
         block: inputs that share a scale: 16, 32 (unless given), 64, 128 or 256.
@@ -147,7 +148,7 @@ def plan_export(
     *,
     target: str = "onnx",
     mode: str = "merged",
-    weights: str = "fp32",
+    weights: str | None = None,
     run: str | None = None,
     weight: float = 1.0,
     block: int | None = None,
@@ -206,7 +207,7 @@ def _asked(
     *,
     target: str,
     mode: str,
-    weights: str,
+    weights: str | None,
     projection_rounding: str | None,
     trained_as: str | TrainedAs | None,
     tokenizer: StrPath | None,
@@ -217,7 +218,7 @@ def _asked(
     made = plan_or_none(
         plan,
         mode=(mode, "merged"),
-        weights=(weights, "fp32"),
+        weights=(weights, None),
         **{name: (value, None) for name, value in decided.items()},
     )
     given = {name: _written(value) for name, value in options.items() if value is not None}

@@ -52,10 +52,8 @@ GGUF_WEIGHTS = "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4
 @click.option(
     "--weights",
     "--ship",
-    default="fp32",
-    show_default=True,
     help=f"How the linear layers are stored. onnx: {ONNX_WEIGHTS} (same: as the base stores them). "
-    f"gguf: {GGUF_WEIGHTS}.",
+    f"gguf: {GGUF_WEIGHTS}.  [default: int8, for gguf q8_0; in a branch what a quantized base has]",
 )
 @click.option(
     "--run",
@@ -112,7 +110,7 @@ def export(
     folder: Path,
     target: str,
     mode: str,
-    weights: str,
+    weights: str | None,
     more: list[tuple[Path, float]],
     weight: float,
     run: str | None,
@@ -170,7 +168,7 @@ def export(
         print_json(result.to_dict())
         return
     console = out()
-    kind = weights if plan_file is None else "planned"
+    kind = result.plan.weights if plan_file is None else "planned"
     console.print(f"{result.folder}: {result.plan.mode}, {kind} weights, {result.size / 1e6:,.1f} MB")
     for name, path in result.adapters.items():
         console.print(f"adapter {name}: {path}")

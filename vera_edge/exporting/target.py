@@ -141,7 +141,8 @@ class Exporter(Protocol):
 
     One may also have `weights`, what linear layers can be asked to be by the names that its users know, each
     with the plan's name of it (without it they are WEIGHTS); and `settle(plan, model)`, which gives the plan
-    with every layer's own format where the target doesn't store all layers alike (see `WithFormats`).
+    with every layer's own format where the target doesn't store all layers alike (see `WithFormats`); and
+    what it stores where nobody asks (see `WithUsualWeights`; without it "fp32").
     """
 
     @property
@@ -161,6 +162,17 @@ class WithFormats(Exporter, Protocol):
 
     def settle(self, plan: Plan, model: TrainedModel) -> Plan:
         """`plan` with the format that each layer really gets. Raises TargetError where there is none."""
+
+
+@runtime_checkable
+class WithUsualWeights(Exporter, Protocol):
+    """A target that knows how linear layers are best stored where nobody says so."""
+
+    def usual_weights(self, model: TrainedModel, mode: str, options: Mapping[str, str]) -> str:
+        """One of the names that can be asked for."""
+
+    def usual_note(self, request: ExportRequest, weights: str) -> str:
+        """A sentence: that nobody asked, what `weights` come to, and what others would."""
 
 
 def planned_weights(exporter: Exporter, asked: str) -> str:
@@ -255,7 +267,7 @@ def export(
     out: Path,
     target: str = "onnx",
     mode: str = "merged",
-    weights: str = "fp32",
+    weights: str | None = "fp32",
     options: Mapping[str, str] | None = None,
     projection_rounding: str | None = None,
     force: bool = False,
@@ -275,6 +287,7 @@ def export(
     weights: the stored format of the linears. projection_rounding: see `open_model`.
     rounding: how weights are rounded to 4 and 8 bits, and the text to calibrate on; None: to nearest, by the
     exporter, and the built-in text.
+    weights None: what the target usually stores (`WithUsualWeights`), with a note that says so.
     plan: made for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
     trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer is taken, instead of
     the adapters' or the base's.
@@ -314,7 +327,7 @@ class ExportArguments:
 
     target: str = "onnx"
     mode: str = "merged"
-    weights: str = "fp32"
+    weights: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     projection_rounding: str | None = None
     plan: Plan | None = None
@@ -369,8 +382,13 @@ def _prepare(
     model = replace(model, checkpoint=with_fast_tokenizer(model.checkpoint))
     check_complete(model.checkpoint)
     options = dict(asked.options)
+    weights = asked.weights
     if plan is None:
-        plan = plans.plan_model(model, asked.mode, planned_weights(exporter, asked.weights))
+        if weights is None:
+            weights = "fp32"
+            if isinstance(exporter, WithUsualWeights):
+                weights = exporter.usual_weights(model, asked.mode, options)
+        plan = plans.plan_model(model, asked.mode, planned_weights(exporter, weights))
     plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
     plan = with_activations(plan, options.pop("activations", FLOAT))
     if isinstance(exporter, WithFormats):
@@ -378,4 +396,7 @@ def _prepare(
     notes = dict.fromkeys([*model.notes, *model.checkpoint.notes])
     if target in OLD_NAMES:
         notes[f"the target {target} is called {exporter.name} now; write that"] = None
-    return exporter, ExportRequest(model, plan, out, {**stored_options(plan), **options}), list(notes)
+    request = ExportRequest(model, plan, out, {**stored_options(plan), **options})
+    if weights is not None and asked.weights is None and isinstance(exporter, WithUsualWeights):
+        notes[exporter.usual_note(request, weights)] = None
+    return exporter, request, list(notes)

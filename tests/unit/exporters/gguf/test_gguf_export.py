@@ -181,7 +181,7 @@ def test_gemmas_norms_are_stored_as_they_are_used(
     name: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     base, adapter = trained(name)
-    made = vera_edge.export(base, adapter, out=tmp_path / "out", target="gguf")
+    made = vera_edge.export(base, adapter, out=tmp_path / "out", target="gguf", weights="f32")
     source = Checkpoint.open(base).float32("model.layers.0.input_layernorm.weight")
     assert np.array_equal(values(tensors(made.folder)["blk.0.attn_norm.weight"]), source + np.float32(1))
 

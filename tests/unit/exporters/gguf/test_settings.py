@@ -49,7 +49,7 @@ def exported(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     settings = VeraConfig(r=2, target_modules=names, save_projection=False)
     get_peft_model(tiny.load(base), settings).save_pretrained(folder / "adapter")
     return vera_edge.export(
-        base, folder / "adapter", out=folder / "out", target="gguf", trained_as="float"
+        base, folder / "adapter", out=folder / "out", target="gguf", weights="f32", trained_as="float"
     ).model
 
 
