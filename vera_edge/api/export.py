@@ -17,6 +17,7 @@ from vera_edge.api.arguments import (
     weighted,
 )
 from vera_edge.base.trained_as import TrainedAs
+from vera_edge.errors import PlanError
 from vera_edge.exporting import target as targets
 from vera_edge.exporting.target import Export, ExportArguments, PlannedExport
 from vera_edge.plans.plan import Plan
@@ -32,7 +33,7 @@ def export(
     *,
     out: StrPath,
     target: str = "onnx",
-    mode: str = "merged",
+    mode: str | None = None,
     weights: str | None = None,
     run: str | None = None,
     weight: float = 1.0,
@@ -48,6 +49,7 @@ def export(
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
     plan: StrPath | Plan | None = None,
+    device: StrPath | None = None,
     method: str | None = None,
     effort: str | None = None,
     calibration: StrPath = BUILT_IN,
@@ -63,7 +65,8 @@ def export(
         adapter: the PEFT folder; several that share their projections as {folder: weight} or a list.
         out: the folder to write, whole or not at all.
         target: "onnx", "gguf" (llama.cpp), or the name of an exporter that is installed.
-        mode: "merged": the adapter in the weights. "branch": beside them, and swapped at run time.
+        mode: "merged", unless given: the adapter in the weights. "branch": beside them, and swapped at run
+            time.
         weights: how the linear layers are stored: same (as the base stores them), fp32, fp16, int8, int4,
             int2, nf4, fp4; for gguf f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4_k, q4_1,
             q4_0, iq4_nl. None: int8 (gguf: q8_0), but in a branch the integers of a base that is quantized;
@@ -82,6 +85,9 @@ def export(
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
         tokenizer: a folder to take tokenizer and chat template from, not from the adapter's or the base's.
         plan: a plan's file, or a Plan, that decides mode, weights, block, symmetric and activations.
+        device: what the export is for: "pi5-4gb", "pi5-8gb", "phone-6gb", "phone-12gb", "laptop-8gb",
+            "laptop-16gb", or the file of `vera-edge bench --json`; it decides weights, head, and a mode that
+            isn't given: the form that loses least among those that fit there and are quick enough.
         method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
         effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
@@ -124,6 +130,7 @@ def export(
         projection_rounding=projection_rounding,
         trained_as=trained_as,
         tokenizer=tokenizer,
+        device=device,
     )
     return targets.export(
         Path(base),
@@ -147,7 +154,7 @@ def plan_export(
     adapter: Adapters,
     *,
     target: str = "onnx",
-    mode: str = "merged",
+    mode: str | None = None,
     weights: str | None = None,
     run: str | None = None,
     weight: float = 1.0,
@@ -163,6 +170,7 @@ def plan_export(
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
     plan: StrPath | Plan | None = None,
+    device: StrPath | None = None,
 ) -> PlannedExport:
     """Say what `export` would write and take, and write nothing (`vera-edge export --dry-run`).
 
@@ -198,6 +206,7 @@ def plan_export(
         projection_rounding=projection_rounding,
         trained_as=trained_as,
         tokenizer=tokenizer,
+        device=device,
     )
     return targets.plan_export(Path(base), weighted(adapter, weight), Path("export"), asked)
 
@@ -206,25 +215,43 @@ def _asked(
     plan: StrPath | Plan | None,
     *,
     target: str,
-    mode: str,
+    mode: str | None,
     weights: str | None,
     projection_rounding: str | None,
     trained_as: str | TrainedAs | None,
     tokenizer: StrPath | None,
+    device: StrPath | None,
     **options: Any,
 ) -> ExportArguments:
     """What is asked of an export; options: the target's own, by its names, None where one isn't given."""
     decided = {name: options[name] for name in ("block", "symmetric", "activations")}
     made = plan_or_none(
         plan,
-        mode=(mode, "merged"),
+        mode=(mode, None),
         weights=(weights, None),
         **{name: (value, None) for name, value in decided.items()},
     )
+    if device is not None:
+        _check_left_to_device(plan=plan, weights=weights, run=options["run"], head=options["head"], **decided)
     given = {name: _written(value) for name, value in options.items() if value is not None}
     return ExportArguments(
-        target, mode, weights, given, projection_rounding, made, loading(trained_as), path_or_none(tokenizer)
+        target,
+        mode,
+        weights,
+        given,
+        projection_rounding,
+        made,
+        loading(trained_as),
+        path_or_none(tokenizer),
+        None if device is None else str(device),
     )
+
+
+def _check_left_to_device(**decided: object) -> None:
+    """Raise PlanError when something that a device's profile decides is given beside it."""
+    for name, given in decided.items():
+        if given is not None:
+            raise PlanError(f"the device decides how weights are stored, and {name} is given; leave one out")
 
 
 def _written(value: object) -> str:

@@ -45,9 +45,15 @@ GGUF_WEIGHTS = "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4
 @click.option(
     "--mode",
     type=click.Choice(["merged", "branch"]),
-    default="merged",
-    show_default=True,
-    help="merged: the adapter in the weights. branch: beside them, and swapped at run time.",
+    help="merged: the adapter in the weights. branch: beside them, and swapped at run time.  "
+    "[default: merged, or what --for picks]",
+)
+@click.option(
+    "--for",
+    "device",
+    metavar="DEVICE",
+    help="Choose weights, head and mode for a device: pi5-4gb, pi5-8gb, phone-6gb, phone-12gb, laptop-8gb, "
+    "laptop-16gb, or the file that `vera-edge bench BUNDLE --json` wrote on it.",
 )
 @click.option(
     "--weights",
@@ -109,7 +115,8 @@ def export(
     adapter: Path,
     folder: Path,
     target: str,
-    mode: str,
+    mode: str | None,
+    device: str | None,
     weights: str | None,
     more: list[tuple[Path, float]],
     weight: float,
@@ -156,6 +163,7 @@ def export(
         "trained_as": trained_as,
         "tokenizer": tokenizer,
         "plan": plan_file,
+        "device": device,
     }
     if dry_run:
         _show_planned(vera_edge.plan_export(base, pairs, **asked), as_json)

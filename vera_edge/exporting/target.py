@@ -7,7 +7,7 @@ repository through the same door as anybody else's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -19,18 +19,20 @@ import numpy.typing as npt
 
 from vera_edge.arrays import Float32
 from vera_edge.base.trained_as import TrainedAs
-from vera_edge.errors import PlanError, TargetError
+from vera_edge.errors import PlanError, TargetError, VeraEdgeError
+from vera_edge.exporting import device_form, device_profile, plan_options
 from vera_edge.exporting.costs import ExportCost, check_room
-from vera_edge.formats.blocks import SIZES, check_kind
+from vera_edge.exporting.device_form import Form
 from vera_edge.plans import plan as plans
 from vera_edge.plans import step_options
-from vera_edge.plans.plan import ACTIVATIONS, FLOAT, Plan
+from vera_edge.plans.plan import FLOAT, Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes
 from vera_edge.requantize.correction import Correction
 from vera_edge.storage.files import check_output
 from vera_edge.storage.resumable import held as held_of
 from vera_edge.storage.resumable import tidy
+from vera_edge.tasks import task as tasks
 from vera_edge.trained.text_settings import with_fast_tokenizer
 from vera_edge.trained.trained_model import TrainedModel, open_model
 
@@ -40,7 +42,6 @@ EXPORT = "export"  # the purpose of the hidden folder in which one grows,
 RESULT = "out"  # and what in it becomes the bundle
 OLD_NAMES = {"genai": "onnx"}  # names of earlier versions, which go on working for a release
 WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "int2", "nf4", "fp4")  # what linears can be asked to be
-_BLOCKS = {"int8": 8, "int4": 4, "int2": 2}
 
 
 class Runner(Protocol):
@@ -208,65 +209,12 @@ def find(name: str) -> Exporter:
     return exporter
 
 
-def stored_options(plan: Plan) -> dict[str, str]:
-    """What a plan says of the exporter's own options: how head and projections are stored."""
-    return {name: str(plan.options[name]) for name in ("head", "projections") if name in plan.options}
-
-
-def in_blocks(plan: Plan, block: str | None, symmetric: str | None) -> Plan:
-    """`plan` with integer blocks of another size, or symmetric or not; raises PlanError when it has none."""
-    if block is None and symmetric is None:
-        return plan
-    if symmetric not in (None, "true", "false") or not (block is None or block.isdecimal()):
-        raise PlanError(
-            f"a block is a number of inputs and symmetric true or false, not {block!r} and {symmetric!r}"
-        )
-    changed: dict[str, Any] = {} if block is None else {"block": int(block)}
-    if symmetric is not None:
-        changed["symmetric"] = symmetric == "true"
-    steps = []
-    for step in plan.steps:
-        if step.result in _BLOCKS and not step.copies:
-            check_kind(_BLOCKS[step.result], changed.get("block", SIZES[0]))
-            step = replace(step, options={**step.options, **changed})
-        steps.append(step)
-    if tuple(steps) == plan.steps:
-        raise PlanError("only weights that are quantized to int8, int4 or int2 have blocks to choose")
-    return replace(plan, steps=tuple(steps))
-
-
-def with_activations(plan: Plan, activations: str) -> Plan:
-    """`plan` with int8 linears that read activations of this kind, one of `plan.ACTIVATIONS`.
-
-    Raises PlanError for another kind, and where there is no int8 linear, or one in blocks.
-    """
-    if activations not in ACTIVATIONS:
-        raise PlanError(f"activations can't be {activations!r}; choose from {', '.join(ACTIVATIONS)}")
-    if activations == FLOAT:
-        return plan
-    changed = [step for step in plan.steps if step.result == "int8"]
-    if not changed:
-        raise PlanError(
-            f"{activations} activations go with int8 weights, and this plan has none; add --weights int8"
-        )
-    if any("block" in step.options or "symmetric" in step.options for step in changed):
-        raise PlanError(
-            f"weights beside {activations} activations have one scale for each row and no zero point; leave "
-            "block and symmetric out"
-        )
-    steps = [
-        replace(step, options={**step.options, "activations": activations}) if step.result == "int8" else step
-        for step in plan.steps
-    ]
-    return replace(plan, steps=tuple(steps))
-
-
 def export(
     base: Path,
     adapter_paths: Sequence[tuple[Path, float]],
     out: Path,
     target: str = "onnx",
-    mode: str = "merged",
+    mode: str | None = None,
     weights: str | None = "fp32",
     options: Mapping[str, str] | None = None,
     projection_rounding: str | None = None,
@@ -276,6 +224,7 @@ def export(
     plan: Plan | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
+    device: str | None = None,
 ) -> Export:
     """Read base and adapters, plan, and export to `out`.
 
@@ -283,20 +232,22 @@ def export(
     options: the target's own; `block` (16, 32, 64, 128 or 256) and `symmetric` ("true", "false"), which say
     how int8, int4 and int2 weights are quantized, and `activations` ("float", "dynamic", "static"), what an
     encoder's int8 linears read, go into the plan.
-    mode: "merged", or "branch": the base keeps its weights, the adapter runs beside it and can be swapped.
+    mode: "merged" (unless given), or "branch": the base keeps its weights, the adapter runs beside it and can
+    be swapped.
     weights: the stored format of the linears. projection_rounding: see `open_model`.
     rounding: how weights are rounded to 4 and 8 bits, and the text to calibrate on; None: to nearest, by the
     exporter, and the built-in text.
     weights None: what the target usually stores (`WithUsualWeights`), with a note that says so.
     plan: made for these inputs, instead of making one; then `mode` and `weights` aren't looked at.
     trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer is taken, instead of
-    the adapters' or the base's.
+    the adapters' or the base's. device: a profile (`device_profile.find`) for which `weights`, the head, and
+    a mode that isn't given are chosen.
     Raises a VeraEdgeError in one sentence when an input is at fault; then nothing is left behind.
     """
     tidy(out, EXPORT, f"*/{RESULT}")
     check_output(out, force, (base, *(path for path, _ in adapter_paths)))
     asked = ExportArguments(
-        target, mode, weights, options or {}, projection_rounding, plan, trained_as, tokenizer
+        target, mode, weights, options or {}, projection_rounding, plan, trained_as, tokenizer, device
     )
     exporter, request, notes = _prepare(base, adapter_paths, out, asked)
     estimate = getattr(exporter, "estimate", None)
@@ -323,16 +274,17 @@ def export(
 
 @dataclass(frozen=True)
 class ExportArguments:
-    """What is asked of an export, as `export` takes it."""
+    """What is asked of an export, as `export` takes it. mode: None for merged, or what `device` comes to."""
 
     target: str = "onnx"
-    mode: str = "merged"
+    mode: str | None = None
     weights: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     projection_rounding: str | None = None
     plan: Plan | None = None
     trained_as: TrainedAs | None = None
     tokenizer: Path | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -381,22 +333,71 @@ def _prepare(
 
     model = replace(model, checkpoint=with_fast_tokenizer(model.checkpoint))
     check_complete(model.checkpoint)
-    options = dict(asked.options)
-    weights = asked.weights
+    notes = dict.fromkeys([*model.notes, *model.checkpoint.notes])
     if plan is None:
-        if weights is None:
-            weights = "fp32"
-            if isinstance(exporter, WithUsualWeights):
-                weights = exporter.usual_weights(model, asked.mode, options)
-        plan = plans.plan_model(model, asked.mode, planned_weights(exporter, weights))
-    plan = in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
-    plan = with_activations(plan, options.pop("activations", FLOAT))
+        asked, plan, note = _settled(exporter, model, asked, out)
+        notes |= dict.fromkeys(note)
+    options = dict(asked.options)
+    plan = plan_options.in_blocks(plan, options.pop("block", None), options.pop("symmetric", None))
+    plan = plan_options.with_activations(plan, options.pop("activations", FLOAT))
     if isinstance(exporter, WithFormats):
         plan = exporter.settle(plan, model)
-    notes = dict.fromkeys([*model.notes, *model.checkpoint.notes])
     if target in OLD_NAMES:
         notes[f"the target {target} is called {exporter.name} now; write that"] = None
-    request = ExportRequest(model, plan, out, {**stored_options(plan), **options})
-    if weights is not None and asked.weights is None and isinstance(exporter, WithUsualWeights):
-        notes[exporter.usual_note(request, weights)] = None
+    request = ExportRequest(model, plan, out, {**plan_options.stored(plan), **options})
+    if asked.weights is None and asked.plan is None and isinstance(exporter, WithUsualWeights):
+        notes[exporter.usual_note(request, plan.weights)] = None
     return exporter, request, list(notes)
+
+
+def _settled(
+    exporter: Exporter, model: TrainedModel, asked: ExportArguments, out: Path
+) -> tuple[ExportArguments, Plan, list[str]]:
+    """What is asked with what `device` comes to, the plan for it, and a note that says why."""
+    notes = []
+    if asked.device is not None:
+        asked, why = _for_device(exporter, model, asked, out)
+        notes.append(why)
+    mode, weights = asked.mode or "merged", asked.weights
+    if weights is None:
+        weights = _usual(exporter, model, mode, asked.options)
+    return asked, plans.plan_model(model, mode, planned_weights(exporter, weights)), notes
+
+
+def _usual(exporter: Exporter, model: TrainedModel, mode: str, options: Mapping[str, str]) -> str:
+    """What a target stores where nobody asks."""
+    if isinstance(exporter, WithUsualWeights):
+        return exporter.usual_weights(model, mode, options)
+    return "fp32"
+
+
+def _for_device(
+    exporter: Exporter, model: TrainedModel, asked: ExportArguments, out: Path
+) -> tuple[ExportArguments, str]:
+    """What is asked with the mode, weights and head that suit the device, and a sentence that says why."""
+    estimate = getattr(exporter, "estimate", None)
+    if estimate is None:
+        raise TargetError(
+            f"the target {exporter.name} doesn't tell beforehand what an export takes, so that no form can "
+            "be chosen for a device; give --weights instead of --for"
+        )
+    profile = device_profile.find(str(asked.device))
+    config = model.checkpoint.config
+    generates = tasks.is_decoder(tasks.architecture(config))
+
+    def options(form: Form) -> dict[str, str]:
+        return dict(asked.options) | ({"head": form.head} if form.head else {})
+
+    def reckoned(form: Form) -> device_form.Reckoned | None:
+        with suppress(VeraEdgeError):
+            plan = plans.plan_model(model, form.mode, planned_weights(exporter, form.weights))
+            size = estimate(ExportRequest(model, plan, out, options(form)), timed=False).size
+            return device_form.reckon(form, size, config, profile.stream, generates)
+        return None
+
+    mode = asked.mode or (None if generates else "merged")
+    forms = device_form.forms(mode, _usual(exporter, model, "branch", {}))
+    chosen = device_form.choose(forms, reckoned, profile.memory)
+    form = chosen.form
+    note = device_form.why(chosen, profile.name, profile.source)
+    return replace(asked, mode=form.mode, weights=form.weights, options=options(form)), note

@@ -13,6 +13,7 @@ from typing import Any
 from vera_edge import merging as merge
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import PlanError
+from vera_edge.exporting import plan_options
 from vera_edge.exporting import target as targets
 from vera_edge.merging import Prepared
 from vera_edge.plans import plan as plans
@@ -78,7 +79,7 @@ def candidates(ready: Prepared, formats: Sequence[str]) -> tuple[str, Plan, dict
     made = {}
     for name in formats:
         kind, block = split(name)
-        made[name] = targets.in_blocks(plans.plan_model(ready.model, ready.plan.mode, kind), block, None)
+        made[name] = plan_options.in_blocks(plans.plan_model(ready.model, ready.plan.mode, kind), block, None)
     quantized = {name: plan for name, plan in made.items() if name not in DENSE} or made
     free: set[str] | None = None
     for name, plan in quantized.items():

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vera_edge.device.runtime.session import Session
+from vera_edge.exporting import plan_options
 from vera_edge.exporting import target as targets
-from vera_edge.exporting.target import ExportRequest, stored_options
+from vera_edge.exporting.target import ExportRequest
 from vera_edge.merging import Prepared
 from vera_edge.plans.plan import Plan
 from vera_edge.precision.changes import Replaying
@@ -55,7 +56,7 @@ class Trials:
             self.ready.model,
             plan,
             out,
-            options=stored_options(plan),
+            options=plan_options.stored(plan),
             progress=progress,
             requantized=codes,
             drawn=self.work / "drawn",

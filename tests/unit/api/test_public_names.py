@@ -50,6 +50,7 @@ OTHERWISE = {
     ("merge", "adapter"): "the second argument takes several adapters",
     ("export", "adapter"): "the second argument takes several adapters",
     ("plan", "adapter"): "the second argument takes several adapters",
+    ("export", "for"): "a keyword of Python: device",
     ("export", "onnx"): "says nothing: it is the default",
     ("release make", "dry_run"): "a function of its own, plan_release, as it gives jobs",
     ("adapter pack", "for"): "a keyword of Python: the second argument",

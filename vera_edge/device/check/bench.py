@@ -19,6 +19,7 @@ import numpy as np
 
 from vera_edge import import_path
 from vera_edge.bundle import contents as bundles
+from vera_edge.bundle.manifest import Manifest
 from vera_edge.device.check.hardware import hardware_info
 from vera_edge.errors import BundleError, DataError
 from vera_edge.progress import Progress, silent
@@ -47,12 +48,15 @@ class Spread:
 
 @dataclass(frozen=True)
 class BenchRound:
-    """A bundle at one number of threads. figures: by name, those this system can tell.
+    """A bundle of `size` bytes at one number of threads. figures: by name, those this system can tell.
 
     token_ms: milliseconds of one decoded token, all rounds together: percentile ("50", "95", "99") -> value.
     """
 
     bundle: Path
+    size: int
+    mode: str
+    weights: str
     threads: int
     figures: Mapping[str, Spread]
     token_ms: Mapping[str, float]
@@ -105,8 +109,7 @@ def bench(
     if rounds < 1 or prompt < 1 or new < 2 or any(count < 1 for count in threads):
         raise DataError("give 1 or more rounds, prompt tokens and threads, and 2 or more new tokens")
     folders = [bundle] if against is None else [bundle, against]
-    for folder in folders:
-        bundles.verify(folder, deep=False)
+    manifests = [bundles.verify(folder, deep=False) for folder in folders]
     counts = list(threads) or [0]
     measured: list[BenchRound] = []
     ratios: list[Ratio] = []
@@ -116,7 +119,10 @@ def bench(
             progress("measuring", at * rounds + number, len(counts) * rounds)
             for folder, rows in zip(folders, found, strict=True):
                 rows.append(_round(folder, prompt, new, count))
-        pairs = [_summary(folder, rows) for folder, rows in zip(folders, found, strict=True)]
+        pairs = [
+            _summary(folder, manifest, rows)
+            for folder, manifest, rows in zip(folders, manifests, found, strict=True)
+        ]
         measured += pairs
         if against is not None:
             ratios += _ratios(found[0], found[1])
@@ -149,7 +155,7 @@ def _values(rows: Sequence[Mapping[str, Any]], figure: str) -> list[float]:
     return [] if any(value is None for value in values) else [float(value) for value in values]
 
 
-def _summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> BenchRound:
+def _summary(folder: Path, manifest: Manifest, rows: Sequence[Mapping[str, Any]]) -> BenchRound:
     figures = {}
     for figure in FIGURES:
         if values := _values(rows, figure):
@@ -157,7 +163,8 @@ def _summary(folder: Path, rows: Sequence[Mapping[str, Any]]) -> BenchRound:
             figures[figure] = Spread(float(low), float(median), float(high))
     steps = np.concatenate([row["steps"] for row in rows])
     token_ms = {str(share): float(np.percentile(steps, share)) for share in (50, 95, 99)}
-    return BenchRound(folder, int(rows[0]["threads"]), figures, token_ms)
+    threads = int(rows[0]["threads"])
+    return BenchRound(folder, manifest.size, manifest.mode, manifest.weights, threads, figures, token_ms)
 
 
 def _ratios(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> list[Ratio]:
