@@ -137,6 +137,7 @@ COMMAND_LINES: Mapping[str, tuple[str, str]] = {
     "diff": ("bundle", ". {root}/other"),
     "release": ("base", "{root}/release.toml -o {new} --store {new}-store --workers 2"),
     "doctor": ("bundle", ""),
+    "completion": ("bundle", "bash"),
 }
 
 

@@ -51,6 +51,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "diff": ("vera_edge.cli.fetch:diff", "Say what changed from one bundle to another."),
     "release": ("vera_edge.cli.release:release", "Make every bundle of a recipe: gated, described, signed."),
     "doctor": ("vera_edge.cli.doctor:doctor", "Say what is installed and what this machine can do."),
+    "completion": ("vera_edge.cli.completion:completion", "Print what a shell reads to complete commands."),
 }
 
 # what the device part does without -> the extra that brings it
@@ -59,6 +60,8 @@ EXTRAS = {
     "cyclonedx": "release",
     "filelock": "release",
     "gguf": "build",
+    "h11": "serve",
+    "llama_cpp": "llama",
     "matplotlib": "report",
     "model_signing": "release",
     "numba": "build",
@@ -69,6 +72,7 @@ EXTRAS = {
     "peft": "build",
     "pydantic": "release",
     "ray": "ray",
+    "sentencepiece": "build",
     "sigstore": "release",
     "starlette": "serve",
     "threadpoolctl": "build",
@@ -145,7 +149,8 @@ class LazyGroup(click.Group):
             if missing not in EXTRAS:
                 raise
             hint = f"pip install 'vera-edge[{EXTRAS[missing]}]'"
-            _tell(f"{ctx.invoked_subcommand} needs {missing}, not installed: {hint}")
+            asked = ctx.invoked_subcommand or "this command"
+            _tell(f"{asked} needs the package {missing}, which isn't installed: {hint}")
             sys.exit(VeraEdgeError.exit_code)
         except ImportError as error:
             if not any(words in str(error) for words in ("failed to map segment", "bad_alloc")):

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 import vera_edge
-from vera_edge.cli.show import FOLDER, out, progress_bar, quiet_option
+from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option
 
 
 @click.command()
@@ -17,6 +17,7 @@ from vera_edge.cli.show import FOLDER, out, progress_bar, quiet_option
 @click.option("--chain", type=FOLDER, multiple=True, help="Certificates between it and the trusted one.")
 @click.option("--keyless", is_flag=True, help="Sign by the identity of this CI job; needs the network.")
 @quiet_option
+@json_option
 def sign(
     bundle: Path,
     key: Path | None,
@@ -24,12 +25,16 @@ def sign(
     chain: tuple[Path, ...],
     keyless: bool,
     quiet: bool,
+    as_json: bool,
 ) -> None:
     """Sign BUNDLE, once every byte of it is verified; an older signature is replaced."""
     if (key is None) != keyless:
         raise click.UsageError("give --key or --keyless, one of them")
-    with progress_bar(quiet) as progress:
+    with progress_bar(quiet or as_json) as progress:
         path = vera_edge.sign(
             bundle, key=key, certificate=certificate, chain=chain, keyless=keyless, progress=progress
         )
+    if as_json:
+        print_json({"bundle": str(bundle), "signature": str(path)})
+        return
     out().print(f"{path}: signed")

@@ -31,6 +31,7 @@ POSITIONAL = {
 POSITIONAL |= {"recipe", "source"}
 # How the terminal is used is the command's own business.
 OF_THE_TERMINAL = {"json", "quiet"}
+OF_THE_SHELL = {"completion"}  # about the command line itself
 # command -> its function, where that has another name
 FUNCTIONS = {
     "run": "open_bundle",
@@ -83,9 +84,11 @@ def test_every_public_name_is_there_and_no_other() -> None:
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:
-    """Every command that does something, by the words that call it."""
+    """Every command that does something to a model, by the words that call it."""
     context = click.Context(main)
     for name in COMMANDS:
+        if name in OF_THE_SHELL:
+            continue
         command = main.get_command(context, name)
         if isinstance(command, click.Group):
             yield from ((f"{name} {inner}", each) for inner, each in command.commands.items())
