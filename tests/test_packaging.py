@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+import sys
 import tomllib
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import vera_edge
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +78,28 @@ def test_every_dependency_is_pinned() -> None:
     for requirement in wanted:
         name = requirement.split(">=")[0].split("[")[0].lower()
         assert name in pinned, f"constraints.txt doesn't pin {name}"
+
+
+def test_what_would_be_published_is_sound(tmp_path: Path) -> None:
+    """As scripts/package makes it: a source distribution, the wheel built of that, both checked."""
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,), (source,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    for command in (("twine", "check", "--strict", wheel, source), ("check_wheel_contents", wheel)):
+        done = subprocess.run(
+            [sys.executable, "-m", *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert not files_in_the_checkout() - set(zipfile.ZipFile(wheel).namelist())
+    assert wheel.name.startswith(f"vera_edge-{vera_edge.__version__}-")
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    number = re.escape(vera_edge.__version__)
+    assert re.search(
+        rf"^## \[{number}\] - \d{{4}}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    assert re.search(rf"^version: {number}$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
 
 
 def test_the_device_part_works_alone(fresh: Path) -> None:

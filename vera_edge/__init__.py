@@ -6,7 +6,7 @@ nothing at all, since `python -m vera_edge` has to begin with `import_path`.
 See ARCHITECTURE.md for how the modules behind it follow each other.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -115,7 +115,7 @@ def _packages() -> Iterator[Package]:
         return
     for line in lines:
         matched = _REQUIREMENT.fullmatch(line.strip())
-        if matched is None or matched[3] in ("test", "dev"):
+        if matched is None or matched[3] in ("docs", "package", "test", "dev"):
             continue
         name, needed, extra = matched[1], matched[2], matched[3]
         installed = _version(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vera_edge
@@ -79,6 +79,7 @@ def test_a_form_that_cannot_be_stored_is_passed_over() -> None:
         choose(forms("merged", "int8"), lambda form: None, 10)
 
 
+@settings(deadline=None)  # on a machine that may be busy
 @given(st.integers(10**6, 10**11), st.floats(1e8, 1e12), st.integers(10**7, 10**11))
 def test_what_is_chosen_fits_and_nothing_that_loses_less_would_do(
     size: int, stream: float, memory: int
