@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 import shutil
@@ -25,6 +26,7 @@ import pytest
 import vera_edge
 from scripts.bench_drift_table import MARKS, PAGE
 from tests import tiny
+from tests.conftest import Cli
 from vera_edge import errors, merging
 from vera_edge.cli import COMMANDS, main
 from vera_edge.formats import blocks
@@ -253,3 +255,78 @@ def test_the_recipes_run(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_pat
             check=False,
         )
         assert run.returncode in (0, 3), f"{command}\n{run.stdout}\n{run.stderr}"
+
+
+# The folder that a page calls `base`; `model` is the float model, `adapter` was trained on the base.
+BASES = {
+    "from-qlora.md": "nf4",
+    "from-gptq.md": "gptq",
+    "to-raspberry-pi.md": "nf4",
+    "to-phone.md": "nf4",
+    "to-browser.md": "nf4",
+    "release-refused.md": "nf4",
+}
+ELSEWHERE = ("python3 ", "rsync ")  # lines for another machine
+RECIPE = """
+[release]
+name = "mine"
+[[base]]
+id = "base"
+path = "base"
+[[adapter]]
+id = "v1"
+base = "base"
+path = "adapter"
+[[variant]]
+mode = "branch"
+[limits]
+data = "text.txt"
+max_kl = 0.1
+"""
+
+
+@pytest.mark.parametrize("page", BASES)
+def test_a_page_for_what_one_has_runs(
+    page: str, tiny_llama: tiny.TinyLlama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
+    """Every `vera-edge` command of it, in order, in one folder; exit 3 (a broken limit) is fine."""
+    shutil.copytree(tiny_llama.bf16, tmp_path / "model")
+    shutil.copytree(tiny_llama.nf4, tmp_path / "base")
+    tiny.make_adapter(tmp_path / "base", tmp_path / "adapter")
+    (tmp_path / "text.txt").write_text(tiny.TEXT * 30)
+    (tmp_path / "release.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    if BASES[page] == "gptq":
+        words = ("--to", "gptq", "--block-size", 32, "--method", "rtn")
+        assert cli("merge", "base", "adapter", "-o", "gptq", *words).exit_code == 0
+        shutil.rmtree("base")
+        Path("gptq").rename("base")
+    lines = [line for line in shell_lines(ROOT / "docs" / page) if not line.startswith(ELSEWHERE)]
+    assert lines
+    for line in lines:
+        words, _, file = line.partition(" > ")
+        program, *rest = shlex.split(words)
+        assert program == "vera-edge", line
+        done = cli(*rest)
+        assert done.exit_code in (0, 3), f"{line}\n{done.output}"
+        if file:
+            Path(file).write_text(done.stdout)
+
+
+def test_the_site_builds_strictly_and_shows_every_page(tmp_path: Path) -> None:
+    """No link into nothing, no page left out of the navigation."""
+    build = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
+    quiet = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, env=quiet, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = {path.stem for path in (tmp_path / "site").glob("*.html")} - {"404"}
+    assert made == {path.stem for path in (ROOT / "docs").glob("*.md")}
