@@ -1,7 +1,7 @@
 """The documentation is true: its links lead somewhere, its commands exist, and the README's recipes run.
 
 In the README's recipes `model`, `adapter` and `text.txt` stand for the reader's own; here they are tiny ones.
-`base` is what its first recipe makes of `model`.
+`base` is what its `quantize` makes of `model`.
 """
 
 from __future__ import annotations
