@@ -72,7 +72,13 @@ def commands(page: Path) -> list[Command]:
     return found
 
 
-ALL_COMMANDS = [command for page in PAGES for command in commands(page)]
+DEMO = ROOT / "scripts" / "demo"
+TO_TRY_NEXT = [
+    Command(DEMO, tuple(shlex.split(line, comments=True)))
+    for line in DEMO.read_text(encoding="utf-8").splitlines()
+    if line.startswith("vera-edge ")
+]
+ALL_COMMANDS = [*TO_TRY_NEXT, *(command for page in PAGES for command in commands(page))]
 
 
 def test_the_readme_shows_commands() -> None:
@@ -83,6 +89,11 @@ def test_the_readme_shows_commands() -> None:
         "drift",
         "run",
     }
+
+
+def test_the_demo_ends_with_what_to_try_next() -> None:
+    assert len(TO_TRY_NEXT) == 3
+    assert DEMO.read_text(encoding="utf-8").rstrip().endswith("\nEND")
 
 
 @pytest.mark.parametrize("command", ALL_COMMANDS, ids=str)
