@@ -25,7 +25,7 @@ from scripts.bench_drift_peers import peers
 from scripts.bench_drift_rows import Bench, Remembered, Row, Way
 from scripts.bench_drift_ways import more, short
 from scripts.prepare_demo import Demo, cache_folder, prepare
-from vera_edge.adapters import vera as adapter
+from vera_edge.adapters import reading as adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.reference import model as reference
 from vera_edge.text import windows

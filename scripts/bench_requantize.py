@@ -121,6 +121,7 @@ class Bench:
         if module not in refitted:
             return self.deltas[module]
         found, inside = refitted[module], self.ready.model.checkpoint.linears[module].in_features
+        assert self.ready.model.projections is not None
         delta = self.ready.model.projections.delta(found.lambda_b, found.lambda_d, inside)
         return oriented(
             self.ready.model.checkpoint, module, np.float32(self.ready.model.adapters[0][1]) * delta

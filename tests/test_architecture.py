@@ -25,6 +25,7 @@ ORDER = (
     "progress",
     "cores",
     "arrays",
+    "name_pattern",
     "divergence",
     "versions",
     "quiet",

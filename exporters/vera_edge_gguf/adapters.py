@@ -1,7 +1,8 @@
-"""Adapters beside a base: each as a GGUF LoRA file, the exact bridge, which llama.cpp swaps as it runs.
+"""Adapters beside a base: each as a GGUF LoRA file, which llama.cpp swaps as it runs.
 
-`diag(b) B diag(d) A x = B' A' x` with `A' = diag(d) A[:, :in]` and `B' = diag(b) B[:out]`, as in
-`vera_edge.trained.to_lora`; alpha is the rank, so that llama.cpp's scale is 1.
+A LoRA's pairs go straight through. VeRA's is the exact bridge: `diag(b) B diag(d) A x = B' A' x` with
+`A' = diag(d) A[:, :in]` and `B' = diag(b) B[:out]`, as in `vera_edge.trained.to_lora`. llama.cpp scales by
+alpha over the rank of the pair it reads; alpha is written as the largest rank, and B takes what is left.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.lora import LoraPair
+from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting.exported_adapters import names, trained_whole
 from vera_edge.exporting.target import ExportRequest
@@ -36,6 +39,11 @@ def check(request: ExportRequest) -> None:
         return
     names(request)
     for adapter, _ in request.model.adapters:
+        if not adapter.adds:
+            raise TargetError(
+                f"{adapter.path} ({adapter.method}) doesn't only add to weights, which a GGUF LoRA can't "
+                "carry; use --mode merged"
+            )
         if more := trained_whole(request, adapter):
             raise TargetError(
                 f"{adapter.path} also trained {more[0]}, which a GGUF LoRA doesn't carry; use --mode merged"
@@ -60,7 +68,7 @@ def write(
             "adapter.lora.alpha": float(adapter.rank),
             "vera_edge.adapters": adapter.digest,
             "vera_edge.base": request.model.checkpoint.digest,
-            "vera_edge.projections": request.model.projections.digest,
+            "vera_edge.projections": request.model.projection_digest or "",
         }
         factors = _factors(request, adapter, weight, tensors)
         file.write(stage / files[name], family.architecture, metadata, factors, request.progress)
@@ -78,22 +86,33 @@ def _factors(
             )
         out, inside = request.model.checkpoint.linear(module).shape
         named = tensors[module]
+        change = adapter.vectors[module]
+        rank = change.rank if isinstance(change, LoraPair) else adapter.rank
         lower = partial(_lower, request, adapter, module, inside, stored)
-        yield file.Tensor(f"{named.name}.lora_a", stored, (adapter.rank, inside), lower)
+        yield file.Tensor(f"{named.name}.lora_a", stored, (rank, inside), lower)
         upper = partial(_upper, request, adapter, module, out, weight, named, stored)
-        yield file.Tensor(f"{named.name}.lora_b", stored, (out, adapter.rank), upper)
+        yield file.Tensor(f"{named.name}.lora_b", stored, (out, rank), upper)
 
 
 def _lower(
     request: ExportRequest, adapter: Adapter, module: str, inside: int, stored: str
 ) -> npt.NDArray[Any]:
-    values = adapter.vectors[module].lambda_d[:, None] * request.model.projections.a[:, :inside]
+    change, projections = adapter.vectors[module], request.model.projections
+    if isinstance(change, LoraPair):
+        return blocks.rounded(module, change.a, stored)
+    assert isinstance(change, LambdaVectors) and projections is not None
+    values = change.lambda_d[:, None] * projections.a[:, :inside]
     return blocks.rounded(module, values, stored)
 
 
 def _upper(
     request: ExportRequest, adapter: Adapter, module: str, out: int, weight: float, named: Named, stored: str
 ) -> npt.NDArray[Any]:
-    lambda_b = np.float32(weight) * adapter.vectors[module].lambda_b
-    values = lambda_b[:, None] * request.model.projections.b[:out]
+    change, projections = adapter.vectors[module], request.model.projections
+    if isinstance(change, LoraPair):
+        scale = np.float32(weight * change.scale * change.rank / adapter.rank)
+        return blocks.rounded(module, named.rows(scale * change.b), stored)
+    assert isinstance(change, LambdaVectors) and projections is not None
+    lambda_b = np.float32(weight) * change.lambda_b
+    values = lambda_b[:, None] * projections.b[:out]
     return blocks.rounded(module, named.rows(values), stored)

@@ -31,7 +31,7 @@ def describe(request: ExportRequest) -> dict[str, str]:
         "vera_edge.base": request.model.checkpoint.digest,
         "vera_edge.mode": plan.mode,
         "vera_edge.plan": sha256_bytes(canonical_json(decided)),
-        "vera_edge.projections": request.model.projections.digest,
+        "vera_edge.projections": request.model.projection_digest or "",
         "vera_edge.tools": ",".join(f"{name}={number}" for name, number in sorted(tools().items())),
     }
 

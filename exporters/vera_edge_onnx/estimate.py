@@ -25,6 +25,11 @@ _BESIDE = 1.8
 _BYTES = {"fp32": 4.0, "fp16": 2.0, "nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64}
 
 
+def _elements(request: ExportRequest) -> int:
+    """Values of the projections."""
+    return 0 if request.model.projections is None else request.model.projections.spec.elements
+
+
 def estimate(request: ExportRequest, timed: bool, encoder: bool) -> ExportCost:
     """What the export of a request takes; writes nothing.
 
@@ -36,14 +41,14 @@ def estimate(request: ExportRequest, timed: bool, encoder: bool) -> ExportCost:
     head = [_matrix(shape, beside[options.HEAD]) for shape in tables]
     size = sum(sizes) + sum(head) + _vectors(request)
     if request.plan.mode == "branch":
-        elements = request.model.projections.spec.elements
+        elements = _elements(request)
         size += int(elements * _BYTES.get(beside[options.PROJECTIONS], 1.1))
     shapes = [*(step.shape for step in request.plan.steps), *tables]
     whole, largest = 4 * sum(map(math.prod, shapes)), 4 * max(map(math.prod, shapes), default=0)
     held = max(_BESIDE * largest, 2 * min(whole, segments.MOST) + largest) if not encoder else 3 * whole
     return ExportCost(
         size=size,
-        memory=int(_PROCESS + held + 4 * request.model.projections.spec.elements),
+        memory=int(_PROCESS + held + 4 * _elements(request)),
         disk=size + (2 * whole if encoder else max([*sizes, *head], default=0)),
         seconds=_seconds(request) if timed else 0.0,
     )

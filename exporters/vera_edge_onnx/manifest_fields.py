@@ -45,7 +45,7 @@ def describe(request: ExportRequest, model_kind: str = "decoder") -> dict[str, s
         "vera_edge.base": request.model.checkpoint.digest,
         "vera_edge.mode": plan.mode,
         "vera_edge.plan": sha256_bytes(canonical_json(decided)),
-        "vera_edge.projections": request.model.projections.digest,
+        "vera_edge.projections": request.model.projection_digest or "",
         "vera_edge.tools": ",".join(f"{name}={number}" for name, number in sorted(tools(model_kind).items())),
         "vera_edge.weights": runs_as(request),
     }
@@ -65,7 +65,6 @@ def manifest_fields(
     plan, branch, overlay = request.plan, bool(files), request.model.checkpoint.overlay
     whole = overlay.digests if overlay is not None else {}
     names = exported_adapters.names(request)
-    spec = request.model.projections.spec.to_dict() | {"digest": request.model.projections.digest}
     return ManifestFields(
         kind=model_kind,
         mode=plan.mode,
@@ -81,7 +80,7 @@ def manifest_fields(
             for name, (adapter, weight) in zip(names, request.model.adapters, strict=True)
         },
         default_adapter=names[0] if branch else None,
-        projection=spec if branch else None,
+        projection=request.model.projection_record if branch else None,
         model_version=adapters.model_version(request, layout) if branch else None,
         trained_names=_trained_names(request) if branch else {},
         vectors=layout,

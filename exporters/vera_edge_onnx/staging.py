@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.errors import CheckpointError
 from vera_edge.exporting.target import BUILT_IN, EXPORT, RESULT, ExportRequest
 from vera_edge.merging.work import key_of as merge_key
@@ -117,7 +117,7 @@ def key_of(request: ExportRequest, kind: str) -> str:
         "overlay": checkpoint.overlay.digests if checkpoint.overlay is not None else None,
         "files": checkpoint.files.digest,
         "adapters": [[_of_adapter(adapter), float(weight)] for adapter, weight in request.model.adapters],
-        "projections": request.model.projections.digest,
+        "projections": request.model.projection_digest,
         "options": dict(request.options),
         "corrections": {name: _of_correction(one) for name, one in request.corrections.items()},
         "text": text if text == BUILT_IN else sha256_file(Path(text)),
@@ -129,7 +129,7 @@ def key_of(request: ExportRequest, kind: str) -> str:
 
 def _of_adapter(adapter: Adapter) -> Mapping[str, Any]:
     """Its vectors as they are, which may have been refitted since they were read."""
-    vectors = {name: _of_arrays(pair.lambda_b, pair.lambda_d) for name, pair in adapter.vectors.items()}
+    vectors = {name: _of_arrays(*change.arrays.values()) for name, change in adapter.vectors.items()}
     return {"digest": adapter.digest, "name": adapter.name, "vectors": vectors}
 
 

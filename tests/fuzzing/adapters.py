@@ -13,7 +13,7 @@ import numpy as np
 from tests.fuzzing import bases, graphs
 from tests.fuzzing.mutate import Form
 from tests.fuzzing.target import Seed, Target
-from vera_edge.adapters import vera
+from vera_edge.adapters import reading
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime import adapters
 from vera_edge.exporting import onnx_adapter
@@ -60,7 +60,7 @@ def _peft(name: str, file: str, form: Form, whole: bool = False) -> Target:
         try:
             if whole:
                 return inspect_folder(own, folder / "base")
-            adapter = vera.read(own)
+            adapter = reading.read(own)
             inspect_folder(own)
             checkpoint = _base(str(folder / "base"))
             record.notes(adapter, checkpoint)
@@ -117,7 +117,7 @@ def _card() -> Target:
 
     def read(seed: Seed, folder: Path) -> object:
         (folder / "a" / record.CARD).write_bytes(seed.data)
-        return record.notes(vera.read(folder / "a"), _base(str(folder / "base")))
+        return record.notes(reading.read(folder / "a"), _base(str(folder / "base")))
 
     words = ("load_in_8bit", "bnb_4bit_compute_dtype", "torch.bfloat16", "True", json.dumps("x"))
     return Target("adapter-card", Form.TEXT, lambda: [Seed(text)], read, prepare, words)

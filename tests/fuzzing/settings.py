@@ -11,7 +11,8 @@ import numpy as np
 from tests.fuzzing import bases, graphs
 from tests.fuzzing.mutate import Form
 from tests.fuzzing.target import Seed, Target
-from vera_edge.adapters import vera
+from vera_edge.adapters import reading
+from vera_edge.adapters.adapter import WeightedAdapter
 from vera_edge.adapters.projection import Projections, ProjectionSpec
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.measuring import baseline, limits
@@ -31,12 +32,12 @@ ADAPTER = Path(__file__).parents[1] / "golden/adapters/peft-0.21.2/saved-fp32"
 def _planned(mode: str) -> tuple[plans.Plan, TrainedModel]:
     """A plan, and what it was made for."""
     base = graphs.scratch() / f"base-{mode}"
-    checkpoint, adapter = Checkpoint.open(bases.write_base(base)), vera.read(ADAPTER)
+    checkpoint, adapter = Checkpoint.open(bases.write_base(base)), reading.read(ADAPTER)
     assert adapter.saved is not None
     spec = ProjectionSpec(adapter.seed, adapter.rank, adapter.saved[0].shape[1], adapter.saved[1].shape[0])
     projections = Projections(spec, *adapter.saved)
     weights = "nf4" if mode == "merged" else "same"
-    model = TrainedModel(checkpoint, (vera.WeightedAdapter(adapter, 1.0),), projections)
+    model = TrainedModel(checkpoint, (WeightedAdapter(adapter, 1.0),), projections)
     return plans.make(checkpoint, model.adapters, mode, weights, None, projections), model
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from scripts.prepare_demo import Demo
 from tests import exported, tiny, tiny_bundle
 from tests.conftest import Cli
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.vera import vectors_of
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.measuring import opened_candidate
 from vera_edge.trained import provenance
@@ -32,7 +33,7 @@ def merge_by_numpy(base: Path, adapter_path: Path, out: Path, shape_of: Path) ->
     checkpoint, adapter = Checkpoint.open(base), adapters.read(adapter_path)
     projections = provenance.resolve(adapter, checkpoint).projections
     model = tiny.load(shape_of)
-    for module, pair in adapter.vectors.items():
+    for module, pair in vectors_of(adapter).items():
         weight = checkpoint.dequantize(module)
         delta = (pair.lambda_b[:, None] * projections.b[: weight.shape[0]]) @ (
             pair.lambda_d[:, None] * projections.a[:, : weight.shape[1]]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from scripts.prepare_demo import Demo
 from tests import exported, tiny
 from tests.conftest import Cli
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.reference.model import open_reference
 from vera_edge.trained import provenance

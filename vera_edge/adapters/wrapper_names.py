@@ -6,7 +6,7 @@ A model that is saved while `torch.compile`, DDP, FSDP or activation checkpointi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from vera_edge.errors import AdapterError
@@ -23,7 +23,7 @@ WRAPPERS = frozenset(
         "_forward_module",
     }
 )
-_VERA = frozenset({"vera_lambda_b", "vera_lambda_d", "vera_A", "vera_B"})
+_ENDS = ("weight", "bias")  # of what a method keeps in a layer of its own, behind the adapter's name
 
 
 def unwrapped(name: str) -> tuple[str, frozenset[str]]:
@@ -39,13 +39,16 @@ def unwrapped(name: str) -> tuple[str, frozenset[str]]:
     return plain, frozenset(taken)
 
 
-def plain_names(keys: Iterable[str], path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+def plain_names(
+    keys: Iterable[str], path: Path, own: Callable[[str], bool]
+) -> tuple[dict[str, str], tuple[str, ...]]:
     """The tensors of the adapter in `path`: plain name -> name as stored; and sentences on what was left out.
 
+    own: whether a part of a name is the method's own, behind which an adapter's name may stand.
     Raises AdapterError when a wrapper isn't known, when two names become one, or for two adapters in a file.
     """
     parts = {key: unwrapped(key) for key in keys}
-    adapters = {name for plain, _ in parts.values() if (name := _adapter_name(plain))}
+    adapters = {name for plain, _ in parts.values() if (name := _adapter_name(plain, own))}
     if len(adapters) > 1:
         raise AdapterError(
             f"{path} holds the adapters {' and '.join(sorted(adapters))} in one file; save one of them"
@@ -53,7 +56,7 @@ def plain_names(keys: Iterable[str], path: Path) -> tuple[dict[str, str], tuple[
     adapter, left_out, names = next(iter(adapters), "default"), set[str](), dict[str, str]()
     bare: dict[str, str] = {}
     for key, (plain, taken) in parts.items():
-        name = _without_adapter(plain, adapter)
+        name = _without_adapter(plain, adapter, own)
         left_out |= taken | ({adapter} if name != plain else set())
         _check(name, key, bare, path)
         names[name] = bare[name.removeprefix(PEFT_PREFIX)] = key
@@ -78,15 +81,20 @@ def _check(name: str, key: str, bare: Mapping[str, str], path: Path) -> None:
         )
 
 
-def _adapter_name(name: str) -> str | None:
-    """The adapter's name at the end of an unwrapped name, as in `q_proj.vera_lambda_b.default`, or None."""
-    head, _, last = name.rpartition(".")
-    return last if head.rpartition(".")[2] in _VERA else None
+def _adapter_name(name: str, own: Callable[[str], bool]) -> str | None:
+    """The adapter's name behind the method's own part of an unwrapped name, or None.
+
+    As in `q_proj.vera_lambda_b.default` and `q_proj.lora_A.default.weight`.
+    """
+    parts = name.split(".")
+    parts = parts[:-1] if parts[-1] in _ENDS else parts
+    return parts[-1] if len(parts) > 1 and own(parts[-2]) and not own(parts[-1]) else None
 
 
-def _without_adapter(name: str, adapter: str) -> str:
-    """An unwrapped name without the name of its adapter, at the end or behind `modules_to_save`."""
-    head, _, last = name.rpartition(".")
-    if last == adapter and head.rpartition(".")[2] in _VERA:
-        return head
+def _without_adapter(name: str, adapter: str, own: Callable[[str], bool]) -> str:
+    """An unwrapped name without its adapter's name, behind the method's own part or `modules_to_save`."""
+    if _adapter_name(name, own) == adapter:
+        parts = name.split(".")
+        del parts[-2 if parts[-1] in _ENDS else -1]
+        return ".".join(parts)
     return name.replace(f".modules_to_save.{adapter}.", ".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vera_edge.adapters import projection
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
 from vera_edge.api.arguments import StrPath, check_base_given, loading, path_or_none
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import PlanError

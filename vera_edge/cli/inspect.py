@@ -24,6 +24,9 @@ from vera_edge.errors import MismatchError
 if TYPE_CHECKING:
     from vera_edge.api.inspect import Cost, Inspection, Kind
 
+_NONE_DEAD = {"VERA": "none (no lambda_b is all zeros)"}
+_TITLES = {"VERA": "VeRA", "LORA": "LoRA"}
+
 
 @click.command()
 @click.argument("adapter", type=FOLDER)
@@ -55,19 +58,19 @@ def inspect(
 
 
 def _facts(result: Inspection) -> Table:
-    table = Table(f"VeRA adapter {result.name}", box=SIMPLE_HEAD)
+    table = Table(f"{_TITLES.get(result.method, result.method)} adapter {result.name}", box=SIMPLE_HEAD)
     table.add_column(overflow="fold")
     rows = {
         "folder": result.path,
         "digest": result.adapter_digest,
         "trained on": result.base_name or "not recorded",
         "PEFT version": result.peft_version or "not recorded (before 0.18.1)",
-        "rank, seed": f"{result.rank}, {result.seed}",
+        **_rank(result),
         "parameters": f"{result.parameters:,}",
         "layers": _ranges(result.layers) or "none numbered",
         "trained biases": str(result.biases),
         "whole modules": ", ".join(result.modules_to_save) or "none",
-        "dead branches": ", ".join(result.dead) or "none (no lambda_b is all zeros)",
+        "dead branches": ", ".join(result.dead) or _NONE_DEAD.get(result.method, "none"),
     }
     if result.spec is not None:
         rows["projections"] = (
@@ -75,7 +78,8 @@ def _facts(result: Inspection) -> Table:
             f"{result.spec.rounding}, {result.digest}"
         )
     rows["found"] = result.how or result.unresolved or "not resolved"
-    rows["verified"] = "yes, against the saved projections" if result.verified else "no"
+    if result.seed is not None:
+        rows["verified"] = "yes, against the saved projections" if result.verified else "no"
     rows["fits the base"] = {None: "no base given", True: "yes", False: "no"}[result.fits]
     for note in result.notes:
         rows["note"] = f"{rows['note']}; {note}" if "note" in rows else note
@@ -84,15 +88,31 @@ def _facts(result: Inspection) -> Table:
     return table
 
 
+def _rank(result: Inspection) -> dict[str, str]:
+    if result.seed is not None:
+        return {"rank, seed": f"{result.rank}, {result.seed}"}
+    return {"rank": str(result.rank)} if result.rank else {}
+
+
 def _kinds(kinds: tuple[Kind, ...]) -> Table:
     table = Table(box=SIMPLE_HEAD)
-    for name in ("module", "count", "out x in", "|lambda_b|", "|lambda_d|", "dead"):
+    trained = list(dict.fromkeys(name for kind in kinds for name in kind.ranges))
+    for name in ("module", "count", "out x in", *(f"|{_short(name)}|" for name in trained), "dead"):
         table.add_column(name, no_wrap=True, overflow="fold")
     for kind in kinds:
         shape = "" if kind.shape is None else f"{kind.shape[0]} x {kind.shape[1]}"
-        ranges = [f"{low:.0e}..{high:.2g}" for low, high in (kind.lambda_b, kind.lambda_d)]
+        ranges = [_range(kind.ranges.get(name)) for name in trained]
         table.add_row(kind.name, str(kind.modules), shape, *ranges, str(kind.dead))
     return table
+
+
+def _short(name: str) -> str:
+    """What was trained, without the ends that every name has."""
+    return name.removesuffix(".weight").removesuffix("_vector")
+
+
+def _range(found: tuple[float, float] | None) -> str:
+    return "" if found is None else f"{found[0]:.0e}..{found[1]:.2g}"
 
 
 def _cost(cost: Cost) -> Table:

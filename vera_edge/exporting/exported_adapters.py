@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.bundle.contents import NO_ADAPTER
 from vera_edge.errors import PlanError
 from vera_edge.exporting.target import ExportRequest

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import Projections, ProjectionSpec, stream_digest
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.vera import vectors_of
 from vera_edge.arrays import Float32
 from vera_edge.base.overlay import digest_of
 from vera_edge.bundle import contents as bundle
@@ -69,7 +70,7 @@ def vectors(
     the order of their first pieces. What the adapter leaves alone gets zeros. dtype: "float32" or "float16".
     Raises AdapterError when a module's vector is out of that type's range.
     """
-    pairs, nothing = adapter.vectors, np.zeros(adapter.rank, np.float32)
+    pairs, nothing = vectors_of(adapter), np.zeros(adapter.rank, np.float32)
     modules = dict.fromkeys(module for module, _, _ in layout)
     pieces = [
         pairs[module].lambda_b[start:stop] * np.float32(weight)
@@ -174,6 +175,10 @@ def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = No
     if manifest.mode != "branch" or manifest.projection is None:
         raise MismatchError(f"{where} has its adapter merged; export it with --mode branch to swap adapters")
     ours = manifest.projection
+    if not adapter.is_vera:
+        raise MismatchError(
+            f"{adapter.path} is a {adapter.method} adapter, and the side-branches of {where} are VeRA's"
+        )
     low = 0xFFFFFFFF  # torch uses the low 32 bits of a seed
     if adapter.rank != ours["rank"]:
         raise MismatchError(f"{adapter.path} has rank {adapter.rank} and {where} has rank {ours['rank']}")
@@ -192,7 +197,7 @@ def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = No
             f"{adapter.path} doesn't hold its projections, and those of {where} aren't what its seed gives"
         )
     sizes = module_sizes(manifest)
-    for module, pair in adapter.vectors.items():
+    for module, pair in vectors_of(adapter).items():
         if module not in sizes:
             raise MismatchError(f"{adapter.path} adapts {module}, which {where} has no side-branch for")
         if pair.lambda_b.size != sizes[module]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vera_edge.errors import CheckpointError, FormatError, PlanError
 from vera_edge.formats import checks
-from vera_edge.formats.name_pattern import NamePattern
+from vera_edge.name_pattern import NamePattern
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _MOST_PATTERNS = 256  # of a config group

@@ -22,6 +22,7 @@ from vera_edge.measuring.layer_passes import kl_of_each
 from vera_edge.measuring.opened_candidate import OpenedCandidate
 from vera_edge.measuring.opened_reference import OpenedReference
 from vera_edge.measuring.result import LayerDrift
+from vera_edge.merging.delta import effect
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.model import TorchReference
 from vera_edge.text.windows import Windows
@@ -114,14 +115,9 @@ def _load(trained: OpenedReference, base: Checkpoint, stored: Checkpoint, module
             f"{module} has shape {list(quantized.shape)} in {stored.path} and {list(weight.shape)} in "
             f"{base.path}; they are different models"
         )
-    deltas = [
-        np.float32(scale) * trained.projections.delta(vectors.lambda_b, vectors.lambda_d, weight.shape[1])
-        for adapter, scale in trained.adapters
-        if trained.projections is not None and (vectors := adapter.vectors.get(module)) is not None
-    ]
-    if not deltas:
+    if not any(module in adapter.vectors for adapter, _ in trained.adapters):
         return _Pair(weight, quantized, None)
-    delta: Float32 = np.sum(deltas, axis=0, dtype=np.float32)
+    delta = effect(module, weight, trained.adapters, trained.projections)
     return _Pair(weight + delta, quantized, delta)
 
 

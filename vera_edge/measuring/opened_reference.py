@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import Projections
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
@@ -33,6 +34,7 @@ from vera_edge.measuring.result import Artefact
 from vera_edge.tasks import task as tasks
 from vera_edge.trained import model as trained_base
 from vera_edge.trained import provenance
+from vera_edge.trained.trained_model import check_projections, check_together
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -59,7 +61,7 @@ class OpenedReference:
     context: int | None
     notes: tuple[str, ...] = ()
     checkpoint: Checkpoint | None = None
-    adapters: tuple[tuple[adapters.Adapter, float], ...] = ()
+    adapters: tuple[tuple[Adapter, float], ...] = ()
     projections: Projections | None = None
     digests: tuple[str, ...] = ()  # of the adapters that run
     tokenizer: Tokenizer | None = None
@@ -127,14 +129,13 @@ def base_folder(path: Path, base: Path | None) -> Path:
 
 def _trained_checkpoint(
     checkpoint: Checkpoint,
-    read: tuple[tuple[adapters.Adapter, float], ...],
+    read: tuple[tuple[Adapter, float], ...],
     projection_rounding: str | None,
     max_memory: int | None,
 ) -> OpenedReference:
-    found = [provenance.resolve_for_command(adapter, checkpoint, projection_rounding) for adapter, _ in read]
-    if any(other.projections.digest != found[0].projections.digest for other in found[1:]):
-        raise MismatchError("the adapters were trained on different projections, which one model can't hold")
-    projections = found[0].projections if found else None
+    check_together(read)
+    found = [provenance.source_of(adapter, checkpoint, projection_rounding) for adapter, _ in read]
+    projections = check_projections(read, [one.projections for one in found])
     check_measurable(checkpoint)
     from vera_edge.reference import model as reference
     from vera_edge.reference import room
@@ -142,7 +143,7 @@ def _trained_checkpoint(
     light = not room.fits(checkpoint, max_memory)
     task = tasks.of(checkpoint.config).auto_class
     model = reference.open_reference(checkpoint, read, projections, task, light)
-    notes = [note for one in found for note in (*one.notes, f"projections: {one.how}")]
+    notes = [note for one in found for note in (*one.notes, _how(one))]
     notes += [room.note(checkpoint)] * model.layer_by_layer
     base_bytes = folder_bytes(checkpoint.path)
     kind = f"{weights_of(checkpoint)} base, exact in float32" + ", adapter unmerged in PEFT" * bool(read)
@@ -166,6 +167,10 @@ def _trained_checkpoint(
         tokenizer=tokenizer_of(checkpoint),
         pooling=pooling_of(checkpoint),
     )
+
+
+def _how(source: provenance.Source) -> str:
+    return f"projections: {source.how}" if source.projections is not None else source.how
 
 
 def _trained_export(path: Path) -> OpenedReference:

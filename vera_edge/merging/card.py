@@ -10,6 +10,12 @@ from vera_edge import __version__
 from vera_edge.merging.report import MergeReport
 from vera_edge.tasks import task as tasks
 
+_WHAT = {
+    "VERA": "plus the deltas of the VeRA adapters below, `W + diag(lambda_b) B diag(lambda_d) A`",
+    "LORA": "and what the LoRA adapters below make of them, `W + scale B A`, of a DoRA's magnitude",
+}
+_OTHER = "as the adapter below makes them"
+
 
 def text(report: MergeReport, base_name: str, config: Mapping[str, Any]) -> str:
     """The model card as Markdown with Hugging Face's front matter."""
@@ -20,14 +26,13 @@ def text(report: MergeReport, base_name: str, config: Mapping[str, Any]) -> str:
         "library_name: transformers",
         f"base_model: {json.dumps(base_name)}",
         "base_model_relation: merge",
-        "tags: [vera, peft, merged]",
+        f"tags: [{report.method.lower()}, peft, merged]",
         "---",
         "",
         f"# {_plain(base_name)}, merged with {_plain(_names(report))}",
         "",
-        "The weights are the base's dequantized values plus the deltas of the VeRA adapters below, "
-        "`W + diag(lambda_b) B diag(lambda_d) A`, computed in float32 and then stored in the formats named "
-        f"here. Made by vera-edge {__version__}.",
+        f"The weights are the base's dequantized values {_WHAT.get(report.method, _OTHER)}, computed in "
+        f"float32 and then stored in the formats named here. Made by vera-edge {__version__}.",
         "",
         "| | |",
         "|---|---|",
@@ -36,10 +41,12 @@ def text(report: MergeReport, base_name: str, config: Mapping[str, Any]) -> str:
     ]
     for name, digest, weight in report.adapters:
         lines += [f"| adapter | {_plain(name)}, weight {weight:g} |", f"| its SHA-256 | `{digest}` |"]
-    spec = report.projection
+    if (spec := report.projection) is not None:
+        lines += [
+            f"| projections | seed {spec['seed']}, rank {spec['rank']}, {spec['rounding']} |",
+            f"| their SHA-256 | `{spec['digest']}` |",
+        ]
     lines += [
-        f"| projections | seed {spec['seed']}, rank {spec['rank']}, {spec['rounding']} |",
-        f"| their SHA-256 | `{spec['digest']}` |",
         f"| linear layers | {_formats(report)} |",
         f"| merged layers | {len(report.layers)} |",
         *_survival(report),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.formats import dense
 from vera_edge.merging import tying

@@ -1,15 +1,18 @@
-"""What the adapters add to one weight, and the sum of both, in float32, a piece of some rows at a time."""
+"""What the adapters make of one weight, in float32, a piece of some rows at a time: mostly a sum."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
+from vera_edge.adapters.adapter import Adapter, LayerChange
+from vera_edge.adapters.lora import LoraPair
 from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32
 from vera_edge.errors import AdapterError, CheckpointError
 from vera_edge.formats import Rounder, Weight, add_rows, round_sum, row_chunks
@@ -21,9 +24,99 @@ PRODUCT_VALUES = 1 << 21
 PRODUCT_ROWS = 384
 
 
-class Delta:
-    """`sum_i weight_i * diag(lambda_b_i) B diag(lambda_d_i) A` for one linear (out, in).
+class Rows(Protocol):
+    """A weight (out, in) that gives its rows in float32."""
 
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def rows(self, start: int, stop: int) -> Float32: ...
+
+
+class _ArrayRows:
+    """The rows of an array."""
+
+    def __init__(self, values: Float32) -> None:
+        self._values = values
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._values.shape[0], self._values.shape[1]
+
+    def rows(self, start: int, stop: int) -> Float32:
+        return self._values[start:stop]
+
+
+class Term(Protocol):
+    """A low-rank product for one linear (out, in): `left` (out, r), by rows, times `right` (r, in)."""
+
+    @property
+    def is_zero(self) -> bool: ...
+    @property
+    def right(self) -> Float32: ...
+    def left(self, start: int, stop: int) -> Float32: ...
+
+
+class _VeraTerm:
+    """`weight * diag(lambda_b) B diag(lambda_d) A`."""
+
+    def __init__(
+        self, vectors: LambdaVectors, weight: float, in_features: int, projections: Projections
+    ) -> None:
+        projections.check(vectors.lambda_b, vectors.lambda_d, in_features)
+        with _quiet():
+            self._lambda_b = np.float32(weight) * vectors.lambda_b
+        self._lambda_d, self._b, self._a = vectors.lambda_d, projections.b, projections.a[:, :in_features]
+
+    @property
+    def is_zero(self) -> bool:
+        return not self._lambda_b.any()
+
+    @property
+    def right(self) -> Float32:
+        scaled: Float32 = self._lambda_d[:, None] * self._a
+        return scaled
+
+    def left(self, start: int, stop: int) -> Float32:
+        scaled: Float32 = self._lambda_b[start:stop, None] * self._b[start:stop]
+        return scaled
+
+
+class _LoraTerm:
+    """`weight * scale * B A`."""
+
+    def __init__(self, pair: LoraPair, weight: float) -> None:
+        self._pair, self._scale = pair, np.float32(weight * pair.scale)
+
+    @property
+    def is_zero(self) -> bool:
+        return self._pair.is_zero or not self._scale
+
+    @property
+    def right(self) -> Float32:
+        return self._pair.a
+
+    def left(self, start: int, stop: int) -> Float32:
+        scaled: Float32 = self._scale * self._pair.b[start:stop]
+        return scaled
+
+
+def _own(module: str, adapters: Sequence[tuple[Adapter, float]]) -> list[tuple[LayerChange, float]]:
+    """What the adapters trained for a module, each with its weight."""
+    return [(adapter.vectors[module], weight) for adapter, weight in adapters if module in adapter.vectors]
+
+
+def _term(change: LayerChange, weight: float, in_features: int, projections: Projections | None) -> Term:
+    if isinstance(change, LoraPair):
+        return _LoraTerm(change, weight)
+    assert isinstance(change, LambdaVectors) and projections is not None
+    return _VeraTerm(change, weight, in_features, projections)
+
+
+class Delta:
+    """What the adapters, each with its weight, make of one linear (out, in).
+
+    `sum_i weight_i * delta_i`, VeRA's being `diag(lambda_b_i) B diag(lambda_d_i) A` and LoRA's `scale_i B_i
+    A_i`; where the only one makes another weight of the base's, its `turned` rows.
     Raises MismatchError when an adapter's vectors don't fit the projections.
     """
 
@@ -32,26 +125,39 @@ class Delta:
         module: str,
         in_features: int,
         adapters: Sequence[tuple[Adapter, float]],
-        projections: Projections,
+        projections: Projections | None,
     ) -> None:
-        self._b = projections.b
-        self._terms: list[tuple[Float32, Float32]] = []
-        for adapter, weight in adapters:
-            if module in adapter.vectors:
-                vectors = adapter.vectors[module]
-                projections.check(vectors.lambda_b, vectors.lambda_d, in_features)
-                with _quiet():
-                    self._terms.append((np.float32(weight) * vectors.lambda_b, vectors.lambda_d))
-        self._a = projections.a[:, :in_features]
+        mine = _own(module, adapters)
+        self._terms = [_term(change, weight, in_features, projections) for change, weight in mine]
+        self._magnitude: Float32 | None = None
+        if mine and isinstance(change := mine[0][0], LoraPair):
+            self._magnitude = change.magnitude
 
     @property
     def is_zero(self) -> bool:
-        """Whether no adapter changes this layer: it isn't adapted, or lambda_b was never trained."""
-        return not any(lambda_b.any() for lambda_b, _ in self._terms)
+        """Whether no adapter changes this layer: it isn't adapted, or was never trained."""
+        return self.adds and all(term.is_zero for term in self._terms)
+
+    @property
+    def adds(self) -> bool:
+        """Whether the weight becomes its sum with what `into` writes; else what `turned` gives."""
+        return self._magnitude is None
+
+    def turned(self, base: Rows, start: int, stop: int) -> Float32:
+        """Rows of the weight that a DoRA makes of the base's, float32 (rows, in), as long as it trained."""
+        assert self._magnitude is not None
+        rows = np.empty((stop - start, base.shape[1]), np.float32)
+        self.into(rows, start)
+        with _quiet():
+            rows += base.rows(start, stop)
+            norm = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+            scale = np.divide(self._magnitude[start:stop], norm, out=np.zeros_like(norm), where=norm > 0)
+            rows *= scale.astype(np.float32)[:, None]
+        return rows
 
     @cached_property
-    def _scaled_a(self) -> list[Float32]:
-        return [lambda_d[:, None] * self._a for _, lambda_d in self._terms]
+    def _rights(self) -> list[Float32]:
+        return [term.right for term in self._terms]
 
     def into(self, out: Float32, start: int = 0) -> None:
         """Write rows `start`, ... of the delta over `out` (rows, in), by the products in PEFT's order
@@ -59,12 +165,12 @@ class Delta:
         """
         stop = start + len(out)
         with _quiet():
-            for number, ((lambda_b, _), scaled_a) in enumerate(zip(self._terms, self._scaled_a, strict=True)):
-                scaled_b = lambda_b[start:stop, None] * self._b[start:stop]
+            for number, (term, right) in enumerate(zip(self._terms, self._rights, strict=True)):
+                left = term.left(start, stop)
                 if number == 0:
-                    np.matmul(scaled_b, scaled_a, out=out)
+                    np.matmul(left, right, out=out)
                 else:
-                    out += scaled_b @ scaled_a
+                    out += left @ right
 
 
 def _quiet() -> np.errstate:
@@ -85,11 +191,13 @@ def merged_rows(
     buffer = np.empty((piece_rows(base.shape, multiple), base.shape[1]), np.float32)
     for start, end in _pieces(base.shape, multiple):
         piece = buffer[: end - start]
-        if delta is not None:
+        adds = delta is not None and delta.adds
+        if delta is not None and adds:
             delta.into(piece, start)
         for first, stop in row_chunks(piece.shape, multiple):
             rows = piece[first:stop]
-            if not _take(rows, base, start + first, delta is not None, rounder):
+            turned = delta.turned if delta is not None and not adds else None
+            if not _take(rows, base, start + first, adds, rounder, turned):
                 if np.isfinite(base.rows(start + first, start + stop)).all():
                     raise AdapterError(
                         f"what the adapter adds to {module} is beyond float32; its vectors or its weight are "
@@ -122,11 +230,22 @@ def _pieces(shape: tuple[int, int], multiple: int) -> Iterator[tuple[int, int]]:
         yield whole, out
 
 
-def _take(rows: Float32, base: Weight, start: int, is_delta: bool, rounder: Rounder | None) -> bool:
-    """Make `rows`, which may hold a delta, the sum, and give it to the rounder; whether it is finite."""
+def _take(
+    rows: Float32,
+    base: Weight,
+    start: int,
+    is_delta: bool,
+    rounder: Rounder | None,
+    turned: Callable[[Rows, int, int], Float32] | None,
+) -> bool:
+    """Make `rows`, which may hold a delta, the weight, and give it to the rounder; whether it is finite.
+
+    turned: gives rows of a weight that isn't the base's and a delta.
+    """
     if is_delta:
         return add_rows(base, start, rows) if rounder is None else round_sum(rounder, base, start, rows)
-    np.copyto(rows, base.rows(start, start + len(rows)))
+    stop = start + len(rows)
+    np.copyto(rows, base.rows(start, stop) if turned is None else turned(base, start, stop))
     finite = bool(np.isfinite(rows).all())
     if finite and rounder is not None:
         rounder.add(rows)
@@ -139,3 +258,28 @@ def merge_rows(module: str, base: Weight, delta: Delta | None) -> Float32:
     for start, rows in merged_rows(module, base, delta):
         merged[start : start + len(rows)] = rows
     return merged
+
+
+def effect(
+    module: str,
+    base: Float32,
+    adapters: Sequence[tuple[Adapter, float]],
+    projections: Projections | None,
+) -> Float32:
+    """What the adapters, each with its weight, change of a weight `base` (out, in), float32 of that shape.
+
+    Of adapters that only add, the same whatever the base. Raises as `Delta` does.
+    """
+    mine = _own(module, adapters)
+    total = np.zeros(base.shape, np.float32)
+    if not all(change.adds for change, _ in mine):
+        delta = Delta(module, base.shape[1], adapters, projections)
+        return delta.turned(_ArrayRows(base), 0, len(base)) - base
+    for change, weight in mine:
+        if isinstance(change, LambdaVectors) and projections is not None:
+            part = projections.delta(change.lambda_b, change.lambda_d, base.shape[1])
+            total += np.float32(weight) * part
+        else:
+            term = _term(change, weight, base.shape[1], projections)
+            total += term.left(0, len(base)) @ term.right
+    return total

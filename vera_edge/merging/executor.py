@@ -212,8 +212,9 @@ def _report(merge: Merge, done: Mapping[int, Done]) -> MergeReport:
         size=0,
         base_digest=_base_digest(model.checkpoint, done),
         adapters=tuple((adapter.name, adapter.digest, float(weight)) for adapter, weight in model.adapters),
-        projection=_projection(model),
+        projection=model.projection_record,
         notes=tuple(merge.notes),
+        method=model.adapters[0].adapter.method,
         unchanged=tuple(
             step.module for step in plan.steps if step.action == "merge" and step.module not in changed
         ),
@@ -222,13 +223,6 @@ def _report(merge: Merge, done: Mapping[int, Done]) -> MergeReport:
         # Compensated rounding spends weight-space error to save output error: shares of the delta say little.
         return report
     return replace(report, warning=advice.warning(report, model))
-
-
-def _projection(model: TrainedModel) -> dict[str, Any]:
-    """The adapters' projections; of a base alone none."""
-    if not model.adapters:
-        return {}
-    return {**model.projections.spec.to_dict(), "digest": model.projections.digest}
 
 
 def _base_digest(checkpoint: Checkpoint, done: Mapping[int, Done]) -> str:

@@ -56,7 +56,7 @@ def unit_peak(job: MergeJob, unit: MergeUnit) -> int:
     measured = sum(stop - start for start, stop in measured_rows(step.shape).items())
     taken = stored + result + 4 * (measured + piece_rows(step.shape, 1)) * step.shape[1]
     if step.action == "merge":
-        taken += 4 * job.model.projections.spec.rank * step.shape[1]
+        taken += 4 * max(adapter.rank for adapter, _ in job.model.adapters) * step.shape[1]
     if step.module in job.requantized:
         taken += 3 * values
     elif not hasattr(formats.get(step.result), "rounder"):
@@ -68,17 +68,14 @@ def unit_peak(job: MergeJob, unit: MergeUnit) -> int:
 
 def process_size(job: MergeJob) -> int:
     """Bytes a process takes before it does a unit: the program, the projections and the adapters."""
-    spec = job.model.projections.spec
-    vectors = sum(
-        pair.lambda_b.nbytes + pair.lambda_d.nbytes
-        for adapter, _ in job.model.adapters
-        for pair in adapter.vectors.values()
-    )
+    projections = job.model.projections
+    shared = 0 if projections is None else 4 * projections.spec.elements
+    vectors = sum(change.nbytes for adapter, _ in job.model.adapters for change in adapter.vectors.values())
     tensors = sum(
         tensor.data.nbytes for adapter, _ in job.model.adapters for tensor in adapter.modules_to_save.values()
     )
     program = _PROCESS + (_COMPILER if job.compiles else 0)
-    return program + 4 * spec.elements + vectors + tensors
+    return program + shared + vectors + tensors
 
 
 def allowed_workers(jobs: Sequence[MergeJob], resources: Resources) -> int | None:

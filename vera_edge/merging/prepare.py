@@ -96,9 +96,10 @@ def prepare_each(
         if name in ready:
             raise PlanError(f"two of the adapters are in folders called {name}, which names what is written")
         one = prepare(checkpoint, [(path, weight)], to, options, projection_rounding, tokenizer=tokenizer)
-        own = one.model.projections
-        model = replace(one.model, projections=shared.setdefault(own.digest, own))
-        ready[name] = replace(one, model=model)
+        if (own := one.model.projections) is not None:
+            model = replace(one.model, projections=shared.setdefault(own.digest, own))
+            one = replace(one, model=model)
+        ready[name] = one
     return ready
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vera_edge.adapters import vera as adapters
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.arrays import Bytes
 from vera_edge.base.checkpoint import MERGE_RECORD, Checkpoint
 from vera_edge.base.trained_as import LoadedFolder, TrainedAs, quantized_as
@@ -161,6 +161,9 @@ def _rounded_to(adapter: Adapter, kind: str) -> dict[str, str]:
 def _fit_notes(like: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
     """That an adapter fits, and what else there is to say; raises MismatchError when it doesn't."""
     adapter = alignment.read(like, checkpoint)
+    if not adapter.is_vera:
+        source = provenance.source_of(adapter, checkpoint)
+        return (f"{like} fits; it is {source.how}", *source.notes)
     try:
         found = provenance.resolve_for_command(adapter, checkpoint)
     except AdapterError as cause:  # its projections can't be told, which is nothing to the base

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vera_edge.adapters.adapter import VERA
 from vera_edge.merging.measure import Survival, total
 
 
@@ -40,10 +41,11 @@ class MergeReport:
     size: int
     base_digest: str
     adapters: tuple[tuple[str, str, float], ...]  # name, digest, weight
-    projection: Mapping[str, Any]
+    projection: Mapping[str, Any] | None  # None for a method without projections
     notes: tuple[str, ...] = ()
     warning: str | None = None
     unchanged: tuple[str, ...] = field(default=())  # adapted by vectors of zeros
+    method: str = VERA  # of the adapters
 
     @property
     def survival(self) -> Survival:
@@ -74,7 +76,7 @@ class MergeReport:
             "adapters": [
                 {"name": name, "digest": digest, "weight": weight} for name, digest, weight in self.adapters
             ],
-            "projection": dict(self.projection),
+            "projection": None if self.projection is None else dict(self.projection),
             "total": self.survival.to_dict(),
             "merged_layers": len(self.layers),
             "drowned_layers": len(self.drowned),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge import formats
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.formats import dense, row_chunks
 from vera_edge.plans.plan import DENSE, Plan
@@ -98,8 +98,8 @@ class Values:
         self._adapted = {
             module
             for adapter, weight in adapters
-            for module, pair in adapter.vectors.items()
-            if weight and pair.lambda_b.any() and pair.lambda_d.any()
+            for module, change in adapter.vectors.items()
+            if weight and not change.is_zero and all(array.any() for array in change.arrays.values())
         }
 
     def is_stored(self, name: str) -> bool:

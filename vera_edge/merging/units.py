@@ -13,8 +13,8 @@ from typing import Protocol
 import numpy as np
 
 from vera_edge import formats
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter
 from vera_edge.arrays import Bytes, Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, PlanError
@@ -132,7 +132,7 @@ class Linear:
     checkpoint: Checkpoint
     step: Step
     adapters: Sequence[tuple[Adapter, float]]
-    projections: Projections
+    projections: Projections | None
     requantized: Mapping[str, Codes] = field(default_factory=dict)  # what was rounded elsewhere, by module
 
     @property

@@ -15,8 +15,8 @@ from uuid import uuid4
 import numpy.typing as npt
 
 from vera_edge import __version__
+from vera_edge.adapters.adapter import WeightedAdapter
 from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import WeightedAdapter
 from vera_edge.arrays import Bytes
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.overlay import Overlay
@@ -121,7 +121,7 @@ def _reopen(
     key: str,
     plan: Mapping[str, Any],
     base: _Base,
-    adapters: tuple[tuple[WeightedAdapter, ...], Projections],
+    adapters: tuple[tuple[WeightedAdapter, ...], Projections | None],
     rest: tuple[Mapping[str, Codes], Path, int, int, bool],
 ) -> MergeJob:
     if run not in _reopened:

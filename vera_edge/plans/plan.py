@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vera_edge import formats
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import Projections, ProjectionSpec
-from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError, PlanError
 from vera_edge.formats import StoredLinear
@@ -134,7 +134,7 @@ def check_made_for(plan: Plan, model: TrainedModel) -> None:
         raise MismatchError(f"the plan was made for another base than {checkpoint.path}; plan again")
     if plan.adapters != tuple((adapter.digest, float(weight)) for adapter, weight in model.adapters):
         raise MismatchError("the plan was made for other adapters or weights; plan again")
-    if plan.projection is not None and plan.projection.get("digest") != model.projections.digest:
+    if plan.projection is not None and plan.projection.get("digest") != model.projection_digest:
         raise MismatchError("the plan was made for other projections; plan again")
 
 

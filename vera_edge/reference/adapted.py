@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.vera import vectors_of
 from vera_edge.arrays import Float32
 from vera_edge.errors import MismatchError
 from vera_edge.quiet import first_line
+from vera_edge.reference.peft_layers import put_on
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,34 @@ class Swap:
 
 
 def with_adapters(
-    model: Any, adapters: Sequence[tuple[Adapter, float]], projections: Projections
+    model: Any, adapters: Sequence[tuple[Adapter, float]], projections: Projections | None
 ) -> tuple[Any, list[Swap]]:
+    """The model in PEFT's wrapper with all adapters on, each with its weight, and what it won't switch back.
+
+    projections: VeRA's. Raises MismatchError when an adapter doesn't fit the model.
+    """
+    names = [f"adapter{index}" for index in range(len(adapters))]
+    if projections is None:
+        wrapped = put_on(model, adapters, names)
+    else:
+        wrapped = _with_vera(model, adapters, projections, names)
+    swaps: list[Swap] = []
+    for name, (adapter, _) in zip(names, adapters, strict=True):
+        swaps += _set_saved_modules(wrapped.base_model.model, name, adapter)
+        for module, values in adapter.biases.items():
+            if module not in adapter.computed:
+                swaps.append(_swap(wrapped.base_model.model, f"{module}.bias", values, adapter))
+    if len(names) > 1 or projections is not None:
+        wrapped.base_model.set_adapter(names)
+    return wrapped, swaps
+
+
+def _with_vera(
+    model: Any, adapters: Sequence[tuple[Adapter, float]], projections: Projections, names: Sequence[str]
+) -> Any:
+    """The model with every VeRA adapter, on the projections that they were trained with."""
     import peft
 
-    names = [f"adapter{index}" for index in range(len(adapters))]
     try:
         wrapped = peft.get_peft_model(model, _peft_config(adapters[0][0]), adapter_name=names[0])
         for name, (adapter, _) in zip(names[1:], adapters[1:], strict=True):
@@ -46,16 +71,11 @@ def with_adapters(
         if hasattr(layer, "vera_lambda_b")
     }
     a, b = (torch.from_numpy(np.array(half)) for half in (projections.a, projections.b))
-    swaps: list[Swap] = []
     for name, (adapter, weight) in zip(names, adapters, strict=True):
         _set_vectors(layers, name, adapter, weight)
         for layer in layers.values():
             layer.vera_A[name], layer.vera_B[name] = a, b
-        swaps += _set_saved_modules(wrapped.base_model.model, name, adapter)
-        for module, values in adapter.biases.items():
-            swaps.append(_swap(wrapped.base_model.model, f"{module}.bias", values, adapter))
-    wrapped.base_model.set_adapter(names)
-    return wrapped, swaps
+    return wrapped
 
 
 def _peft_config(adapter: Adapter) -> Any:
@@ -71,7 +91,7 @@ def _peft_config(adapter: Adapter) -> Any:
 def _set_vectors(layers: Mapping[str, Any], name: str, adapter: Adapter, weight: float) -> None:
     if unfilled := next((module for module in layers if module not in adapter.vectors), None):
         raise MismatchError(f"{adapter.path} holds no vectors for {unfilled}, which its config adapts")
-    for module, vectors in adapter.vectors.items():
+    for module, vectors in vectors_of(adapter).items():
         if module not in layers:
             raise MismatchError(f"the base has no linear layer {module}, which {adapter.path} adapts")
         layer = layers[module]

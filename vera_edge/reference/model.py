@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import transformers
 
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter
 from vera_edge.arrays import Float32, Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, CheckpointError
@@ -234,7 +234,7 @@ def open_reference(
     Raises CheckpointError when transformers doesn't know the architecture or a tensor is missing,
     MismatchError when an adapter doesn't fit, AdapterError when it holds what can't be put in place.
     """
-    if adapters and projections is None:
+    if adapters and projections is None and adapters[0][0].is_vera:
         raise AdapterError("a reference with an adapter needs the projections it was trained with")
     if layer_by_layer:
         light = load_light(checkpoint, auto_class)
@@ -254,7 +254,7 @@ def _as_trained(
     auto_class: str,
 ) -> TorchReference:
     vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 0))
-    if not adapters or projections is None:
+    if not adapters:
         return TorchReference(model.eval(), vocabulary, has_adapter=False)
     speaks = auto_class == "AutoModelForCausalLM"
     trained = [(as_loaded(adapter, model, speaks), weight) for adapter, weight in adapters]

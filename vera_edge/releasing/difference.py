@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
 from vera_edge.arrays import Float32
 from vera_edge.bundle import chunks
 from vera_edge.bundle import contents as bundle
@@ -95,7 +95,7 @@ def compare_bundles(old_folder: Path, new_folder: Path) -> Difference:
 
 
 def compare_adapters(old_folder: Path, new_folder: Path) -> Difference:
-    """Compare two PEFT VeRA folders, layers that have a prefix in one of them included.
+    """Compare two PEFT folders, layers that have a prefix in one of them included.
 
     Raises AdapterError when one can't be read.
     """
@@ -103,7 +103,7 @@ def compare_adapters(old_folder: Path, new_folder: Path) -> Difference:
     old = alignment.align_names(old, new.vectors, {})
     facts = {
         name: (getattr(old, name), getattr(new, name))
-        for name in ("rank", "seed", "base_name", "peft_version")
+        for name in ("method", "rank", "seed", "base_name", "peft_version")
     }
     facts["layers"] = (len(old.vectors), len(new.vectors))
     facts["layers that only one has"] = (
@@ -116,8 +116,11 @@ def compare_adapters(old_folder: Path, new_folder: Path) -> Difference:
     )
     layers = {}
     for module in sorted(old.vectors.keys() & new.vectors.keys()):
-        before, after = old.vectors[module], new.vectors[module]
-        share = max(_share(before.lambda_b, after.lambda_b), _share(before.lambda_d, after.lambda_d))
+        before, after = old.vectors[module].arrays, new.vectors[module].arrays
+        share = max(
+            _share(before[name], after[name]) if name in before and name in after else 1.0
+            for name in before.keys() | after.keys()
+        )
         if share > 0:
             layers[module] = share
     return Difference({name: pair for name, pair in facts.items() if pair[0] != pair[1]}, {}, layers)

@@ -10,8 +10,8 @@ from typing import Any
 
 import vera_edge
 from vera_edge import versions
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import ProjectionSpec
-from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError
 from vera_edge.releasing.cache import Store
@@ -44,13 +44,13 @@ def tools() -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class ReleaseInputs:
-    """The adapter as read, its projections' spec, and the facts that determine the export, as JSON.
+    """The adapter as read, VeRA's projections' spec, and the facts that determine the export, as JSON.
 
     notes: sentences for a person to read.
     """
 
     adapter: Adapter
-    spec: ProjectionSpec
+    spec: ProjectionSpec | None
     base_digest: str
     facts: dict[str, Any]
     notes: tuple[str, ...] = ()
@@ -62,13 +62,14 @@ def read(job: ReleaseJob, store: Store) -> ReleaseInputs:
     base_path = job.recipe.path(base.path)
     adapter_path = job.recipe.path(job.adapter.path)
     checkpoint, ((adapter, _),) = trained_base.read(base_path, [(adapter_path, 1.0)], None, base.spec)
-    found = provenance.resolve_for_command(adapter, checkpoint, job.adapter.projection_dtype)
+    found = provenance.source_of(adapter, checkpoint, job.adapter.projection_dtype)
+    spec = None if found.projections is None else found.projections.spec
     base_digest = store.folder_digest(base_path)
     facts = {
         "calibration": windows.read_text(job.recipe.text(job.variant.calibration)).sha256,
         "base": base_digest,
         "adapter": adapter.digest,
-        "projections": found.projections.digest,
+        "projections": None if found.projections is None else found.projections.digest,
         "trained": _trained(checkpoint),
         "variant": job.variant.model_dump(exclude=_NOT_BYTES, exclude_none=True),
         "tools": dict(tools()),
@@ -77,7 +78,7 @@ def read(job: ReleaseJob, store: Store) -> ReleaseInputs:
         facts["trained_as"] = str(base.spec)
     if job.variant.plan is not None:
         facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
-    return ReleaseInputs(adapter, found.spec, base_digest, facts, found.notes)
+    return ReleaseInputs(adapter, spec, base_digest, facts, found.notes)
 
 
 def _trained(checkpoint: Checkpoint) -> dict[str, Any]:

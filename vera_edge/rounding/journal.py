@@ -20,6 +20,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from vera_edge import __version__, versions
+from vera_edge.adapters.adapter import LayerChange
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.errors import OutputError
 from vera_edge.requantize import Codes, CodesFolder, Grid
@@ -145,7 +146,7 @@ def key_of(model: TrainedModel, grids: Mapping[str, Grid], calibration: Any, mer
         "placed": {name: sha256_bytes(raw.data.tobytes()) for name, raw in checkpoint.placed.items()},
         "adapters": [[adapter.digest, weight] for adapter, weight in model.adapters],
         "vectors": [_vectors_digest(adapter.vectors) for adapter, _ in model.adapters],
-        "projections": model.projections.digest,
+        "projections": model.projection_digest,
         "grids": {module: repr(grid) for module, grid in grids.items()},
         "how": [calibration.method, calibration.sees, calibration.follow, list(calibration.recover)],
         "effort": asdict(calibration.effort),
@@ -156,8 +157,9 @@ def key_of(model: TrainedModel, grids: Mapping[str, Grid], calibration: Any, mer
     return sha256_bytes(json.dumps(decides, sort_keys=True).encode())
 
 
-def _vectors_digest(vectors: Mapping[str, LambdaVectors]) -> str:
+def _vectors_digest(vectors: Mapping[str, LayerChange]) -> str:
     digest = hashlib.sha256()
-    for module, pair in sorted(vectors.items()):
-        digest.update(json.dumps(module).encode() + pair.lambda_b.tobytes() + b"|" + pair.lambda_d.tobytes())
+    for module, change in sorted(vectors.items()):
+        digest.update(json.dumps(module).encode())
+        digest.update(b"|".join(array.tobytes() for array in change.arrays.values()))
     return digest.hexdigest()

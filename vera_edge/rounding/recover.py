@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter, LambdaVectors
+from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32, Float64
 from vera_edge.errors import PlanError
 from vera_edge.requantize.gram import Gram, one_blas_thread
@@ -68,6 +69,11 @@ def check(
         raise PlanError(f"recover needs calibration statistics, which {method} doesn't gather; use gptq")
     if asked.vectors and (len(adapters) != 1 or adapters[0][1] == 0):
         raise PlanError("vectors are refitted for one adapter at a time, with a weight that isn't 0")
+    if asked.vectors and not adapters[0][0].is_vera:
+        raise PlanError(
+            f"{adapters[0][0].path} is a {adapters[0][0].method} adapter, and only VeRA's vectors are "
+            f"refitted; recover takes {LOW_RANK}=RANK and {BIAS} for it"
+        )
     return asked
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from vera_edge import merging
-from vera_edge.adapters.vera import LambdaVectors, WeightedAdapter
+from vera_edge.adapters.adapter import WeightedAdapter
+from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import PlanError

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from vera_edge.adapters.vera import LambdaVectors
+from vera_edge.adapters.vera import LambdaVectors, vectors_of
 from vera_edge.arrays import Float32, Int64
 from vera_edge.cores import available_cores
 from vera_edge.errors import DataError, MismatchError
+from vera_edge.merging.delta import effect
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.calibration import LayerInputs, Sees, Walk, follow_target
 from vera_edge.reference.layers import Changed, stack_of
@@ -220,7 +221,8 @@ class _WriteBack:
 
     def _rounded(self, module: str, inputs: LayerInputs, gram: Gram) -> tuple[Codes, Float32, Float32 | None]:
         """The codes, the effective weight that the model has from now on, and what its bias gets."""
-        base, delta = self.model.checkpoint.dequantize(module), self._delta(module)
+        base = self.model.checkpoint.dequantize(module)
+        delta = self._delta(module, base)
         trained = base + delta
         target = follow_target(trained, inputs, self.calibration.follow, gram, self.threads)
         if self.merged:
@@ -260,7 +262,8 @@ class _WriteBack:
         adapter, weight = self.model.adapters[0] if self.asked.vectors else (None, 0.0)
         if adapter is None or module not in adapter.vectors:
             return delta
-        vectors, scale = adapter.vectors[module], np.float32(weight)
+        vectors, scale = vectors_of(adapter)[module], np.float32(weight)
+        assert self.model.projections is not None
         found = recover.refit(vectors, left / scale, self.model.projections, gram, self.asked.vectors)
         self.refitted[module] = found
         return self._branch(module, found)
@@ -271,6 +274,7 @@ class _WriteBack:
             return self._delta(module)
         scale = np.float32(self.model.adapters[0][1])
         inside = self.model.checkpoint.linears[module].in_features
+        assert self.model.projections is not None
         return scale * self.model.projections.delta(vectors.lambda_b, vectors.lambda_d, inside)
 
     def finish(self, progress: Progress) -> None:
@@ -299,15 +303,13 @@ class _WriteBack:
         self.put(module, codes)
         self.done.add(module)
 
-    def _delta(self, module: str) -> Float32:
-        linear = self.model.checkpoint.linears[module]
-        total = np.zeros(linear.shape, np.float32)
-        for adapter, weight in self.model.adapters:
-            if module in adapter.vectors:
-                vectors = adapter.vectors[module]
-                delta = self.model.projections.delta(vectors.lambda_b, vectors.lambda_d, linear.in_features)
-                total += np.float32(weight) * delta
-        return total
+    def _delta(self, module: str, base: Float32 | None = None) -> Float32:
+        """What the adapters change of a weight; base: it, where it is at hand."""
+        checkpoint, adapters = self.model.checkpoint, self.model.adapters
+        if base is None:
+            adds, shape = all(adapter.adds for adapter, _ in adapters), checkpoint.linears[module].shape
+            base = np.empty(shape, np.float32) if adds else checkpoint.dequantize(module)
+        return effect(module, base, adapters, self.model.projections)
 
 
 def _threads() -> int:

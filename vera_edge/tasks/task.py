@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.errors import MismatchError
 
 # What ends the names of the classes that generate text.

@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vera_edge.adapters import vera as adapters
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.wrapper_names import unwrapped
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.formats import checks

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vera_edge.adapters.vera import Adapter, lies_in, named_whole
+from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.folder import lies_in, named_whole
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError, first_of
 
@@ -54,10 +55,16 @@ def _check_layer(adapter: Adapter, checkpoint: Checkpoint, module: str) -> None:
         raise MismatchError(
             f"{adapter.path} adapts {module}, which {known} in {checkpoint.path}; {_advice(adapter)}"
         )
-    outputs, advice = adapter.vectors[module].lambda_b.size, _advice(adapter)
-    if outputs != linear.out_features:
+    change, advice = adapter.vectors[module], _advice(adapter)
+    outputs, inputs = change.out_features, change.in_features
+    if outputs not in (None, linear.out_features):
         raise MismatchError(
             f"{adapter.path} was trained on a {module} with {outputs} outputs, and {checkpoint.path} has one "
+            f"of shape {linear.out_features} x {linear.in_features}; {advice}"
+        )
+    if inputs not in (None, linear.in_features):
+        raise MismatchError(
+            f"{adapter.path} was trained on a {module} with {inputs} inputs, and {checkpoint.path} has one "
             f"of shape {linear.out_features} x {linear.in_features}; {advice}"
         )
     if adapter.saved is not None and linear.in_features > adapter.saved[0].shape[1]:

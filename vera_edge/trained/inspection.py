@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.lora import LoraPair
 from vera_edge.adapters.projection import ProjectionSpec
-from vera_edge.adapters.vera import Adapter, LambdaVectors
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.formats import blocks
 from vera_edge.trained import alignment
 from vera_edge.trained import model as trained_base
-from vera_edge.trained.provenance import resolve_for_command
+from vera_edge.trained.provenance import resolve_for_command, source_of
 
 # Linears that read the same input, so that one product with A serves them all.
 _SHARED_INPUT = (
@@ -37,15 +38,15 @@ _SHARED_INPUT = (
 class Kind:
     """The adapted modules that differ only in their layer.
 
-    shape: (out_features, in_features), None without a base or where the layers differ. dead: how many have
-    a lambda_b of zeros, and so change nothing. The ranges are of absolute values over all layers.
+    shape: (out_features, in_features), None without a base or where the layers differ. ranges: of absolute
+    values over all layers, by what was trained ("lambda_b", "lora_A.weight"). dead: how many change nothing,
+    since lambda_b, say, is all zeros.
     """
 
     name: str
     modules: int
     shape: tuple[int, int] | None
-    lambda_b: tuple[float, float]
-    lambda_d: tuple[float, float]
+    ranges: Mapping[str, tuple[float, float]]
     dead: int
 
 
@@ -68,6 +69,7 @@ class Cost:
 class Inspection:
     """What an adapter is.
 
+    method: PEFT's name for it. rank: 0 where it has none. seed: VeRA's, else None.
     parameters: trained values: vectors, biases and whole modules. layers: the layer numbers it adapts.
     spec, how, verified, from_seed, digest: see `Provenance`; None where `unresolved` says why not.
     fits: None when no base was given; when false, `misfit` says why.
@@ -78,8 +80,9 @@ class Inspection:
     adapter_digest: str
     base_name: str | None
     peft_version: str | None
+    method: str
     rank: int
-    seed: int
+    seed: int | None
     parameters: int
     layers: tuple[int, ...]
     kinds: tuple[Kind, ...]
@@ -132,8 +135,14 @@ def inspect(
     Raises nothing of its own: what `resolve` refuses is told in `misfit` or `unresolved`.
     """
     found, unresolved, misfit = None, None, None
+    how, notes = None, adapter.notes
     try:
-        found = resolve_for_command(adapter, checkpoint, projection_rounding)
+        if adapter.is_vera:
+            found = resolve_for_command(adapter, checkpoint, projection_rounding)
+            how, notes = found.how, found.notes
+        elif checkpoint is not None:
+            source = source_of(adapter, checkpoint, projection_rounding)
+            how, notes = source.how, source.notes
     except MismatchError as cause:
         misfit = str(cause)
     except AdapterError as cause:
@@ -146,32 +155,38 @@ def inspect(
         base_name=adapter.base_name,
         peft_version=adapter.peft_version,
         rank=adapter.rank,
-        seed=adapter.seed,
+        method=adapter.method,
+        seed=adapter.seed if adapter.is_vera else None,
         parameters=_parameters(adapter),
         layers=tuple(sorted({number for module in adapter.vectors for number in _layer(module)})),
         kinds=_kinds(adapter, fitting),
         biases=len(adapter.biases),
         modules_to_save=tuple(sorted(adapter.modules_to_save)),
-        dead=tuple(module for module, pair in adapter.vectors.items() if _is_dead(pair)),
+        dead=tuple(module for module, change in adapter.vectors.items() if change.is_zero),
         projections_saved=adapter.saved is not None,
         spec=found.spec if found else None,
-        how=found.how if found else None,
+        how=how,
         verified=found.verified if found else False,
         from_seed=found.from_seed if found else None,
         digest=found.projections.digest if found else None,
         unresolved=unresolved,
         fits=None if checkpoint is None else misfit is None,
         misfit=misfit,
-        notes=found.notes if found else adapter.notes,
+        notes=notes,
         cost=_cost(adapter, fitting, found.spec if found else None),
     )
 
 
 def _parameters(adapter: Adapter) -> int:
-    vectors = sum(pair.lambda_b.size + pair.lambda_d.size for pair in adapter.vectors.values())
+    vectors = _values(adapter)
     biases = sum(bias.size for bias in adapter.biases.values())
     whole = sum(int(np.prod(tensor.shape)) for tensor in adapter.modules_to_save.values())
     return vectors + biases + whole
+
+
+def _values(adapter: Adapter) -> int:
+    """How many values were trained for linear layers."""
+    return sum(array.size for change in adapter.vectors.values() for array in change.arrays.values())
 
 
 def _layer(module: str) -> tuple[int, ...]:
@@ -186,26 +201,27 @@ def kind_of(module: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", inner)
 
 
-def _is_dead(pair: LambdaVectors) -> bool:
-    return not pair.lambda_b.any()
-
-
 def _kinds(adapter: Adapter, checkpoint: Checkpoint | None) -> tuple[Kind, ...]:
     groups: dict[str, list[str]] = defaultdict(list)
     for module in adapter.vectors:
         groups[kind_of(module)].append(module)
     kinds = []
     for name, modules in sorted(groups.items()):
-        pairs = [adapter.vectors[module] for module in modules]
+        changes = [adapter.vectors[module] for module in modules]
+        trained = dict.fromkeys(name for change in changes for name in change.arrays)
         shapes = {checkpoint.linears[module].shape for module in modules} if checkpoint else set()
         kinds.append(
             Kind(
                 name=name,
                 modules=len(modules),
                 shape=shapes.pop() if len(shapes) == 1 else None,
-                lambda_b=_range(pair.lambda_b for pair in pairs),
-                lambda_d=_range(pair.lambda_d for pair in pairs),
-                dead=sum(_is_dead(pair) for pair in pairs),
+                ranges={
+                    name.removeprefix("vera_"): _range(
+                        change.arrays[name].reshape(-1) for change in changes if name in change.arrays
+                    )
+                    for name in trained
+                },
+                dead=sum(change.is_zero for change in changes),
             )
         )
     return tuple(kinds)
@@ -218,7 +234,7 @@ def _range(vectors: Iterable[np.ndarray[Any, np.dtype[np.float32]]]) -> tuple[fl
 
 
 def _cost(adapter: Adapter, checkpoint: Checkpoint | None, spec: ProjectionSpec | None) -> Cost:
-    values = sum(pair.lambda_b.size + pair.lambda_d.size for pair in adapter.vectors.values())
+    values = _values(adapter)
     projections = None
     if spec is not None:
         projections = {"fp32": 4 * spec.elements, "fp16": 2 * spec.elements}
@@ -229,7 +245,7 @@ def _cost(adapter: Adapter, checkpoint: Checkpoint | None, spec: ProjectionSpec 
     return Cost(
         vectors={"fp32": 4 * values, "fp16": 2 * values},
         projections=projections,
-        branch_macs=None if checkpoint is None else _branch_macs(adapter, checkpoint),
+        branch_macs=_branch_macs(adapter, checkpoint) if checkpoint is not None and adapter.adds else None,
         base_macs=base_macs,
     )
 
@@ -244,9 +260,13 @@ def _branch_macs(adapter: Adapter, checkpoint: Checkpoint) -> int:
     """Per token: A x once for each input, then for each layer lambda_d, B and lambda_b."""
     inputs: dict[str, int] = {}
     total = 0
-    for module, pair in adapter.vectors.items():
-        inputs[_input_of(module)] = checkpoint.linears[module].in_features
-        total += adapter.rank + pair.lambda_b.size * (adapter.rank + 1)
+    for module, change in adapter.vectors.items():
+        out, width = checkpoint.linears[module].shape
+        if isinstance(change, LoraPair):
+            total += change.rank * (width + out)
+        else:
+            inputs[_input_of(module)] = width
+            total += adapter.rank + out * (adapter.rank + 1)
     return total + adapter.rank * sum(inputs.values())
 
 

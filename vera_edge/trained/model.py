@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vera_edge.adapters import vera as adapters_of
-from vera_edge.adapters.vera import Adapter, WeightedAdapter
+from vera_edge.adapters import reading as adapters_of
+from vera_edge.adapters.adapter import Adapter, WeightedAdapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.overlay import Overlay
 from vera_edge.base.trained_as import TrainedAs
@@ -25,6 +25,7 @@ from vera_edge.errors import MismatchError
 from vera_edge.storage.tensors import RawTensor
 from vera_edge.tasks import task as tasks
 from vera_edge.trained.alignment import align
+from vera_edge.trained.biases import with_computed
 from vera_edge.trained.fit import check_class
 from vera_edge.trained.text_settings import with_text_settings
 
@@ -62,6 +63,7 @@ def read(
     aligned = tuple(WeightedAdapter(align(adapter, view), weight) for adapter, weight in found)
     if name != own or _brings_new(view, aligned):
         view, aligned = _Fitting(view, aligned, name, own).fitted()
+    aligned = tuple(WeightedAdapter(with_computed(adapter, view), weight) for adapter, weight in aligned)
     brought = frozenset(name for adapter, _ in aligned for name in adapter.modules_to_save)
     return with_text_settings(view, brought), aligned
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import ProjectionDtype
-from vera_edge.adapters.vera import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError
 from vera_edge.formats import StoredLinear, checks

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import (
     ROUNDINGS,
     ProjectionDtype,
@@ -24,7 +25,6 @@ from vera_edge.adapters.projection import (
     round_to,
     stream,
 )
-from vera_edge.adapters.vera import Adapter
 from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, MismatchError
@@ -75,6 +75,11 @@ def resolve(
     Raises AdapterError when neither tells, MismatchError when adapter and base don't belong together or
     `projection_rounding` contradicts the saved projections.
     """
+    if not adapter.is_vera:
+        raise AdapterError(
+            f"{adapter.path} is a {adapter.method} adapter, which has no projections; only VeRA's are drawn "
+            "from a seed"
+        )
     if projection_rounding is not None and projection_rounding not in NAMES:
         raise AdapterError(f"projection rounding {projection_rounding!r} isn't known; {ASK}")
     asked = None if projection_rounding is None else NAMES[projection_rounding]
@@ -99,6 +104,36 @@ def resolve(
         from_seed=True,
         notes=notes,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What an adapter's folder and base tell of what was trained, for a method of any kind.
+
+    how: one sentence. projections: VeRA's, None for other methods. notes: sentences a person should read.
+    """
+
+    how: str
+    projections: Projections | None = None
+    notes: tuple[str, ...] = ()
+
+
+def source_of(adapter: Adapter, checkpoint: Checkpoint, projection_rounding: str | None = None) -> Source:
+    """What `adapter` was trained as on `checkpoint`; VeRA's projections are resolved.
+
+    Raises as `resolve` does, and AdapterError where projections are to be rounded and there are none.
+    """
+    if adapter.is_vera:
+        found = resolve_for_command(adapter, checkpoint, projection_rounding)
+        return Source(found.how, found.projections, found.notes)
+    if projection_rounding is not None:
+        raise AdapterError(
+            f"{adapter.path} is a {adapter.method} adapter, which has no projections to round; leave "
+            "--projection-rounding out"
+        )
+    rank = f" of rank {adapter.rank}" if adapter.rank else ""
+    notes = (*check_fit(adapter, checkpoint), *training_record.notes(adapter, checkpoint))
+    return Source(f"a {adapter.method} adapter{rank}, which holds all that was trained", None, notes)
 
 
 def resolve_for_command(

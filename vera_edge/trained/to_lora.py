@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import Projections
-from vera_edge.adapters.vera import Adapter
+from vera_edge.adapters.vera import vectors_of
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import AdapterError
@@ -98,7 +99,7 @@ def _key(module: str, which: str) -> str:
 
 
 def _factors(adapter: Adapter, module: str, projections: Projections, checkpoint: Checkpoint) -> Any:
-    pair, linear = adapter.vectors[module], checkpoint.linear(module)
+    pair, linear = vectors_of(adapter)[module], checkpoint.linear(module)
     yield pair.lambda_d[:, None] * projections.a[:, : linear.in_features]
     yield pair.lambda_b[:, None] * projections.b[: linear.out_features]
 

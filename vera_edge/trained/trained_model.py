@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vera_edge.adapters.projection import Projections, ProjectionSpec, regenerate
-from vera_edge.adapters.vera import Adapter, WeightedAdapter
+from vera_edge.adapters.adapter import Adapter, WeightedAdapter
+from vera_edge.adapters.projection import Projections
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import MismatchError, PlanError
@@ -20,14 +21,26 @@ class TrainedModel:
     """A base and the adapters that were trained on it: the inputs of every merge, export and measurement.
 
     checkpoint: the base, its linears by the names that `adapters` have for them. adapters: at least one for a
-    merge or an export; none where the base alone is meant. projections: A and B, which all adapters share.
+    merge or an export; none where the base alone is meant. projections: VeRA's A and B, which all
+    adapters share; None for other methods.
     notes: sentences for a person to read, on what was found or assumed.
     """
 
     checkpoint: Checkpoint
     adapters: tuple[WeightedAdapter, ...]
-    projections: Projections
+    projections: Projections | None
     notes: tuple[str, ...] = ()
+
+    @property
+    def projection_digest(self) -> str | None:
+        """The digest of the projections, None where the method has none."""
+        return None if self.projections is None else self.projections.digest
+
+    @property
+    def projection_record(self) -> dict[str, Any] | None:
+        """The projections' spec and digest as a JSON object, None where the method has none."""
+        found = self.projections
+        return None if found is None else {**found.spec.to_dict(), "digest": found.digest}
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -50,30 +63,33 @@ def open_model(
     """
     checkpoint, read = model.read(base, adapters, tokenizer, trained_as)
     check_together(read)
-    sources = [
-        provenance.resolve_for_command(adapter, checkpoint, projection_rounding) for adapter, _ in read
-    ]
+    sources = [provenance.source_of(adapter, checkpoint, projection_rounding) for adapter, _ in read]
     projections = check_projections(read, [source.projections for source in sources])
     notes = [note for source in sources for note in (source.how, *source.notes)]
     return TrainedModel(checkpoint, read, projections, tuple(dict.fromkeys([*notes, *checkpoint.notes])))
 
 
 def base_alone(base: Path | Checkpoint) -> TrainedModel:
-    """A base without any adapter; its projections are of one value each, which nothing reads."""
+    """A base without any adapter."""
     checkpoint, _ = model.read(base)
-    nothing = regenerate(ProjectionSpec(0, 1, 1, 1))
-    return TrainedModel(checkpoint, (), nothing, tuple(dict.fromkeys(checkpoint.notes)))
+    return TrainedModel(checkpoint, (), None, tuple(dict.fromkeys(checkpoint.notes)))
 
 
 def check_together(adapters: Sequence[tuple[Adapter, float]]) -> None:
     """Raise unless the adapters, each with its weight, can be summed on one base.
 
-    Their projections must be the same: rank and seed are compared here, the values where they're known
+    They must be of one method, and where that makes another weight of a weight, one and whole. VeRA's
+    projections must be the same: rank and seed are compared here, the values where they're known
     (`check_projections`). Raises PlanError or MismatchError, saying which field differs.
     """
     for adapter, weight in adapters:
         if not math.isfinite(weight):
             raise PlanError(f"the weight of {adapter.path} is {weight}; give a finite number")
+        if not adapter.adds and (weight != 1 or len(adapters) > 1):
+            raise PlanError(
+                f"{adapter.path} ({adapter.method}) makes another weight of a weight, where others only add "
+                "to it, so it can't be weighted or summed; give it alone, with weight 1"
+            )
         if weight != 1 and (adapter.biases or adapter.modules_to_save):
             raise PlanError(
                 f"{adapter.path} also replaces whole tensors ({_replaced(adapter)[0]}), which can't be "
@@ -81,6 +97,13 @@ def check_together(adapters: Sequence[tuple[Adapter, float]]) -> None:
             )
     for other, _ in adapters[1:]:
         first = adapters[0][0]
+        if first.method != other.method:
+            raise MismatchError(
+                f"{first.path} is a {first.method} adapter and {other.path} a {other.method} adapter; merge "
+                "them one after the other"
+            )
+        if not first.is_vera:
+            continue
         for what, ours, theirs in (
             ("rank", first.rank, other.rank),
             ("projection seed", first.seed, other.seed),
@@ -105,15 +128,17 @@ def _replaced(adapter: Adapter) -> list[str]:
 
 
 def check_projections(
-    adapters: Sequence[tuple[Adapter, float]], projections: Sequence[Projections]
-) -> Projections:
-    """The projections that all adapters share; `projections` in the adapters' order.
+    adapters: Sequence[tuple[Adapter, float]], projections: Sequence[Projections | None]
+) -> Projections | None:
+    """The projections that all adapters share, None where they have none; `projections` in their order.
 
     Raises MismatchError when they don't share them, saying which field of the spec differs.
     """
-    first = projections[0]
+    first = projections[0] if projections else None
+    if first is None:
+        return None
     for (adapter, _), other in zip(adapters[1:], projections[1:], strict=True):
-        if other.digest == first.digest:
+        if other is None or other.digest == first.digest:
             continue
         ours, theirs = first.spec.to_dict(), other.spec.to_dict()
         fields = [f"{key} ({ours[key]} and {theirs[key]})" for key in ours if ours[key] != theirs[key]]

@@ -41,6 +41,11 @@ def check(request: ExportRequest) -> None:
     if request.plan.mode == "branch":
         names(request)
     for adapter, _ in request.model.adapters if request.plan.mode == "branch" else ():
+        if not adapter.is_vera:
+            raise TargetError(
+                f"{adapter.path} is a {adapter.method} adapter, which a graph doesn't take as a side-branch "
+                "yet; use --mode merged"
+            )
         if more := trained_whole(request, adapter):
             raise TargetError(
                 f"{adapter.path} also trained {more[0]}, which a side-branch doesn't carry; use --mode merged"
@@ -55,7 +60,7 @@ def sizes(request: ExportRequest) -> dict[str, int]:
 
 def model_version(request: ExportRequest, layout: Sequence[Piece]) -> int:
     """The model version of every adapter that is packed for this export."""
-    return packing.model_version(base_digest(request), request.model.projections.digest, layout)
+    return packing.model_version(base_digest(request), request.model.projection_digest or "", layout)
 
 
 def base_digest(request: ExportRequest) -> str:

@@ -30,7 +30,10 @@ def wanted(request: ExportRequest) -> bool:
         raise PlanError("a merged export holds no projections to leave out; use --mode branch")
     if (dtype := request.options.get("projections", "fp32")) not in ("fp32", "fp16"):
         raise PlanError(f"projections drawn from the seed are fp32 or fp16, not {dtype}; bake them instead")
-    if stream_digest(request.model.projections.spec) != request.model.projections.digest:
+    projections = request.model.projections
+    if projections is None:
+        raise PlanError("only VeRA's projections are drawn from a seed; leave --projections out")
+    if stream_digest(projections.spec) != projections.digest:
         raise PlanError(
             f"the seed of {request.model.adapters[0][0].path} doesn't give the projections that were saved "
             "with it; bake them instead"

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from vera_edge.adapters.vera import Adapter, read
+from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.reading import read
+from vera_edge.adapters.vera import vectors_of
 from vera_edge.errors import AdapterError
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "adapters"
@@ -62,8 +64,8 @@ def written(tmp_path: Path) -> Write:
 
 def plain(adapter: Adapter) -> dict[str, Any]:
     """Every tensor of an adapter, by module and role."""
-    found = {f"{module}.vera_lambda_b": pair.lambda_b for module, pair in adapter.vectors.items()}
-    found |= {f"{module}.vera_lambda_d": pair.lambda_d for module, pair in adapter.vectors.items()}
+    found = {f"{module}.vera_lambda_b": pair.lambda_b for module, pair in vectors_of(adapter).items()}
+    found |= {f"{module}.vera_lambda_d": pair.lambda_d for module, pair in vectors_of(adapter).items()}
     return found
 
 
@@ -149,7 +151,7 @@ def test_widens_vectors_saved_in_half_precision(written: Write) -> None:
     exact = torch.linspace(-1, 1, 6)
     for dtype in (torch.bfloat16, torch.float16):
         halved = {name: tensor.to(dtype) for name, tensor in tensors_of_one_layer().items()}
-        pair = read(written(halved)).vectors[UP]
+        pair = vectors_of(read(written(halved)))[UP]
         assert pair.lambda_b.dtype == np.float32
         assert np.array_equal(pair.lambda_b, exact.to(dtype).float().numpy())
 
@@ -231,7 +233,12 @@ LAMBDA_B, LAMBDA_D = f"{PREFIX}{UP}.vera_lambda_b", f"{PREFIX}{UP}.vera_lambda_d
         ({}, {"save_projection": True}, "should hold its projections"),
         ({f"{PREFIX}{UP}.lora_A.weight": torch.ones(4, 8)}, {}, "lora_A.weight of .* isn't part of a VeRA"),
         ({f"{PREFIX}{UP}.bias": torch.ones(6)}, {}, "up_proj.bias of .* isn't part of a VeRA"),
-        ({}, {"peft_type": "LORA"}, "holds a PEFT adapter of type LORA; vera-edge takes VERA only"),
+        (
+            {},
+            {"peft_type": "MINE"},
+            "adapter of type MINE, which vera-edge doesn't know; it takes",
+        ),
+        ({}, {"peft_type": "PROMPT_TUNING"}, "type PROMPT_TUNING, which trains a prompt and no weight"),
         ({}, {"peft_type": ...}, "of type None"),
         ({}, {"r": 0}, "gives rank r = 0"),
         ({}, {"r": "4"}, "r is '4' where an integer belongs"),

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests import tiny
 from tests.conftest import Cli
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.vera import vectors_of
 from vera_edge.bundle import contents as bundle
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import MismatchError, OutputError, PlanError
@@ -33,7 +34,7 @@ def test_a_packed_adapter_holds_the_vectors_and_runs(
     packed = tmp_path / "other.onnx_adapter"
     assert cli("adapter", "pack", other, "--for", branch, "-o", packed).exit_code == 0
     read = onnxruntime.AdapterFormat.read_adapter(str(packed)).get_parameters()
-    pairs = adapters.read(other).vectors
+    pairs = vectors_of(adapters.read(other))
     assert sorted(read) == ["vera.lambda_b", "vera.lambda_d"]
     layout = bundle.read(branch).vectors
     assert {module for module, _, _ in layout} == pairs.keys()

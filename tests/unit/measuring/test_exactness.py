@@ -11,7 +11,7 @@ import pytest
 
 from tests import exported, tiny, tiny_bundle
 from tests.conftest import Cli
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
 from vera_edge.device.runtime.session import Session

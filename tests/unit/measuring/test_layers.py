@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
+from vera_edge.adapters.vera import vectors_of
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring import layers, opened_candidate, opened_reference
@@ -43,7 +44,7 @@ def merged(
     model = tiny.load(tiny_llama.fp32)
     assert trained.checkpoint is not None and trained.projections is not None
     for module, linear in trained.checkpoint.linears.items():
-        pair = trained.adapters[0][0].vectors[module]
+        pair = vectors_of(trained.adapters[0][0])[module]
         delta = trained.projections.delta(pair.lambda_b, pair.lambda_d, linear.in_features)
         weight = torch.from_numpy(trained.checkpoint.dequantize(module) + delta)
         if module == BROKEN:
@@ -76,7 +77,7 @@ def test_its_weight_errors_are_numpys(
 ) -> None:
     assert trained.checkpoint is not None and trained.projections is not None
     base = trained.checkpoint.dequantize(BROKEN)
-    pair = trained.adapters[0][0].vectors[BROKEN]
+    pair = vectors_of(trained.adapters[0][0])[BROKEN]
     delta = trained.projections.delta(pair.lambda_b, pair.lambda_d, base.shape[1])
     stored = Checkpoint.open(merged).dequantize(BROKEN)
     error = np.linalg.norm(stored - base - delta)
@@ -114,7 +115,7 @@ def test_its_output_snr_is_torchs_on_the_inputs_it_gets(
         candidate.runner.logits(piece)
     handle.remove()
     assert trained.checkpoint is not None and trained.projections is not None
-    pair = trained.adapters[0][0].vectors[BROKEN]
+    pair = vectors_of(trained.adapters[0][0])[BROKEN]
     base = trained.checkpoint.dequantize(BROKEN)
     exact = torch.from_numpy(
         base + trained.projections.delta(pair.lambda_b, pair.lambda_d, base.shape[1])

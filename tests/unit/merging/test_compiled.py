@@ -13,8 +13,9 @@ import pytest
 from tests import tiny
 from vera_edge import formats
 from vera_edge import merging as merge
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import ProjectionSpec, regenerate
-from vera_edge.adapters.vera import Adapter, LambdaVectors
+from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.formats import compiled
 from vera_edge.merging import delta, memory, work
 from vera_edge.merging.memory import Resources

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from tests import exported, tiny
 from vera_edge import merging as merge
-from vera_edge.adapters.vera import read
+from vera_edge.adapters.reading import read
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, PlanError
 from vera_edge.exporting import target

@@ -11,6 +11,7 @@ import pytest
 from tests import tiny
 from vera_edge import formats
 from vera_edge import merging as merge
+from vera_edge.adapters.vera import vectors_of
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.requantize import Grid, requantize
 
@@ -40,7 +41,8 @@ def test_codes_chosen_elsewhere_are_what_is_stored(
     for step in ready.plan.steps:
         if step.result != name:
             continue
-        vectors = adapter.vectors[step.module]
+        vectors = vectors_of(adapter)[step.module]
+        assert projections is not None
         delta = projections.delta(vectors.lambda_b, vectors.lambda_d, step.shape[1])
         target = ready.model.checkpoint.dequantize(step.module) + delta
         codes[step.module] = requantize(target, _grid(name, step.options, step.shape[1]), "hqq")

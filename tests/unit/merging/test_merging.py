@@ -25,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from tests import tiny
 from vera_edge import formats
 from vera_edge import merging as merge
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.adapter import Adapter, WeightedAdapter
 from vera_edge.adapters.projection import Projections, ProjectionSpec, regenerate
-from vera_edge.adapters.vera import Adapter, LambdaVectors, WeightedAdapter
+from vera_edge.adapters.vera import LambdaVectors, vectors_of
 from vera_edge.arrays import Bytes, Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, CheckpointError, MismatchError, OutputError, PlanError
@@ -439,7 +440,7 @@ def test_the_merged_forward_is_the_branch_forward(
     x = np.random.default_rng(1).standard_normal((inside, 4))
     branch = checkpoint.dequantize(module).astype(np.float64) @ x
     for adapter, weight in pairs:
-        pair = adapter.vectors[module]
+        pair = vectors_of(adapter)[module]
         inner = pair.lambda_d[:, None] * (projections.a[:, :inside].astype(np.float64) @ x)
         branch += weight * pair.lambda_b[:, None] * (projections.b[:out] @ inner)
     merged = merge.merged_weight(TrainedModel(checkpoint, pairs, projections), module) @ x

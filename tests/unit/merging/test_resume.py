@@ -22,8 +22,9 @@ from safetensors.numpy import save_file
 from scripts.soak_merge import Merge, contents, soak
 from tests import tiny
 from vera_edge import merging as merge
+from vera_edge.adapters.adapter import Adapter, WeightedAdapter
 from vera_edge.adapters.projection import ProjectionSpec, regenerate
-from vera_edge.adapters.vera import Adapter, LambdaVectors, WeightedAdapter
+from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, OutputError, PlanError, ReadError
 from vera_edge.merging import Resources, executor, memory, stage, units, work

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tests import exported, tiny
 from tests.families import FAMILIES, Family
 from vera_edge import merging as merge
-from vera_edge.adapters.vera import read
+from vera_edge.adapters.reading import read
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.exporting import target
 from vera_edge.reference.model import open_reference

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests import tiny
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.adapter import Adapter, WeightedAdapter
 from vera_edge.adapters.projection import Projections, ProjectionSpec, regenerate
-from vera_edge.adapters.vera import Adapter, WeightedAdapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError, PlanError
 from vera_edge.plans import plan as plans

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import VeraEdgeError
 from vera_edge.plans import plan as plans
@@ -23,7 +24,7 @@ def base(tiny_llama: tiny.TinyLlama) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_adapter: Path) -> list[tuple[adapters.Adapter, float]]:
+def pair(tiny_adapter: Path) -> list[tuple[Adapter, float]]:
     return [(adapters.read(tiny_adapter), 1.0)]
 
 

@@ -17,7 +17,7 @@ from tests import kernels, tiny, tiny_encoder
 from tests.conftest import Cli
 from tests.unit.rounding.test_writeback import letters
 from vera_edge import merging as merge
-from vera_edge.adapters.vera import read as read_adapter
+from vera_edge.adapters.reading import read as read_adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import MismatchError, PlanError, TargetError

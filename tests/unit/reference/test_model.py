@@ -16,7 +16,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from tests import tiny
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import CheckpointError, MismatchError
 from vera_edge.reference.model import TorchReference, open_reference

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file, save_file
 from tests import exported, tiny
 from tests.conftest import Cli
 from tests.families import FAMILIES, VOCABULARY, Family
-from vera_edge.adapters.vera import Adapter, LambdaVectors
+from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import MismatchError

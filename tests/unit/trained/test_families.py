@@ -10,7 +10,8 @@ import pytest
 from scripts.make_families_table import TABLE, table
 from tests.families import FAMILIES, Family
 from vera_edge import merging as merge
-from vera_edge.adapters.vera import read
+from vera_edge.adapters.reading import read
+from vera_edge.adapters.vera import vectors_of
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.reference.model import open_reference
 from vera_edge.trained import alignment, provenance
@@ -56,7 +57,7 @@ def test_merged_is_what_peft_computes_unmerged(name: str, tmp_path: Path) -> Non
     adapter = alignment.read(folder, checkpoint)
     assert set(adapter.vectors) <= set(checkpoint.linears)
     assert {module.rsplit(".", 1)[-1] for module in read(folder).vectors} == set(family.targets)
-    for module, vectors in adapter.vectors.items():
+    for module, vectors in vectors_of(adapter).items():
         assert vectors.lambda_b.size == checkpoint.linears[module].out_features
     assert provenance.resolve(adapter, checkpoint).spec.rounding == "float32"
     expected = _unmerged(family, base, folder)

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vera_edge.adapters.vera import Adapter, LambdaVectors, named_whole, read
+from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.folder import named_whole
+from vera_edge.adapters.reading import read
+from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError
 from vera_edge.storage.tensors import RawTensor

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from vera_edge.adapters.vera import LambdaVectors, read
+from vera_edge.adapters.reading import read
+from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.trained.inspection import inspect, kind_of
 
@@ -74,7 +75,7 @@ def test_names_dead_branches_and_ranges() -> None:
     told = inspect(dataclasses.replace(adapter, vectors={**adapter.vectors, name: dead}))
     assert told.dead == (name,)
     kind = next(kind for kind in told.kinds if kind.name == "self_attn.q_proj")
-    assert (kind.dead, kind.lambda_b[0], kind.lambda_d[1]) == (1, 0.0, 3.0)
+    assert (kind.dead, kind.ranges["lambda_b"][0], kind.ranges["lambda_d"][1]) == (1, 0.0, 3.0)
 
 
 def test_a_misfit_is_told_and_not_raised(tiny_gpt2: Path) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from tests import kernels, peft_cases, tiny
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import regenerate
-from vera_edge.adapters.vera import Adapter, read
+from vera_edge.adapters.reading import read
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.storage.tensors import TensorFolder

@@ -12,7 +12,7 @@ import pytest
 
 from tests import peft_cases, tiny
 from tests.conftest import Cli
-from vera_edge.adapters import vera as adapters
+from vera_edge.adapters import reading as adapters
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import parse
 from vera_edge.errors import MismatchError

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vera_edge.formats.name_pattern import NamePattern
+from vera_edge.name_pattern import NamePattern
 
 NAMES = (
     "model.layers.0.self_attn.q_proj",
