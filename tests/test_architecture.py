@@ -54,7 +54,7 @@ ORDER = (
     "cli",
 )
 DEVICE_ROOMS = {"import_path", "printable", "errors", "progress", "cores", "arrays", "divergence", "storage"}
-DEVICE_ROOMS |= {"adapters", "formats", "bundle"}
+DEVICE_ROOMS |= {"adapters", "formats", "bundle", "name_pattern"}
 DEVICE_ROOMS |= {"device", "serving"}
 NOT_ON_THE_DEVICE = {
     "torch",

@@ -12,7 +12,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import MappingProxyType
 
-from vera_edge.adapters import lora, vera
+from vera_edge.adapters import lora, peft_methods, vera
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.folder import CONFIG_NAME, open_folder, read_config
 from vera_edge.adapters.method import Method
@@ -22,7 +22,7 @@ __all__ = ["CONFIG_NAME", "GROUP", "METHODS", "method_of", "read"]
 
 GROUP = "vera_edge.adapter_methods"
 METHODS: Mapping[str, Method] = MappingProxyType(
-    {method.peft_type: method for method in (vera.METHOD, lora.METHOD)}
+    {method.peft_type: method for method in (vera.METHOD, lora.METHOD, *peft_methods.METHODS)}
 )
 # What these train is tokens before the text or keys and values, not weights.
 _PROMPTS = frozenset(

@@ -169,7 +169,7 @@ def _trained_checkpoint(
     )
 
 
-def _how(source: provenance.Source) -> str:
+def _how(source: provenance.AdapterSource) -> str:
     return f"projections: {source.how}" if source.projections is not None else source.how
 
 

@@ -11,12 +11,14 @@ import numpy as np
 
 from vera_edge.adapters.adapter import Adapter, LayerChange
 from vera_edge.adapters.lora import LoraPair
+from vera_edge.adapters.peft_methods import PeftTensors
 from vera_edge.adapters.projection import Projections
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32
 from vera_edge.errors import AdapterError, CheckpointError
 from vera_edge.formats import Rounder, Weight, add_rows, round_sum, row_chunks
 from vera_edge.merging.measure import ROWS
+from vera_edge.trained.peft_linear import merged
 
 # Values of one product: fewer make it slow, more fall out of the processor's cache before they're stored.
 PRODUCT_VALUES = 1 << 21
@@ -24,7 +26,7 @@ PRODUCT_VALUES = 1 << 21
 PRODUCT_ROWS = 384
 
 
-class Rows(Protocol):
+class BaseRows(Protocol):
     """A weight (out, in) that gives its rows in float32."""
 
     @property
@@ -128,8 +130,14 @@ class Delta:
         projections: Projections | None,
     ) -> None:
         mine = _own(module, adapters)
-        self._terms = [_term(change, weight, in_features, projections) for change, weight in mine]
+        self._by_peft: Adapter | None = None
         self._magnitude: Float32 | None = None
+        self._whole: Float32 | None = None
+        self._module, self._terms = module, list[Term]()
+        if mine and isinstance(mine[0][0], PeftTensors):
+            self._by_peft = next(adapter for adapter, _ in adapters if module in adapter.vectors)
+            return
+        self._terms = [_term(change, weight, in_features, projections) for change, weight in mine]
         if mine and isinstance(change := mine[0][0], LoraPair):
             self._magnitude = change.magnitude
 
@@ -141,10 +149,24 @@ class Delta:
     @property
     def adds(self) -> bool:
         """Whether the weight becomes its sum with what `into` writes; else what `turned` gives."""
-        return self._magnitude is None
+        return self._magnitude is None and self._by_peft is None
 
-    def turned(self, base: Rows, start: int, stop: int) -> Float32:
-        """Rows of the weight that a DoRA makes of the base's, float32 (rows, in), as long as it trained."""
+    def turned(self, base: BaseRows, start: int, stop: int) -> Float32:
+        """Rows of the weight that is made of the base's, float32 (rows, in)."""
+        return self._normed(base, start, stop) if self._by_peft is None else self._merged(base)[start:stop]
+
+    def _merged(self, base: BaseRows) -> Float32:
+        """The whole weight as PEFT's layer merges it, kept for the rows that are asked for next."""
+        if self._whole is None:
+            assert self._by_peft is not None
+            weight = np.empty(base.shape, np.float32)
+            for start, stop in row_chunks(base.shape):
+                weight[start:stop] = base.rows(start, stop)
+            self._whole, _ = merged(self._by_peft, self._module, weight)
+        return self._whole
+
+    def _normed(self, base: BaseRows, start: int, stop: int) -> Float32:
+        """Rows of the weight that a DoRA makes of the base's, as long as it trained them."""
         assert self._magnitude is not None
         rows = np.empty((stop - start, base.shape[1]), np.float32)
         self.into(rows, start)
@@ -236,7 +258,7 @@ def _take(
     start: int,
     is_delta: bool,
     rounder: Rounder | None,
-    turned: Callable[[Rows, int, int], Float32] | None,
+    turned: Callable[[BaseRows, int, int], Float32] | None,
 ) -> bool:
     """Make `rows`, which may hold a delta, the weight, and give it to the rounder; whether it is finite.
 

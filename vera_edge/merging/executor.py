@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from vera_edge.adapters.adapter import VERA
 from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import MERGE_RECORD, Checkpoint
 from vera_edge.errors import OutputError, PlanError
@@ -214,7 +215,7 @@ def _report(merge: Merge, done: Mapping[int, Done]) -> MergeReport:
         adapters=tuple((adapter.name, adapter.digest, float(weight)) for adapter, weight in model.adapters),
         projection=model.projection_record,
         notes=tuple(merge.notes),
-        method=model.adapters[0].adapter.method,
+        method=next((adapter.method for adapter, _ in model.adapters), VERA),
         unchanged=tuple(
             step.module for step in plan.steps if step.action == "merge" and step.module not in changed
         ),

@@ -56,7 +56,9 @@ def unit_peak(job: MergeJob, unit: MergeUnit) -> int:
     measured = sum(stop - start for start, stop in measured_rows(step.shape).items())
     taken = stored + result + 4 * (measured + piece_rows(step.shape, 1)) * step.shape[1]
     if step.action == "merge":
-        taken += 4 * max(adapter.rank for adapter, _ in job.model.adapters) * step.shape[1]
+        taken += 4 * max((adapter.rank for adapter, _ in job.model.adapters), default=0) * step.shape[1]
+        if not all(adapter.adds for adapter, _ in job.model.adapters):
+            taken += 12 * values  # the base's weight and the merged one, and what PEFT's layer makes between
     if step.module in job.requantized:
         taken += 3 * values
     elif not hasattr(formats.get(step.result), "rounder"):

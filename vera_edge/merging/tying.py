@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from vera_edge import formats
-from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.adapter import Adapter, LayerChange
+from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.formats import dense, row_chunks
 from vera_edge.plans.plan import DENSE, Plan
@@ -83,6 +84,13 @@ def scales_by_tying(config: Mapping[str, Any]) -> bool:
     return config.get("model_type") in _SCALED
 
 
+def _changes(change: LayerChange) -> bool:
+    """Whether an adapter changes a layer at all."""
+    if isinstance(change, LambdaVectors) and not change.lambda_d.any():
+        return False
+    return not change.is_zero
+
+
 class Values:
     """What a merge leaves in tied tensors: the base's value, the adapter's own, or the base's and a delta."""
 
@@ -99,7 +107,7 @@ class Values:
             module
             for adapter, weight in adapters
             for module, change in adapter.vectors.items()
-            if weight and not change.is_zero and all(array.any() for array in change.arrays.values())
+            if weight and _changes(change)
         }
 
     def is_stored(self, name: str) -> bool:

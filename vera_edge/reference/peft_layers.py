@@ -11,6 +11,7 @@ from vera_edge.adapters.adapter import Adapter
 from vera_edge.errors import MismatchError
 from vera_edge.quiet import first_line
 from vera_edge.trained.peft_config import config_of, state_of
+from vera_edge.trained.peft_linear import check_held
 
 
 def put_on(model: Any, adapters: Sequence[tuple[Adapter, float]], names: Sequence[str]) -> Any:
@@ -30,7 +31,7 @@ def put_on(model: Any, adapters: Sequence[tuple[Adapter, float]], names: Sequenc
     except (ValueError, TypeError, RuntimeError, KeyError) as cause:
         raise MismatchError(f"PEFT can't put {first.path} on this base: {first_line(cause)}") from None
     for name, (adapter, weight) in zip(names, adapters, strict=True):
-        _check(wrapped, adapter, name)
+        check_held(wrapped, adapter, name)
         if weight != 1:
             _weigh(wrapped, name, weight)
     return wrapped
@@ -45,25 +46,6 @@ def _with_saved(wrapped: Any, adapter: Adapter, name: str) -> Mapping[str, torch
         return state
     now = peft.get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
     return {**now, **state}
-
-
-def _check(wrapped: Any, adapter: Adapter, name: str) -> None:
-    """Raise MismatchError unless PEFT would save for the adapter's layers just what was read."""
-    import peft
-
-    wanted = state_of(adapter)
-    held = peft.get_peft_model_state_dict(wrapped, adapter_name=name, save_embedding_layers=False)
-    for key, values in wanted.items():
-        there = held.get(key)
-        if there is None or there.shape != values.shape or not torch.equal(there.float(), values.float()):
-            raise MismatchError(
-                f"PEFT has no place for {key} of {adapter.path} in this base; its config names other layers, "
-                "or was written by another version"
-            )
-    layers = tuple(f"base_model.model.{module}." for module in adapter.vectors)
-    own = {key for key in held if key.startswith(layers) and ".base_layer." not in key}
-    if unfilled := sorted(own - wanted.keys()):
-        raise MismatchError(f"{adapter.path} holds no {unfilled[0]}, which its config asks for")
 
 
 def _weigh(wrapped: Any, name: str, weight: float) -> None:

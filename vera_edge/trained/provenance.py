@@ -107,7 +107,7 @@ def resolve(
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class AdapterSource:
     """What an adapter's folder and base tell of what was trained, for a method of any kind.
 
     how: one sentence. projections: VeRA's, None for other methods. notes: sentences a person should read.
@@ -118,14 +118,16 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-def source_of(adapter: Adapter, checkpoint: Checkpoint, projection_rounding: str | None = None) -> Source:
+def source_of(
+    adapter: Adapter, checkpoint: Checkpoint, projection_rounding: str | None = None
+) -> AdapterSource:
     """What `adapter` was trained as on `checkpoint`; VeRA's projections are resolved.
 
     Raises as `resolve` does, and AdapterError where projections are to be rounded and there are none.
     """
     if adapter.is_vera:
         found = resolve_for_command(adapter, checkpoint, projection_rounding)
-        return Source(found.how, found.projections, found.notes)
+        return AdapterSource(found.how, found.projections, found.notes)
     if projection_rounding is not None:
         raise AdapterError(
             f"{adapter.path} is a {adapter.method} adapter, which has no projections to round; leave "
@@ -133,7 +135,7 @@ def source_of(adapter: Adapter, checkpoint: Checkpoint, projection_rounding: str
         )
     rank = f" of rank {adapter.rank}" if adapter.rank else ""
     notes = (*check_fit(adapter, checkpoint), *training_record.notes(adapter, checkpoint))
-    return Source(f"a {adapter.method} adapter{rank}, which holds all that was trained", None, notes)
+    return AdapterSource(f"a {adapter.method} adapter{rank}, which holds all that was trained", None, notes)
 
 
 def resolve_for_command(

@@ -87,8 +87,8 @@ def check_together(adapters: Sequence[tuple[Adapter, float]]) -> None:
             raise PlanError(f"the weight of {adapter.path} is {weight}; give a finite number")
         if not adapter.adds and (weight != 1 or len(adapters) > 1):
             raise PlanError(
-                f"{adapter.path} ({adapter.method}) makes another weight of a weight, where others only add "
-                "to it, so it can't be weighted or summed; give it alone, with weight 1"
+                f"{adapter.path} ({adapter.method}) is merged by what makes another weight of a weight, so "
+                "it can't be weighted or summed; give it alone, with weight 1"
             )
         if weight != 1 and (adapter.biases or adapter.modules_to_save):
             raise PlanError(

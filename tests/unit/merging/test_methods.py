@@ -1,0 +1,147 @@
+"""Every method on every base format: merged, and as the reference, it is PEFT's own unmerged forward.
+
+docs/methods.md holds the table that this makes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests import peft_adapters, tiny
+from vera_edge import merging as merge
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.reference.model import load_dense
+from vera_edge.trained.trained_model import open_model
+
+SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
+# Method -> its config's class and options.
+METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "VERA": ("VeraConfig", {"r": 8}),
+    "LORA": ("LoraConfig", {"r": 4, "lora_alpha": 6, "use_rslora": True}),
+    "LORA, use_dora": ("LoraConfig", {"r": 4, "use_dora": True}),
+    "ADALORA": ("AdaLoraConfig", {"total_step": 10, "init_r": 4}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 4}),
+    "C3A": ("C3AConfig", {"block_size": 16}),
+    "DEFT": ("DeftConfig", {}),
+    "DELORA": ("DeloraConfig", {"r": 4}),
+    "FOURIERFT": ("FourierFTConfig", {"n_frequency": 50}),
+    "GRALORA": ("GraloraConfig", {"r": 8, "gralora_k": 2}),
+    "HIRA": ("HiraConfig", {"r": 4}),
+    "HRA": ("HRAConfig", {"r": 4}),
+    "IA3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
+    "LOHA": ("LoHaConfig", {"r": 4, "rank_pattern": {"q_proj": 2}}),
+    "LOKR": ("LoKrConfig", {"r": 4}),
+    "MISS": ("MissConfig", {"r": 8}),
+    "OFT": ("OFTConfig", {"oft_block_size": 8, "r": 0}),
+    "PEANUT": ("PeanutConfig", {}),
+    "PVERA": ("PveraConfig", {"r": 8}),
+    "RANDLORA": ("RandLoraConfig", {"r": 4, "save_projection": True}),
+    "ROAD": ("RoadConfig", {"group_size": 32}),
+    "SHIRA": ("ShiraConfig", {"r": 2}),
+    "SUPERTUNING": ("SupertuningConfig", {}),
+    "VBLORA": ("VBLoRAConfig", {"num_vectors": 16, "vector_length": 16}),
+    "WAVEFT": ("WaveFTConfig", {"n_frequency": 32}),
+}
+FORMATS = ("fp32", "bf16", "nf4", "fp4", "int8", "gptq", "awq", "fp8", "hqq")
+# Of a single layer's worth of arithmetic in bfloat16 or in another order, which PEFT does as it merges.
+LOOSE = {"RANDLORA": 5e-4}
+
+
+@pytest.fixture(scope="module")
+def float_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=64, intermediate_size=128, initializer_range=0.15, **settings
+    )
+    torch.manual_seed(3)
+    return tiny.save(LlamaForCausalLM(config), tmp_path_factory.mktemp("base") / "fp32")
+
+
+def hqq_base(source: Path, folder: Path) -> Path:
+    """The linears of `source` in HQQ's own storage, 8 bits in groups of 64 inputs, by arithmetic."""
+    state = load_file(source / "model.safetensors")
+    stored: dict[str, torch.Tensor] = {}
+    for name, values in state.items():
+        if "_proj.weight" not in name:
+            stored[name] = values
+            continue
+        groups = values.reshape(-1, 64)
+        low, high = groups.min(dim=1, keepdim=True)[0], groups.max(dim=1, keepdim=True)[0]
+        scale = ((high - low) / 255).half()
+        zero = (-low / scale.float()).half()
+        codes = (groups / scale.float() + zero.float()).round().clamp(0, 255).to(torch.uint8)
+        parts = {
+            "W_q": codes,
+            "scale": scale,
+            "zero": zero,
+            "shape": torch.tensor(values.shape),
+            "packing": torch.tensor(list(b"8bit_u8"), dtype=torch.uint8),
+            "axis": torch.tensor(1, dtype=torch.int32),
+            "group_size": torch.tensor(64, dtype=torch.int32),
+        }
+        stored |= {f"{name.removesuffix('.weight')}.{end}": part for end, part in parts.items()}
+    shutil.copytree(source, folder)
+    save_file(stored, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bases(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, found = tmp_path_factory.mktemp("bases"), {"fp32": float_base}
+    nothing = peft_adapters.save(
+        float_base, root / "nothing", peft.LoraConfig(r=1, target_modules=["q_proj"]), strength=0.0
+    )
+    for name in FORMATS:
+        if name == "hqq":
+            found[name] = hqq_base(float_base, root / name)
+        elif name != "fp32":
+            options = {"group_size": 32} if name in ("gptq", "awq") else None
+            merge.to_folder(float_base, [(nothing, 1.0)], root / name, name, options)
+            found[name] = root / name
+    return found
+
+
+@pytest.fixture(scope="module")
+def adapters(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root, found = tmp_path_factory.mktemp("adapters"), {}
+    for name, (cls, options) in METHODS.items():
+        settings = getattr(peft, cls)(target_modules=SOME, task_type="CAUSAL_LM", **options)
+        found[name] = peft_adapters.save(float_base, root / name.lower(), settings)
+    return found
+
+
+def merged(base: Path, folder: Path) -> Any:
+    """The base with every layer's merged weight in it, as a merge computes it, in float32."""
+    model = open_model(base, [(folder, 1.0)])
+    dense = load_dense(model.checkpoint)
+    for module in model.adapters[0].adapter.vectors:
+        weight = torch.from_numpy(merge.merged_weight(model, module))
+        dense.get_submodule(module).weight.data = weight
+    return dense
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_it_is_pefts_unmerged_forward(
+    method: str, bases: dict[str, Path], adapters: dict[str, Path]
+) -> None:
+    folder, bound = adapters[method], LOOSE.get(method, 1e-4)
+    for name, base in bases.items():
+        exact = load_dense(Checkpoint.open(base))
+        plain = peft_adapters.logits(exact)
+        truth = peft_adapters.logits(peft_adapters.unmerged(exact, folder))
+        scale = float(truth.abs().max())
+        assert float((plain - truth).abs().max()) > 0.02 * scale, f"{method} changes nothing of {name}"
+        found = peft_adapters.logits(merged(base, folder))
+        assert float((found - truth).abs().max()) < bound * scale, (method, name)
