@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import peft_adapters, tiny
 from vera_edge import merging as merge
+from vera_edge.adapters import reading
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.reference.model import load_dense
 from vera_edge.trained.trained_model import open_model
@@ -120,6 +121,32 @@ def adapters(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
         settings = getattr(peft, cls)(target_modules=SOME, task_type="CAUSAL_LM", **options)
         found[name] = peft_adapters.save(float_base, root / name.lower(), settings)
     return found
+
+
+TITLES = {"fp32": "float32", "bf16": "bfloat16", "int8": "LLM.int8", "fp8": "FP8"}
+BRANCH = {"VERA": "ONNX, GGUF", "LORA": "GGUF"}
+PAGE = Path(__file__).parents[3] / "docs" / "methods.md"
+
+
+def table() -> str:
+    """What the tests below hold, as docs/methods.md has it: a row for each method, a column for each base."""
+    heads = [TITLES.get(name, name.upper()) for name in FORMATS]
+    rows = ["| method | " + " | ".join(heads) + " | beside a base |", "|---" * (len(FORMATS) + 2) + "|"]
+    for method in METHODS:
+        peft_type, _, variant = method.partition(", ")
+        title = reading.METHODS[peft_type].title + (f" (`{variant}`)" if variant else "")
+        rows.append(f"| {title} |" + " merged |" * len(FORMATS) + f" {BRANCH.get(method, 'no')} |")
+    return "\n".join(rows)
+
+
+def test_the_page_has_the_table() -> None:
+    found = (
+        PAGE.read_text(encoding="utf-8")
+        .partition("<!-- methods -->\n")[2]
+        .partition("\n<!-- /methods -->")[0]
+    )
+    assert found == table()
+    assert {method.partition(",")[0] for method in METHODS} == set(reading.METHODS)
 
 
 def merged(base: Path, folder: Path) -> Any:
