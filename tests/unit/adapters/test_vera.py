@@ -264,13 +264,12 @@ def test_a_double_beyond_float32_is_not_finite(written: Write) -> None:
         read(folder)
 
 
-def test_refuses_another_method_as_peft_wrote_it(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
+def test_refuses_a_prompt_as_peft_wrote_it(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
+    from peft import PromptTuningConfig, get_peft_model
 
-    get_peft_model(tiny.load(tiny_llama.fp32), LoraConfig(target_modules=["q_proj"])).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(AdapterError, match="of type LORA"):
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(tiny.load(tiny_llama.fp32), settings).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="of type PROMPT_TUNING, which trains a prompt and no weight"):
         read(tmp_path)
 
 
