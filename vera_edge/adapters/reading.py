@@ -48,7 +48,7 @@ def method_of(peft_type: object, path: Path) -> Method:
     """The method of that name. Raises AdapterError, of the folder `path`, when it isn't known."""
     if isinstance(peft_type, str) and (known := METHODS.get(peft_type) or _brought().get(peft_type)):
         return known
-    if peft_type in _PROMPTS:
+    if isinstance(peft_type, str) and peft_type in _PROMPTS:
         raise AdapterError(
             f"{path} holds a PEFT adapter of type {peft_type}, which trains a prompt and no weight; there is "
             "nothing to merge or to put beside a layer"

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from vera_edge.adapters.adapter import VERA
 from vera_edge.arrays import Float32

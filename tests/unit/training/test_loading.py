@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import vera_edge
 from tests import tiny
-from vera_edge.adapters import vera
+from vera_edge.adapters import reading
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
 from vera_edge.trained import provenance
@@ -96,7 +96,7 @@ def test_peft_rounds_the_projections_as_is_inferred_later(
         base = tiny.quantize(tiny_llama.fp32, tmp_path / "base", **tiny.four_bit("nf4", compute=compute))
     config = VeraConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     get_peft_model(load(base, dtype=dtype), config).save_pretrained(tmp_path / "adapter")
-    adapter, checkpoint = vera.read(tmp_path / "adapter"), Checkpoint.open(base)
+    adapter, checkpoint = reading.read(tmp_path / "adapter"), Checkpoint.open(base)
     found = provenance.resolve_for_command(adapter, checkpoint)
     assert found.verified
     assert found.spec.rounding == compute
