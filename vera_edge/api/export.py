@@ -92,8 +92,8 @@ def export(
         effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
         recover: what to fit to the rounded base: lambda_b, lambda_d (a branch's), low-rank=RANK, bias.
-        max_memory: bytes, or words like "6GB": a model that takes more than half of them in float32, or of
-            what is free, is calibrated layer by layer.
+        max_memory: bytes, or words like "6GB": of what calibration text leaves between layers, an eighth of
+            them stays in memory, 512 MiB at most; the rest goes to the disk.
         force: replace `out` where it exists.
         progress: called with what is done, how much of it, and of how much.
 

@@ -105,7 +105,7 @@ GGUF_WEIGHTS = "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4
 @effort_option
 @calibration_option
 @recover_option
-@click.option("--max-memory", metavar="SIZE", help="Calibrate models of over half of it, like 6GB, by layer.")
+@click.option("--max-memory", metavar="SIZE", help="Calibrate within it, like 6GB; see the docs.")
 @click.option("--dry-run", is_flag=True, help="Say what it would write and take, and write nothing.")
 @force_option
 @quiet_option

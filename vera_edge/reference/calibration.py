@@ -30,9 +30,9 @@ from vera_edge.arrays import Float32, Int64
 from vera_edge.errors import DataError
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.group_passes import GroupPasses, GroupPlan
-from vera_edge.reference.hidden_states import HiddenStates, Room
+from vera_edge.reference.hidden_states import ROOM, HiddenStates, Room
 from vera_edge.reference.layers import Changed, Layer, Stack
-from vera_edge.reference.products import MeanProduct
+from vera_edge.reference.products import Mean, MeanProduct
 from vera_edge.reference.streamed import LayerStream, Run
 from vera_edge.requantize.gram import Gram, in_threads
 
@@ -47,15 +47,17 @@ Sees = Literal["original", "inputs"]
 class LayerInputs:
     """The statistics of one input. `modules`: the linears that read it. `gram`: X^T X / n (in, in) float32.
 
-    `count`: n, the tokens. `cross`: X^T X~ / n (in, in), original against requantized inputs, where they
-    differ; else None. `stream`: (R - R~)^T X~ / n (out, in), where the output is added to a stream.
-    `means`: of X~ (in,), of X (in,), and of R - R~ (out,) where there is a stream.
+    `count`: n, the tokens. What a linear W is to make up for, where inputs are requantized: `moved`,
+    (X - X~)^T X~ / n (in, in), original inputs less requantized ones, and `stream`, (R - R~)^T X~ / n
+    (out, in), where the output is added to a stream. Of a linear that is alone and has few outputs, `stream`
+    is all of it, with W (X - X~)^T X~ / n, and `moved` None. `means`: of X~ (in,), of X (in,), and of R - R~
+    (out,) where there is a stream.
     """
 
     modules: tuple[str, ...]
     gram: Float32
     count: int
-    cross: Float32 | None = None
+    moved: Float32 | None = None
     stream: Float32 | None = None
     means: tuple[Float32, Float32, Float32 | None] | None = None
 
@@ -84,7 +86,7 @@ class Walk:
     """A walk of `windows` of token ids through a causal or bidirectional transformer in float32.
 
     modules: the linears whose inputs are wanted. sees: what later layers read. stream: runs the model layer
-    by layer, where its weights aren't in memory.
+    by layer, where its weights aren't in memory. room: bytes of hidden states that stay in memory.
     """
 
     model: nn.Module
@@ -93,6 +95,7 @@ class Walk:
     sees: Sees = "original"
     progress: Progress = silent
     stream: LayerStream | None = None
+    room: int = ROOM
 
     def run(self, answer: Answer, recall: Recall = _nothing) -> None:
         """Visit every input once, in the order of computation, but for those that `recall` knows.
@@ -102,7 +105,7 @@ class Walk:
         """
         if not self.windows:
             raise DataError("there is no text to calibrate with; give a longer file")
-        room = Room()
+        room = Room(self.room)
         with torch.inference_mode():
             stack, hidden = self._opened(room)
             original = _copied(hidden, room) if self.sees == "inputs" else hidden
@@ -147,16 +150,16 @@ def _plain(layer: Layer, hidden: HiddenStates, answer: Answer, recall: Recall) -
     """One layer whose changes nothing sees; `hidden` has its outputs in the end."""
     groups = [group for group in layer.groups(hidden[0]) if recall(group) is None]
     firsts = [group[0] for group in groups]
-    grams = {module: MeanProduct() for module in firsts}
+    grams, means = {module: MeanProduct() for module in firsts}, {module: Mean() for module in firsts}
     for row in range(len(hidden)):
         inputs, output = layer.inputs(firsts, hidden[row], row, to_the_end=True)
         assert output is not None
         hidden[row] = output
         for module, x in inputs.items():
             grams[module].add(x, x)
+            means[module].add(x)
     for group in groups:
-        gram = grams.pop(group[0])
-        mean = gram.mean()
+        gram, mean = grams.pop(group[0]), means[group[0]].value()
         answer(LayerInputs(group, gram.value(), gram.count, means=(mean, mean, None)))
 
 
@@ -177,27 +180,50 @@ def _following(
         theirs, ours = before.advance(number), now.advance(number)
         changed = recall(group)
         if changed is None:
-            changed = answer(_statistics(group, theirs, ours, len(hidden)))
+            changed = answer(_statistics(layer, group, theirs, ours, len(hidden)))
         now.states |= {module: layer.changed(module, change) for module, change in changed.items()}
     before.advance(len(plan.groups))
     now.advance(len(plan.groups))
 
 
 def _statistics(
-    group: tuple[str, ...], before: list[HiddenStates], now: list[HiddenStates], rows: int
+    layer: Layer, group: tuple[str, ...], before: list[HiddenStates], now: list[HiddenStates], rows: int
 ) -> LayerInputs:
-    """Those of one input; before, now: what the linears read, and a stream, original and requantized."""
+    """Those of one input; before, now: what the linears read, and a stream, original and requantized.
+
+    (X - X~)^T X~ costs 2 in^2 operations a token, and W times that as many again as the target has; through
+    the outputs of X - X~ it's 4 out in at once with the stream's, and no matrix of (in, in).
+    """
     alone = len(group) == 1 and len(now) > 1
-    gram, cross, off = MeanProduct(), MeanProduct(), MeanProduct()
+    some = now[0][0][:1]
+    through = alone and layer.output_of(group[0], some).shape[-1] <= some.shape[-1]
+    gram, moved, stream = MeanProduct(), MeanProduct(), MeanProduct()
+    means = Mean(), Mean(), Mean()
     for row in range(rows):
-        x = now[0][row]
+        x, original = now[0][row], before[0][row]
         gram.add(x, x)
-        cross.add(before[0][row], x)
+        means[0].add(x)
+        means[1].add(original)
         if alone:
-            off.add(before[1][row] - now[1][row], x)
-    means = gram.mean(), cross.mean(), off.mean() if alone else None
-    shift = off.value() if alone else None
-    return LayerInputs(group, gram.value(), gram.count, cross.value(), shift, means)
+            off = before[1][row] - now[1][row]
+            means[2].add(off)
+            stream.add(off + _product(layer, group[0], original - x) if through else off, x)
+        if not through:
+            moved.add(original - x, x)
+    return LayerInputs(
+        group,
+        gram.value(),
+        gram.count,
+        None if through else moved.value(),
+        stream.value() if alone else None,
+        (means[0].value(), means[1].value(), means[2].value() if alone else None),
+    )
+
+
+def _product(layer: Layer, module: str, x: torch.Tensor) -> torch.Tensor:
+    """What a linear gives for x (tokens, in) without its bias: (tokens, out)."""
+    found, bias = layer.output_of(module, x), layer.state(module).bias
+    return found if bias is None else found - bias
 
 
 def follow_target(
@@ -205,20 +231,20 @@ def follow_target(
 ) -> Float32:
     """`weight` (out, in) moved towards the best one for inputs and a stream that changed; `share` of the way.
 
-    W + share * (W (C - H) + S)(H + damping)^-1, C = X^T X~, H = X~^T X~, S = (R - R~)^T X~.
+    W + share * (W D + S)(H + damping)^-1, D = (X - X~)^T X~, H = X~^T X~, S = `inputs.stream`.
     gram: of `inputs.gram`, with its damping. threads: that rows are shared out among, which changes no bit.
     """
-    if inputs.cross is None or share == 0:
+    moved, stream = inputs.moved, inputs.stream
+    if (moved is None and stream is None) or share == 0:
         return weight
     _ = gram.feedback  # computed once, before it is asked for by several threads
-    difference = inputs.cross - inputs.gram
 
     def followed(begin: int) -> Float32:
         rows = slice(begin, begin + _ROWS)
-        pull = weight[rows] @ difference
-        if inputs.stream is not None:
-            pull += inputs.stream[rows]
-        moved: Float32 = weight[rows] + np.float32(share) * gram.solve(pull)
-        return moved
+        pull = np.zeros_like(weight[rows]) if moved is None else weight[rows] @ moved
+        if stream is not None:
+            pull += stream[rows]
+        target: Float32 = weight[rows] + np.float32(share) * gram.solve(pull)
+        return target
 
     return np.concatenate(in_threads(followed, range(0, len(weight), _ROWS), threads))

@@ -1,4 +1,4 @@
-"""X^T Y / n over a text, summed up window by window in float32, and the mean of X."""
+"""X^T Y / n over a text, summed up window by window in float32; and the mean of X."""
 
 from __future__ import annotations
 
@@ -13,6 +13,25 @@ _TOKENS = 2048
 _BLOCKS = 4  # of a symmetric product's columns; 10 of 16 are computed
 
 
+class Mean:
+    """The mean over all tokens of the X (tokens, in) that are added."""
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._count = 0
+
+    def add(self, x: torch.Tensor) -> None:
+        total = x.sum(0)
+        self._sum = total if self._sum is None else self._sum.add_(total)
+        self._count += x.shape[0]
+
+    def value(self) -> Float32:
+        """(in,)."""
+        assert self._sum is not None
+        found: Float32 = (self._sum / self._count).numpy()
+        return found
+
+
 class MeanProduct:
     """X^T Y / n for the X (tokens, in) and Y (tokens, out) that are added, always the same one or always two.
 
@@ -21,7 +40,6 @@ class MeanProduct:
 
     def __init__(self) -> None:
         self._sum: torch.Tensor | None = None
-        self._total: torch.Tensor | None = None
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._symmetric = False
         self.count = 0
@@ -32,13 +50,6 @@ class MeanProduct:
         self.count += x.shape[0]
         if sum(len(one) for one, _ in self._waiting) >= _TOKENS:
             self._multiply()
-
-    def mean(self) -> Float32:
-        """The mean of X (in,)."""
-        self._multiply()
-        assert self._total is not None
-        found: Float32 = (self._total / self.count).numpy()
-        return found
 
     def value(self) -> Float32:
         """X^T Y / n (in, out); nothing can be added any more."""
@@ -56,8 +67,6 @@ class MeanProduct:
         x = torch.cat([one for one, _ in self._waiting])
         y = x if self._symmetric else torch.cat([other for _, other in self._waiting])
         self._waiting = []
-        total = x.sum(0)
-        self._total = total if self._total is None else self._total.add_(total)
         if self._sum is None:
             self._sum = x.new_zeros(x.shape[1], y.shape[1])
         if not self._symmetric:

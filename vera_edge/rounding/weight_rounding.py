@@ -49,6 +49,7 @@ from vera_edge.trained.trained_model import TrainedModel
 FOUR_BIT = ("nf4", "fp4", "int4", "int2", "gptq", "awq", "w4a16", *GGML_GRIDS.keys() - {"q8_0", "q6_k"})
 BLOCK = 32  # of integers in ONNX graphs
 BUILT_IN = windows.BUILT_IN
+_ROOM_SHARE = 8  # of --max-memory: the part of it that hidden states may have
 
 
 def default_method(steps: Sequence[Step]) -> str:
@@ -97,7 +98,8 @@ class Rounding:
     any_adapter: calibrate a side-branch's base without its adapter, so that the weights come out the same
         whichever adapter they are exported with.
     effort: of requantize.EFFORTS, what "search" and "gptq" spend; None for the plan's own or "default".
-    max_memory: bytes; a model that takes more than half of them in float32 is read layer by layer.
+    max_memory: bytes; an eighth of them, and no more than `hidden_states.ROOM`, is for what a text leaves
+        between layers, the rest of which goes to the disk. Models are read layer by layer in any case.
     """
 
     method: str | None = None
@@ -151,7 +153,7 @@ class Rounding:
                 f"method {method} rounds to 4 or 8 bits, and this plan has no such layer to round"
             )
         # They import torch.
-        from vera_edge.reference import room
+        from vera_edge.reference.hidden_states import ROOM
         from vera_edge.rounding.journal import RoundingJournal, key_of
         from vera_edge.rounding.writeback import Calibration, write_back
 
@@ -163,13 +165,11 @@ class Rounding:
         merged = plan.mode == "merged"
         seen = replace(model, adapters=()) if self.any_adapter and not merged else model
         task = tasks.of(model.checkpoint.config).auto_class
-        light = not room.fits(model.checkpoint, self.max_memory)
+        room = min(ROOM, ROOM if self.max_memory is None else self.max_memory // _ROOM_SHARE)
         key = key_of(seen, grids, calibration, merged, task)
         with _journal_folder(out, key) as folder:
             store = RoundingJournal(folder, grids)
-            won = write_back(
-                seen, grids, calibration, _nowhere, merged, task, progress, store, layer_by_layer=light
-            )
+            won = write_back(seen, grids, calibration, _nowhere, merged, task, progress, store, room=room)
             if count := max(len(won.vectors), len(won.corrections)):
                 parts = " and ".join(self.recover)
                 notes = (*notes, f"{parts} of {count} layers were fitted to the rounding")

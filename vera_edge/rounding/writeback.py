@@ -22,6 +22,7 @@ from vera_edge.errors import DataError, MismatchError
 from vera_edge.merging.delta import effect
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.calibration import LayerInputs, Sees, Walk, follow_target
+from vera_edge.reference.hidden_states import ROOM
 from vera_edge.reference.layers import Changed, stack_of
 from vera_edge.reference.model import TorchReference, load_dense, load_light, oriented
 from vera_edge.reference.streamed import LayerStream
@@ -66,14 +67,16 @@ def write_back(
     auto_class: str = "AutoModelForCausalLM",
     progress: Progress = silent,
     journal: RoundingJournal | None = None,
-    layer_by_layer: bool = False,
+    layer_by_layer: bool = True,
+    room: int = ROOM,
 ) -> Recovered:
     """Requantize the modules of `grids`; `put(module, codes)` is called for each, in order of computation.
 
     journal: what an earlier run of the same work has finished isn't done again, and all is kept there.
     layer_by_layer: read the weights layer by layer, of a model that can be run so; the results are the same.
+    room: bytes of hidden states that stay in memory.
     Modules that the text never reaches get scales by search, without statistics, and no correction. Codes are
-    in nn.Linear's orientation (out, in). Memory: the model in float32, or one layer of it, and the statistics
+    in nn.Linear's orientation (out, in). Memory: one layer in float32, or the whole model, and the statistics
     of one input.
     Raises DataError when the model or the text can't be calibrated with, MismatchError for a module that the
     base doesn't have, PlanError where there's nothing that could be recovered.
@@ -84,7 +87,7 @@ def write_back(
             raise MismatchError(f"{model.checkpoint.path} has no linear layer called {module}")
     work = _WriteBack(model, grids, calibration, put, merged, asked, journal)
     if calibration.method in ("search", "gptq") and not work.is_done():
-        walk = work.walk(auto_class, layer_by_layer, progress)
+        walk = replace(work.walk(auto_class, layer_by_layer, progress), room=room)
         walk.run(work.answer, work.recall)
     work.finish(progress)
     return Recovered(work.refitted, work.corrections)
@@ -203,7 +206,7 @@ class _WriteBack:
 
     def _answer(self, inputs: LayerInputs) -> Mapping[str, Changed]:
         effort = self.calibration.effort
-        gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order)
+        gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order, in_place=True)
         if self.calibration.method == "gptq":
             _ = gram.feedback  # computed once, before it is asked for by several threads
         cores = _threads()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
+from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import DataError
 from vera_edge.reference.calibration import LayerInputs, Sees, Walk, follow_target
 from vera_edge.reference.layers import HIDDEN_STATES, Changed, Layer, Stack
@@ -69,8 +71,9 @@ def test_statistics_are_those_of_whole_forward_passes(
     for module, inputs in found.items():
         scale = np.abs(expected[module]).max()
         np.testing.assert_allclose(inputs.gram, expected[module], atol=2e-5 * scale)
-        if inputs.cross is not None:  # nothing changed, so both streams are one
-            np.testing.assert_allclose(inputs.cross, inputs.gram, atol=1e-5 * scale)
+        for moved in (inputs.moved, inputs.stream):
+            if moved is not None:  # nothing changed, so both streams are one
+                np.testing.assert_allclose(moved, 0, atol=1e-5 * scale)
 
 
 def test_linears_of_one_input_are_visited_once(tiny_llama: tiny.TinyLlama) -> None:
@@ -88,6 +91,51 @@ def test_linears_of_one_input_are_visited_once(tiny_llama: tiny.TinyLlama) -> No
         ("gate_proj", "up_proj"),
         ("down_proj",),
     ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_few_outputs_are_to_make_up_for_is_that_of_the_weight(
+    tiny_llama: tiny.TinyLlama, tiny_gpt2: Path, family: str
+) -> None:
+    """Against W (X - X~)^T X~ + (R - R~)^T X~ of whole passes; GPT-2's weights lie the other way."""
+    checkpoint = Checkpoint.open(tiny_llama.fp32 if family == "llama" else tiny_gpt2)
+    model = tiny.load(checkpoint.path).eval()
+    name, reader = {
+        "llama": ("model.layers.1.mlp.down_proj", "model.layers.1.post_attention_layernorm"),
+        "gpt2": ("transformer.h.1.mlp.c_proj", "transformer.h.1.ln_2"),
+    }[family]
+    weight, found, names = checkpoint.dequantize(name), [], frozenset(linears(model))
+    before = read_by(model, (name, reader))
+
+    def halve(inputs: LayerInputs) -> Mapping[str, Changed]:
+        if name in inputs.modules:
+            found.append(inputs)
+            return {}
+        return {one: Changed(model.get_submodule(one).weight.data * 0.5) for one in inputs.modules}
+
+    Walk(model, names, WINDOWS, "inputs").run(halve)
+    after = read_by(model, (name, reader))
+    off = before[reader] - after[reader] + (before[name] - after[name]) @ weight.T
+    (inputs,) = found
+    assert inputs.moved is None and inputs.stream is not None
+    expected = off.T @ after[name] / len(off)
+    np.testing.assert_allclose(inputs.stream, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def read_by(model: Any, parts: Sequence[str]) -> dict[str, Any]:
+    """What parts of the model read, (tokens, in), over all windows."""
+    seen: dict[str, list[torch.Tensor]] = {part: [] for part in parts}
+
+    def before(part: str) -> Any:
+        return lambda _, args: seen[part].append(args[0][0])
+
+    handles = [model.get_submodule(part).register_forward_pre_hook(before(part)) for part in parts]
+    with torch.inference_mode():
+        for window in WINDOWS:
+            model(input_ids=torch.from_numpy(window[None]))
+    for handle in handles:
+        handle.remove()
+    return {part: torch.cat(tensors).numpy() for part, tensors in seen.items()}
 
 
 @pytest.mark.parametrize("sees", ["original", "inputs"])
@@ -120,8 +168,10 @@ def test_following_finds_the_best_weight_for_changed_inputs() -> None:
         ("m",),
         (changed.T @ changed / 400).astype(np.float32),
         400,
-        (original.T @ changed / 400).astype(np.float32),
+        ((original - changed).T @ changed / 400).astype(np.float32),
     )
+    assert inputs.moved is not None
+    through = replace(inputs, moved=None, stream=weight @ inputs.moved)
 
     def error(some: Any) -> float:
         return float(np.square(original @ weight.T - changed @ some.T).sum())
@@ -129,6 +179,8 @@ def test_following_finds_the_best_weight_for_changed_inputs() -> None:
     best, *_ = np.linalg.lstsq(changed, original @ weight.T, rcond=None)
     followed = follow_target(weight, inputs, 1.0, Gram.of(inputs.gram, 1e-6))
     np.testing.assert_allclose(followed, best.T, atol=1e-4)
+    by_outputs = follow_target(weight, through, 1.0, Gram.of(inputs.gram, 1e-6))
+    np.testing.assert_allclose(by_outputs, best.T, atol=1e-4)
     gram = Gram.of(inputs.gram, inputs.damp)
     errors = [error(follow_target(weight, inputs, share, gram)) for share in (0.0, 0.5, 1.0)]
     assert errors[0] > errors[1] > errors[2]

@@ -15,13 +15,13 @@ import torch
 from tests.families import FAMILIES, VOCABULARY
 from tests.unit.reference.test_calibration import linears
 from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.reference import calibration, group_passes
+from vera_edge.reference import group_passes
 from vera_edge.reference.calibration import LayerInputs, Walk
 from vera_edge.reference.group_passes import GroupPlan
-from vera_edge.reference.hidden_states import HiddenStates, Room
+from vera_edge.reference.hidden_states import ROOM, HiddenStates
 from vera_edge.reference.layers import Changed
 from vera_edge.reference.model import TorchReference, load_dense, load_light
-from vera_edge.reference.products import MeanProduct
+from vera_edge.reference.products import Mean, MeanProduct
 from vera_edge.reference.streamed import LayerStream
 
 WINDOWS = [np.random.default_rng(seed).integers(3, VOCABULARY, size) for seed, size in enumerate((12, 12, 7))]
@@ -33,7 +33,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def walked(model: Any, names: frozenset[str], stream: LayerStream | None = None) -> list[LayerInputs]:
+def walked(
+    model: Any, names: frozenset[str], stream: LayerStream | None = None, room: int = ROOM
+) -> list[LayerInputs]:
     """All statistics of a walk in which every linear is rounded coarsely as soon as it was seen."""
     found: list[LayerInputs] = []
 
@@ -42,7 +44,7 @@ def walked(model: Any, names: frozenset[str], stream: LayerStream | None = None)
         weights = {name: model.get_submodule(name).weight.data for name in inputs.modules}
         return {name: Changed((weight * 16).round() / 16) for name, weight in weights.items()}
 
-    Walk(model, names, WINDOWS, "inputs", stream=stream).run(rounded)
+    Walk(model, names, WINDOWS, "inputs", stream=stream, room=room).run(rounded)
     return found
 
 
@@ -54,7 +56,9 @@ def opened(name: str, folder: Path) -> tuple[Checkpoint, str]:
 def same(one: LayerInputs, other: LayerInputs) -> None:
     assert one.modules == other.modules and one.count == other.count
     np.testing.assert_array_equal(one.gram, other.gram)
-    np.testing.assert_array_equal(one.cross, other.cross)
+    assert (one.moved is None) == (other.moved is None)
+    if one.moved is not None and other.moved is not None:
+        np.testing.assert_array_equal(one.moved, other.moved)
     assert (one.stream is None) == (other.stream is None)
     if one.stream is not None and other.stream is not None:
         np.testing.assert_array_equal(one.stream, other.stream)
@@ -123,8 +127,7 @@ def test_hidden_states_on_disk_change_nothing(tmp_path: Path, monkeypatch: pytes
         own(self, row, states)
 
     monkeypatch.setattr(HiddenStates, "_write", write)
-    monkeypatch.setattr(calibration, "Room", lambda: Room(3000))
-    again = walked(load_dense(checkpoint, task).eval(), names)
+    again = walked(load_dense(checkpoint, task).eval(), names, room=3000)
     assert len(written) > 20
     for one, two in zip(found, again, strict=True):
         same(one, two)
@@ -134,14 +137,15 @@ def test_hidden_states_on_disk_change_nothing(tmp_path: Path, monkeypatch: pytes
 def test_products_are_those_of_all_tokens_at_once(size: int) -> None:
     rng = np.random.default_rng(size)
     x, y = (torch.from_numpy(rng.standard_normal((5000, width)).astype(np.float32)) for width in (size, 7))
-    symmetric, cross = MeanProduct(), MeanProduct()
+    symmetric, cross, mean = MeanProduct(), MeanProduct(), Mean()
     for start in range(0, 5000, 300):
         part = x[start : start + 300]
         symmetric.add(part, part)
+        mean.add(part)
         cross.add(part, y[start : start + 300])
     for found, other in ((symmetric, x), (cross, y)):
         expected = (x.double().T @ other.double() / 5000).numpy()
-        np.testing.assert_allclose(found.mean(), x.mean(0).numpy(), atol=1e-6)
         np.testing.assert_allclose(found.value(), expected, atol=1e-5)
+    np.testing.assert_allclose(mean.value(), x.mean(0).numpy(), atol=1e-6)
     assert symmetric.count == 5000
     np.testing.assert_array_equal(symmetric.value(), symmetric.value().T)
