@@ -34,12 +34,11 @@ from vera_edge.reference.hidden_states import ROOM, HiddenStates, Room
 from vera_edge.reference.layers import Changed, Layer, Stack
 from vera_edge.reference.products import Mean, MeanProduct
 from vera_edge.reference.streamed import LayerStream, Run
-from vera_edge.requantize.gram import Gram, in_threads
+from vera_edge.requantize.gram import Gram
 
 # How much damping a token less per input costs: errors on other text were least between 1 and 4.
 _DAMP = 2.0
 _LEAST_DAMP = 0.01
-_ROWS = 512  # of a weight whose target is computed at a time
 Sees = Literal["original", "inputs"]
 
 
@@ -237,14 +236,5 @@ def follow_target(
     moved, stream = inputs.moved, inputs.stream
     if (moved is None and stream is None) or share == 0:
         return weight
-    _ = gram.feedback  # computed once, before it is asked for by several threads
-
-    def followed(begin: int) -> Float32:
-        rows = slice(begin, begin + _ROWS)
-        pull = np.zeros_like(weight[rows]) if moved is None else weight[rows] @ moved
-        if stream is not None:
-            pull += stream[rows]
-        target: Float32 = weight[rows] + np.float32(share) * gram.solve(pull)
-        return target
-
-    return np.concatenate(in_threads(followed, range(0, len(weight), _ROWS), threads))
+    target: Float32 = weight + np.float32(share) * gram.shift(weight, moved, stream, threads)
+    return target

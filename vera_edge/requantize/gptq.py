@@ -5,18 +5,15 @@ the output (GPTQ, https://arxiv.org/abs/2210.17323). `descend` then revisits eac
 and takes its best level: coordinate descent on the same error, which can't rise.
 
 Both go over ever smaller halves of the columns, so that most of the work is large matrix products; what is
-left within 32 columns is a compiled loop.
+left within 32 columns is a compiled loop. Arrays are numpy's, or torch's of a piece that lies on a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from vera_edge.arrays import Float32
 from vera_edge.requantize.piece import Piece
-from vera_edge.requantize.search import search_columns
 
 _LOOP = 32  # columns that a compiled loop goes over
 _PANEL = 256  # columns whose pulls are computed at a time
@@ -48,9 +45,9 @@ class _Compensation:
         self.piece, order = piece, piece.gram.order
         self.order = order if piece.gram.act_order else slice(None)  # of a slice numpy makes no copy
         self.weight, self.blocks = piece.weight[self.order], piece.blocks[order]
-        self.aims = self.weight.copy()
+        self.aims = piece.copied(self.weight)
         self.levels, self.residual = (
-            (np.empty_like(self.aims), np.empty_like(self.aims))
+            (piece.copied(self.aims), piece.copied(self.aims))
             if piece.gram.act_order
             else (piece.levels, piece.residual)
         )
@@ -61,34 +58,28 @@ class _Compensation:
         self.aims[middle:end] += shares.T @ self.residual[begin:middle]
 
     def round(self, begin: int, end: int) -> None:
-        from vera_edge.requantize.kernels import round_columns  # numba comes with it
-
         piece, at = self.piece, slice(begin, end)
         shares, costs = self._shares(at), piece.gram.conditional[at]
         arrays = (self.aims[at], self.weight[at], self.levels[at], self.residual[at], shares, costs)
         scales = (piece.scales, piece.zeros, self.blocks[at])
-        round_columns(*arrays, *scales, *piece.kernel_grid, piece.errors)
+        piece.kernels.round_columns(*arrays, *scales, *piece.kernel_grid, piece.errors)
 
     def adapt(self, begin: int, end: int) -> None:
         """Search one block's scales, then round it."""
         piece, at = self.piece, slice(begin, end)
-        aims = self.aims[at].copy()
+        aims = piece.copied(self.aims[at])
         _halve(begin, end, _LOOP, self._free, self.carry)
-        found = search_columns(self.aims[at], piece.gram.conditional[at], piece.grid)
-        block = self.blocks[begin]
-        piece.scales[block], piece.zeros[block] = piece.grid.stored(found[0][0]), found[1][0]
+        piece.search_block(self.blocks[begin], self.aims[at], piece.gram.conditional[at])
         self.aims[at] = aims
         _halve(begin, end, _LOOP, self.round, self.carry)
 
     def _free(self, begin: int, end: int) -> None:
         """As `round`, but weights may take any value: that is what `aims` then has."""
-        from vera_edge.requantize.kernels import free_columns  # numba comes with it
-
         at = slice(begin, end)
-        free_columns(self.aims[at], self.weight[at], self.residual[at], self._shares(at))
+        self.piece.kernels.free_columns(self.aims[at], self.weight[at], self.residual[at], self._shares(at))
 
     def _shares(self, at: slice) -> Float32:
-        return np.ascontiguousarray(self.piece.gram.feedback[at, at].T)
+        return self.piece.contiguous(self.piece.gram.feedback[at, at].T)
 
     def finish(self) -> None:
         if self.piece.gram.act_order:
@@ -110,7 +101,7 @@ class _Descent:
 
     def __init__(self, piece: Piece, first: int, pulls: Float32) -> None:
         self.piece, self.first, self.pulls = piece, first, pulls
-        self.steps = np.empty_like(pulls)
+        self.steps = piece.copied(pulls)
 
     def carry(self, begin: int, middle: int, end: int) -> None:
         """Tell columns from `middle` on what those from `begin` to there changed."""
@@ -119,14 +110,12 @@ class _Descent:
         self.pulls[middle - first : end - first] += seen @ self.steps[begin - first : middle - first]
 
     def visit(self, begin: int, end: int) -> None:
-        from vera_edge.requantize.kernels import descend_columns  # numba comes with it
-
         piece, at = self.piece, slice(begin, end)
         within = slice(begin - self.first, end - self.first)
-        gram = np.ascontiguousarray(piece.gram.values[at, at])
+        gram = piece.contiguous(piece.gram.values[at, at])
         arrays = (self.pulls[within], piece.levels[at], piece.residual[at], self.steps[within], gram)
         scales = (piece.scales, piece.zeros, piece.blocks[at])
-        descend_columns(*arrays, *scales, *piece.kernel_grid, piece.errors)
+        piece.kernels.descend_columns(*arrays, *scales, *piece.kernel_grid, piece.errors)
 
 
 def _halve(

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from vera_edge.errors import DataError
 
 Floats = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 _BLOCK = 256  # rows or columns of a matrix that are worked on at a time
+_ROWS = 512  # of a weight that equations are solved for at a time
 T = TypeVar("T")
 R = TypeVar("R")
 F = TypeVar("F", np.float32, np.float64)
@@ -69,12 +70,14 @@ class Gram:
     """`values`: float32 (in, in), symmetric: X^T X / n over its mean diagonal `mean`, `damp` on its diagonal.
 
     Damping stands for what calibration didn't see, keeps the factor defined, and keeps inputs that were
-    always zero from being free to take any weight.
+    always zero from being free to take any weight. device: what torch calls the one that computes with it;
+    None: numpy and compiled loops do.
     """
 
     values: Float32
     act_order: bool = False
     mean: float = 1.0
+    device: ClassVar[str | None] = None
 
     @classmethod
     def of(cls, values: Floats, damp: float = 0.01, act_order: bool = False, in_place: bool = False) -> Gram:
@@ -141,6 +144,28 @@ class Gram:
         diagonal = np.diag(factor).copy()
         factor /= diagonal
         return factor, np.square(diagonal)
+
+    def prepare(self) -> None:
+        """Compute what several threads will ask for."""
+        _ = self.feedback
+
+    def shift(
+        self, weight: Float32, moved: Float32 | None, stream: Float32 | None, threads: int = 1
+    ) -> Float32:
+        """(weight moved + stream) times the inverse of the damped X^T X / n, (out, in); either may be None.
+
+        threads: that rows are shared out among, which changes no bit.
+        """
+        self.prepare()
+
+        def shifted(begin: int) -> Float32:
+            rows = slice(begin, begin + _ROWS)
+            pull = np.zeros_like(weight[rows]) if moved is None else weight[rows] @ moved
+            if stream is not None:
+                pull += stream[rows]
+            return self.solve(pull)
+
+        return np.concatenate(in_threads(shifted, range(0, len(weight), _ROWS), threads))
 
     def solve(self, rows: Float32) -> Float32:
         """rows (k, in) times the inverse of the damped X^T X / n: float32, by the factor that rounding has.

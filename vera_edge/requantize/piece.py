@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,6 +11,16 @@ from vera_edge.arrays import Float32, Float64
 from vera_edge.requantize.gram import Gram
 from vera_edge.requantize.grids import Grid, levels_in_order, spread
 from vera_edge.requantize.refit import Normal, Place
+from vera_edge.requantize.search import search_columns
+
+
+class State(NamedTuple):
+    """levels (in, rows), scales and zeros (blocks, rows), errors (rows,): see `Piece`."""
+
+    levels: Float32
+    scales: Float32
+    zeros: Float32
+    errors: Float64
 
 
 class Piece:
@@ -37,6 +48,26 @@ class Piece:
         self.errors: Float64 = np.zeros(shape[0])
         self.kernel_grid = (*levels_in_order(grid.kind), np.float32(grid.top))
 
+    @property
+    def kernels(self) -> Any:
+        """The loops over columns."""
+        from vera_edge.requantize import kernels  # numba comes with it
+
+        return kernels
+
+    @staticmethod
+    def copied(values: Float32) -> Float32:
+        return values.copy()
+
+    @staticmethod
+    def contiguous(values: Float32) -> Float32:
+        return np.ascontiguousarray(values)
+
+    def search_block(self, block: int, weight: Float32, costs: Float32) -> None:
+        """Take the best scale and zero point for a block's weights (in, rows); costs (in,) of an error."""
+        found = search_columns(weight, costs, self.grid)
+        self.scales[block], self.zeros[block] = self.grid.stored(found[0][0]), found[1][0]
+
     def set_levels(self, levels: Float32, errors: Float64) -> None:
         """Go on from levels (rows, in) and errors that were reached before."""
         self.levels, self.errors = np.ascontiguousarray(levels.T), errors.copy()
@@ -50,6 +81,19 @@ class Piece:
     def normal(self) -> Normal:
         """The errors as functions of the scales, with the levels fixed."""
         return Normal(self.wanted, self.levels, self.width, self.scales, self.gram)
+
+    def best_scales(self) -> Float32:
+        """The scales (rows, blocks) that are best for the levels, whether the grid has them or not."""
+        return self.normal().solve()
+
+    def take(self, other: Piece, rows: Any) -> None:
+        """Have what another piece of the same weights has, where `rows` (rows,) is true."""
+        self.levels[:, rows], self.scales[:, rows] = other.levels[:, rows], other.scales[:, rows]
+        self.errors[rows] = other.errors[rows]
+
+    def state(self) -> State:
+        """What has become of the piece."""
+        return State(self.levels, self.scales, self.zeros, self.errors)
 
     def refit(self, place: Place | None = None) -> None:
         """Take the scales that are best for the levels; `place` puts them onto a grid of their own."""

@@ -26,6 +26,7 @@ Rows = tuple[int, int]  # begin, end
 # Values of a piece of rows: matrix products are the faster the more rows there are, and take more memory.
 PIECE_VALUES = 1 << 20
 _NORMAL_VALUES = 1 << 24  # of the matrices of a piece's rows
+_ON_DEVICE = 16  # times as much at a time, on a device that loses more by each call than by any memory
 METHODS = ("rtn", "search", "hqq", "gptq")
 
 
@@ -82,7 +83,7 @@ class _Work:
         self.shape = (weight.shape[0], weight.shape[1])
         self.in_rows = grid.rows(self.shape[1])
         # Blocks that run over row ends tie rows together: such a weight is one piece.
-        self.pieces = list(_pieces(self.shape, grid)) if self.in_rows else [(0, self.shape[0])]
+        self.pieces = list(_pieces(self.shape, grid, gram)) if self.in_rows else [(0, self.shape[0])]
         self.scales = np.empty(grid.scales_shape(self.shape), np.float32)
         self.zeros = np.empty_like(self.scales)
         self.codes: Bytes = np.empty(self.shape, np.uint8)
@@ -92,7 +93,7 @@ class _Work:
     def run(self, method: str) -> Codes:
         if method == "gptq":
             assert self.gram is not None
-            _ = self.gram.feedback  # computed once, before it is asked for by several threads
+            self.gram.prepare()
             self._compensated()
         else:
             self._each(lambda piece: self._set_scales(piece, method))
@@ -174,7 +175,8 @@ class _Work:
     def _piece(self, piece: Rows) -> Piece:
         assert self.gram is not None
         rows = self._at(piece)
-        return Piece(self.weight[slice(*piece)], self.grid, self.scales[rows], self.zeros[rows], self.gram)
+        weight = self.weight[slice(*piece)]
+        return _kind_of_piece(self.gram)(weight, self.grid, self.scales[rows], self.zeros[rows], self.gram)
 
     def _resumed(self, piece: Rows, wanted: Float32 | None) -> Piece:
         work = self._piece(piece)
@@ -185,11 +187,11 @@ class _Work:
         return work
 
     def _put(self, piece: Rows, work: Piece) -> None:
-        rows = slice(*piece)
+        rows, done = slice(*piece), work.state()
         if self.in_rows:
-            self.scales[rows], self.zeros[rows] = work.scales.T, work.zeros.T
-        self.errors[rows] = work.errors
-        self.codes[rows] = self.grid.codes_of(work.levels.T, self._zeros_of(piece))
+            self.scales[rows], self.zeros[rows] = done.scales.T, done.zeros.T
+        self.errors[rows] = done.errors
+        self.codes[rows] = self.grid.codes_of(done.levels.T, self._zeros_of(piece))
 
     def _improve_nested(self, wanted: Mapping[Rows, Float32 | None], sweeps: int, renest: bool) -> None:
         """Refit double-quantized scales to the codes, then descend from there; keep what lowers the error.
@@ -199,7 +201,7 @@ class _Work:
         nested = self.nested
         assert nested is not None
         if renest:
-            best = self._each(lambda piece: self._resumed(piece, wanted[piece]).normal().solve())
+            best = self._each(lambda piece: self._resumed(piece, wanted[piece]).best_scales())
             nested = NestedScales(np.concatenate(best))
         before = (self.codes.copy(), self.scales.copy(), self.errors.copy()) if renest else None
 
@@ -207,10 +209,8 @@ class _Work:
             work, rows = self._resumed(piece, wanted[piece]), slice(*piece)
             work.refit(lambda block, values: nested.nearest(values, (rows, block)))
             descend(work, sweeps)
-            if not renest and (worse := work.errors >= self.errors[rows]).any():
-                kept = self._resumed(piece, wanted[piece])
-                work.levels[:, worse], work.scales[:, worse] = kept.levels[:, worse], kept.scales[:, worse]
-                work.errors[worse] = kept.errors[worse]
+            if not renest and (worse := work.state().errors >= self.errors[rows]).any():
+                work.take(self._resumed(piece, wanted[piece]), worse)
             self._put(piece, work)
 
         self._each(improve)
@@ -226,8 +226,18 @@ class _Work:
         return Codes(self.grid, self.codes, scales, zeros, nested)
 
 
-def _pieces(shape: tuple[int, int], grid: Grid) -> Iterator[Rows]:
+def _kind_of_piece(gram: Gram) -> type[Piece]:
+    """What rows are worked on as: where the Gram matrix lies, in whatever order it takes its columns."""
+    if gram.device is None:
+        return Piece
+    from vera_edge.requantize.torch_piece import TorchPiece  # torch comes with it
+
+    return TorchPiece
+
+
+def _pieces(shape: tuple[int, int], grid: Grid, gram: Gram | None) -> Iterator[Rows]:
     """Rows to be worked on at a time: their weights, and the equations for their scales, have a bound."""
+    more = 1 if gram is None or gram.device is None else _ON_DEVICE
     blocks = -(-shape[1] // grid.width(shape[1]))
-    most = max(1, _NORMAL_VALUES // blocks**2)
-    return row_chunks(shape, values=min(PIECE_VALUES, most * shape[1]))
+    most = max(1, more * _NORMAL_VALUES // blocks**2)
+    return row_chunks(shape, values=min(more * PIECE_VALUES, most * shape[1]))

@@ -16,7 +16,7 @@ from vera_edge.formats.nested import BLOCKSIZE, Nested, code_book, quantize_absm
 from vera_edge.requantize.gram import Gram
 
 # Pull towards the scales that are there, relative to the mean diagonal: a block of zeros keeps its scale.
-_RIDGE = 1e-5
+RIDGE = 1e-5
 _TILE = 128  # inputs that are worked on at a time: what comes of them stays in the processor's cache
 # Puts the scales (rows,) of one block onto a grid of their own.
 Place = Callable[[int, Float32], Float32]
@@ -35,7 +35,7 @@ class Normal:
         self.matrix = _matrix(levels, width, gram)
         self.scales = np.ascontiguousarray(scales.T)
         self._ridge = np.empty(len(self.matrix), np.float32)
-        finish_normal(self.matrix, _RIDGE, self._ridge)
+        finish_normal(self.matrix, RIDGE, self._ridge)
         target = np.add.reduceat(wanted * levels, np.arange(0, len(levels), width), axis=0).T
         self.slope: Float32 = target - self._times(self.scales)
 
@@ -61,14 +61,21 @@ class Normal:
         """Put `best` onto a grid, block by block, the rest making up for it: see `Place`."""
         # As in `Gram.feedback`, for a matrix of each row's own.
         reverse = self.matrix[:, ::-1, ::-1].astype(np.float64)
-        upper = np.linalg.cholesky(reverse)[:, ::-1, ::-1]
-        left, placed = np.empty(best.shape), np.empty_like(best)
-        for block in range(best.shape[1]):
-            shares = upper[:, :block, block] / upper[:, block, block, None]
-            aim = best[:, block] + (left[:, :block] * shares).sum(axis=1)
-            placed[:, block] = place(block, aim.astype(np.float32))
-            left[:, block] = best[:, block].astype(np.float64) - placed[:, block]
-        return placed
+        return one_after_the_other(best, np.linalg.cholesky(reverse)[:, ::-1, ::-1], place)
+
+
+def one_after_the_other(best: Float32, upper: Float64, place: Place) -> Float32:
+    """Scales (rows, blocks) put onto a grid, later ones making up for those before.
+
+    upper: each row's triangular R (rows, blocks, blocks) with R R^T the matrix of its quadratic.
+    """
+    left, placed = np.empty(best.shape), np.empty_like(best)
+    for block in range(best.shape[1]):
+        shares = upper[:, :block, block] / upper[:, block, block, None]
+        aim = best[:, block] + (left[:, :block] * shares).sum(axis=1)
+        placed[:, block] = place(block, aim.astype(np.float32))
+        left[:, block] = best[:, block].astype(np.float64) - placed[:, block]
+    return placed
 
 
 def _matrix(levels: Float32, width: int, gram: Gram) -> Float32:

@@ -12,8 +12,8 @@ import numpy as np
 from vera_edge.arrays import Float32
 from vera_edge.requantize.grids import Grid, levels_in_order
 
-_FACTORS = np.linspace(0.5, 1.1, 13, dtype=np.float32)
-_TURNS = 3
+FACTORS = np.linspace(0.5, 1.1, 13, dtype=np.float32)
+TURNS = 3
 _CODE_BOOK, _ASYMMETRIC, _SYMMETRIC, _EVEN, _UNEVEN_BOOK = range(5)  # as kernels.search_block calls them
 
 
@@ -37,15 +37,15 @@ def search_columns(weight: Float32, costs: Float32, grid: Grid) -> tuple[Float32
     scales = np.empty((-(-inside // width), rows), np.float32)
     zeros = np.empty_like(scales)
     ends = (np.float32(grid.middle), np.float32(grid.top), np.float32(grid.least_zero))
-    constants = (*ends, _kind(grid), *levels_in_order(grid.kind))
+    constants = (*ends, kind_of(grid), *levels_in_order(grid.kind))
     for block, (scale, zero) in enumerate(zip(scales, zeros, strict=True)):
         at = slice(block * width, (block + 1) * width)
         cost = costs[at] if costs.ndim == 2 else np.repeat(costs[at], rows).reshape(-1, rows)
-        search_block(weight[at], cost, _FACTORS, _TURNS, *constants, scale, zero)
+        search_block(weight[at], cost, FACTORS, TURNS, *constants, scale, zero)
     return scales, zeros
 
 
-def _kind(grid: Grid) -> int:
+def kind_of(grid: Grid) -> int:
     if not grid.integer:
         return _UNEVEN_BOOK if grid.kind == "iq4_nl" else _CODE_BOOK
     if not grid.symmetric:
