@@ -22,6 +22,7 @@ from vera_edge.exporting import target as targets
 from vera_edge.exporting.target import Export, ExportArguments, PlannedExport
 from vera_edge.plans.plan import Plan
 from vera_edge.progress import Progress, silent
+from vera_edge.requantize.devices import CPU
 from vera_edge.rounding.weight_rounding import Rounding
 
 __all__ = ["Export", "PlannedExport", "export", "plan_export"]
@@ -53,6 +54,7 @@ def export(
     method: str | None = None,
     effort: str | None = None,
     calibration: StrPath = BUILT_IN,
+    device: str = CPU,
     recover: Sequence[str] = (),
     max_memory: int | str | None = None,
     force: bool = False,
@@ -91,6 +93,7 @@ def export(
         method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
         effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
+        device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others there is.
         recover: what to fit to the rounded base: lambda_b, lambda_d (a branch's), low-rank=RANK, bias.
         max_memory: bytes, or words like "6GB": of what calibration text leaves between layers, an eighth of
             them stays in memory, 512 MiB at most; the rest goes to the disk.
@@ -144,6 +147,7 @@ def export(
             str(calibration),
             recover=tuple(recover),
             effort=effort,
+            device=device,
             max_memory=size_or_none(max_memory),
         ),
     )

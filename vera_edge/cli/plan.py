@@ -50,6 +50,7 @@ from vera_edge.cli import show
 @show.method_option
 @show.effort_option
 @show.calibration_option
+@show.device_option
 @show.more_adapters_option
 @show.weight_option
 @show.projection_rounding_option
@@ -74,6 +75,7 @@ def plan(
     method: str | None,
     effort: str | None,
     calibration: str,
+    device: str,
     more: list[tuple[Path, float]],
     weight: float,
     projection_rounding: str | None,
@@ -105,6 +107,7 @@ def plan(
             method=method,
             effort=effort,
             calibration=calibration,
+            device=device,
             projection_rounding=projection_rounding,
             trained_as=trained_as,
             max_memory=max_memory,

@@ -84,6 +84,11 @@ _DTYPES = ("float32", "bfloat16", "float16")
 )
 @method_option
 @effort_option
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    help="Of gptq: what it computes on. auto: the first that is there of cuda, mps, cpu.  [default: cpu]",
+)
 @force_option
 @quiet_option
 @json_option
@@ -102,6 +107,7 @@ def quantize(
     calibration: str | None,
     method: str | None,
     effort: str | None,
+    device: str | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -133,6 +139,7 @@ def quantize(
             calibration=calibration,
             method=method,
             effort=effort,
+            device=device,
             force=force,
             progress=progress,
         )

@@ -65,6 +65,13 @@ calibration_option: Callable[[F], F] = click.option(
     help="Text to calibrate search, gptq and static activations on: a UTF-8 file like what the adapter is "
     "for, or built-in.",
 )
+device_option: Callable[[F], F] = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="cpu",
+    show_default=True,
+    help="What search and gptq compute on. auto: the first that is there of cuda, mps, cpu.",
+)
 recover_option: Callable[[F], F] = click.option(
     "--recover",
     default="",

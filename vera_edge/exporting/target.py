@@ -114,13 +114,15 @@ class RoundedWeights(NamedTuple):
     """What rounding gave. codes: by module. notes: sentences for a person to read.
 
     model: what to export; its adapters' vectors may have been refitted to the rounded base.
-    corrections: by module, what its output is to get beside.
+    corrections: by module, what its output is to get beside. device: what rounded, where that isn't the
+    processor.
     """
 
     codes: Mapping[str, Codes]
     notes: tuple[str, ...]
     model: TrainedModel
     corrections: Mapping[str, Correction] = MappingProxyType({})
+    device: str | None = None
 
 
 class RoundsWeights(Protocol):
@@ -262,6 +264,7 @@ def export(
         request = replace(
             request,
             model=rounded.model,
+            plan=_rounded_on(request.plan, rounded.device),
             force=force,
             progress=progress,
             requantized=rounded.codes,
@@ -270,6 +273,11 @@ def export(
         )
         exported = exporter.export(request)
     return replace(exported, notes=(*notes, *rounded.notes, *exported.notes))
+
+
+def _rounded_on(plan: Plan, device: str | None) -> Plan:
+    """The plan as the manifest has it: with the device that its weights' bytes come from."""
+    return plan if device is None else replace(plan, options={**plan.options, "device": device})
 
 
 @dataclass(frozen=True)

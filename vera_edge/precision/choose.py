@@ -31,7 +31,7 @@ from vera_edge.precision.units import Sensitivities, as_it_is, bytes_of, heads_o
 from vera_edge.progress import Progress, silent
 from vera_edge.reference import room
 from vera_edge.reference.streamed import LayerStream
-from vera_edge.requantize import CodesFolder, Effort
+from vera_edge.requantize import CodesFolder, Effort, devices
 from vera_edge.requantize.effort import DEFAULT
 from vera_edge.storage.files import staged_folder
 from vera_edge.storage.scratch import scratch_folder
@@ -110,7 +110,12 @@ class _Search:
         for store in stores.values():
             store.folder.mkdir()
         rounded = UnitCodes(
-            self.ready, steps, self.request.method, stores, effort=Effort.named(self.request.effort)
+            self.ready,
+            steps,
+            self.request.method,
+            stores,
+            effort=Effort.named(self.request.effort),
+            device=devices.chosen(self.request.device),
         )
         calibration, sensitivity, check = self._windows()
         trials, heads = Trials(self.ready, self.request.target, self.work), heads_of(self.request.formats)

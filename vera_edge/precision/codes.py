@@ -28,6 +28,7 @@ from vera_edge.reference.layers import Changed
 from vera_edge.reference.model import oriented
 from vera_edge.reference.streamed import LayerStream
 from vera_edge.requantize import Codes, CodesFolder, Effort, Gram, Grid, requantize
+from vera_edge.requantize.devices import CPU, placed
 from vera_edge.requantize.gram import in_threads
 from vera_edge.rounding.weight_rounding import grid_of
 
@@ -48,13 +49,15 @@ class UnitCodes:
     stores: Mapping[str, CodesFolder]
     groups: list[tuple[str, ...]] = field(default_factory=list)
     effort: Effort = field(default_factory=Effort)
+    device: str | None = None  # of the statistics and of rounding; see requantize.devices
 
     def calibrate(
         self, model: Any, windows: Sequence[Int64], progress: Progress, stream: LayerStream | None = None
     ) -> None:
         """Round everything to everything, in one walk of the text through the model; see `Walk`."""
         modules = frozenset(module for steps in self.steps.values() for module in steps)
-        Walk(model, modules, windows, "original", progress, stream).run(self._answer)
+        walk = Walk(model, modules, windows, "original", progress, stream, device=self.device or CPU)
+        walk.run(self._answer)
         reached = {module for group in self.groups for module in group}
         if missing := sorted(modules - reached):
             raise PlanError(
@@ -72,16 +75,16 @@ class UnitCodes:
         ]
         if not wanted:
             return {}
-        gram = Gram.of(inputs.gram)
+        gram = placed(Gram.of(inputs.gram), self.device)
         if self.method == "gptq":
-            _ = gram.feedback  # computed once, before it is asked for by several threads
+            gram.prepare()
 
         targets = {module: self._target(module) for module in inputs.modules}
 
         def work(job: tuple[str, str, Grid]) -> Codes:
             return requantize(targets[job[1]], job[2], self.method, gram, self.effort)
 
-        found = in_threads(work, wanted, torch.get_num_threads())
+        found = in_threads(work, wanted, torch.get_num_threads() if gram.device is None else 1)
         for (name, module, _grid), codes in zip(wanted, found, strict=True):
             self.stores[name].put(module, codes)
         return {}

@@ -9,7 +9,7 @@ from typing import get_args
 from vera_edge.errors import PlanError
 from vera_edge.exporting.target import OLD_NAMES
 from vera_edge.plans.plan import Mode
-from vera_edge.requantize import METHODS, Effort
+from vera_edge.requantize import METHODS, Effort, devices
 from vera_edge.requantize.effort import DEFAULT
 from vera_edge.rounding.weight_rounding import BUILT_IN
 
@@ -30,7 +30,7 @@ class PlanRequest:
     method, effort, calibration: how weights are rounded, as an export does; on `calibration_tokens` of text,
     or as many as the effort takes. data: the text that sensitivities (`tokens` of it) and plans (twice as
     many) are measured on. The calibration's when it is None. max_memory: bytes; a model that takes more than
-    half of them in float32 is read layer by layer.
+    half of them in float32 is read layer by layer. device: see `Rounding`.
     """
 
     max_size: int | None = None
@@ -46,6 +46,7 @@ class PlanRequest:
     calibration_tokens: int | None = None
     effort: str = DEFAULT
     max_memory: int | None = None
+    device: str = devices.CPU
 
     @property
     def check_tokens(self) -> int:
@@ -71,6 +72,8 @@ class PlanRequest:
         if self.method not in METHODS:
             raise PlanError(f"no quantization method is called {self.method!r}; known: {', '.join(METHODS)}")
         Effort.named(self.effort)
+        if self.device not in devices.DEVICES:
+            devices.chosen(self.device)
         unknown = [name for name in self.formats if split(name)[0] not in FORMATS]
         if unknown or not self.formats:
             raise PlanError(

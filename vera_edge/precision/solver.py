@@ -166,7 +166,10 @@ class Solver:
     def _try(self, point: int) -> None:
         predicted, request = self._expected(point), self.request
         rounding = Rounding(
-            text=request.calibration, tokens=request.calibration_tokens, max_memory=request.max_memory
+            text=request.calibration,
+            tokens=request.calibration_tokens,
+            max_memory=request.max_memory,
+            device=request.device,
         )
         found = self.trials.measure(self.plan(point), rounding, len(self.tried), self.replay, self.progress)
         self.tried[point] = Trial(found.size, float(self.points.losses[point]), predicted, found.kl)

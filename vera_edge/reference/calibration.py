@@ -86,6 +86,7 @@ class Walk:
 
     modules: the linears whose inputs are wanted. sees: what later layers read. stream: runs the model layer
     by layer, where its weights aren't in memory. room: bytes of hidden states that stay in memory.
+    device: torch's, that multiplies statistics out; forward passes are the processor's in any case.
     """
 
     model: nn.Module
@@ -95,6 +96,7 @@ class Walk:
     progress: Progress = silent
     stream: LayerStream | None = None
     room: int = ROOM
+    device: str = "cpu"
 
     def run(self, answer: Answer, recall: Recall = _nothing) -> None:
         """Visit every input once, in the order of computation, but for those that `recall` knows.
@@ -114,10 +116,10 @@ class Walk:
                 with stack.placed(index):
                     layer = Layer(stack, index)
                     if self.sees == "original":
-                        _plain(layer, hidden, answer, recall)
+                        _plain(layer, hidden, answer, recall, self.device)
                     else:
                         plan = GroupPlan.of(layer, original, plan)
-                        _following(layer, plan, hidden, original, room, answer, recall)
+                        _following(layer, plan, hidden, original, room, answer, recall, self.device)
             self.progress("calibrating", len(stack.layers), len(stack.layers))
 
     def _opened(self, room: Room) -> tuple[Stack, HiddenStates]:
@@ -145,11 +147,11 @@ def _copied(hidden: HiddenStates, room: Room) -> HiddenStates:
     return found
 
 
-def _plain(layer: Layer, hidden: HiddenStates, answer: Answer, recall: Recall) -> None:
+def _plain(layer: Layer, hidden: HiddenStates, answer: Answer, recall: Recall, device: str) -> None:
     """One layer whose changes nothing sees; `hidden` has its outputs in the end."""
     groups = [group for group in layer.groups(hidden[0]) if recall(group) is None]
     firsts = [group[0] for group in groups]
-    grams, means = {module: MeanProduct() for module in firsts}, {module: Mean() for module in firsts}
+    grams, means = {module: MeanProduct(device) for module in firsts}, {module: Mean() for module in firsts}
     for row in range(len(hidden)):
         inputs, output = layer.inputs(firsts, hidden[row], row, to_the_end=True)
         assert output is not None
@@ -170,6 +172,7 @@ def _following(
     room: Room,
     answer: Answer,
     recall: Recall,
+    device: str,
 ) -> None:
     """One layer input by input, each with the changes before it; both streams have its outputs in the end."""
     kept = {module: layer.state(module) for group in plan.groups for module in group}
@@ -179,14 +182,14 @@ def _following(
         theirs, ours = before.advance(number), now.advance(number)
         changed = recall(group)
         if changed is None:
-            changed = answer(_statistics(layer, group, theirs, ours, len(hidden)))
+            changed = answer(_statistics(layer, group, theirs, ours, device))
         now.states |= {module: layer.changed(module, change) for module, change in changed.items()}
     before.advance(len(plan.groups))
     now.advance(len(plan.groups))
 
 
 def _statistics(
-    layer: Layer, group: tuple[str, ...], before: list[HiddenStates], now: list[HiddenStates], rows: int
+    layer: Layer, group: tuple[str, ...], before: list[HiddenStates], now: list[HiddenStates], device: str
 ) -> LayerInputs:
     """Those of one input; before, now: what the linears read, and a stream, original and requantized.
 
@@ -196,9 +199,9 @@ def _statistics(
     alone = len(group) == 1 and len(now) > 1
     some = now[0][0][:1]
     through = alone and layer.output_of(group[0], some).shape[-1] <= some.shape[-1]
-    gram, moved, stream = MeanProduct(), MeanProduct(), MeanProduct()
+    gram, moved, stream = (MeanProduct(device) for _ in range(3))
     means = Mean(), Mean(), Mean()
-    for row in range(rows):
+    for row in range(len(now[0])):
         x, original = now[0][row], before[0][row]
         gram.add(x, x)
         means[0].add(x)

@@ -35,10 +35,11 @@ class Mean:
 class MeanProduct:
     """X^T Y / n for the X (tokens, in) and Y (tokens, out) that are added, always the same one or always two.
 
-    Where Y is X, half of it is computed and mirrored.
+    Where Y is X, half of it is computed and mirrored. device: torch's, that multiplies.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._sum: torch.Tensor | None = None
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._symmetric = False
@@ -58,14 +59,14 @@ class MeanProduct:
         if self._symmetric:
             for rows in _blocks(len(self._sum)):
                 self._sum[rows.stop :, rows] = self._sum[rows, rows.stop :].T
-        found: Float32 = self._sum.div_(self.count).numpy()
+        found: Float32 = self._sum.div_(self.count).cpu().numpy()
         return found
 
     def _multiply(self) -> None:
         if not self._waiting:
             return
-        x = torch.cat([one for one, _ in self._waiting])
-        y = x if self._symmetric else torch.cat([other for _, other in self._waiting])
+        x = torch.cat([one for one, _ in self._waiting]).to(self._device)
+        y = x if self._symmetric else torch.cat([other for _, other in self._waiting]).to(self._device)
         self._waiting = []
         if self._sum is None:
             self._sum = x.new_zeros(x.shape[1], y.shape[1])

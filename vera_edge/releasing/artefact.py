@@ -85,7 +85,11 @@ def _export(job: ReleaseJob, stage: Path, progress: Progress, plan: Plan | None)
         projection_rounding=job.adapter.projection_dtype,
         progress=progress,
         rounding=Rounding(
-            variant.method, job.recipe.text(variant.calibration), any_adapter=True, effort=variant.effort
+            variant.method,
+            job.recipe.text(variant.calibration),
+            any_adapter=True,
+            effort=variant.effort,
+            device=variant.device or Rounding.device,
         ),
         plan=plan,
         trained_as=base.spec,

@@ -16,6 +16,7 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError
 from vera_edge.releasing.cache import Store
 from vera_edge.releasing.job import ReleaseJob
+from vera_edge.requantize import devices
 from vera_edge.text import windows
 from vera_edge.trained import model as trained_base
 from vera_edge.trained import provenance
@@ -33,7 +34,7 @@ _TOOLS = (
 )
 
 # What a variant is called, and where its files are, changes no byte of the export.
-_NOT_BYTES = {"id", "adapters", "calibration", "plan"}
+_NOT_BYTES = {"id", "adapters", "calibration", "device", "plan"}
 
 
 @cache
@@ -76,6 +77,8 @@ def read(job: ReleaseJob, store: Store) -> ReleaseInputs:
     }
     if base.spec is not None:
         facts["trained_as"] = str(base.spec)
+    if (device := devices.told(devices.chosen(job.variant.device or devices.CPU))) is not None:
+        facts["device"] = device
     if job.variant.plan is not None:
         facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
     return ReleaseInputs(adapter, spec, base_digest, facts, found.notes)

@@ -10,6 +10,7 @@
     piece     some rows on their way through those two
     kernels   their loops, and those of search, compiled by numba; normal_kernels: those of refit
     effort    how far they go
+    devices   where they compute; torch_gram, torch_piece, torch_kernels: the same in torch, for accelerators
     quantize  the methods as one function, `requantize`
     store     codes of many modules, on disk
 

@@ -61,7 +61,8 @@ class Normal:
         """Put `best` onto a grid, block by block, the rest making up for it: see `Place`."""
         # As in `Gram.feedback`, for a matrix of each row's own.
         reverse = self.matrix[:, ::-1, ::-1].astype(np.float64)
-        return one_after_the_other(best, np.linalg.cholesky(reverse)[:, ::-1, ::-1], place)
+        upper = np.linalg.cholesky(reverse)[:, ::-1, ::-1]
+        return one_after_the_other(best, upper.astype(np.float64, copy=False), place)
 
 
 def one_after_the_other(best: Float32, upper: Float64, place: Place) -> Float32:

@@ -30,28 +30,28 @@ class Matrices:
 
 @dataclass(frozen=True, eq=False)
 class TorchGram(Gram):
-    """A Gram matrix that torch's device `on` computes with."""
+    """A Gram matrix that torch's device `place` computes with."""
 
-    on: str = "cpu"
+    place: str = "cpu"
 
     @classmethod
-    def placed(cls, gram: Gram, on: str) -> TorchGram:
+    def placed(cls, gram: Gram, place: str) -> TorchGram:
         """The same matrix on a device."""
-        return cls(gram.values, gram.act_order, gram.mean, on)
+        return cls(gram.values, gram.act_order, gram.mean, place)
 
     @property
     def device(self) -> str | None:  # type: ignore[override]
         # A device's loops take columns as they come.
-        return None if self.act_order else self.on
+        return None if self.act_order else self.place
 
     @property
     def wide(self) -> torch.dtype:
         """The widest floats that the device has."""
-        return torch.float32 if self.on.startswith("mps") else torch.float64
+        return torch.float32 if self.place.startswith("mps") else torch.float64
 
     @cached_property
     def matrices(self) -> Matrices:
-        values = torch.from_numpy(self.values).to(self.on)
+        values = torch.from_numpy(self.values).to(self.place)
         return Matrices(values, *self._factored(values), self.order)
 
     def _factored(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,7 +63,8 @@ class TorchGram(Gram):
                 factor = lower.flip(0, 1)
                 diagonal = factor.diagonal().clone()
                 return (factor / diagonal).float(), diagonal.square().float()
-        return torch.from_numpy(self.feedback).to(self.on), torch.from_numpy(self.conditional).to(self.on)
+        feedback, conditional = (torch.from_numpy(part) for part in (self.feedback, self.conditional))
+        return feedback.to(self.place), conditional.to(self.place)
 
     def prepare(self) -> None:
         _ = super().prepare() if self.device is None else self.matrices
@@ -73,7 +74,7 @@ class TorchGram(Gram):
     ) -> Float32:
         if self.device is None:
             return super().shift(weight, moved, stream, threads)
-        place, factor = self.on, self.matrices.feedback
+        place, factor = self.place, self.matrices.feedback
         if moved is None:
             pull = torch.zeros(weight.shape, device=place)
         else:

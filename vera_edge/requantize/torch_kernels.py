@@ -96,6 +96,7 @@ def search_block(
     turns: int,
     middle: float,
     top: float,
+    least: float,
     kind: int,
     table: Tensor,
     bounds: Tensor,
@@ -105,7 +106,7 @@ def search_block(
     """As kernels.search_block, of all candidates at once; costs (n,)."""
     low, high = weights.amin(0).clamp(max=0), weights.amax(0).clamp(min=0)
     sides = range(1 if kind in (0, 3) else 2)
-    offers = [_candidates(low, high, factors, side, middle, top, kind) for side in sides]
+    offers = [_candidates(low, high, factors, side, middle, top, least, kind) for side in sides]
     # In the order of kernels.search_block: of two that are as good the first is taken.
     scale, zero = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*offers, strict=True))
     step = max(1, _VALUES // weights.numel())
@@ -137,14 +138,14 @@ def _offered(
 
 
 def _candidates(
-    low: Tensor, high: Tensor, factors: Tensor, side: int, middle: float, top: float, kind: int
+    low: Tensor, high: Tensor, factors: Tensor, side: int, middle: float, top: float, least: float, kind: int
 ) -> tuple[Tensor, Tensor]:
     """Scales and zero points (factors, rows), as kernels._candidate has them."""
     factor = factors[:, None]
     if kind == 1:
         scale = (high - low) * (factor / top)
         exact = -low * factor * torch.where(scale > _TINY, 1 / scale, torch.zeros_like(scale))
-        return scale, (exact.floor() if side == 0 else exact.ceil()).clamp(0, top)
+        return scale, (exact.floor() if side == 0 else exact.ceil()).clamp(least, top)
     book = kind in (0, 4)
     reach = 1.0 if book else middle if side == 0 else middle - top
     largest = torch.maximum(high, -low)

@@ -24,7 +24,7 @@ class TorchPiece(Piece):
 
     def __init__(self, weight: Float32, grid: Grid, scales: Float32, zeros: Float32, gram: TorchGram) -> None:
         super().__init__(weight, grid, scales, zeros, gram)
-        self._wide, self._place = gram.wide, gram.on
+        self._wide, self._place = gram.wide, gram.place
         own: Any = self
         own.gram = gram.matrices
         own.weight, own.scales, own.zeros = (self._sent(part) for part in (own.weight, own.scales, own.zeros))
@@ -50,11 +50,11 @@ class TorchPiece(Piece):
         return values.contiguous()
 
     def search_block(self, block: int, weight: Any, costs: Any) -> None:
-        grid, (table, bounds, top) = self.grid, self.kernel_grid
-        found = torch.empty_like(weight[0]), torch.empty_like(weight[0])
-        grid_of = (float(grid.middle), top, kind_of(grid), table, bounds)
-        torch_kernels.search_block(weight, costs, self._sent(FACTORS), TURNS, *grid_of, *found)
         own: Any = self
+        table, bounds, top = own.kernel_grid
+        facts = (float(self.grid.middle), top, float(self.grid.least_zero), kind_of(self.grid), table, bounds)
+        found = torch.empty_like(weight[0]), torch.empty_like(weight[0])
+        torch_kernels.search_block(weight, costs, self._sent(FACTORS), TURNS, *facts, *found)
         own.scales[block], own.zeros[block] = self._stored(found[0]), found[1]
 
     def _stored(self, scales: Any) -> Any:
@@ -74,7 +74,8 @@ class TorchPiece(Piece):
     def state(self) -> State:
         own: Any = self
         errors = own.errors.cpu().numpy().astype(np.float64)
-        return State(*(part.cpu().numpy() for part in (own.levels, own.scales, own.zeros)), errors)
+        levels, scales, zeros = (part.cpu().numpy() for part in (own.levels, own.scales, own.zeros))
+        return State(levels, scales, zeros, errors)
 
     def take(self, other: Piece, rows: Any) -> None:
         super().take(other, self._sent(rows))

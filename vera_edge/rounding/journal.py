@@ -23,7 +23,7 @@ from vera_edge import __version__, versions
 from vera_edge.adapters.adapter import LayerChange
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.errors import OutputError
-from vera_edge.requantize import Codes, CodesFolder, Grid
+from vera_edge.requantize import Codes, CodesFolder, Grid, devices
 from vera_edge.requantize.correction import Correction
 from vera_edge.storage.files import output_error, sha256_bytes, sha256_file, write_atomic
 from vera_edge.storage.json_text import canonical_json
@@ -150,6 +150,7 @@ def key_of(model: TrainedModel, grids: Mapping[str, Grid], calibration: Any, mer
         "grids": {module: repr(grid) for module, grid in grids.items()},
         "how": [calibration.method, calibration.sees, calibration.follow, list(calibration.recover)],
         "effort": asdict(calibration.effort),
+        "device": devices.told(calibration.device),
         "text": windows.hexdigest(),
         "as": [merged, task, __version__, versions.installed(_TOOLS)],
         "threads": torch.get_num_threads(),  # they may change how a product is summed up

@@ -32,6 +32,7 @@ from vera_edge.requantize import (
     Effort,
     Grid,
     bnb_grid,
+    devices,
     int8_rows,
     int_blocks,
 )
@@ -98,6 +99,7 @@ class Rounding:
     any_adapter: calibrate a side-branch's base without its adapter, so that the weights come out the same
         whichever adapter they are exported with.
     effort: of requantize.EFFORTS, what "search" and "gptq" spend; None for the plan's own or "default".
+    device: of requantize.devices.DEVICES, what statistics and rounding are computed on.
     max_memory: bytes; an eighth of them, and no more than `hidden_states.ROOM`, is for what a text leaves
         between layers, the rest of which goes to the disk. Models are read layer by layer in any case.
     """
@@ -109,6 +111,7 @@ class Rounding:
     any_adapter: bool = False
     effort: str | None = None
     max_memory: int | None = None
+    device: str = devices.CPU
 
     @contextmanager
     def codes(
@@ -124,14 +127,14 @@ class Rounding:
         A run that was killed goes on where it was, as long as all that decides the result is the same.
 
         No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or
-        effort, a method that no layer can use, or where nothing can be recovered; DataError for unusable
-        text.
+        effort, a device that isn't there, a method that no layer can use, or where nothing can be recovered;
+        DataError for unusable text.
         """
         method = self.method or str(plan.options.get("method") or default_method(plan.steps))
         if method not in METHODS:
             raise PlanError(f"no quantization method is called {method!r}; known: {', '.join(METHODS)}")
         named = self.effort or str(plan.options.get("effort") or DEFAULT)
-        effort = Effort.named(named)
+        effort, device = Effort.named(named), devices.chosen(self.device)
         asked = recover.check(self.recover, model.adapters, plan.mode == "merged", method)
         if asked.corrects and not exported:
             raise PlanError("only an exported graph has a place for a low-rank term or a bias of its own")
@@ -158,9 +161,16 @@ class Rounding:
         from vera_edge.rounding.writeback import Calibration, write_back
 
         said = method if named == DEFAULT else f"{method} with effort {named}"
+        on = devices.told(device) if method in ("search", "gptq") else None
+        said += f" on {on}" if on else ""
         cut, notes = _windows(model.checkpoint, method, said, self.text, self.tokens or effort.tokens)
         calibration = Calibration(
-            cut, method, "inputs" if effort.follows else "original", effort=effort, recover=self.recover
+            cut,
+            method,
+            "inputs" if effort.follows else "original",
+            effort=effort,
+            recover=self.recover,
+            device=device,
         )
         merged = plan.mode == "merged"
         seen = replace(model, adapters=()) if self.any_adapter and not merged else model
@@ -173,7 +183,7 @@ class Rounding:
             if count := max(len(won.vectors), len(won.corrections)):
                 parts = " and ".join(self.recover)
                 notes = (*notes, f"{parts} of {count} layers were fitted to the rounding")
-            yield RoundedWeights(store, notes, _with_vectors(model, won.vectors), won.corrections)
+            yield RoundedWeights(store, notes, _with_vectors(model, won.vectors), won.corrections, on)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from vera_edge.reference.model import TorchReference, load_dense, load_light, or
 from vera_edge.reference.streamed import LayerStream
 from vera_edge.requantize import Codes, Effort, Gram, Grid, requantize
 from vera_edge.requantize.correction import Correction, low_rank
+from vera_edge.requantize.devices import CPU, placed
 from vera_edge.requantize.gram import in_threads
 from vera_edge.rounding import recover
 from vera_edge.rounding.journal import Rounded, RoundingJournal
@@ -47,7 +48,8 @@ class Recovered:
 class Calibration:
     """How to calibrate. `windows`: token ids. `sees`, `follow`: see calibration.py.
 
-    recover: what to win back, of recover.PARTS.
+    recover: what to win back, of recover.PARTS. device: torch's name of the one that computes statistics and
+    rounds; None: the processor's compiled loops.
     """
 
     windows: Sequence[Int64]
@@ -56,6 +58,7 @@ class Calibration:
     follow: float = 1.0
     effort: Effort = field(default_factory=Effort)
     recover: tuple[str, ...] = ()
+    device: str | None = None
 
 
 def write_back(
@@ -87,7 +90,8 @@ def write_back(
             raise MismatchError(f"{model.checkpoint.path} has no linear layer called {module}")
     work = _WriteBack(model, grids, calibration, put, merged, asked, journal)
     if calibration.method in ("search", "gptq") and not work.is_done():
-        walk = replace(work.walk(auto_class, layer_by_layer, progress), room=room)
+        walk = work.walk(auto_class, layer_by_layer, progress)
+        walk = replace(walk, room=room, device=calibration.device or CPU)
         walk.run(work.answer, work.recall)
     work.finish(progress)
     return Recovered(work.refitted, work.corrections)
@@ -207,9 +211,10 @@ class _WriteBack:
     def _answer(self, inputs: LayerInputs) -> Mapping[str, Changed]:
         effort = self.calibration.effort
         gram = Gram.of(inputs.gram, max(effort.damp, inputs.damp), effort.act_order, in_place=True)
+        gram = placed(gram, self.calibration.device)
         if self.calibration.method == "gptq":
-            _ = gram.feedback  # computed once, before it is asked for by several threads
-        cores = _threads()
+            gram.prepare()
+        cores = _threads() if gram.device is None else 1
         # Where fewer modules than cores read the same input, the rows of each are shared out.
         self.threads = max(1, cores // len(inputs.modules))
 

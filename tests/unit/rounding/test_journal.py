@@ -182,6 +182,7 @@ def test_anything_that_decides_the_result_makes_another_key(
         key_of(model, grids, Calibration(WINDOWS[:5]), True, "AutoModelForCausalLM"),
         key_of(model, grids, Calibration(WINDOWS[:4], "search"), True, "AutoModelForCausalLM"),
         key_of(model, grids, Calibration(WINDOWS[:4], follow=0.5), True, "AutoModelForCausalLM"),
+        key_of(model, grids, Calibration(WINDOWS[:4], device="cpu"), True, "AutoModelForCausalLM"),
     ]
     assert len(set(keys)) == len(keys)
     again = merging.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)]).model
