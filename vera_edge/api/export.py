@@ -54,7 +54,7 @@ def export(
     method: str | None = None,
     effort: str | None = None,
     calibration: StrPath = BUILT_IN,
-    device: str = CPU,
+    compute_device: str = CPU,
     recover: Sequence[str] = (),
     max_memory: int | str | None = None,
     force: bool = False,
@@ -93,7 +93,7 @@ def export(
         method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
         effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
-        device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others there is.
+        compute_device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others.
         recover: what to fit to the rounded base: lambda_b, lambda_d (a branch's), low-rank=RANK, bias.
         max_memory: bytes, or words like "6GB": of what calibration text leaves between layers, an eighth of
             them stays in memory, 512 MiB at most; the rest goes to the disk.
@@ -147,7 +147,7 @@ def export(
             str(calibration),
             recover=tuple(recover),
             effort=effort,
-            device=device,
+            device=compute_device,
             max_memory=size_or_none(max_memory),
         ),
     )

@@ -71,7 +71,7 @@ def merge(
     method: str | None = None,
     effort: str | None = None,
     calibration: StrPath = BUILT_IN,
-    device: str = CPU,
+    compute_device: str = CPU,
     weight: float = 1.0,
     projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
@@ -100,7 +100,7 @@ def merge(
         method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
         effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
-        device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others there is.
+        compute_device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others.
         weight: scales the delta of an adapter that has no weight of its own.
         projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
@@ -141,7 +141,7 @@ def merge(
         tokenizer=tokenizer,
     )
     rounding = Rounding(
-        method, str(calibration), effort=effort, max_memory=resources.max_memory, device=device
+        method, str(calibration), effort=effort, max_memory=resources.max_memory, device=compute_device
     )
     return merge_to_folders({Path(out): planned._ready}, rounding, progress, force, resources)[0]
 
@@ -157,7 +157,7 @@ def merge_each(
     method: str | None = None,
     effort: str | None = None,
     calibration: StrPath = BUILT_IN,
-    device: str = CPU,
+    compute_device: str = CPU,
     weight: float = 1.0,
     projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
@@ -203,7 +203,13 @@ def merge_each(
     ready = {Path(out) / name: one._ready for name, one in planned.items()}
     return merge_to_folders(
         ready,
-        Rounding(method, str(calibration), effort=effort, max_memory=resources.max_memory, device=device),
+        Rounding(
+            method,
+            str(calibration),
+            effort=effort,
+            max_memory=resources.max_memory,
+            device=compute_device,
+        ),
         progress,
         force,
         resources,

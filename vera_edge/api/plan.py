@@ -42,7 +42,7 @@ def plan(
     method: str | None = None,
     effort: str | None = None,
     calibration: StrPath = BUILT_IN,
-    device: str = CPU,
+    compute_device: str = CPU,
     weight: float = 1.0,
     projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
@@ -71,7 +71,7 @@ def plan(
         method: how to round: rtn, search, hqq or gptq; None: gptq.
         effort: what search and gptq spend: quick, default or thorough; None: default.
         calibration: a UTF-8 text file to calibrate on, or "built-in".
-        device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others there is.
+        compute_device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others.
         weight: scales the delta of an adapter that has no weight of its own.
         projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
@@ -103,7 +103,7 @@ def plan(
         target=target,
         method=method or PlanRequest.method,
         effort=effort or PlanRequest.effort,
-        device=device,
+        device=compute_device,
         calibration=str(calibration),
         data=None if data is None else str(data),
         tokens=tokens,

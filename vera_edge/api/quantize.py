@@ -33,7 +33,7 @@ def quantize(
     calibration: StrPath | None = None,
     method: str | None = None,
     effort: str | None = None,
-    device: str | None = None,
+    compute_device: str | None = None,
     force: bool = False,
     progress: Progress = silent,
 ) -> Quantized:
@@ -59,7 +59,7 @@ def quantize(
         calibration: of gptq: a UTF-8 text file to calibrate on, or "built-in" (the default).
         method: of gptq: how to round: rtn, search, hqq or gptq (the default).
         effort: of gptq: what search and gptq spend: quick, default or thorough.
-        device: of gptq: what they compute on: cpu (the default), cuda, mps, or auto, the first of the others.
+        compute_device: of gptq: what they compute on: cpu (the default), cuda, mps, or auto.
         force: replace `out` where it exists.
         progress: called with what is done, how much of it, and of how much (bytes).
 
@@ -85,7 +85,7 @@ def quantize(
         "calibration": calibration,
         "method": method,
         "effort": effort,
-        "device": device,
+        "compute_device": compute_device,
     }
     of_loading = {
         "like": like,
@@ -105,7 +105,7 @@ def quantize(
 
     form = integer_base.IntegerForm(32 if group is None else group, asymmetric is False)
     text = BUILT_IN if calibration is None else str(calibration)
-    rounding = Rounding(method, text, effort=effort, device=device or Rounding.device)
+    rounding = Rounding(method, text, effort=effort, device=compute_device or Rounding.device)
     return integer_base.to_folder(Path(base), Path(out), form, rounding, force, progress)
 
 

@@ -13,7 +13,7 @@ import vera_edge
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
-    device_option,
+    compute_device_option,
     effort_option,
     force_option,
     json_option,
@@ -105,7 +105,7 @@ GGUF_WEIGHTS = "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4
 @method_option
 @effort_option
 @calibration_option
-@device_option
+@compute_device_option
 @recover_option
 @click.option("--max-memory", metavar="SIZE", help="Calibrate within it, like 6GB; see the docs.")
 @click.option("--dry-run", is_flag=True, help="Say what it would write and take, and write nothing.")
@@ -138,7 +138,7 @@ def export(
     method: str | None,
     effort: str | None,
     calibration: str,
-    device: str,
+    compute_device: str,
     recover: tuple[str, ...],
     max_memory: str | None,
     dry_run: bool,
@@ -172,7 +172,7 @@ def export(
         _show_planned(vera_edge.plan_export(base, pairs, **asked), as_json)
         return
     asked |= {"method": method, "effort": effort, "calibration": calibration, "recover": recover}
-    asked |= {"device": device}
+    asked |= {"compute_device": compute_device}
     asked |= {"max_memory": max_memory, "force": force}
     with progress_bar(quiet or as_json) as progress:
         result = vera_edge.export(base, pairs, out=folder, progress=progress, **asked)

@@ -15,7 +15,7 @@ from vera_edge import printable
 from vera_edge.cli.show import (
     FOLDER,
     calibration_option,
-    device_option,
+    compute_device_option,
     effort_option,
     err,
     force_option,
@@ -62,7 +62,7 @@ _SHOWN = 5
 @method_option
 @effort_option
 @calibration_option
-@device_option
+@compute_device_option
 @more_adapters_option
 @weight_option
 @projection_rounding_option
@@ -90,7 +90,7 @@ def merge(
     method: str | None,
     effort: str | None,
     calibration: str,
-    device: str,
+    compute_device: str,
     more: list[tuple[Path, float]],
     weight: float,
     projection_rounding: str | None,
@@ -135,7 +135,7 @@ def merge(
         "method": method,
         "effort": effort,
         "calibration": calibration,
-        "device": device,
+        "compute_device": compute_device,
         "workers": workers,
         "max_memory": max_memory,
         "engine": engine,

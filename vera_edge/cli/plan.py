@@ -50,7 +50,7 @@ from vera_edge.cli import show
 @show.method_option
 @show.effort_option
 @show.calibration_option
-@show.device_option
+@show.compute_device_option
 @show.more_adapters_option
 @show.weight_option
 @show.projection_rounding_option
@@ -75,7 +75,7 @@ def plan(
     method: str | None,
     effort: str | None,
     calibration: str,
-    device: str,
+    compute_device: str,
     more: list[tuple[Path, float]],
     weight: float,
     projection_rounding: str | None,
@@ -107,7 +107,7 @@ def plan(
             method=method,
             effort=effort,
             calibration=calibration,
-            device=device,
+            compute_device=compute_device,
             projection_rounding=projection_rounding,
             trained_as=trained_as,
             max_memory=max_memory,

@@ -85,7 +85,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 @method_option
 @effort_option
 @click.option(
-    "--device",
+    "--compute-device",
     type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     help="Of gptq: what it computes on. auto: the first that is there of cuda, mps, cpu.  [default: cpu]",
 )
@@ -107,7 +107,7 @@ def quantize(
     calibration: str | None,
     method: str | None,
     effort: str | None,
-    device: str | None,
+    compute_device: str | None,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -139,7 +139,7 @@ def quantize(
             calibration=calibration,
             method=method,
             effort=effort,
-            device=device,
+            compute_device=compute_device,
             force=force,
             progress=progress,
         )

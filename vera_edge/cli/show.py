@@ -65,8 +65,8 @@ calibration_option: Callable[[F], F] = click.option(
     help="Text to calibrate search, gptq and static activations on: a UTF-8 file like what the adapter is "
     "for, or built-in.",
 )
-device_option: Callable[[F], F] = click.option(
-    "--device",
+compute_device_option: Callable[[F], F] = click.option(
+    "--compute-device",
     type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     default="cpu",
     show_default=True,

@@ -277,7 +277,7 @@ def export(
 
 def _rounded_on(plan: Plan, device: str | None) -> Plan:
     """The plan as the manifest has it: with the device that its weights' bytes come from."""
-    return plan if device is None else replace(plan, options={**plan.options, "device": device})
+    return plan if device is None else replace(plan, options={**plan.options, "compute_device": device})
 
 
 @dataclass(frozen=True)

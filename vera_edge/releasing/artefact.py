@@ -89,7 +89,7 @@ def _export(job: ReleaseJob, stage: Path, progress: Progress, plan: Plan | None)
             job.recipe.text(variant.calibration),
             any_adapter=True,
             effort=variant.effort,
-            device=variant.device or Rounding.device,
+            device=variant.compute_device or Rounding.device,
         ),
         plan=plan,
         trained_as=base.spec,

@@ -34,7 +34,7 @@ _TOOLS = (
 )
 
 # What a variant is called, and where its files are, changes no byte of the export.
-_NOT_BYTES = {"id", "adapters", "calibration", "device", "plan"}
+_NOT_BYTES = {"id", "adapters", "calibration", "compute_device", "plan"}
 
 
 @cache
@@ -77,8 +77,8 @@ def read(job: ReleaseJob, store: Store) -> ReleaseInputs:
     }
     if base.spec is not None:
         facts["trained_as"] = str(base.spec)
-    if (device := devices.told(devices.chosen(job.variant.device or devices.CPU))) is not None:
-        facts["device"] = device
+    if (device := devices.told(devices.chosen(job.variant.compute_device or devices.CPU))) is not None:
+        facts["compute_device"] = device
     if job.variant.plan is not None:
         facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
     return ReleaseInputs(adapter, spec, base_digest, facts, found.notes)

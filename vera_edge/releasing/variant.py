@@ -56,7 +56,7 @@ class Variant(RecipeTable):
     method: Literal["rtn", "search", "hqq", "gptq"] | None = None
     effort: Literal["quick", "default", "thorough"] | None = None
     calibration: Line = windows.BUILT_IN
-    device: Literal["auto", "cpu", "cuda", "mps"] | None = None
+    compute_device: Literal["auto", "cpu", "cuda", "mps"] | None = None
     id: Id | None = None
     adapters: tuple[Id, ...] | None = Field(default=None, strict=False, min_length=1)
 
@@ -96,7 +96,7 @@ class Variant(RecipeTable):
                 target=self.target,
                 method=self.method or PlanRequest.method,
                 effort=self.effort or PlanRequest.effort,
-                device=self.device or PlanRequest.device,
+                device=self.compute_device or PlanRequest.device,
                 calibration=calibration,
             )
             asked.check()

@@ -65,7 +65,7 @@ def test_a_device_that_is_not_there_is_said_so(
     words = (tiny_llama.nf4, tiny_adapter, "-o", tmp_path / "out")
     for name in missing:
         for command in (("merge", *words), ("export", *words, "--weights", "int4")):
-            result = cli(*command, "--device", name)
+            result = cli(*command, "--compute-device", name)
             assert result.exit_code == 2 and f"there is no {name} device" in result.stderr
             assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
@@ -100,6 +100,8 @@ def test_a_bundle_says_what_rounded_it(
 ) -> None:
     for device, said in (("cpu", None), ("cuda", "cpu")):
         out = tmp_path / device
-        vera_edge.export(tiny_llama.nf4, tiny_adapter, out=out, weights="int4", device=device, effort="quick")
+        vera_edge.export(
+            tiny_llama.nf4, tiny_adapter, out=out, weights="int4", compute_device=device, effort="quick"
+        )
         plan = contents.read(out).plan
-        assert plan is not None and plan["options"].get("device") == said
+        assert plan is not None and plan["options"].get("compute_device") == said
