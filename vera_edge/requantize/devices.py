@@ -26,7 +26,7 @@ def chosen(name: str) -> str | None:
         return next((device for device, is_there in there.items() if is_there), None)
     if not there[name]:
         raise PlanError(
-            f"there is no {name} device that torch {torch.__version__} can use; choose cpu or auto to compute on"
+            f"there is no {name} device that torch {torch.__version__} can use; choose cpu or auto instead"
         )
     return name
 
