@@ -2,7 +2,8 @@
 
 Exports the demo's decoder (merged and as a side-branch, int8) and an encoder (float32, int8, and int8 with
 int8 activations, dynamic and static), opens each folder in vera_edge, plain ONNX Runtime, ONNX Runtime GenAI,
-Optimum and Transformers.js, and the model as GGUF in llama.cpp, and exits 1 when one says something else.
+Optimum and Transformers.js, the decoder with float16 ends in headless Chromium where that is installed, and
+the model as GGUF in llama.cpp, and exits 1 when one says something else.
 Run by scripts/test_consumers, which makes the environments.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from scripts import bench_llama_cpp, demo_encoder, prepare_demo
+from scripts.consumers import with_browser
 from vera_edge.device.runtime.chat import BundleText
 from vera_edge.exporting import frozen_graph, target
 from vera_edge.measuring.opened_reference import open_trained
@@ -47,6 +49,7 @@ def main(environments: Path) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         failed = _decoders([*decoders, optimum, script], Path(temporary))
         failed |= _encoders([optimum, script], Path(temporary))
+        failed |= _in_a_browser(decoders[0], environments / "node", Path(temporary))
         failed |= _llama(environments.parent / "llama-cpp", Path(temporary))
     return int(failed)
 
@@ -61,6 +64,26 @@ def _decoders(commands: list[list[str]], work: Path) -> bool:
             frozen_graph.freeze(folder, name, file.stem)  # for Transformers.js
             words = [str(folder), PROMPT, str(COUNT), str(file)]
             failed |= _compare(f"{folder.name}, adapter {name}", commands, words)
+    return failed
+
+
+def _in_a_browser(ours: list[str], node: Path, work: Path) -> bool:
+    """The same text in Chromium, whose ONNX Runtime has no `GatherBlockQuantized`: embeddings in float16."""
+    if with_browser.installed() is None:
+        print("no Chromium is installed; nothing was opened in a browser")
+        return False
+    demo, failed = prepare_demo.prepare(), False
+    browser = [sys.executable, str(HERE / "with_browser.py"), str(node)]
+    for mode in ("merged", "branch"):
+        folder = work / f"browser-{mode}"
+        ends = {"head": "fp16"}
+        adapters = [(demo.adapter, 1.0)]
+        made = target.export(demo.base, adapters, folder, mode=mode, weights="int8", options=ends)
+        failed |= _compare(folder.name, [ours, browser], [str(folder), PROMPT, str(COUNT)])
+        for name, file in made.adapters.items():
+            frozen_graph.freeze(folder, name, file.stem)
+            words = [str(folder), PROMPT, str(COUNT), str(file)]
+            failed |= _compare(f"{folder.name}, adapter {name}", [ours, browser], words)
     return failed
 
 
