@@ -40,7 +40,7 @@ def estimate(request: ExportRequest, timed: bool, encoder: bool) -> ExportCost:
     beside = options.beside(request, encoder)
     head = [_matrix(shape, beside[options.HEAD]) for shape in tables]
     size = sum(sizes) + sum(head) + _vectors(request)
-    if request.plan.mode == "branch":
+    if options.PROJECTIONS in beside:
         elements = _elements(request)
         size += int(elements * _BYTES.get(beside[options.PROJECTIONS], 1.1))
     shapes = [*(step.shape for step in request.plan.steps), *tables]

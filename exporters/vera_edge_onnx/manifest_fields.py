@@ -81,6 +81,7 @@ def manifest_fields(
         },
         default_adapter=names[0] if branch else None,
         projection=request.model.projection_record if branch else None,
+        lora_rank=None if (pairs := adapters.pair_shapes(request)) is None else pairs.rank,
         model_version=adapters.model_version(request, layout) if branch else None,
         trained_names=_trained_names(request) if branch else {},
         vectors=layout,

@@ -90,7 +90,9 @@ def woven(request: ExportRequest, graph: ir.Model, sites: Sequence[Site]) -> ir.
     nodes = {node.name: node for node in copy.graph}
     weaver = Weaver(copy)
     inside = [replace(site, node=nodes[site.node.name]) for site in sites]
-    branch.weave(weaver, inside, {}, adapters.sizes(request), request.model.projections, "fp32")
+    pairs = adapters.pair_shapes(request)
+    sizes = adapters.sizes(request)
+    branch.weave(weaver, inside, {}, sizes, request.model.projections, "fp32", pairs=pairs)
     weaver.finish()
     return copy
 

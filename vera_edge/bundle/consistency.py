@@ -73,6 +73,10 @@ def _check_vectors(value: Mapping[str, Any], need: Need) -> None:
             f"vectors asks for rows {start} to {stop} of {module}, which has {sizes[module]}",
         )
     held = sum(taken.values()) + (spec["rank"] * len(taken) if spec is not None else 0)
+    if (rank := value.get("lora_rank")) is not None:
+        need(plan is not None and spec is None, "lora_rank beside a projection, or without a plan")
+        widths = {step["module"]: step["shape"][1] for step in plan["steps"]}
+        held = rank * (sum(taken.values()) + sum(widths[module] for module in taken))
     for name, entry in value["adapters"].items():
         size = value["files"][entry["file"]]["size"] if entry.get("file") is not None else 0
         width = _WIDTHS[value.get("vector_dtype", "float32")]

@@ -62,6 +62,7 @@ class ManifestFields:
     file of golden vectors. `requires` maps a runtime's distribution name to the oldest version that runs the
     graph, `cpu` lists what an x86 processor must have to give the right values ("vnni"), None when that isn't
     recorded.
+    `lora_rank` is the rank of the side-branches where they are LoRA's pairs; None where they are VeRA's.
     `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
     `trained_names` maps a module of the base to what PEFT calls it, where that's another name.
     `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py),
@@ -85,6 +86,7 @@ class ManifestFields:
     adapters: Mapping[str, Mapping[str, Json]] = field(default_factory=dict)
     default_adapter: str | None = None
     projection: Mapping[str, Json] | None = None
+    lora_rank: int | None = None
     model_version: int | None = None
     trained_names: Mapping[str, str] = field(default_factory=dict)
     vectors: Sequence[tuple[str, int, int]] = ()
@@ -246,6 +248,7 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
     "adapters": (lambda value: _is_map(value, _has_digest), "isn't an object of adapters with digests"),
     "default_adapter": (lambda value: value is None or _is_text(value), "isn't the name of an adapter"),
     "projection": (lambda value: value is None or _has_digest(value), "isn't an object with a digest"),
+    "lora_rank": (lambda value: value is None or _is_int32(value), "isn't an integer from 1 to 2**31 - 1"),
     "model_version": (
         lambda value: value is None or _is_int32(value),
         "isn't an integer from 1 to 2**31 - 1",
@@ -281,6 +284,7 @@ _OPTIONAL = frozenset(
         "cpu",
         "exact",
         "generated",
+        "lora_rank",
         "model_version",
         "options",
         "trained_names",

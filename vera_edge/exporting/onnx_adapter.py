@@ -16,14 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.adapters import reading as adapters
-from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.adapter import VERA, Adapter
 from vera_edge.adapters.projection import Projections, ProjectionSpec, stream_digest
 from vera_edge.adapters.vera import vectors_of
 from vera_edge.arrays import Float32
 from vera_edge.base.overlay import digest_of
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
-from vera_edge.errors import AdapterError, MismatchError, OutputError, PlanError
+from vera_edge.errors import MismatchError, OutputError, PlanError
+from vera_edge.exporting import lora_pairs
+from vera_edge.exporting.float_range import stored
 from vera_edge.storage.files import check_output, sha256_bytes, write_atomic
 from vera_edge.storage.json_text import canonical_json
 from vera_edge.trained import alignment
@@ -32,9 +34,6 @@ ADAPTER_VERSION = 1
 # The graph's inputs: every module's lambda_b in a row, and every module's lambda_d.
 LAMBDA_B, LAMBDA_D = "vera.lambda_b", "vera.lambda_d"
 Floats = npt.NDArray[Any]  # float32 or float16
-# A vector that float16 changes by more than this share can't be stored so. Rounding to its 11 bits changes a
-# value by 2^-11, a two-thousandth, at most; more is lost only where values fall below its range.
-_LOST = 0.01
 # Module, start, stop: some rows of its lambda_b.
 Piece = tuple[str, int, int]
 
@@ -84,24 +83,11 @@ def vectors(
         (LAMBDA_B, pieces, [module for module, _, _ in layout]),
         (LAMBDA_D, scales, list(modules)),
     ):
-        stored = [
-            _stored(part, dtype, f"{name.removeprefix('vera.')} of {module} in {adapter.path}")
+        values = [
+            stored(part, dtype, f"{name.removeprefix('vera.')} of {module} in {adapter.path}")
             for part, module in zip(parts, owners, strict=True)
         ]
-        found[name] = np.concatenate(stored)[None, None]
-    return found
-
-
-def _stored(values: Float32, dtype: str, what: str) -> Floats:
-    """`values` in a dtype. Raises AdapterError when they become infinite, or too little of them is left."""
-    with np.errstate(over="ignore"):
-        found: Floats = values.astype(dtype)
-    wide = values.astype(np.float64)
-    if not np.linalg.norm(found - wide) <= _LOST * np.linalg.norm(wide):
-        raise AdapterError(
-            f"{what} doesn't fit {dtype}, which holds 6e-8 to 65504: its largest value is "
-            f"{np.abs(wide).max():.3g}; use a bundle that was exported with --vectors fp32"
-        )
+        found[name] = np.concatenate(values)[None, None]
     return found
 
 
@@ -146,7 +132,11 @@ def pack(
             f"the bundle {manifest.folder} doesn't say how its vectors are laid out; export it again"
         )
     layout = [(module, start, stop) for module, start, stop in manifest.vectors]
-    arrays = vectors(adapter, layout, weight, manifest.vector_dtype)
+    if manifest.lora_rank is not None:
+        shapes = lora_pairs.PairShapes(manifest.lora_rank, module_shapes(manifest))
+        arrays = lora_pairs.arrays(adapter, layout, shapes, weight, manifest.vector_dtype)
+    else:
+        arrays = vectors(adapter, layout, weight, manifest.vector_dtype)
     return write(path, arrays, manifest.model_version)
 
 
@@ -164,21 +154,62 @@ def pack_folder(adapter: Path, folder: Path, path: Path, weight: float = 1.0, fo
 
 
 def module_sizes(manifest: Manifest) -> dict[str, int]:
-    """Output features of every module that the bundle's graph has vectors for."""
+    """Output features of every module that the bundle's graph has a side-branch for."""
+    return {module: out for module, (out, _) in module_shapes(manifest).items()}
+
+
+def module_shapes(manifest: Manifest) -> dict[str, tuple[int, int]]:
+    """(out, in) of every module that the bundle's graph has a side-branch for."""
     steps: Any = (manifest.plan or {}).get("steps", [])
-    return {step["module"]: int(step["shape"][0]) for step in steps if step["action"] == "branch"}
+    return {
+        step["module"]: (int(step["shape"][0]), int(step["shape"][1]))
+        for step in steps
+        if step["action"] == "branch"
+    }
 
 
 def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = None) -> None:
     """Raise MismatchError unless `adapter` can run in the bundle that `manifest` describes."""
     where = f"the bundle {manifest.folder}"
-    if manifest.mode != "branch" or manifest.projection is None:
+    if manifest.mode != "branch" or (manifest.projection is None and manifest.lora_rank is None):
         raise MismatchError(f"{where} has its adapter merged; export it with --mode branch to swap adapters")
-    ours = manifest.projection
-    if not adapter.is_vera:
+    method = VERA if manifest.lora_rank is None else "LORA"
+    if adapter.method != method:
         raise MismatchError(
-            f"{adapter.path} is a {adapter.method} adapter, and the side-branches of {where} are VeRA's"
+            f"{adapter.path} is a {adapter.method} adapter, and the side-branches of {where} are for {method}"
         )
+    if manifest.lora_rank is None:
+        _check_projections(adapter, manifest, where, spec)
+    elif not adapter.adds or adapter.rank > manifest.lora_rank:
+        what = f"has rank {adapter.rank}" if adapter.adds else "trained magnitudes (DoRA)"
+        raise MismatchError(
+            f"{adapter.path} {what}, and the side-branches of {where} take LoRA up to rank "
+            f"{manifest.lora_rank}"
+        )
+    shapes = module_shapes(manifest)
+    for module, change in adapter.vectors.items():
+        if module not in shapes:
+            raise MismatchError(f"{adapter.path} adapts {module}, which {where} has no side-branch for")
+        out, inside = shapes[module]
+        sides = (("outputs", out, change.out_features), ("inputs", inside, change.in_features))
+        for side, ours, theirs in sides:
+            if theirs not in (None, ours):
+                raise MismatchError(
+                    f"{module} has {theirs} {side} in {adapter.path} and {ours} in {where}; the adapter "
+                    "belongs to another base"
+                )
+    whole = manifest.base.get("trained", {})  # what the graph holds of the adapter it was exported with
+    held = {name for name, tensor in adapter.modules_to_save.items() if whole.get(name) == digest_of(tensor)}
+    if more := sorted([*adapter.biases, *(adapter.modules_to_save.keys() - held)]):
+        raise MismatchError(
+            f"{adapter.path} also trained {more[0]}, which a side-branch can't carry; merge it"
+        )
+
+
+def _check_projections(adapter: Adapter, manifest: Manifest, where: str, spec: ProjectionSpec | None) -> None:
+    """Raise MismatchError unless a VeRA adapter was trained with the projections of the bundle."""
+    ours = manifest.projection
+    assert ours is not None
     low = 0xFFFFFFFF  # torch uses the low 32 bits of a seed
     if adapter.rank != ours["rank"]:
         raise MismatchError(f"{adapter.path} has rank {adapter.rank} and {where} has rank {ours['rank']}")
@@ -195,21 +226,6 @@ def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = No
     if adapter.saved is None and spec is None and not _from_seed(ours):
         raise MismatchError(
             f"{adapter.path} doesn't hold its projections, and those of {where} aren't what its seed gives"
-        )
-    sizes = module_sizes(manifest)
-    for module, pair in vectors_of(adapter).items():
-        if module not in sizes:
-            raise MismatchError(f"{adapter.path} adapts {module}, which {where} has no side-branch for")
-        if pair.lambda_b.size != sizes[module]:
-            raise MismatchError(
-                f"{module} has {pair.lambda_b.size} outputs in {adapter.path} and {sizes[module]} in "
-                f"{where}; the adapter belongs to another base"
-            )
-    whole = manifest.base.get("trained", {})  # what the graph holds of the adapter it was exported with
-    held = {name for name, tensor in adapter.modules_to_save.items() if whole.get(name) == digest_of(tensor)}
-    if more := sorted([*adapter.biases, *(adapter.modules_to_save.keys() - held)]):
-        raise MismatchError(
-            f"{adapter.path} also trained {more[0]}, which a side-branch can't carry; merge it"
         )
 
 

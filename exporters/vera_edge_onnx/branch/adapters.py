@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy.typing as npt
+
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.errors import PlanError, TargetError
+from vera_edge.exporting import lora_pairs
 from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting.exported_adapters import names, trained_whole
+from vera_edge.exporting.lora_pairs import PairShapes
 from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 
-VECTORS = "vectors"
+VECTORS, LORA = "vectors", "LORA"
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
@@ -41,10 +47,10 @@ def check(request: ExportRequest) -> None:
     if request.plan.mode == "branch":
         names(request)
     for adapter, _ in request.model.adapters if request.plan.mode == "branch" else ():
-        if not adapter.is_vera:
+        if not adapter.is_vera and not (adapter.method == LORA and adapter.adds):
+            what = "DoRA" if adapter.method == LORA else adapter.method
             raise TargetError(
-                f"{adapter.path} is a {adapter.method} adapter, which a graph doesn't take as a side-branch "
-                "yet; use --mode merged"
+                f"{adapter.path} is a {what} adapter, which can't stand beside a layer; use --mode merged"
             )
         if more := trained_whole(request, adapter):
             raise TargetError(
@@ -58,9 +64,29 @@ def sizes(request: ExportRequest) -> dict[str, int]:
     return {module: request.model.checkpoint.linear(module).out_features for module in modules}
 
 
+def pair_shapes(request: ExportRequest) -> PairShapes | None:
+    """What the graph's inputs for LoRA's pairs have room for; None where the side-branches are VeRA's."""
+    adapters = [adapter for adapter, _ in request.model.adapters]
+    if request.plan.mode != "branch" or not adapters or adapters[0].is_vera:
+        return None
+    shapes = {module: request.model.checkpoint.linear(module).shape for module in sizes(request)}
+    return PairShapes(max(adapter.rank for adapter in adapters), shapes)
+
+
+def arrays(
+    request: ExportRequest, adapter: Adapter, layout: Sequence[Piece], weight: float, dtype: str = "float32"
+) -> dict[str, npt.NDArray[Any]]:
+    """What the graph takes of an adapter, by the names of its inputs. layout: the pieces in its order."""
+    if (shapes := pair_shapes(request)) is not None:
+        return lora_pairs.arrays(adapter, layout, shapes, weight, dtype)
+    return packing.vectors(adapter, layout, weight, dtype)
+
+
 def model_version(request: ExportRequest, layout: Sequence[Piece]) -> int:
     """The model version of every adapter that is packed for this export."""
-    return packing.model_version(base_digest(request), request.model.projection_digest or "", layout)
+    shapes = pair_shapes(request)
+    shared = request.model.projection_digest or (f"LORA {shapes.rank}" if shapes is not None else "")
+    return packing.model_version(base_digest(request), shared, layout)
 
 
 def base_digest(request: ExportRequest) -> str:
@@ -77,5 +103,5 @@ def write(request: ExportRequest, stage: Path, layout: Sequence[Piece]) -> dict[
     version, dtype = model_version(request, layout), vector_dtype(request)
     for name, (adapter, weight) in zip(names(request), request.model.adapters, strict=True):
         files[name] = f"adapters/{name}.onnx_adapter"
-        packing.write(stage / files[name], packing.vectors(adapter, layout, weight, dtype), version)
+        packing.write(stage / files[name], arrays(request, adapter, layout, weight, dtype), version)
     return files

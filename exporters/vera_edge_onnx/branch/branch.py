@@ -7,7 +7,7 @@ Formula: Kopiczko et al., VeRA, ICLR 2024, https://arxiv.org/abs/2310.11454.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from vera_edge.adapters.projection import Projections
+from vera_edge.exporting.lora_pairs import PairShapes
+from vera_edge_onnx.branch.pairs import LoraBranches
 from vera_edge_onnx.branch.projections import StoredProjections
 from vera_edge_onnx.branch.vectors import VectorInputs
 from vera_edge_onnx.graph.groups import Group, groups
@@ -103,28 +105,46 @@ def weave(
     projections: Projections | None,
     dtype: str,
     vector_dtype: str = "float32",
+    pairs: PairShapes | None = None,
 ) -> None:
     """Give every site its stored weight, and a side-branch where one of its modules is adapted.
 
     bases: the stored form of a site's weight by site name; a site that isn't named keeps its float weight.
     sizes: adapted module -> output features; empty when the adapter is merged.
     dtype: how the projections are stored, "fp32", "fp16", "int8" or "int4". vector_dtype: see `Vectors.of`.
+    pairs: where the side-branches are LoRA's, instead of VeRA's on `projections`.
     """
     branched = groups(sites, sizes)
     adapted = {site.name for group in branched for site in group.sites}
     for site in sites:
         if site.name in bases and site.name not in adapted:
             weaver.take_over(site.node, _product(weaver, site, bases[site.name]))
-    if projections is None or not branched:
+    if (projections is None and pairs is None) or not branched:
         return
-    widest = max(group.sites[0].in_features for group in branched)
-    stored = StoredProjections(projections, dtype, widest)
-    branches = Branches(weaver, stored, VectorInputs.of(weaver, branched, stored.rank, vector_dtype))
+    delta_of = _deltas(weaver, branched, projections, dtype, vector_dtype, pairs)
     for group in branched:
-        for site, delta in zip(group.sites, _parts(weaver, group, branches.delta(group)), strict=True):
+        for site, delta in zip(group.sites, _parts(weaver, group, delta_of(group)), strict=True):
             base, shape = _base(weaver, site, bases), (*leading(delta), site.out_features)
             total = weaver.node("Add", [base, delta], f"{site.name}/vera/Add", shape, before=site.node)
             weaver.take_over(site.node, total)
+
+
+def _deltas(
+    weaver: Weaver,
+    branched: Sequence[Group],
+    projections: Projections | None,
+    dtype: str,
+    vector_dtype: str,
+    pairs: PairShapes | None,
+) -> Callable[[Group], ir.Value]:
+    """What makes the side-branch of a group."""
+    if pairs is not None:
+        return LoraBranches(weaver, pairs, vector_dtype).delta
+    assert projections is not None
+    widest = max(group.sites[0].in_features for group in branched)
+    stored = StoredProjections(projections, dtype, widest)
+    vectors = VectorInputs.of(weaver, branched, stored.rank, vector_dtype)
+    return Branches(weaver, stored, vectors).delta
 
 
 def _parts(weaver: Weaver, group: Group, delta: ir.Value) -> Sequence[ir.Value]:

@@ -157,7 +157,8 @@ def _weave(
                 weaver.narrow_weight(site.node)
     dtypes, vectors = options.beside(request), adapters.vector_dtype(request)
     projections = dtypes.get(options.PROJECTIONS, "fp32")
-    branch.weave(weaver, inner, bases, adapted, request.model.projections, projections, vectors)
+    pairs = adapters.pair_shapes(request)
+    branch.weave(weaver, inner, bases, adapted, request.model.projections, projections, vectors, pairs)
     if ends is not None:
         head.store(weaver, ends, dtypes[options.HEAD], weights.head_block(plan))
     weights.set_accuracy(request, model)

@@ -9,7 +9,6 @@ from types import MappingProxyType
 import transformers
 
 from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.reference.model import TorchReference, open_reference
 from vera_edge.reference.room import float32_size
@@ -65,7 +64,7 @@ def _compare_branch(
     branched = replace(drawing, model=graph)
     adapter, weight = request.model.adapters[0]
     layout = groups.layout(found, adapters.sizes(request))
-    vectors = packing.vectors(adapter, layout, weight)
+    vectors = adapters.arrays(request, adapter, layout, weight)
     lengths = parity.lengths_of(drawing.config, {})
     _compare(branched, reference, lengths, found, " with its adapter beside it", vectors)
 

@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from vera_edge.device.runtime import pooling
 from vera_edge.errors import PlanError, TargetError
-from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.exporting.target import Export, ExportRequest
 from vera_edge.plans import plan as plans
@@ -157,7 +156,7 @@ def _held(
     checked = encoder_parity.compare(model, *held_to, work / "compared")
     if not merged:
         adapter, weight = request.model.adapters[0]
-        vectors = packing.vectors(adapter, groups.layout(found, adapters.sizes(request)), weight)
+        vectors = adapters.arrays(request, adapter, groups.layout(found, adapters.sizes(request)), weight)
         branched = (found, reference, inside, architecture, work / "branched", vectors)
         encoder_parity.compare(parity.woven(request, model, found), *branched)
     return checked
@@ -202,7 +201,8 @@ def _weave(
     stored, vectors = weights.stored(request, found, seen), adapters.vector_dtype(request)
     shipped = ship(request, found, stored)
     projections = dtypes.get(options.PROJECTIONS, "fp32")
-    branch.weave(weaver, found, stored, adapted, request.model.projections, projections, vectors)
+    pairs = adapters.pair_shapes(request)
+    branch.weave(weaver, found, stored, adapted, request.model.projections, projections, vectors, pairs)
     by_row = any(step.activations != plans.FLOAT for step in plan.steps)
     embeddings.store(weaver, dtypes[options.HEAD], BLOCK, by_row)
     weights.set_accuracy(request, model)

@@ -16,12 +16,12 @@ import onnxruntime
 
 from vera_edge.arrays import Array, Int64
 from vera_edge.errors import DataError
-from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.plans.plan import FLOAT
 from vera_edge.rounding.weight_rounding import calibration_texts
 from vera_edge_onnx import parity
+from vera_edge_onnx.branch import adapters
 from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.sessions import save
 from vera_edge_onnx.weights.activations import Seen, kind_of
@@ -45,7 +45,7 @@ def of_text(
     nothing = {name: np.full(width, np.inf, np.float32) for name, width in widths.items()}
     seen = {name: Seen(infinite, -infinite) for name, infinite in nothing.items()}
     branched = request.model.adapters if layout else ()
-    sets = [packing.vectors(adapter, layout, weight) for adapter, weight in branched]
+    sets = [adapters.arrays(request, adapter, layout, weight) for adapter, weight in branched]
     for done, text in enumerate(texts):
         request.progress("calibrating", done, len(texts))
         for vectors in ({}, *sets):

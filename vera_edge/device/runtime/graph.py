@@ -16,7 +16,7 @@ from vera_edge.cores import available_cores
 from vera_edge.errors import BundleError
 
 Shape = tuple[int | str | None, ...]  # a name or None where the size isn't fixed
-_VECTORS = (".lambda_b", ".lambda_d")  # how the names of an adapter's inputs end
+_VECTORS = (".lambda_b", ".lambda_d", ".lora_A", ".lora_B")  # how the names of an adapter's inputs end
 _NO_MEMORY = re.compile(r"bad_?alloc|allocate memory|out of memory", re.IGNORECASE)
 _TYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
