@@ -39,7 +39,7 @@ def finished(plan: Plan, head: str, request: PlanRequest, ready: Prepared) -> Pl
     options = {"base_digest": ready.model.checkpoint.digest, "head": head, "method": request.method}
     if request.effort != DEFAULT:
         options["effort"] = request.effort
-    if request.mode == "branch":
+    if request.mode == "branch" and ready.model.projections is not None:
         integers = any(split(name)[0] in INTEGER for name in request.formats)
         options["projections"] = "int8" if integers else "fp32"
     return replace(plan, weights=SAME, options=options, others=SAME)

@@ -87,6 +87,15 @@ def test_rows_of_one_batch_run_different_adapters(branch: Path, packed: Path) ->
     assert rows == alone and len(set(alone)) > 1
 
 
+def test_run_takes_each_by_name_or_file(branch: Path, packed: Path, cli: Cli) -> None:
+    texts = []
+    for choice in ("default", packed, "none"):
+        done = cli("run", branch, "the adapter", "--adapter", choice, "--max-tokens", 6)
+        assert done.exit_code == 0, done.output
+        texts.append(done.stdout)
+    assert len(set(texts)) > 1
+
+
 def test_onnxruntime_swaps_the_file_by_itself(
     branch: Path, tiny_llama: tiny.TinyLlama, second: Path, packed: Path
 ) -> None:
@@ -158,6 +167,6 @@ def test_merged_int8_and_drift_take_it(
     text = tmp_path / "text.txt"
     text.write_text(tiny.TEXT * 8)
     for folder, bound in ((branch, 1e-6), (out, 0.05)):
-        done = cli("drift", first, folder, "--base", tiny_llama.nf4, "--text", text, "--json")
+        done = cli("drift", first, folder, "--base", tiny_llama.nf4, "--data", text, "--json")
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["fidelity"]["kl"]["mean"]["value"] < bound

@@ -124,7 +124,7 @@ def adapters(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 TITLES = {"fp32": "float32", "bf16": "bfloat16", "int8": "LLM.int8", "fp8": "FP8"}
-BRANCH = {"VERA": "ONNX, GGUF", "LORA": "GGUF"}
+BRANCH = {"VERA": "ONNX, GGUF", "LORA": "ONNX, GGUF"}
 PAGE = Path(__file__).parents[3] / "docs" / "methods.md"
 
 
