@@ -29,13 +29,14 @@ of the device never load torch.
 A path (`StrPath`) is a string or a `Path`. Where several adapters can be given (`Adapters`), one folder is
 one adapter, and `{folder: weight}` or a list of folders or of `(folder, weight)` are several.
 
-The examples are run by a test, in a folder with a float model `model`, its NF4 base `base`, a PEFT folder
-`adapter`, the branch export `bundle` with golden vectors, a later one, `newer`, and an encoder's, `embedder`.
+The examples are run by a test, in a folder with a float model `model`, its NF4 base `base` and one in GPTQ,
+`integers`, a PEFT folder `adapter`, the branch export `bundle` with golden vectors, a later one, `newer`, and
+an encoder's, `embedder`.
 This page is written by `scripts/make_api_page.py`.
 """
 # Title -> what is in it, in the order a newcomer meets them; what is in none comes under results or errors.
 GROUPS = {
-    "Base and adapter": ("inspect", "projections", "quantize", "to_lora", "diff_adapters"),
+    "Base and adapter": ("inspect", "projections", "quantize", "adapt", "to_lora", "diff_adapters"),
     "Merge": ("merge", "merge_each", "plan_merge", "plan_merge_each"),
     "Export": ("export", "plan_export", "plan", "golden", "pack_adapter", "freeze_adapter"),
     "Drift": ("drift",),

@@ -10,6 +10,8 @@ __version__ = "0.2.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from vera_edge.api.adapt import Adapted as Adapted
+    from vera_edge.api.adapt import adapt as adapt
     from vera_edge.api.adapters import freeze_adapter as freeze_adapter
     from vera_edge.api.adapters import pack_adapter as pack_adapter
     from vera_edge.api.adapters import to_lora as to_lora
@@ -87,6 +89,7 @@ if TYPE_CHECKING:
 
 # module -> what of it is public; the imports above say the same to type checkers, which a test holds
 _PUBLIC = {
+    "api.adapt": ("Adapted", "adapt"),
     "api.adapters": ("freeze_adapter", "pack_adapter", "to_lora"),
     "api.bench": ("Bench", "bench"),
     "api.chat": ("Conversation", "chat"),

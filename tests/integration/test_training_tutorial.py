@@ -37,7 +37,7 @@ def test_the_page_runs_from_a_peft_script_to_a_device(
     """In this process, since every other one would load torch again."""
     shutil.copytree(tiny_llama.fp32, tmp_path / "model")
     for name in ("train.txt", "eval.txt"):
-        (tmp_path / name).write_text(tiny.TEXT * 8)
+        (tmp_path / name).write_text(tiny.TEXT * 16)
     monkeypatch.chdir(tmp_path)
     kinds = []
     for kind, body in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
@@ -50,9 +50,9 @@ def test_the_page_runs_from_a_peft_script_to_a_device(
             Path("train.py").write_text(changed(Path("train.py").read_text(), body))
         else:
             run_each(body, cli)
-    assert kinds == ["python", "sh", "diff", "sh"]
-    manifest = json.loads(Path("out", "vera_edge.json").read_text())
-    assert manifest["adapters"]
+    assert kinds == ["python", "sh", "diff", "sh", "sh"]
+    for out in ("out", "out-int4"):
+        assert json.loads(Path(out, "vera_edge.json").read_text())["adapters"]
 
 
 def run_each(body: str, cli: Cli) -> None:

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "inspect": ("vera_edge.cli.inspect:inspect", "Say what an adapter is, and whether it fits a base."),
     "projections": ("vera_edge.cli.projections:projections", "Regenerate and verify the shared projections."),
+    "adapt": ("vera_edge.cli.adapt:adapt", "Carry an adapter to the form of its base that is shipped."),
     "plan": ("vera_edge.cli.plan:plan", "Choose formats that lose least within a size, or take least."),
     "merge": ("vera_edge.cli.merge:merge", "Merge an adapter into its base, as a Hugging Face folder."),
     "export": ("vera_edge.cli.export:export", "Export base and adapter to ONNX, merged or as a side-branch."),

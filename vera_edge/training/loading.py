@@ -46,7 +46,8 @@ def load(
         PlanError: no such dtype or activations, or no layer whose activations the runtime rounds.
 
     Example:
-        >>> model = vera_edge.training.load("base")
+        >>> from vera_edge.training import load
+        >>> model = load("base")
         >>> type(model).__name__, sum(p.requires_grad for p in model.parameters())
         ('LlamaForCausalLM', 0)
     """

@@ -11,6 +11,7 @@ import pytest
 import vera_edge
 from tests import tiny, tiny_encoder
 from tests.unit.bundle.test_signing import make_key
+from vera_edge import training
 
 RECIPE = """
 [release]
@@ -37,8 +38,9 @@ def examples() -> list[tuple[str, doctest.DocTest]]:
     """Every public name that has an example, and the example."""
     parser = doctest.DocTestParser()
     found = []
-    for name in vera_edge.__all__:
-        text = getattr(vera_edge, name).__doc__ or ""
+    public = {name: getattr(vera_edge, name) for name in vera_edge.__all__}
+    for name, thing in (public | {"load": training.load}).items():
+        text = thing.__doc__ or ""
         test = parser.get_doctest(text, {"vera_edge": vera_edge}, name, None, None)
         if test.examples:
             found.append((name, test))
@@ -51,6 +53,7 @@ def table(tiny_llama: tiny.TinyLlama, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("table")
     shutil.copytree(tiny_llama.fp32, folder / "model")
     shutil.copytree(tiny_llama.nf4, folder / "base")
+    vera_edge.quantize(folder / "model", out=folder / "integers", to="gptq", method="rtn")
     tiny.make_adapter(folder / "base", folder / "adapter")
     vera_edge.export(
         folder / "base", folder / "adapter", out=folder / "bundle", mode="branch", weights="fp32"

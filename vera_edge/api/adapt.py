@@ -1,0 +1,80 @@
+"""`vera_edge.adapt`: an adapter carried from the base it was trained on to the one that is shipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vera_edge.api.arguments import BUILT_IN, StrPath, loading, path_or_none
+from vera_edge.base.trained_as import TrainedAs
+from vera_edge.progress import Progress, silent
+from vera_edge.training import adapting
+from vera_edge.training.adapting import Adapted
+
+__all__ = ["Adapted", "adapt"]
+
+
+def adapt(
+    base: StrPath,
+    adapter: StrPath,
+    *,
+    onto: StrPath,
+    out: StrPath,
+    calibration: StrPath = BUILT_IN,
+    steps: int = 160,
+    activations: str = "float",
+    projection_rounding: str | None = None,
+    trained_as: str | TrainedAs | None = None,
+    tokenizer: StrPath | None = None,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Adapted:
+    """Carry an adapter from the base it was trained on to another form of that base, by a short distillation.
+
+    Its lambda vectors, and nothing else, are trained towards what the model as trained says to a text, beside
+    the base that is shipped. Windows of the text that aren't trained on judge it: what did best there is
+    written, and where nothing did better, the vectors as they came.
+
+    Args:
+        base: the folder of the base that the adapter was trained on.
+        adapter: the PEFT folder.
+        onto: the folder of the base that is shipped: the same model in another format.
+        out: the PEFT folder to write, whole or not at all.
+        calibration: a UTF-8 text file to train on, like what the adapter is for, or "built-in".
+        steps: at most so many, of a window of 256 tokens each; it ends where nothing more is gained.
+        activations: of the shipped base: "float", or "int8": what integer layers read is rounded as ONNX
+            Runtime does.
+        projection_rounding: what the projections were rounded to in training, where it can't be told.
+        trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
+        tokenizer: a folder to take the tokenizer from, not from the adapter's or the base's.
+        force: replace `out` where it exists.
+        progress: called with what is done, how much of it, and of how much (steps).
+
+    Returns:
+        An Adapted: the mean KL from the model as trained `before` and `after`, on held-out text, the
+        adapter's whole `effect` there, and what it took.
+
+    Raises:
+        MismatchError: adapter and bases don't belong together.
+        DataError: the text can't be used or is too short.
+        PlanError: the request makes no sense, or both models don't fit in memory.
+        OutputError: `out` exists or can't be written.
+
+    Example:
+        >>> made = vera_edge.adapt("base", "adapter", onto="integers", out="carried", steps=10)
+        >>> made.after <= made.before
+        True
+    """
+    return adapting.to_folder(
+        Path(base),
+        Path(adapter),
+        Path(onto),
+        Path(out),
+        str(calibration),
+        steps,
+        None if activations == "float" else activations,
+        projection_rounding,
+        loading(trained_as),
+        path_or_none(tokenizer),
+        force,
+        progress,
+    )
