@@ -2,15 +2,19 @@
 
 Between two groups the caller changes the weights of the first. So the layer is run again for every group, up
 to what that reads; linears before it give what is known of them. Which of those matter is found by looking: a
-linear that can give something else without a trace in what is wanted needn't give anything right.
+linear that can give something else without a trace in what is wanted needn't give anything right, and
+attention that only such ones go into needn't be computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from vera_edge.reference.hidden_states import HiddenStates, Room
 from vera_edge.reference.layers import Layer, LinearState
@@ -23,12 +27,14 @@ class GroupPlan:
     wanted: for each group its first linear and the parts to whose inputs a sum of it is added. needed: for
     each group, and for the layer's output, the linears before it whose outputs it depends on, those that do
     by way of others left out. None where the layer doesn't bear it: then all of it is run each time.
+    blind: those for which what attention gives doesn't matter either.
     """
 
     groups: tuple[tuple[str, ...], ...]
     wanted: tuple[tuple[str, ...], ...]
     needed: tuple[frozenset[str], ...] | None = None
     widths: Mapping[str, int] = field(default_factory=dict)  # of what linears give
+    blind: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, layer: Layer, states: HiddenStates, like: GroupPlan | None = None) -> GroupPlan:
@@ -47,15 +53,19 @@ class GroupPlan:
         modules = plan.before(len(groups))
         if len(set(modules)) < len(modules):
             return plan
-        look, guess, needed = _Look(layer, plan, hidden, row), plan.renamed(like), []
+        look, guess, needed, blind = _Look(layer, plan, hidden, row), plan.renamed(like), [], set()
         for target in range(len(groups) + 1):
-            found = guess[target] if guess is not None and look.holds(target, guess[target]) else None
-            found = look.needed(target) if found is None else found
+            found = None if guess is None else guess[target]
+            without = like is not None and target in like.blind
+            if found is None or not look.holds(target, found, without):
+                found = look.needed(target)
+                without = found is not None and look.holds(target, found, without=True)
             if found is None:
                 return plan
             needed.append(found)
+            blind |= {target} if without and len(found) < len(plan.before(target)) else set()
         widths = {module: look.outputs[module].shape[-1] for module in modules}
-        return cls(plan.groups, wanted, tuple(needed), widths)
+        return cls(plan.groups, wanted, tuple(needed), widths, frozenset(blind))
 
     def before(self, target: int) -> list[str]:
         """The linears of the groups before this one."""
@@ -73,9 +83,11 @@ class GroupPlan:
         self, layer: Layer, hidden: torch.Tensor, row: int, target: int
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """What is wanted of the group `target`, or behind the last one the layer's output."""
-        if target == len(self.groups):
-            return {}, layer(hidden, row)
-        return layer.inputs(self.wanted[target], hidden, row)
+        spared = self.needed is not None and target in self.blind
+        with _NoAttention() if spared else nullcontext():
+            if target == len(self.groups):
+                return {}, layer(hidden, row)
+            return layer.inputs(self.wanted[target], hidden, row)
 
 
 class _Look:
@@ -96,28 +108,53 @@ class _Look:
         found = frozenset(module for module in self._plan.before(target) if not self._spare(target, [module]))
         return found if self.holds(target, found) else None
 
-    def holds(self, target: int, needed: frozenset[str]) -> bool:
-        """Whether nothing but these matters."""
+    def holds(self, target: int, needed: frozenset[str], without: bool = False) -> bool:
+        """Whether nothing but these matters; without: nor what attention gives."""
         rest = [module for module in self._plan.before(target) if module not in needed]
-        return self._same(target, {}) and self._spare(target, rest)
+        return self._same(target, {}) and self._spare(target, rest, without)
 
-    def _spare(self, target: int, modules: list[str]) -> bool:
-        """Whether it doesn't matter what these linears give: zeros, or any numbers."""
+    def _spare(self, target: int, modules: list[str], without: bool = False) -> bool:
+        """Whether it doesn't matter what these linears, and attention, give: zeros, or any numbers."""
         draw = torch.Generator().manual_seed(target)
         zeros = {module: torch.zeros_like(self.outputs[module]) for module in modules}
         others = {
             module: torch.randn(values.shape, generator=draw, dtype=values.dtype)
             for module, values in zeros.items()
         }
-        return not modules or (self._same(target, zeros) and self._same(target, others))
+        ways = (_NoAttention(), _NoAttention(draw)) if without else (nullcontext(), nullcontext())
+        return not modules or (self._same(target, zeros, ways[0]) and self._same(target, others, ways[1]))
 
-    def _same(self, target: int, changed: Mapping[str, torch.Tensor]) -> bool:
+    def _same(
+        self,
+        target: int,
+        changed: Mapping[str, torch.Tensor],
+        way: AbstractContextManager[Any] | None = None,
+    ) -> bool:
         """Whether what is wanted comes out the same where these linears give something else."""
         given = {module: self.outputs[module].clone() for module in self._plan.before(target)}
-        with self._layer.giving(given | dict(changed)):
+        with self._layer.giving(given | dict(changed)), way or nullcontext():
             reads, output = self._plan.run(self._layer, self._hidden, self._row, target)
         found = [output] if output is not None else [reads[part] for part in self._plan.wanted[target]]
         return all(torch.equal(one, two) for one, two in zip(found, self._expected[target], strict=True))
+
+
+class _NoAttention(TorchFunctionMode):
+    """While it lasts, scaled dot products of attention aren't computed: zeros, or numbers that are drawn."""
+
+    def __init__(self, draw: torch.Generator | None = None) -> None:
+        super().__init__()
+        self._draw = draw
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention or len(args) < 3:
+            return func(*args, **dict(kwargs or {}))
+        query, value = args[0], args[2]
+        shape = (*query.shape[:-1], value.shape[-1])
+        if self._draw is None:
+            return query.new_zeros(shape)
+        return torch.randn(shape, generator=self._draw, dtype=query.dtype)
 
 
 class GroupPasses:
