@@ -12,6 +12,7 @@ from vera_edge.plans import plan as plans
 from vera_edge.plans.plan import SAME, Plan
 from vera_edge.tasks import task as tasks
 from vera_edge.trained.trained_model import TrainedModel
+from vera_edge_onnx import options
 from vera_edge_onnx.classes import ENCODER_OF
 from vera_edge_onnx.estimate import estimate
 from vera_edge_onnx.weights import stored
@@ -22,16 +23,17 @@ _OF_INTEGERS = ("block", "symmetric", "activations", stored.ACCURACY)  # options
 _KEPT = {"int8": 99, "int4": 92}
 
 
-def usual(model: TrainedModel, mode: str, options: Mapping[str, str]) -> str:
+def usual(model: TrainedModel, mode: str, given: Mapping[str, str]) -> str:
     """What the linear layers are: int8 in blocks, but beside a branch a quantized base's own integers.
 
-    options: of the export; those that speak of integers ask for int8, and `run` for 4 bits that become int8.
+    given: options of the export; those that speak of integers ask for int8, `run` for 4 bits that become
+    int8.
     """
     own = {step.source for step in plans.plan_model(model, mode, SAME).steps} - set(plans.DENSE)
     four_bit = next((name for name in _BNB4 if own == {name}), None)
-    if stored.RUN in options:
+    if stored.RUN in given:
         return four_bit or "nf4"
-    if mode != "branch" or not own or any(name in options for name in _OF_INTEGERS):
+    if mode != "branch" or not own or any(name in given for name in _OF_INTEGERS):
         return "int8"
     return four_bit or (SAME if _stays(model) else "int8")
 
@@ -87,7 +89,9 @@ def _size(request: ExportRequest, mode: str, weights: str, encoder: bool) -> int
     """Bytes of the export with other weights; None where that isn't for this model or these options."""
     with suppress(VeraEdgeError):
         plan: Plan = plans.plan_model(request.model, mode, weights)
-        return estimate(replace(request, plan=plan, options={}), False, encoder).size
+        other = replace(request, plan=plan, options={})
+        options.check(other, "onnx")  # whether the adapter can be a branch, for one
+        return estimate(other, False, encoder).size
     return None
 
 

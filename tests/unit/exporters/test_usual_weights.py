@@ -72,6 +72,19 @@ def test_one_line_says_what_was_chosen_and_what_others_give(
     assert given.exit_code == 0 and "wasn't given" not in given.output
 
 
+def test_an_adapter_that_can_only_be_merged_is_offered_no_branch(
+    tiny_llama: tiny.TinyLlama, tmp_path: Path
+) -> None:
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    peft.get_peft_model(tiny.load(tiny_llama.nf4), config).save_pretrained(tmp_path / "dora")
+    for device in (None, "laptop-8gb"):
+        planned = vera_edge.plan_export(tiny_llama.nf4, tmp_path / "dora", device=device)
+        assert (planned.plan.mode, planned.plan.weights) == ("merged", "int8")
+        assert not any("--mode branch" in note for note in planned.notes)
+
+
 def test_an_encoder_is_told_no_share_that_was_measured_on_a_decoder(tmp_path: Path) -> None:
     base, adapter = tiny_encoder.make(tiny_encoder.EMBEDDINGS, tmp_path)
     planned = vera_edge.plan_export(base, adapter)
