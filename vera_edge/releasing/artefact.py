@@ -38,6 +38,8 @@ def export(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progr
     # The graph of a branch is the same for every adapter that touches the same layers.
     shared = {key: value for key, value in facts.items() if key != "adapter"}
     shared |= {"stage": "graph", "modules": sorted(inputs.adapter.vectors)}
+    if not inputs.adapter.is_vera:  # whose pairs have inputs of the graph to themselves
+        shared |= {"method": inputs.adapter.method, "rank": inputs.adapter.rank}
     graph, _ = store.build(shared, lambda stage: _export(job, stage, progress, None))
     folder, _ = store.build(facts, lambda stage: _swap_in(graph, stage, inputs))
     return bundle.read(folder)

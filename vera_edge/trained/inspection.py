@@ -21,7 +21,7 @@ from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.formats import blocks
 from vera_edge.trained import alignment
 from vera_edge.trained import model as trained_base
-from vera_edge.trained.provenance import resolve_for_command, source_of
+from vera_edge.trained.provenance import resolve_for_command, source_of, told
 
 # Linears that read the same input, so that one product with A serves them all.
 _SHARED_INPUT = (
@@ -140,7 +140,9 @@ def inspect(
         if adapter.is_vera:
             found = resolve_for_command(adapter, checkpoint, projection_rounding)
             how, notes = found.how, found.notes
-        elif checkpoint is not None:
+        elif checkpoint is None:
+            how = told(adapter)
+        else:
             source = source_of(adapter, checkpoint, projection_rounding)
             how, notes = source.how, source.notes
     except MismatchError as cause:

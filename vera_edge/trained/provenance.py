@@ -133,9 +133,14 @@ def source_of(
             f"{adapter.path} is a {adapter.method} adapter, which has no projections to round; leave "
             "--projection-rounding out"
         )
-    rank = f" of rank {adapter.rank}" if adapter.rank else ""
     notes = (*check_fit(adapter, checkpoint), *training_record.notes(adapter, checkpoint))
-    return AdapterSource(f"a {adapter.method} adapter{rank}, which holds all that was trained", None, notes)
+    return AdapterSource(told(adapter), None, notes)
+
+
+def told(adapter: Adapter) -> str:
+    """What is known of an adapter whose method has no projections."""
+    rank = f" of rank {adapter.rank}" if adapter.rank else ""
+    return f"a {adapter.method} adapter{rank}, which holds all that was trained"
 
 
 def resolve_for_command(

@@ -55,6 +55,11 @@ def to_lora(
     Raises AdapterError when the adapter can't be carried over, MismatchError when it doesn't fit the base.
     """
     trained = adapters.read(adapter_path)
+    if not trained.is_vera:
+        raise AdapterError(
+            f"{adapter_path} is a {trained.method} adapter, and only VeRA's become LoRA here; merge it, or let PEFT "
+            "convert it (peft.convert_to_lora)"
+        )
     checkpoint = Checkpoint.open(base or _named_base(trained), trained_as)
     adapter = alignment.align(trained, checkpoint)
     # A LoRA tool looks for layers where PEFT's model has them; their sizes are the checkpoint's.

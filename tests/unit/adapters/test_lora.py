@@ -18,6 +18,7 @@ from vera_edge.adapters.lora import LoraPair
 from vera_edge.adapters.reading import read
 from vera_edge.errors import AdapterError, MismatchError, PlanError
 from vera_edge.measuring.opened_reference import open_trained
+from vera_edge.trained.inspection import inspect_folder
 
 ALL = list(tiny.LLAMA_LINEARS)
 CASES: Mapping[str, dict[str, Any]] = {
@@ -148,6 +149,17 @@ def test_a_whole_state_dict_is_read_alike(untied: Path, tmp_path: Path) -> None:
     assert ours.digest == theirs.digest and list(ours.vectors) == list(theirs.vectors)
     pair = ours.vectors["model.layers.0.mlp.up_proj"]
     assert isinstance(pair, LoraPair) and pair.magnitude is not None and pair.rank == 3
+
+
+def test_inspect_says_what_it_is(untied: Path, tmp_path: Path) -> None:
+    folder = lora(untied, tmp_path / "adapter", r=4, target_modules=["q_proj", "up_proj"])
+    for base in (None, untied):
+        found = inspect_folder(folder, base)
+        assert (found.method, found.rank, found.seed, found.layers) == ("LORA", 4, None, (0, 1))
+        assert found.how == "a LORA adapter of rank 4, which holds all that was trained"
+        assert found.parameters == 2 * 4 * (64 + 64 + 64 + 160) and not found.dead and not found.misfit
+        assert set(found.kinds[0].ranges) == {"lora_A.weight", "lora_B.weight"}
+    assert found.cost.branch_macs == found.parameters and found.fits
 
 
 def change(folder: Path, **settings: Any) -> Path:
