@@ -57,8 +57,8 @@ def to_lora(
     trained = adapters.read(adapter_path)
     if not trained.is_vera:
         raise AdapterError(
-            f"{adapter_path} is a {trained.method} adapter, and only VeRA's become LoRA here; merge it, or let PEFT "
-            "convert it (peft.convert_to_lora)"
+            f"{adapter_path} is a {trained.method} adapter, and only VeRA's become LoRA here; merge it, "
+            "or let PEFT convert it (peft.convert_to_lora)"
         )
     checkpoint = Checkpoint.open(base or _named_base(trained), trained_as)
     adapter = alignment.align(trained, checkpoint)
