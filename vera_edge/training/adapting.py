@@ -156,7 +156,8 @@ def _check(trained: TrainedModel, shipped: TrainedModel) -> None:
             f"{bases[0].path} has a vocabulary of {rows[0]} tokens and {bases[1].path} one of {rows[1]}; "
             "they aren't the same model"
         )
-    needed = int(_ROOM * sum(map(room.float32_size, bases)))
+    logits = 4 * _HELD_OUT * windows.WINDOW * max(rows)  # of the model as trained, kept
+    needed = int(_ROOM * sum(map(room.float32_size, bases))) + logits
     free = room.free_memory()
     if free is not None and free < needed:
         raise PlanError(

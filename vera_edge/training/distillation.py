@@ -82,6 +82,7 @@ class _Work:
     student: Any
     held_out: Sequence[Int64]
     schedule: Schedule
+    wanted: list[Float32] = field(init=False)
     layers: dict[str, Any] = field(init=False)
     optimizer: torch.optim.Adam = field(init=False)
 
@@ -128,7 +129,7 @@ class _Work:
     def judge(self) -> float:
         """The mean KL of the held-out windows, in nats a token."""
         total = count = 0.0
-        with torch.inference_mode():
+        with torch.no_grad():  # what rotary embeddings keep of a pass is read in training, too
             for window, wanted in zip(self.held_out, self.wanted, strict=True):
                 logits = self._logits(window).numpy()
                 if not np.isfinite(logits).all():
