@@ -18,6 +18,7 @@ from vera_edge.arrays import Float32
 from vera_edge.errors import AdapterError, CheckpointError
 from vera_edge.formats import Rounder, Weight, add_rows, round_sum, row_chunks
 from vera_edge.merging.measure import ROWS
+from vera_edge.merging.terms import Term, quiet, term_of
 from vera_edge.trained.peft_linear import merged
 
 # Values of one product: fewer make it slow, more fall out of the processor's cache before they're stored.
@@ -48,70 +49,9 @@ class _ArrayRows:
         return self._values[start:stop]
 
 
-class Term(Protocol):
-    """A low-rank product for one linear (out, in): `left` (out, r), by rows, times `right` (r, in)."""
-
-    @property
-    def is_zero(self) -> bool: ...
-    @property
-    def right(self) -> Float32: ...
-    def left(self, start: int, stop: int) -> Float32: ...
-
-
-class _VeraTerm:
-    """`weight * diag(lambda_b) B diag(lambda_d) A`."""
-
-    def __init__(
-        self, vectors: LambdaVectors, weight: float, in_features: int, projections: Projections
-    ) -> None:
-        projections.check(vectors.lambda_b, vectors.lambda_d, in_features)
-        with _quiet():
-            self._lambda_b = np.float32(weight) * vectors.lambda_b
-        self._lambda_d, self._b, self._a = vectors.lambda_d, projections.b, projections.a[:, :in_features]
-
-    @property
-    def is_zero(self) -> bool:
-        return not self._lambda_b.any()
-
-    @property
-    def right(self) -> Float32:
-        scaled: Float32 = self._lambda_d[:, None] * self._a
-        return scaled
-
-    def left(self, start: int, stop: int) -> Float32:
-        scaled: Float32 = self._lambda_b[start:stop, None] * self._b[start:stop]
-        return scaled
-
-
-class _LoraTerm:
-    """`weight * scale * B A`."""
-
-    def __init__(self, pair: LoraPair, weight: float) -> None:
-        self._pair, self._scale = pair, np.float32(weight * pair.scale)
-
-    @property
-    def is_zero(self) -> bool:
-        return self._pair.is_zero or not self._scale
-
-    @property
-    def right(self) -> Float32:
-        return self._pair.a
-
-    def left(self, start: int, stop: int) -> Float32:
-        scaled: Float32 = self._scale * self._pair.b[start:stop]
-        return scaled
-
-
 def _own(module: str, adapters: Sequence[tuple[Adapter, float]]) -> list[tuple[LayerChange, float]]:
     """What the adapters trained for a module, each with its weight."""
     return [(adapter.vectors[module], weight) for adapter, weight in adapters if module in adapter.vectors]
-
-
-def _term(change: LayerChange, weight: float, in_features: int, projections: Projections | None) -> Term:
-    if isinstance(change, LoraPair):
-        return _LoraTerm(change, weight)
-    assert isinstance(change, LambdaVectors) and projections is not None
-    return _VeraTerm(change, weight, in_features, projections)
 
 
 class Delta:
@@ -137,7 +77,7 @@ class Delta:
         if mine and isinstance(mine[0][0], PeftTensors):
             self._by_peft = next(adapter for adapter, _ in adapters if module in adapter.vectors)
             return
-        self._terms = [_term(change, weight, in_features, projections) for change, weight in mine]
+        self._terms = [term_of(change, weight, in_features, projections) for change, weight in mine]
         if mine and isinstance(change := mine[0][0], LoraPair):
             self._magnitude = change.magnitude
 
@@ -170,7 +110,7 @@ class Delta:
         assert self._magnitude is not None
         rows = np.empty((stop - start, base.shape[1]), np.float32)
         self.into(rows, start)
-        with _quiet():
+        with quiet():
             rows += base.rows(start, stop)
             norm = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
             scale = np.divide(self._magnitude[start:stop], norm, out=np.zeros_like(norm), where=norm > 0)
@@ -186,18 +126,13 @@ class Delta:
         (`get_delta_weight`).
         """
         stop = start + len(out)
-        with _quiet():
+        with quiet():
             for number, (term, right) in enumerate(zip(self._terms, self._rights, strict=True)):
                 left = term.left(start, stop)
                 if number == 0:
                     np.matmul(left, right, out=out)
                 else:
                     out += left @ right
-
-
-def _quiet() -> np.errstate:
-    """Let values grow infinite without a warning: they're found in the end, and told in a sentence."""
-    return np.errstate(over="ignore", invalid="ignore")
 
 
 def merged_rows(
@@ -302,6 +237,6 @@ def effect(
             part = projections.delta(change.lambda_b, change.lambda_d, base.shape[1])
             total += np.float32(weight) * part
         else:
-            term = _term(change, weight, base.shape[1], projections)
+            term = term_of(change, weight, base.shape[1], projections)
             total += term.left(0, len(base)) @ term.right
     return total
