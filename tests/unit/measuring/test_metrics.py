@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import scipy.special
@@ -29,6 +31,17 @@ def test_kl_both_ways_is_scipys_relative_entropy() -> None:
     q = scipy.special.softmax(candidate.astype(np.float64), axis=1)
     np.testing.assert_allclose(found.kl, scipy.special.rel_entr(p, q).sum(1), rtol=1e-10)
     np.testing.assert_allclose(found.reverse_kl, scipy.special.rel_entr(q, p).sum(1), rtol=1e-10)
+
+
+def test_memory_is_a_few_blocks_however_long_a_window_is() -> None:
+    reference, candidate, targets = _logits(0, n=256, vocab=4096)
+    peaks = []
+    for rows in (32, 256):
+        tracemalloc.start()
+        compare_all(reference[:rows], {"one": candidate[:rows], "other": candidate[:rows]}, targets[:rows])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 0.05 * reference[32:].nbytes
 
 
 def test_kl_is_torchs_kl_div() -> None:
