@@ -30,9 +30,9 @@ def run_ours(folder: Path, prompt: int, new: int, threads: int | None, launched:
 
     launched: when this process was, seconds since the epoch.
     """
-    from vera_edge.device.check.hardware import peak_rss
     from vera_edge.device.runtime.decoding import Steps
     from vera_edge.device.runtime.session import Session
+    from vera_edge.memory import peak_rss
 
     session = Session.open(folder, threads=threads)
     start = time.time() - launched
@@ -63,7 +63,7 @@ def run_theirs(folder: Path, prompt: int, new: int, threads: int | None, launche
     """The same with ONNX Runtime GenAI's generator, greedy, with the bundle's default adapter."""
     import onnxruntime_genai as og
 
-    from vera_edge.device.check.hardware import peak_rss
+    from vera_edge.memory import peak_rss
 
     manifest = bundle.read(folder)
     name = manifest.default_adapter if manifest.mode == "branch" else None

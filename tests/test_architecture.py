@@ -24,6 +24,7 @@ ORDER = (
     "sizes",
     "progress",
     "cores",
+    "memory",
     "arrays",
     "name_pattern",
     "divergence",
@@ -53,8 +54,8 @@ ORDER = (
     "api",
     "cli",
 )
-DEVICE_ROOMS = {"import_path", "printable", "errors", "progress", "cores", "arrays", "divergence", "storage"}
-DEVICE_ROOMS |= {"adapters", "formats", "bundle", "name_pattern"}
+DEVICE_ROOMS = {"import_path", "printable", "errors", "progress", "cores", "memory", "arrays", "divergence"}
+DEVICE_ROOMS |= {"storage", "adapters", "formats", "bundle", "name_pattern"}
 DEVICE_ROOMS |= {"device", "serving"}
 NOT_ON_THE_DEVICE = {
     "torch",

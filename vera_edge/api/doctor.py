@@ -141,6 +141,7 @@ def _machine(broken: list[str]) -> tuple[dict[str, Any], int | None]:
     """What the runtime's own look at this machine gives; adds to `broken` where it fails."""
     try:
         from vera_edge.device.check import hardware
+        from vera_edge.memory import free_memory
 
         machine = hardware.hardware_info()
     except Exception as cause:  # onnxruntime's classes share no base but Exception
@@ -151,7 +152,7 @@ def _machine(broken: list[str]) -> tuple[dict[str, Any], int | None]:
     machine["kernels"] = next((words for sets, words in _INT8 if sets & features), "int8 products unknown")
     if machine["clips_int8"]:
         machine["kernels"] += "; sums of uint8 and int8 clip, which vera-edge rounds and runs around"
-    return machine, hardware.free_memory()
+    return machine, free_memory()
 
 
 def _version(name: str) -> str | None:

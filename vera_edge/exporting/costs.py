@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge.errors import OutputError, PlanError
-from vera_edge.reference import room
+from vera_edge.memory import free_memory
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def check_room(cost: ExportCost, out: Path, held: int = 0) -> None:
             f"{(free + held) / 1e6:,.0f} MB for it; free some, write elsewhere, or choose "
             "smaller --weights or --head"
         )
-    memory = room.free_memory()
+    memory = free_memory()
     if memory is not None and cost.memory > memory:
         raise PlanError(
             f"the export takes about {cost.memory / 1e6:,.0f} MB of memory, and {memory / 1e6:,.0f} MB are "

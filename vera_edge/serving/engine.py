@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from vera_edge.device.check import hardware
 from vera_edge.device.runtime.decoding import Decoder
 from vera_edge.device.runtime.rows import bytes_per_token, takes_rows
 from vera_edge.errors import BundleError, PlanError, VeraEdgeError
+from vera_edge.memory import free_memory
 from vera_edge.serving.job import Job
 from vera_edge.serving.lanes import Alone, Lane, Prompt, Together, is_over
 from vera_edge.serving.settings import LONGEST, Settings
@@ -135,7 +135,7 @@ class BatchEngine:
 
     def _check_memory(self) -> None:
         needed = self._settings.rows * self.context * bytes_per_token(self._decoder)
-        free = hardware.free_memory()
+        free = free_memory()
         if free is not None and needed > free * _SHARE:
             raise PlanError(
                 f"{self._settings.rows} rows of {self.context} tokens may take {needed / 1e6:.0f} MB and "

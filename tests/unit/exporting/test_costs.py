@@ -13,7 +13,6 @@ import vera_edge
 from tests import tiny
 from tests.conftest import Cli
 from vera_edge.errors import OutputError, PlanError
-from vera_edge.reference import room
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -75,7 +74,7 @@ def test_too_little_disk_is_told_before_the_work(
 def test_too_little_memory_is_told_before_the_work(
     tiny_llama: tiny.TinyLlama, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "free_memory", lambda: 300_000_000)
+    monkeypatch.setattr("vera_edge.exporting.costs.free_memory", lambda: 300_000_000)
     with pytest.raises(PlanError, match=r"takes about 7\d\d MB of memory, and 300 MB are free"):
         vera_edge.export(tiny_llama.fp32, adapter, out=tmp_path / "out", weights="int8")
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from tests.tiny_bundle import TinyBundles
-from vera_edge.device.check import hardware
 from vera_edge.device.runtime.decoding import RopeSwitch, Steps
 from vera_edge.device.runtime.sampling import Sampling
 from vera_edge.device.runtime.session import Session
@@ -134,7 +133,7 @@ def _without_rope(put: Any) -> Any:
 def test_caches_that_do_not_fit_are_refused_at_once(
     session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware, "free_memory", lambda: 1_000_000)
+    monkeypatch.setattr("vera_edge.serving.engine.free_memory", lambda: 1_000_000)
     with pytest.raises(PlanError, match="8 rows of 256 tokens may take"):
         BatchEngine(session.decoder, Settings(rows=8))
     BatchEngine(session.decoder, Settings(rows=1, context=64))

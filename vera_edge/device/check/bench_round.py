@@ -24,9 +24,9 @@ def measure(folder: Path, prompt: int, new: int, threads: int | None) -> dict[st
     import numpy as np
 
     from vera_edge.device.check.energy import EnergyMeter
-    from vera_edge.device.check.hardware import peak_rss
     from vera_edge.device.runtime.decoding import Steps
     from vera_edge.device.runtime.session import Session
+    from vera_edge.memory import peak_rss
 
     session = Session.open(folder, threads=threads)
     result: dict[str, Any] = {"load": time.perf_counter() - began, "threads": session.graph.threads}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vera_edge.device.check import hardware
 from vera_edge.device.runtime import int8_products as int8
 from vera_edge.device.runtime.opened import Opened
+from vera_edge.memory import rss
 
 Run = Callable[[], object]  # what it gives is compared by ==
 _LEAK_RUNS = 12
@@ -88,10 +88,10 @@ def leaks(run: Run) -> Check:
     """Memory after many runs must be that after the first few."""
     for _ in range(3):
         run()
-    before = hardware.rss()
+    before = rss()
     for _ in range(_LEAK_RUNS):
         run()
-    after = hardware.rss()
+    after = rss()
     if before is None or after is None:
         return Check("leaks", True, "the system doesn't tell how much memory a process holds")
     grown = after - before

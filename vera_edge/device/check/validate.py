@@ -28,6 +28,7 @@ from vera_edge.device.runtime.decoding import Steps
 from vera_edge.device.runtime.encoder import Encoder
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import BundleError, BundleWarning
+from vera_edge.memory import peak_rss
 from vera_edge.progress import Progress, silent
 
 # What the limits of a manifest are held against here; the others need the reference's full logits.
@@ -137,7 +138,7 @@ def validate(
         drift, found = _measure(model, held, progress)
     asked = [*(one.adapter for one in drift), *(one.adapter for one in encoder_drift)]
     files = f"{len(manifest.files)} files, {manifest.size / 1e6:.1f} MB, all as listed"
-    peak = hardware.peak_rss()
+    peak = peak_rss()
     memory = [checks.memory(peak, max_memory)] if max_memory is not None else []
     return Validation(
         manifest.digest,

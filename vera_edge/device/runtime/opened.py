@@ -9,11 +9,11 @@ import onnxruntime
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.bundle.manifest import GGUF
-from vera_edge.device.check import hardware
 from vera_edge.device.runtime import adapters, generated, int8_products
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.graph import Graph, release
 from vera_edge.errors import BundleError, MismatchError
+from vera_edge.memory import free_memory
 
 AdapterChoice = str | Path | None
 
@@ -127,7 +127,7 @@ def _check_memory(manifest: Manifest) -> None:
     within = Path(manifest.model).parent
     sizes = {name: entry.size for name, entry in (*manifest.files.items(), *manifest.drawn.items())}
     needed = sum(size for name, size in sizes.items() if Path(name).parent == within)
-    free = hardware.free_memory()
+    free = free_memory()
     if free is not None and free < needed:
         raise BundleError(
             f"{manifest.folder} holds a model of {needed / 1e6:.1f} MB and this process may take "
