@@ -33,7 +33,8 @@ def _elements(request: ExportRequest) -> int:
 def estimate(request: ExportRequest, timed: bool, encoder: bool) -> ExportCost:
     """What the export of a request takes; writes nothing.
 
-    timed: also compute one layer, to tell how long it takes. encoder: drawn from all of its weights.
+    timed: also compute one layer, to tell how long it takes. encoder: compared with the whole model, and
+    calibrated in a graph on the disk.
     """
     tables = _tables(request)
     sizes = [_linear(request, step) for step in request.plan.steps]
@@ -45,11 +46,12 @@ def estimate(request: ExportRequest, timed: bool, encoder: bool) -> ExportCost:
         size += int(elements * _BYTES.get(beside[options.PROJECTIONS], 1.1))
     shapes = [*(step.shape for step in request.plan.steps), *tables]
     whole, largest = 4 * sum(map(math.prod, shapes)), 4 * max(map(math.prod, shapes), default=0)
-    held = max(_BESIDE * largest, 2 * min(whole, segments.MOST) + largest) if not encoder else 3 * whole
+    held = max(_BESIDE * largest, 2 * min(whole, segments.MOST) + largest) + whole * encoder
+    calibrated = encoder and any(step.activations != plans.FLOAT for step in request.plan.steps)
     return ExportCost(
         size=size,
         memory=int(_PROCESS + held + 4 * _elements(request)),
-        disk=size + (2 * whole if encoder else max([*sizes, *head], default=0)),
+        disk=size + max(whole * calibrated, max([*sizes, *head], default=0)),
         seconds=_seconds(request) if timed else 0.0,
     )
 

@@ -54,6 +54,10 @@ class Checked:
         return cls(value["tokens"], value["bounds"], shrunk)
 
 
+class NotTheModel(TargetError):
+    """A float graph doesn't give what the model gives."""
+
+
 class Differs(Exception):
     """A graph's output isn't the model's. error: relative to the output's scale. feeds: that showed it."""
 
@@ -105,7 +109,7 @@ def refusal(
     model: Any,
     forward: Callable[[Feeds], object],
     what: str,
-) -> TargetError:
+) -> NotTheModel:
     """The error that says which layer differs first, for a `graph` that isn't `what`: "what Llama computes".
 
     sites: linear layers of the graph. model: in torch; `forward` runs it. path: for a copy of the graph.
@@ -115,7 +119,7 @@ def refusal(
         forward(cause.feeds)
     layer = _first_difference(graph, path, products, expected, cause.feeds)
     where = f"first in what {layer} reads" if layer else "and no linear layer reads anything else"
-    return TargetError(f"the graph isn't {what}: {cause}, {where}; {INSTEAD}")
+    return NotTheModel(f"the graph isn't {what}: {cause}, {where}; {INSTEAD}")
 
 
 def _first_difference(

@@ -272,6 +272,13 @@ def load_dense(checkpoint: Checkpoint, auto_class: str = "AutoModelForCausalLM")
     return _loaded(checkpoint, auto_class, {name: dense_tensor(checkpoint, name) for name in names})
 
 
+def load_from(
+    checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], auto_class: str = "AutoModelForCausalLM"
+) -> Any:
+    """The same of tensors that are given, by their names in the checkpoint."""
+    return _loaded(checkpoint, auto_class, tensors)
+
+
 def load_light(
     checkpoint: Checkpoint,
     auto_class: str = "AutoModelForCausalLM",

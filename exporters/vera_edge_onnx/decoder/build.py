@@ -15,8 +15,8 @@ import transformers
 
 from vera_edge.errors import TargetError
 from vera_edge.quiet import offline
-from vera_edge_onnx.decoder.skeleton import Computed, Skeleton
 from vera_edge_onnx.graph.computed import ComputedWeight, put_in
+from vera_edge_onnx.graph.skeleton import Computed, Skeleton
 
 FILENAME = "model.onnx"
 # Some versions of the builder run a model's own code unless told, and use the token of who is logged in.

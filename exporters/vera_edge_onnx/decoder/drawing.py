@@ -17,10 +17,10 @@ from vera_edge.errors import CheckpointError
 from vera_edge.merging.computed import ComputedTensors
 from vera_edge.storage.json_text import read_json
 from vera_edge_onnx.decoder import attention, build, builder_config, configs, rotary_graph
-from vera_edge_onnx.decoder.skeleton import Skeleton
 from vera_edge_onnx.graph import sites
 from vera_edge_onnx.graph.computed import load, rows_file, save
 from vera_edge_onnx.graph.sites import Site
+from vera_edge_onnx.graph.skeleton import Skeleton
 
 _EDITED = "drawn.onnx"
 

@@ -23,8 +23,8 @@ from vera_edge_onnx import float_copy, generated, options, staging
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.decoder import configs, held
 from vera_edge_onnx.decoder.drawing import Drawing, draw, sites_of
-from vera_edge_onnx.decoder.skeleton import Computed
 from vera_edge_onnx.graph import groups, joining, sites
+from vera_edge_onnx.graph.skeleton import Computed
 from vera_edge_onnx.graph.spool import Spool
 from vera_edge_onnx.graph.weaver import Range, Weaver
 from vera_edge_onnx.manifest_fields import describe, manifest_fields

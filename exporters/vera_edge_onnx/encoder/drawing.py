@@ -24,10 +24,13 @@ from optimum.exporters.tasks import TasksManager
 
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import TargetError
+from vera_edge.merging.computed import ComputedTensors
 from vera_edge.quiet import offline
-from vera_edge.reference.model import load_dense
+from vera_edge.reference.model import load_dense, load_from
 from vera_edge.tasks import task as tasks
 from vera_edge_onnx.classes import ENCODER_OF
+from vera_edge_onnx.graph.computed import put_in
+from vera_edge_onnx.graph.skeleton import Skeleton
 from vera_edge_onnx.graph.weaver import Weaver
 
 BATCH, SEQUENCE = "batch_size", "sequence_length"
@@ -86,10 +89,26 @@ def task(architecture: str, model_type: str) -> EncoderTask:
 def draw(checkpoint: Checkpoint, task: EncoderTask) -> ir.Model:
     """The float32 graph of a checkpoint, its MatMul nodes named after the modules they belong to.
 
-    Raises CheckpointError when transformers can't load it, TargetError when it can't draw it.
+    Where the checkpoint's weights are `ComputedTensors` the graph's are computed too, and drawing it takes
+    no room for them. Raises CheckpointError when transformers can't load it, TargetError when it can't draw
+    it, Computed when it has to be drawn from weights that are there.
     """
-    model = load_dense(checkpoint, task.auto_class)
-    model = model.get_encoder() if task.half else model
+    skeleton = Skeleton.of(checkpoint.tensors) if isinstance(checkpoint.tensors, ComputedTensors) else None
+    if skeleton is None:
+        model = load_dense(checkpoint, task.auto_class)
+    else:
+        model = load_from(checkpoint, skeleton.tensors, task.auto_class)
+        skeleton.check_in(model)
+    graph = _exported(model.get_encoder() if task.half else model, task)
+    if skeleton is not None:
+        put_in(graph, skeleton.take_out(graph.graph))
+    _name_axes(graph)
+    _split_gemms(graph)
+    _name_products(graph)
+    return graph
+
+
+def _exported(model: Any, task: EncoderTask) -> ir.Model:
     _check_form(model, task)
     model.config.use_cache = False
     inputs = _inputs(model)
@@ -108,9 +127,6 @@ def draw(checkpoint: Checkpoint, task: EncoderTask) -> ir.Model:
             raise TargetError(
                 f"transformers' ONNX exporter failed on {type(model).__name__}: {what}"
             ) from cause
-    _name_axes(graph)
-    _split_gemms(graph)
-    _name_products(graph)
     return graph
 
 
@@ -193,8 +209,7 @@ def _split(graph: ir.Model, gemm: ir.Node, weight: ir.Value, transposed: bool) -
     weaver = Weaver(graph)
     x, bias, output = gemm.inputs[0], gemm.inputs[2] if len(gemm.inputs) > 2 else None, gemm.outputs[0]
     assert x is not None and weight.const_value is not None and output.shape is not None
-    matrix = weight.const_value.numpy()
-    own = weaver.initializer(f"{weight.name}.T", matrix.T if transposed else matrix)
+    own = weaver.as_factor(f"{weight.name}.T", weight.const_value, transposed)
     shape = tuple(size if isinstance(size, int) else size.value for size in output.shape)
     made = weaver.node("MatMul", [x, own], f"{gemm.name}/MatMul", shape, before=gemm)
     product = made.producer()

@@ -1,36 +1,47 @@
 """Exports an encoder or a classifier as a folder that ONNX Runtime, Optimum and Transformers.js open.
 
-transformers' exporter draws the graph from a float32 copy of the model; then each linear gets the weight it
-is to be stored with, the side-branches are woven in, and the folder is described in its manifest.
+transformers' exporter draws the graph from a skeleton of the model; then each linear gets the weight it is to
+be stored with, the side-branches are woven in, and the folder is described in its manifest.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
+from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime import pooling
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.exporting.target import Export, ExportRequest
+from vera_edge.merging.computed import ComputedTensors
 from vera_edge.plans import plan as plans
 from vera_edge.reference.model import open_reference
 from vera_edge.rounding.weight_rounding import BLOCK
 from vera_edge.storage import side_files
-from vera_edge.storage.files import staged_folder, write_atomic
+from vera_edge.storage.files import write_atomic
 from vera_edge.storage.json_text import read_json, settings_json
-from vera_edge_onnx import float_copy, generated, options, parity, tokenizer_config, transformers_js
+from vera_edge_onnx import (
+    float_copy,
+    generated,
+    options,
+    parity,
+    staging,
+    tokenizer_config,
+    transformers_js,
+)
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.encoder import drawing, ranges
 from vera_edge_onnx.encoder import parity as encoder_parity
 from vera_edge_onnx.graph import groups, sites
+from vera_edge_onnx.graph.skeleton import Computed
+from vera_edge_onnx.graph.spool import Spool
 from vera_edge_onnx.graph.weaver import Range, Weaver
 from vera_edge_onnx.manifest_fields import describe, manifest_fields
-from vera_edge_onnx.parity import Checked
+from vera_edge_onnx.parity import Checked, NotTheModel
 from vera_edge_onnx.weights import embeddings
 from vera_edge_onnx.weights import stored as weights
 from vera_edge_onnx.weights.activations import Seen
@@ -53,19 +64,17 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
         steps = tuple(step for step in request.plan.steps if _in_encoder(step.module))
         request = replace(request, plan=replace(request.plan, steps=steps))
     branched = request.plan.mode == "branch"
-    with staged_folder(request.out, request.force) as stage:
-        with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as work:
-            model, found, copy = _float_graph(request, task, Path(work))
-            checked = _held(request, task, architecture, model, found, Path(work))
-            layout = groups.layout(found, adapters.sizes(request)) if branched else ()
-            seen, notes = _calibrated(request, task, model, found, layout, Path(work))
-            shared, shipped = _weave(request, model, found, seen)
-            model.metadata_props.update(describe(request, KIND) | {"vera_edge.task": task.name})
-            apart = generated.save(request, stage, model, MODEL, shared, shipped)
-            _copy_beside(copy, stage, [value.name or "" for value in model.graph.inputs])
-        files = adapters.write(request, stage, layout) if branched else {}
+    with staging.opened(request, KIND) as stage:
+        model, found, source, checked = _float_graph(request, task, architecture, stage.work)
+        layout = groups.layout(found, adapters.sizes(request)) if branched else ()
+        seen, notes = _calibrated(request, task, model, found, layout, stage.work)
+        shared, shipped = _weave(request, model, found, seen, stage.spool)
+        model.metadata_props.update(describe(request, KIND) | {"vera_edge.task": task.name})
+        apart = generated.save(request, stage.out, model, MODEL, shared, shipped, stage.spool)
+        _copy_beside(source, stage.out, [value.name or "" for value in model.graph.inputs])
+        files = adapters.write(request, stage.out, layout) if branched else {}
         described = replace(manifest_fields(request, MODEL, files, layout, KIND), checked=checked.to_dict())
-        manifest = generated.write(stage, model, MODEL, apart, described, request.progress)
+        manifest = generated.write(stage.out, model, MODEL, apart, described, request.progress)
     if task.takes_text and not request.model.checkpoint.files.has_vocabulary:
         notes = (
             *notes,
@@ -125,17 +134,38 @@ def _in_encoder(module: str) -> bool:
 
 
 def _float_graph(
-    request: ExportRequest, task: drawing.EncoderTask, work: Path
-) -> tuple[ir.Model, tuple[sites.Site, ...], Path]:
-    """The float32 graph, its weights merged or the base's own; its linear layers; the float folder."""
-    adapted, copy = adapters.sizes(request), float_copy.write(request, work / "float")
+    request: ExportRequest, task: drawing.EncoderTask, architecture: str, work: Path
+) -> tuple[ir.Model, tuple[sites.Site, ...], Path, Checked]:
+    """The float32 graph, its weights merged or the base's own; its linear layers; the folder of the other
+    files; what the graph was compared on.
+
+    Where the exporter computes with weights instead of moving them about, a graph drawn from a skeleton lacks
+    what it computed: then, and where it isn't the model for another reason, it's drawn from the weights.
+    """
+    computed = float_copy.computed(request, work / "float")
+    try:
+        model, found = _drawn(request, task, computed)
+        return model, found, computed.path, _held(request, task, architecture, model, found, work)
+    except (Computed, NotTheModel):
+        copy = float_copy.write(request, work / "written")
+        model, found = _drawn(request, task, copy)
+        return model, found, copy.path, _held(request, task, architecture, model, found, work / "again")
+
+
+def _drawn(
+    request: ExportRequest, task: drawing.EncoderTask, source: Checkpoint
+) -> tuple[ir.Model, tuple[sites.Site, ...]]:
     request.progress("drawing the graph", 0, 1)
-    model = drawing.draw(copy, task)
-    shapes = {module: linear.shape for module, linear in copy.linears.items()}
-    found = sites.find(model, shapes, copy.dequantize)
+    model = drawing.draw(source, task)
+    shapes = {module: linear.shape for module, linear in source.linears.items()}
+    if isinstance(source.tensors, ComputedTensors):
+        found = sites.of_skeleton(model, shapes)
+    else:
+        found = sites.find(model, shapes, source.dequantize)
     if request.plan.mode == "branch":
-        sites.check_covered(found, {module: shapes[module] for module in adapted}, "adapted")
-    return model, found, copy.path
+        adapted = {module: shapes[module] for module in adapters.sizes(request)}
+        sites.check_covered(found, adapted, "adapted")
+    return model, found
 
 
 def _held(
@@ -185,12 +215,13 @@ def _weave(
     model: ir.Model,
     found: tuple[sites.Site, ...],
     seen: Mapping[str, Seen],
+    spool: Spool,
 ) -> tuple[dict[str, Range], Shipped]:
     """Store each weight as the plan says and add the side-branches.
 
     Returns which bytes are shared, and what is shipped in 4 bits to be expanded.
     """
-    weaver, plan, kind = Weaver(model), request.plan, weights.runs_as(request)
+    weaver, plan, kind = Weaver(model, spool), request.plan, weights.runs_as(request)
     results = {step.module: step.result for step in plan.steps}
     if kind == "fp16":
         for site in found:
@@ -199,7 +230,7 @@ def _weave(
     adapted = adapters.sizes(request) if plan.mode == "branch" else {}
     dtypes = options.beside(request, encoder=True)
     stored, vectors = weights.stored(request, found, seen), adapters.vector_dtype(request)
-    shipped = ship(request, found, stored)
+    shipped = ship(request, found, stored, spool)
     projections = dtypes.get(options.PROJECTIONS, "fp32")
     pairs = adapters.pair_shapes(request)
     branch.weave(weaver, found, stored, adapted, request.model.projections, projections, vectors, pairs)

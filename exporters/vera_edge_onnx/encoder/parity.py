@@ -16,7 +16,8 @@ from vera_edge.errors import TargetError
 from vera_edge.reference.model import TorchReference
 from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.parity import Checked, Differs, hold, refusal
-from vera_edge_onnx.sessions import Feeds, opened, run, save
+from vera_edge_onnx.running import opened_graph
+from vera_edge_onnx.sessions import Feeds
 
 _SHORT, _USUAL, _PAST, _LONGEST = 4, 40, 20, 2048  # tokens
 _SEED = 20240311
@@ -39,9 +40,9 @@ def compare(
     to. vectors: of the adapter that runs beside the base.
     """
     folder.mkdir(parents=True)
-    session = opened(save(graph, folder / "model.onnx"))
+    running = opened_graph(graph, folder / "model.onnx")
     bounds, tokens = _bounds(model.config), 0
-    names = [output.name for output in session.get_outputs()]
+    names = running.signature.outputs
 
     def forward(feeds: Feeds) -> Any:
         given = {name: torch.from_numpy(array) for name, array in feeds.items() if name not in vectors}
@@ -50,7 +51,8 @@ def compare(
 
     for feeds in _inputs(graph, model, max(bounds.values(), default=0)):
         try:
-            _hold(forward(feeds), names, run(session, names, {**feeds, **vectors}), feeds)
+            values = next(running.run_chains([[{**feeds, **vectors}]], {}, names))[0]
+            _hold(forward(feeds), names, [values[name] for name in names], feeds)
         except Differs as cause:
             what, path = f"what {architecture} computes", folder / "layers.onnx"
             cause.feeds = {**feeds, **vectors}

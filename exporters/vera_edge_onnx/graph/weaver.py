@@ -51,6 +51,14 @@ class Weaver:
             return self._register(name, self.spool.keep(name, array))
         return self._register(name, ir.tensor(np.asarray(array, order="C"), name=name))  # a scalar stays one
 
+    def as_factor(self, name: str, weight: ir.TensorProtocol, transposed: bool) -> ir.Value:
+        """A matrix as an initializer, `transposed` or as it is; one that is computed stays so."""
+        if name not in self.model.graph.initializers and isinstance(weight, ComputedWeight):
+            turned = weight.transposed != transposed
+            return self._register(name, ComputedWeight(weight.source, weight.parts, turned, name))
+        matrix = weight.numpy()
+        return self.initializer(name, matrix.T if transposed else matrix)
+
     def alias(self, name: str, value: ir.Value, shape: Sequence[int]) -> ir.Value:
         """The initializer `name`, with the bytes of another one in another shape."""
         tensor = value.const_value

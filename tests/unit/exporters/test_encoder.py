@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import pytest
 
 from tests import exported
@@ -19,7 +20,11 @@ from tests.families import FAMILIES, VOCABULARY, Family
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting import target
+from vera_edge.merging.computed import ComputedTensors
 from vera_edge.rounding.weight_rounding import Rounding
+from vera_edge_onnx import float_copy
+from vera_edge_onnx.graph.computed import ComputedWeight
+from vera_edge_onnx.graph.skeleton import Computed, Skeleton
 
 Array = npt.NDArray[Any]
 Make = Callable[..., "Case"]
@@ -135,7 +140,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             base, adapter = made[name]
             out = tmp_path_factory.mktemp("export") / "out"
             options = {"activations": activations}
-            target.export(base, [(adapter, 1.0)], out, mode=mode, weights=weights, options=options)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delattr(float_copy, "write")  # none is drawn from weights
+                target.export(base, [(adapter, 1.0)], out, mode=mode, weights=weights, options=options)
             done[name, mode, weights, activations] = Case(family, base, adapter, out)
         return done[name, mode, weights, activations]
 
@@ -151,6 +158,39 @@ def test_merged_fp32_agrees_with_peft(name: str, make: Make) -> None:
     feeds = case.feeds(3, 5)
     base = case.truth(feeds, active=False)
     assert exported.error(base, case.truth(feeds)) > 0.1  # so that a lost adapter would have failed
+
+
+def test_one_drawn_from_its_weights_is_the_same(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make("distilbert", "merged", "int8", "dynamic")
+
+    def refuse(source: ComputedTensors) -> Skeleton:
+        raise Computed("a weight is scaled")
+
+    monkeypatch.setattr(Skeleton, "of", refuse)
+    options = {"activations": "dynamic"}
+    target.export(case.base, [(case.adapter, 1.0)], tmp_path / "out", weights="int8", options=options)
+    assert exported.files(tmp_path / "out") == exported.files(case.out)
+
+
+def test_where_the_exporter_computed_with_weights_they_are_drawn_from(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a skeleton's graph lacks then is seen when it is held against the model."""
+    case, take_out = make("distilbert", "merged", "fp32"), Skeleton.take_out
+    drawn: list[int] = []
+
+    def scaled(self: Skeleton, graph: ir.Graph) -> dict[str, ComputedWeight]:
+        found = take_out(self, graph)
+        name = next(name for name, weight in found.items() if weight.transposed)
+        graph.initializers[name].const_value = ir.tensor(1.5 * found.pop(name).matrix().T, name=name)
+        drawn.append(1)
+        return found
+
+    monkeypatch.setattr(Skeleton, "take_out", scaled)
+    target.export(case.base, [(case.adapter, 1.0)], tmp_path / "out", mode="merged", weights="fp32")
+    assert drawn and exported.files(tmp_path / "out") == exported.files(case.out)
 
 
 @pytest.mark.parametrize("name", ["bert", "vit", "whisper encoder"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import exported, tiny
+from tests import exported, tiny, tiny_encoder
 from vera_edge.errors import CheckpointError, OutputError
 from vera_edge.exporting import target
 
@@ -25,6 +25,7 @@ import json, os, signal, sys
 from pathlib import Path
 import onnxruntime_genai.models.builder, peft, torch, transformers
 import vera_edge_onnx.decoder.export
+import vera_edge_onnx.encoder.export
 from vera_edge.exporting import target
 
 def export(base, adapter, out, mode, weights, options, moment, pipe):
@@ -94,6 +95,19 @@ def test_kills_lose_nothing(
     compared, last = "comparing the graph with the model", runs[-1][1]
     before = last[: last.index("writing weights")]  # what a device will write is tried after it
     assert compared in whole and compared not in before and made not in before
+    assert exported.files(tmp_path / "out") == exported.files(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_encoder_goes_on_too(tmp_path: Path) -> None:
+    base, adapter = tiny_encoder.make(tiny_encoder.EMBEDDINGS, tmp_path)
+    common = ("merged", "int8", {"activations": "dynamic"})
+    moments = [("quantizing", 5), ("writing weights", 4), NEVER]
+    _, *runs = run(
+        (base, adapter, tmp_path / "whole", *common, NEVER),
+        *((base, adapter, tmp_path / "out", *common, moment) for moment in moments),
+    )
+    assert [(code, there) for code, _, there in runs] == [*[(KILLED, False)] * (len(moments) - 1), (0, True)]
     assert exported.files(tmp_path / "out") == exported.files(tmp_path / "whole")
     assert not list(tmp_path.glob(".*"))
 

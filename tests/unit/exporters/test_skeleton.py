@@ -20,10 +20,10 @@ from vera_edge.merging.computed import ComputedTensors, open_computed
 from vera_edge.plans import plan as plans
 from vera_edge.reference.loading import config_of
 from vera_edge.trained.trained_model import open_model
-from vera_edge_onnx.decoder import skeleton
 from vera_edge_onnx.decoder.drawing import draw, sites_of
-from vera_edge_onnx.decoder.skeleton import Computed, Skeleton
+from vera_edge_onnx.graph import skeleton
 from vera_edge_onnx.graph.computed import ComputedWeight
+from vera_edge_onnx.graph.skeleton import Computed, Skeleton
 
 
 def computed_of(base: Path, adapter: Path, folder: Path) -> Checkpoint:

@@ -90,7 +90,7 @@ class Skeleton:
             model = original.__func__(
                 cls, None, config=config, state_dict=dict(self.tensors), dtype=torch.float32, **LOCAL
             )
-            self._check(model)
+            self.check_in(model)
             return model
 
         transformers.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
@@ -100,7 +100,7 @@ class Skeleton:
         finally:
             transformers.PreTrainedModel.from_pretrained = original
 
-    def _check(self, model: Any) -> None:
+    def check_in(self, model: Any) -> None:
         """Raise Computed unless all parameters lie in memory that the skeleton's tensors have."""
         own = {tensor.untyped_storage().data_ptr() for tensor in self.tensors.values()}
         for name, parameter in model.named_parameters():
