@@ -93,7 +93,7 @@ def hostile(
     for folder in (base, floats, adapter, out):
         foreign_code.plant(folder, made.marks)
     bundle.write(out, bundle.change(bundle.read(out)))
-    (made.root / "text.txt").write_text(tiny.TEXT * 8)
+    (made.root / "text.txt").write_text(tiny.TEXT * 16)
     (made.root / "release.toml").write_text(RECIPE)
     make_key(made.root, "key")
     other = shutil.copytree(out, made.folder("other"))
@@ -114,6 +114,10 @@ COMMAND_LINES: Mapping[str, tuple[str, str]] = {
     "quantize": ("float", ". -o {new} --to nf4 --like {root}/adapter"),
     "plan": ("base", ". {root}/adapter -o {new}.json --max-size 10MB --method rtn --formats int8,fp32"),
     "merge": ("base", ". {root}/adapter -o {new} --to fp32"),
+    "adapt": (
+        "base",
+        ". {root}/adapter --onto {root}/float -o {new} --calibration {root}/text.txt --steps 2",
+    ),
     "export": ("base", ". {root}/adapter -o {new} --weights int8"),
     "drift": ("bundle", "{root}/adapter . --base {root}/base --data {root}/text.txt " + QUICK),
     "run": ("bundle", ". prompt --max-tokens 2"),

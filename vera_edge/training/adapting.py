@@ -187,9 +187,10 @@ def _split(model: TrainedModel, source: str, steps: int) -> tuple[list[Int64], l
     count = sum(map(len, cut))
     apart = max(_LEAST_HELD_OUT, min(_HELD_OUT, len(cut) // 8))
     if count < _LEAST_TOKENS or len(cut) < 2 * apart:
+        least = max(_LEAST_TOKENS, 2 * _LEAST_HELD_OUT * window)
+        more = f", better {steps * window:,}" if steps * window > least else ""
         raise DataError(
-            f"{source} holds {count} tokens, too few to carry an adapter over; give at least "
-            f"{_LEAST_TOKENS:,}, better {steps * window:,}"
+            f"{source} holds {count} tokens, too few to carry an adapter over; give at least {least:,}{more}"
         )
     held = {number * len(cut) // apart for number in range(apart)}
     training = [one for number, one in enumerate(cut) if number not in held]
