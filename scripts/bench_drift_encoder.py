@@ -22,6 +22,7 @@ from vera_edge.measuring.encoders import EmbeddingDrift
 from vera_edge.reference.model import TorchReference
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
 from vera_edge.text import windows
+from vera_edge.text.mixture import Mixture
 
 EXPORTS = (("fp32", "float"), ("int8", "float"), ("int8", "dynamic"), ("int8", "static"))
 ROWS = tuple((to, method) for to in ("nf4", "int8") for method in ("rtn", "hqq", "search", "gptq"))
@@ -38,7 +39,7 @@ def encoder_table(demo: Demo, out: Path) -> str:
     for to, method in ROWS:
         folder = out / "encoder"
         ready = merge.prepare(encoder.base, [(encoder.adapter, 1.0)], to)
-        merge_to_folder(ready, folder, Rounding(method, str(demo.calibration_text)), force=True)
+        merge_to_folder(ready, folder, Rounding(method, Mixture.of(str(demo.calibration_text))), force=True)
         asked = DriftRequest(
             encoder.base, folder, str(demo.eval_text), adapters=((encoder.adapter, 1.0),), exact=True
         )

@@ -81,8 +81,8 @@ def _footnote(scored: int, perplexity: float) -> str:
         f"{scored} tokens of held-out text. KL in nats, from the model as trained (NF4 base, exact values "
         f"in float32, adapter unmerged in PEFT; perplexity {perplexity:.3f}) to what is shipped; "
         "*of the effect* divides it by the KL to the base without the adapter. 4-bit weights of ours are "
-        "rounded as the commands do by default, calibrated on text of the same kind that is in neither the "
-        "training nor the measured text. Speed: greedy decoding on "
+        "rounded as the commands do by default, calibrated on text of the same kind, in neither the training "
+        "nor the measured text, and on built-in text. Speed: greedy decoding on "
         f"{os.cpu_count()} cores of {processor()[0]}; PEFT's row runs in torch. {packages}."
     )
 

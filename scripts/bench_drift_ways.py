@@ -27,12 +27,20 @@ from vera_edge.precision.choose import choose
 from vera_edge.precision.sizes import step_bytes
 from vera_edge.reference import model as reference
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
+from vera_edge.text.mixture import Mixture
 
 # bitsandbytes' NF4 in blocks of 64 with double-quantized absmax: 8 bits a block, 32 for each 256 blocks.
 NF4_BITS = 4 + 8 / 64 + 32 / 64 / 256
 PROMPT = 'What does the Python reference say about "The "import" statement"?'
 SPOKEN = 64  # tokens generated to measure speed
 _SIMPLE = ("rtn", "hqq", "search")
+_CALIBRATED = (
+    "reference/calibration",
+    "reference/ends",
+    "rounding/writeback",
+    "rounding/weight_rounding",
+    "text/mixture",
+)
 PEFT = "PEFT merge_and_unload into NF4"
 SHORT = (
     ("fp32 merged", "merged", "fp32", None),
@@ -89,9 +97,8 @@ def _code(method: str = "") -> str:
         files = [folder / f"{name}.py" for name in ("grids", *_SIMPLE)]
     else:
         files = sorted(folder.glob("*.py"))
-        files += [
-            ROOT / "vera_edge" / f"{name}.py" for name in ("calibration", "writeback", "weight_rounding")
-        ]
+        files += [ROOT / "vera_edge" / f"{name}.py" for name in _CALIBRATED]
+        files += sorted((ROOT / "vera_edge" / "text" / "built_in" / "calibration").glob("*.txt"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
@@ -114,7 +121,7 @@ def _exported(
         weights=weights,
         options=options,
         force=True,
-        rounding=Rounding(method, str(demo.calibration_text), recover=recover),
+        rounding=Rounding(method, Mixture.of(str(demo.calibration_text)), recover=recover),
     )
     return _open(folder, made.plan)
 
@@ -129,7 +136,7 @@ def _low_rank(demo: Demo, out: Path) -> Made:
 
 def _planned(demo: Demo, out: Path, bench: Bench, share: float, mode: str) -> Made:
     """Planned on the text of the training, since the measured one must be new to it."""
-    folder, texts = out / f"planned-{mode}", (str(demo.calibration_text), str(demo.train_text))
+    folder, texts = out / f"planned-{mode}", (Mixture.of(str(demo.calibration_text)), str(demo.train_text))
     limit = share * next(iter(bench.bare.texts.values())).kl
     request = PlanRequest(max_kl=limit, mode=mode, calibration=texts[0], data=texts[1])
     found = choose(demo.base, [(demo.adapter, 1.0)], request, folder, keep=folder)
@@ -158,7 +165,7 @@ def _merged(demo: Demo, out: Path, method: str | None) -> Made:
     """Merged back into NF4; a Hugging Face folder, measured on its exact values."""
     folder = out / "merged-nf4"
     ready = merge.prepare(demo.base, [(demo.adapter, 1.0)], "nf4")
-    merge_to_folder(ready, folder, Rounding(method, str(demo.calibration_text)), force=True)
+    merge_to_folder(ready, folder, Rounding(method, Mixture.of(str(demo.calibration_text))), force=True)
     return Made(reference.open_reference(Checkpoint.open(folder)), NF4_BITS, folder_bytes(folder))
 
 

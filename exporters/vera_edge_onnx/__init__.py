@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from vera_edge.errors import TargetError
 from vera_edge.exporting.costs import ExportCost
 from vera_edge.exporting.target import Export, ExportRequest
+from vera_edge.requantize import Grid
 from vera_edge.tasks import task as tasks
 from vera_edge.trained.trained_model import TrainedModel
 from vera_edge_onnx.classes import ENCODER_OF
@@ -55,6 +56,18 @@ class OnnxExporter:
 
         options.check(request, self.name)
         return usual_weights.note(request, weights)
+
+    def head_grid(self, request: ExportRequest) -> Grid | None:
+        """What a decoder's output head is stored on, where it loses by being rounded to nearest: 4 bits."""
+        from vera_edge_onnx import options
+        from vera_edge_onnx.weights import head
+
+        options.check(request, self.name)
+        config, dtype = request.model.checkpoint.config, options.beside(request)[options.HEAD]
+        name = tasks.architecture(config)
+        if dtype != "int4" or not tasks.is_decoder(name) or name in ENCODER_OF:
+            return None
+        return head.grid_of(config, request.plan)
 
 
 EXPORTER = OnnxExporter()

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.errors import CheckpointError
-from vera_edge.exporting.target import BUILT_IN, EXPORT, RESULT, ExportRequest
+from vera_edge.exporting.target import EXPORT, RESULT, ExportRequest
 from vera_edge.merging.work import key_of as merge_key
 from vera_edge.requantize.correction import Correction
 from vera_edge.storage import resumable
@@ -32,9 +32,9 @@ from vera_edge.storage.files import (
     commit_folder,
     output_error,
     sha256_bytes,
-    sha256_file,
 )
 from vera_edge.storage.json_text import canonical_json
+from vera_edge.text.mixture import Mixture
 from vera_edge_onnx.graph import spool as spools
 from vera_edge_onnx.graph.computed import rows_file
 from vera_edge_onnx.graph.spool import Spool
@@ -109,7 +109,7 @@ def _tidy(stage: ExportStage) -> None:
 
 def key_of(request: ExportRequest, kind: str) -> str:
     """Hex SHA-256 of all that decides what an export writes. Reads the base, and codes that were rounded."""
-    checkpoint, text = request.model.checkpoint, request.text
+    checkpoint = request.model.checkpoint
     parts = {
         "merge": merge_key(request.plan, request.requantized, 0),
         "base": checkpoint.digest,
@@ -120,7 +120,7 @@ def key_of(request: ExportRequest, kind: str) -> str:
         "projections": request.model.projection_digest,
         "options": dict(request.options),
         "corrections": {name: _of_correction(one) for name, one in request.corrections.items()},
-        "text": text if text == BUILT_IN else sha256_file(Path(text)),
+        "text": Mixture.either(request.text).digest(),
         "tools": tools(kind),
         "kind": kind,
     }

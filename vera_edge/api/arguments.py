@@ -13,11 +13,27 @@ from vera_edge.sizes import parse_size
 if TYPE_CHECKING:
     from vera_edge.base.trained_as import TrainedAs
     from vera_edge.plans.plan import Plan
+    from vera_edge.text.mixture import Mixture
 
 BUILT_IN = "built-in"
 StrPath = str | os.PathLike[str]
 # A folder; several, that share their projections; or several with what scales the delta of each.
 Adapters = StrPath | Sequence[StrPath | tuple[StrPath, float]] | Mapping[str, float] | Mapping[Path, float]
+
+# A text; several; or several with the share of the tokens that each is to have.
+Texts = StrPath | Sequence[StrPath] | Mapping[str, float | None] | Mapping[Path, float | None]
+
+
+def mixture(texts: Texts) -> Mixture:
+    """Texts to calibrate on, with built-in text unless their shares leave none for it; raises PlanError."""
+    from vera_edge.text.mixture import Mixture  # tokenizers comes with it
+
+    if isinstance(texts, str | os.PathLike):
+        return Mixture.of(str(texts))
+    if isinstance(texts, Mapping):
+        words = [str(name) if share is None else f"{name}={share}" for name, share in texts.items()]
+        return Mixture.of(words)
+    return Mixture.of([str(text) for text in texts])
 
 
 def path_or_none(path: StrPath | None) -> Path | None:

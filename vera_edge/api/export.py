@@ -10,7 +10,9 @@ from vera_edge.api.arguments import (
     BUILT_IN,
     Adapters,
     StrPath,
+    Texts,
     loading,
+    mixture,
     path_or_none,
     plan_or_none,
     size_or_none,
@@ -53,7 +55,7 @@ def export(
     device: StrPath | None = None,
     method: str | None = None,
     effort: str | None = None,
-    calibration: StrPath = BUILT_IN,
+    calibration: Texts = BUILT_IN,
     compute_device: str = CPU,
     recover: Sequence[str] = (),
     max_memory: int | str | None = None,
@@ -92,7 +94,8 @@ def export(
             isn't given: the form that loses least among those that fit there and are quick enough.
         method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
         effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
-        calibration: a UTF-8 text file to calibrate on, or "built-in".
+        calibration: text to calibrate on: a UTF-8 file, several, or {file: share of the tokens}; "built-in"
+            text takes the rest.
         compute_device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others.
         recover: what to fit to the rounded base: lambda_b, lambda_d (a branch's), low-rank=RANK, bias.
         max_memory: bytes, or words like "6GB": of what calibration text leaves between layers, an eighth of
@@ -144,7 +147,7 @@ def export(
         progress=progress,
         rounding=Rounding(
             method,
-            str(calibration),
+            mixture(calibration),
             recover=tuple(recover),
             effort=effort,
             device=compute_device,

@@ -12,8 +12,10 @@ from vera_edge.api.arguments import (
     BUILT_IN,
     Adapters,
     StrPath,
+    Texts,
     folders,
     loading,
+    mixture,
     path_or_none,
     plan_or_none,
     size_or_none,
@@ -70,7 +72,7 @@ def merge(
     plan: StrPath | Plan | None = None,
     method: str | None = None,
     effort: str | None = None,
-    calibration: StrPath = BUILT_IN,
+    calibration: Texts = BUILT_IN,
     compute_device: str = CPU,
     weight: float = 1.0,
     projection_rounding: str | None = None,
@@ -99,7 +101,8 @@ def merge(
         plan: a plan's file, or a Plan, that decides to, block_size and double_quant layer by layer.
         method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
         effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
-        calibration: a UTF-8 text file to calibrate on, or "built-in".
+        calibration: text to calibrate on: a UTF-8 file, several, or {file: share of the tokens}; "built-in"
+            text takes the rest.
         compute_device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others.
         weight: scales the delta of an adapter that has no weight of its own.
         projection_rounding: what the projections were rounded to in training, where it can't be told.
@@ -141,7 +144,7 @@ def merge(
         tokenizer=tokenizer,
     )
     rounding = Rounding(
-        method, str(calibration), effort=effort, max_memory=resources.max_memory, device=compute_device
+        method, mixture(calibration), effort=effort, max_memory=resources.max_memory, device=compute_device
     )
     return merge_to_folders({Path(out): planned._ready}, rounding, progress, force, resources)[0]
 
@@ -156,7 +159,7 @@ def merge_each(
     double_quant: bool = False,
     method: str | None = None,
     effort: str | None = None,
-    calibration: StrPath = BUILT_IN,
+    calibration: Texts = BUILT_IN,
     compute_device: str = CPU,
     weight: float = 1.0,
     projection_rounding: str | None = None,
@@ -205,7 +208,7 @@ def merge_each(
         ready,
         Rounding(
             method,
-            str(calibration),
+            mixture(calibration),
             effort=effort,
             max_memory=resources.max_memory,
             device=compute_device,

@@ -9,7 +9,9 @@ from vera_edge.api.arguments import (
     BUILT_IN,
     Adapters,
     StrPath,
+    Texts,
     loading,
+    mixture,
     path_or_none,
     size_or_none,
     weighted,
@@ -41,7 +43,7 @@ def plan(
     export: StrPath | None = None,
     method: str | None = None,
     effort: str | None = None,
-    calibration: StrPath = BUILT_IN,
+    calibration: Texts = BUILT_IN,
     compute_device: str = CPU,
     weight: float = 1.0,
     projection_rounding: str | None = None,
@@ -70,7 +72,8 @@ def plan(
         export: also write the export that was measured, to this folder.
         method: how to round: rtn, search, hqq or gptq; None: gptq.
         effort: what search and gptq spend: quick, default or thorough; None: default.
-        calibration: a UTF-8 text file to calibrate on, or "built-in".
+        calibration: text to calibrate on: a UTF-8 file, several, or {file: share of the tokens}; "built-in"
+            text takes the rest.
         compute_device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others.
         weight: scales the delta of an adapter that has no weight of its own.
         projection_rounding: what the projections were rounded to in training, where it can't be told.
@@ -104,7 +107,7 @@ def plan(
         method=method or PlanRequest.method,
         effort=effort or PlanRequest.effort,
         device=compute_device,
-        calibration=str(calibration),
+        calibration=mixture(calibration),
         data=None if data is None else str(data),
         tokens=tokens,
         max_memory=size_or_none(max_memory),

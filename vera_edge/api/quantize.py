@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vera_edge.api.arguments import BUILT_IN, StrPath, path_or_none
+from vera_edge.api.arguments import BUILT_IN, StrPath, Texts, mixture, path_or_none
 from vera_edge.errors import PlanError
 from vera_edge.merging import quantize as quantizing
 from vera_edge.merging.quantize import Quantized
@@ -30,7 +30,7 @@ def quantize(
     skip: Sequence[str] = (),
     group: int | None = None,
     asymmetric: bool | None = None,
-    calibration: StrPath | None = None,
+    calibration: Texts | None = None,
     method: str | None = None,
     effort: str | None = None,
     compute_device: str | None = None,
@@ -56,7 +56,8 @@ def quantize(
         skip: llm_int8_skip_modules: modules left in floats.
         group: of gptq: inputs that share a scale, 32 (the default), 64 or 128.
         asymmetric: of gptq: with a zero point for each group (the default), or without.
-        calibration: of gptq: a UTF-8 text file to calibrate on, or "built-in" (the default).
+        calibration: of gptq: text to calibrate on: a UTF-8 file, several, or {file: share of the tokens};
+            "built-in" text takes the rest, and all of it where none is given.
         method: of gptq: how to round: rtn, search, hqq or gptq (the default).
         effort: of gptq: what search and gptq spend: quick, default or thorough.
         compute_device: of gptq: what they compute on: cpu (the default), cuda, mps, or auto.
@@ -104,7 +105,7 @@ def quantize(
     from vera_edge.rounding.weight_rounding import Rounding
 
     form = integer_base.IntegerForm(32 if group is None else group, asymmetric is False)
-    text = BUILT_IN if calibration is None else str(calibration)
+    text = mixture(BUILT_IN if calibration is None else calibration)
     rounding = Rounding(method, text, effort=effort, device=compute_device or Rounding.device)
     return integer_base.to_folder(Path(base), Path(out), form, rounding, force, progress)
 

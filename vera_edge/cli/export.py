@@ -137,7 +137,7 @@ def export(
     plan_file: Path | None,
     method: str | None,
     effort: str | None,
-    calibration: str,
+    calibration: tuple[str, ...],
     compute_device: str,
     recover: tuple[str, ...],
     max_memory: str | None,

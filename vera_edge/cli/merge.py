@@ -89,7 +89,7 @@ def merge(
     plan_file: Path | None,
     method: str | None,
     effort: str | None,
-    calibration: str,
+    calibration: tuple[str, ...],
     compute_device: str,
     more: list[tuple[Path, float]],
     weight: float,

@@ -74,7 +74,7 @@ def plan(
     keep: Path | None,
     method: str | None,
     effort: str | None,
-    calibration: str,
+    calibration: tuple[str, ...],
     compute_device: str,
     more: list[tuple[Path, float]],
     weight: float,

@@ -78,9 +78,10 @@ _DTYPES = ("float32", "bfloat16", "float16")
 )
 @click.option(
     "--calibration",
-    metavar="FILE",
-    help="Of gptq: text to calibrate on: a UTF-8 file like what will be trained, or built-in.  "
-    "[default: built-in]",
+    multiple=True,
+    metavar="FILE[=SHARE]",
+    help="Of gptq: text to calibrate on: a UTF-8 file like what will be trained, and its share of the tokens "
+    "(half, unless given); repeat for more. built-in takes the rest.  [default: built-in]",
 )
 @method_option
 @effort_option
@@ -104,7 +105,7 @@ def quantize(
     skip: tuple[str, ...],
     group: str | None,
     asymmetric: bool | None,
-    calibration: str | None,
+    calibration: tuple[str, ...],
     method: str | None,
     effort: str | None,
     compute_device: str | None,
@@ -136,7 +137,7 @@ def quantize(
             skip=skip,
             group=None if group is None else int(group),
             asymmetric=asymmetric,
-            calibration=calibration,
+            calibration=calibration or None,
             method=method,
             effort=effort,
             compute_device=compute_device,

@@ -59,11 +59,12 @@ effort_option: Callable[[F], F] = click.option(
 )
 calibration_option: Callable[[F], F] = click.option(
     "--calibration",
-    default="built-in",
+    multiple=True,
+    default=("built-in",),
     show_default=True,
-    metavar="FILE",
+    metavar="FILE[=SHARE]",
     help="Text to calibrate search, gptq and static activations on: a UTF-8 file like what the adapter is "
-    "for, or built-in.",
+    "for, and its share of the tokens (half, unless given); repeat for more. built-in takes the rest.",
 )
 compute_device_option: Callable[[F], F] = click.option(
     "--compute-device",

@@ -6,7 +6,7 @@ repository through the same door as anybody else's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
@@ -27,17 +27,19 @@ from vera_edge.plans import plan as plans
 from vera_edge.plans import step_options
 from vera_edge.plans.plan import FLOAT, Plan
 from vera_edge.progress import Progress, silent
-from vera_edge.requantize import Codes
+from vera_edge.requantize import Codes, Grid
 from vera_edge.requantize.correction import Correction
 from vera_edge.storage.files import check_output
 from vera_edge.storage.resumable import held as held_of
 from vera_edge.storage.resumable import tidy
 from vera_edge.tasks import task as tasks
+from vera_edge.text.mixture import Mixture
 from vera_edge.trained.text_settings import with_fast_tokenizer
 from vera_edge.trained.trained_model import TrainedModel, open_model
 
 GROUP = "vera_edge.exporters"
 BUILT_IN = "built-in"
+CALIBRATION = "calibration"  # in a plan's options
 EXPORT = "export"  # the purpose of the hidden folder in which one grows,
 RESULT = "out"  # and what in it becomes the bundle
 OLD_NAMES = {"genai": "onnx"}  # names of earlier versions, which go on working for a release
@@ -65,8 +67,8 @@ class ExportRequest:
     ("baked", "seed"): whether the projections are in the files, or drawn on the device; `run` ("int8"): what
     4-bit weights are expanded to there.
     requantized: by module, weights of the plan's formats that were rounded with care (merged where the plan
-    merges); the exporter rounds the others itself. text: what ranges of activations are calibrated on, a
-    UTF-8 file or "built-in".
+    merges); the exporter rounds the others itself. text: what ranges of activations are calibrated on: texts
+    with shares, or one alone, a UTF-8 file or "built-in".
     drawn: a folder for the graph before its weights are rounded, which the next export of the same inputs in
     the same mode takes from there; None where nothing is to be kept. corrections: by module, what its output
     gets beside the rounded weight's.
@@ -80,7 +82,7 @@ class ExportRequest:
     progress: Progress = silent
     requantized: Mapping[str, Codes] = field(default_factory=dict)
     drawn: Path | None = None
-    text: str = BUILT_IN
+    text: str | Mixture = BUILT_IN
     corrections: Mapping[str, Correction] = field(default_factory=dict)
 
 
@@ -115,7 +117,8 @@ class RoundedWeights(NamedTuple):
 
     model: what to export; its adapters' vectors may have been refitted to the rounded base.
     corrections: by module, what its output is to get beside. device: what rounded, where that isn't the
-    processor.
+    processor. calibration: the texts it was calibrated on, by digest, and how many tokens of each, as a plan
+    says it.
     """
 
     codes: Mapping[str, Codes]
@@ -123,19 +126,23 @@ class RoundedWeights(NamedTuple):
     model: TrainedModel
     corrections: Mapping[str, Correction] = MappingProxyType({})
     device: str | None = None
+    calibration: Sequence[Mapping[str, Any]] = ()
 
 
 class RoundsWeights(Protocol):
     """Rounds the weights of a plan before the exporter sees them; see `weight_rounding.Rounding`."""
 
     @property
-    def text(self) -> str:
-        """What is calibrated on: a UTF-8 file, or "built-in"."""
+    def text(self) -> str | Mixture:
+        """What is calibrated on: texts with shares, or one alone, a UTF-8 file or "built-in"."""
 
     def codes(
-        self, model: TrainedModel, plan: Plan, out: Path, progress: Progress
+        self, model: TrainedModel, plan: Plan, out: Path, progress: Progress, *, head: Grid | None = None
     ) -> AbstractContextManager[RoundedWeights]:
-        """The weights rounded; codes are kept beside `out` while the context lasts."""
+        """The weights rounded; codes are kept beside `out` while the context lasts.
+
+        head: what the output head is stored on, where it's to be rounded with care; its codes are HEAD's.
+        """
 
 
 @runtime_checkable
@@ -256,7 +263,7 @@ def export(
     if estimate is not None:
         check_room(estimate(request, timed=False), out, held_of(out, EXPORT))
     rounds = (
-        rounding.codes(request.model, request.plan, out, progress)
+        rounding.codes(request.model, request.plan, out, progress, head=head_grid(exporter, request))
         if rounding
         else nullcontext(RoundedWeights({}, (), request.model))
     )
@@ -264,7 +271,7 @@ def export(
         request = replace(
             request,
             model=rounded.model,
-            plan=_rounded_on(request.plan, rounded.device),
+            plan=told(_rounded_on(request.plan, rounded.device), rounded.calibration),
             force=force,
             progress=progress,
             requantized=rounded.codes,
@@ -278,6 +285,19 @@ def export(
 def _rounded_on(plan: Plan, device: str | None) -> Plan:
     """The plan as the manifest has it: with the device that its weights' bytes come from."""
     return plan if device is None else replace(plan, options={**plan.options, "compute_device": device})
+
+
+def head_grid(exporter: Exporter, request: ExportRequest) -> Grid | None:
+    """What an exporter stores the output head on that it would rather have rounded for it."""
+    grid: Callable[[ExportRequest], Grid | None] | None = getattr(exporter, "head_grid", None)
+    return None if grid is None else grid(request)
+
+
+def told(plan: Plan, calibration: Sequence[Mapping[str, Any]]) -> Plan:
+    """`plan`, saying what text its weights were rounded for."""
+    if not calibration:
+        return plan
+    return replace(plan, options={**plan.options, CALIBRATION: [dict(text) for text in calibration]})
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from vera_edge.trained.trained_model import TrainedModel, check_together
 VERSION = 1
 SAME = "same"
 # What an encoder's int8 linears read: float32, or uint8 whose range is found at each run or was calibrated.
+HEAD = "head"  # the output head, beside the modules of a model
 FLOAT = "float"
 ACTIVATIONS = (FLOAT, "dynamic", "static")
 Mode = Literal["merged", "branch"]

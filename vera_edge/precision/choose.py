@@ -36,8 +36,9 @@ from vera_edge.requantize.effort import DEFAULT
 from vera_edge.storage.files import staged_folder
 from vera_edge.storage.scratch import scratch_folder
 from vera_edge.tasks import task as tasks
+from vera_edge.text import mixture, windows
 from vera_edge.text import tokenizer as tokenizers
-from vera_edge.text import windows
+from vera_edge.text.mixture import Cut, Mixture
 
 
 def choose(
@@ -118,6 +119,7 @@ class _Search:
             device=devices.chosen(self.request.device),
         )
         calibration, sensitivity, check = self._windows()
+        start = targets.told(start, calibration.to_list() if self.request.method != "rtn" else ())
         trials, heads = Trials(self.ready, self.request.target, self.work), heads_of(self.request.formats)
         with self._timed("weighing"):
             weighed = trials.weigh(finished(start, heads[0], self.request, self.ready), self.progress)
@@ -125,7 +127,7 @@ class _Search:
         model = trained_model(self.ready) if stream is None else stream.model
         values = as_it_is if stream is None else stream.weights.values
         with self._timed("calibration and rounding"):
-            rounded.calibrate(model, calibration.tokens, self.progress, stream)
+            rounded.calibrate(model, calibration.windows, self.progress, stream)
         modules = [module for group in rounded.groups for module in group]
         with self._timed("sensitivities"):
             timed = self.request.max_latency is not None
@@ -158,20 +160,20 @@ class _Search:
             return StreamedReplay(stream, text.tokens)
         return Replay(model, modules, text.tokens)
 
-    def _windows(self) -> tuple[windows.Windows, windows.Windows, windows.Windows]:
+    def _windows(self) -> tuple[Cut, windows.Windows, windows.Windows]:
         request, checkpoint = self.request, self.ready.model.checkpoint
         config = checkpoint.config.get("text_config") or checkpoint.config
         tokenizer, size = (
             tokenizers.read(checkpoint.files, checkpoint.config),
             int(config.get("vocab_size", 0)),
         )
-        text = windows.read_text(request.calibration)
-        data = text if request.data is None else windows.read_text(request.data)
+        texts = Mixture.either(request.calibration)
+        data = windows.read_text(texts.names[0] if request.data is None else request.data)
         width = min(windows.WINDOW, request.tokens)
         counts = (request.tokens, request.check_tokens)
         few, more = (windows.make(data, tokenizer, size, count, width) for count in counts)
         calibrated = request.calibration_tokens or Effort.named(request.effort).tokens
-        return windows.make(text, tokenizer, size, calibrated), few, more
+        return mixture.cut(texts, tokenizer, size, calibrated, windows.WINDOW), few, more
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -179,15 +181,16 @@ class _Search:
         yield
         self.seconds[what] = round(time.monotonic() - begun, 1)
 
-    def _notes(self, *cut: windows.Windows) -> tuple[str, ...]:
-        calibration, few, more = (sum(len(window) for window in one.tokens) for one in cut)
+    def _notes(self, calibration: Cut, *cut: windows.Windows) -> tuple[str, ...]:
+        few, more = (sum(len(window) for window in one.tokens) for one in cut)
         request, found = self.request, list(self.ready.model.notes)
         spent = "" if request.effort == DEFAULT else f" with effort {request.effort}"
         found.append(
-            f"weights were rounded by {request.method}{spent}, calibrated on {calibration} tokens of "
-            f"{request.calibration} text; export with the same --method and --calibration"
+            f"weights were rounded by {request.method}{spent}, calibrated on {calibration.said()}; "
+            "export with the same --method and --calibration"
         )
-        source = request.calibration if request.data is None else request.data
+        own = Mixture.either(request.calibration).names
+        source = own[0] if request.data is None else request.data
         found.append(
             f"sensitivities: the KL of one unit quantized alone, on {few} tokens of {source} text; plans: of "
             f"all units together, in torch (predicted) and in an export (measured), on {more} tokens"
@@ -197,6 +200,6 @@ class _Search:
                 "latency is this machine's, and of the layers' products alone, one token at a time; the "
                 "device's own is measured there (vera-edge bench)"
             )
-        if source == request.calibration:
+        if source in own and source != windows.BUILT_IN:
             found.append("measured on the text that weights were calibrated on, which flatters; give --data")
         return tuple(found)

@@ -20,17 +20,19 @@ from vera_edge.errors import PlanError
 from vera_edge.formats.blocks import quantize
 from vera_edge.merging import Prepared
 from vera_edge.plans.int8 import int8_form
-from vera_edge.plans.plan import Step
+from vera_edge.plans.plan import HEAD, Step
 from vera_edge.precision.changes import Change
+from vera_edge.precision.request import split
 from vera_edge.progress import Progress
 from vera_edge.reference.calibration import LayerInputs, Walk
+from vera_edge.reference.ends import OutputHead
 from vera_edge.reference.layers import Changed
 from vera_edge.reference.model import oriented
 from vera_edge.reference.streamed import LayerStream
-from vera_edge.requantize import Codes, CodesFolder, Effort, Gram, Grid, requantize
+from vera_edge.requantize import Codes, CodesFolder, Effort, Gram, Grid, int_blocks, requantize
 from vera_edge.requantize.devices import CPU, placed
 from vera_edge.requantize.gram import in_threads
-from vera_edge.rounding.weight_rounding import grid_of
+from vera_edge.rounding.weight_rounding import BLOCK, grid_of
 
 # A graph's layers of these formats round what they read, see replay.py.
 INTEGER = ("int4", "int8")
@@ -40,7 +42,8 @@ INTEGER = ("int4", "int8")
 class UnitCodes:
     """Codes of every module by format. steps: format -> module -> what the plan would say.
 
-    groups: the modules that read the same input, in the order of computation, once calibrated.
+    groups: the modules that read the same input, in the order of computation, once calibrated. head: the
+    output head in 4 bits then, where a plan may have that and text calibrates it.
     """
 
     ready: Prepared
@@ -50,13 +53,27 @@ class UnitCodes:
     groups: list[tuple[str, ...]] = field(default_factory=list)
     effort: Effort = field(default_factory=Effort)
     device: str | None = None  # of the statistics and of rounding; see requantize.devices
+    head: Codes | None = None
+    _output: OutputHead | None = None
+    _head_weight: Float32 | None = None
 
     def calibrate(
         self, model: Any, windows: Sequence[Int64], progress: Progress, stream: LayerStream | None = None
     ) -> None:
         """Round everything to everything, in one walk of the text through the model; see `Walk`."""
         modules = frozenset(module for steps in self.steps.values() for module in steps)
-        walk = Walk(model, modules, windows, "original", progress, stream, device=self.device or CPU)
+        if self.method in ("search", "gptq") and any(split(name)[0] == "int4" for name in self.steps):
+            self._take_head(model, stream)
+        walk = Walk(
+            model,
+            modules,
+            windows,
+            "original",
+            progress,
+            stream,
+            device=self.device or CPU,
+            head=self._output,
+        )
         walk.run(self._answer)
         reached = {module for group in self.groups for module in group}
         if missing := sorted(modules - reached):
@@ -65,7 +82,20 @@ class UnitCodes:
                 "or choose formats yourself (--weights)"
             )
 
+    def _take_head(self, model: Any, stream: LayerStream | None) -> None:
+        """Have the head rounded too, where the model has one that blocks divide."""
+        found = OutputHead.of(model)
+        if found is not None and not found.parameter.shape[1] % BLOCK:
+            values = found.parameter.data if stream is None else stream.weights.values(found.parameter.data)
+            self._output, self._head_weight = found, values.numpy()
+
     def _answer(self, inputs: LayerInputs) -> Mapping[str, Changed]:
+        if inputs.modules == (HEAD,):
+            assert self._head_weight is not None
+            gram = Gram.of(inputs.gram, max(self.effort.damp, inputs.damp))
+            blocks, threads = int_blocks(4, BLOCK, symmetric=False), torch.get_num_threads()
+            self.head = requantize(self._head_weight, blocks, self.method, gram, self.effort, threads)
+            return {}
         self.groups.append(inputs.modules)
         wanted = [
             (name, module, grid)

@@ -12,6 +12,7 @@ from vera_edge.plans.plan import Mode
 from vera_edge.requantize import METHODS, Effort, devices
 from vera_edge.requantize.effort import DEFAULT
 from vera_edge.rounding.weight_rounding import BUILT_IN
+from vera_edge.text.mixture import Mixture
 
 FORMATS = ("int4", "int8", "nf4", "fp4", "fp32")
 TARGETS = ("onnx", *OLD_NAMES)
@@ -29,8 +30,9 @@ class PlanRequest:
     "int4" and "int8" or "fp32" also what embeddings and head may.
     method, effort, calibration: how weights are rounded, as an export does; on `calibration_tokens` of text,
     or as many as the effort takes. data: the text that sensitivities (`tokens` of it) and plans (twice as
-    many) are measured on. The calibration's when it is None. max_memory: bytes; a model that takes more than
-    half of them in float32 is read layer by layer. device: see `Rounding`.
+    many) are measured on. Where it is None, the first text to calibrate on that isn't built-in, or the
+    built-in one to measure on. max_memory: bytes; a model that takes more than half of them in float32 is
+    read layer by layer. device: see `Rounding`.
     """
 
     max_size: int | None = None
@@ -40,7 +42,7 @@ class PlanRequest:
     formats: tuple[str, ...] = ("int4", "int8")
     target: str = "onnx"
     method: str = "gptq"
-    calibration: str = BUILT_IN
+    calibration: str | Mixture = BUILT_IN
     data: str | None = None
     tokens: int = SENSITIVITY_TOKENS
     calibration_tokens: int | None = None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge.errors import PlanError
+from vera_edge.exporting.target import CALIBRATION
 from vera_edge.merging import Prepared
 from vera_edge.plans.plan import SAME, Plan
 from vera_edge.precision.changes import Change, Replaying
@@ -36,7 +37,12 @@ _SHOWN = 12
 
 def finished(plan: Plan, head: str, request: PlanRequest, ready: Prepared) -> Plan:
     """`plan` with what an export needs to know beside the steps."""
-    options = {"base_digest": ready.model.checkpoint.digest, "head": head, "method": request.method}
+    options: dict[str, Any] = {
+        "base_digest": ready.model.checkpoint.digest,
+        "head": head,
+        "method": request.method,
+    }
+    options |= {name: value for name, value in plan.options.items() if name == CALIBRATION}
     if request.effort != DEFAULT:
         options["effort"] = request.effort
     if request.mode == "branch" and ready.model.projections is not None:
@@ -159,7 +165,7 @@ class Solver:
             return Change(weights, {name: b for change in changes for name, b in change.rounded.items()})
 
         def outside(parts: Sequence[str]) -> Change:
-            return ends_change(self.model, picks[ENDS], self.values, parts)
+            return ends_change(self.model, picks[ENDS], self.values, parts, self.rounded.head)
 
         return self.replay.joint(change_of, outside)
 

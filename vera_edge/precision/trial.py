@@ -47,12 +47,19 @@ class Trials:
         Raises as the rounding and the exporter do.
         """
         ready, out = self.ready, self.work / f"trial-{number}"
-        with rounding.codes(ready.model, plan, out, progress) as rounded:
+        grid = targets.head_grid(targets.find(self.target), self._request(plan, {}, out, progress))
+        with rounding.codes(ready.model, plan, out, progress, head=grid) as rounded:
             self._export(plan, rounded.codes, out, progress)
         return MeasuredTrial(out, _size(out), replay.kl_of(Session.open(out), progress))
 
     def _export(self, plan: Plan, codes: Mapping[str, Codes], out: Path, progress: Progress) -> Path:
-        request = ExportRequest(
+        targets.find(self.target).export(self._request(plan, codes, out, progress))
+        return out
+
+    def _request(
+        self, plan: Plan, codes: Mapping[str, Codes], out: Path, progress: Progress
+    ) -> ExportRequest:
+        return ExportRequest(
             self.ready.model,
             plan,
             out,
@@ -61,8 +68,6 @@ class Trials:
             requantized=codes,
             drawn=self.work / "drawn",
         )
-        targets.find(self.target).export(request)
-        return out
 
 
 def _size(folder: Path) -> int:

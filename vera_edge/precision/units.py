@@ -22,6 +22,7 @@ from vera_edge.precision.latency import ProductKind, kind_of, nanoseconds
 from vera_edge.precision.request import split
 from vera_edge.precision.sizes import HEADS, matrix_bytes, step_bytes
 from vera_edge.progress import Progress
+from vera_edge.requantize import Codes
 from vera_edge.rounding.weight_rounding import BLOCK
 
 ENDS = "embeddings"
@@ -132,7 +133,7 @@ class Sensitivities:
     def _end_change(self, kind: str) -> Outside | None:
         if kind not in INTEGER:
             return None
-        return lambda parts: ends_change(self.model, kind, self.values, parts)
+        return lambda parts: ends_change(self.model, kind, self.values, parts, self.codes.head)
 
     def _end_options(self, losses: Mapping[str, float]) -> MeasuredUnit:
         shapes = [tuple(weight.shape) for weight in _end_weights(self.model).values()]
@@ -145,8 +146,17 @@ class Sensitivities:
         return MeasuredUnit(ENDS, (), options)
 
 
-def ends_change(model: Any, kind: str, values: Values = as_it_is, parts: Sequence[str] = PARTS) -> Change:
-    """Embeddings and output head stored as `kind`, rounded to nearest as exporters do; those of `parts`."""
+def ends_change(
+    model: Any,
+    kind: str,
+    values: Values = as_it_is,
+    parts: Sequence[str] = PARTS,
+    careful: Codes | None = None,
+) -> Change:
+    """Embeddings and output head stored as `kind`, rounded to nearest as exporters do; those of `parts`.
+
+    careful: a head of 4 bits that was rounded otherwise, and so are embeddings that are tied to it.
+    """
     if kind not in INTEGER:
         return Change({})
     names = {id(value): name for name, value in model.named_parameters()}
@@ -154,6 +164,8 @@ def ends_change(model: Any, kind: str, values: Values = as_it_is, parts: Sequenc
         names[key]: _rounded(values(weight.data), kind) for key, weight in _end_weights(model, parts).items()
     }
     head = model.get_output_embeddings()
+    if careful is not None and kind == "int4" and names[id(head.weight)] in weights:
+        weights[names[id(head.weight)]] = torch.from_numpy(careful.dequantize())
     read = {name: BLOCK for name, module in model.named_modules() if module is head and "output" in parts}
     return Change(weights, read)
 

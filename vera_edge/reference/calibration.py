@@ -28,7 +28,9 @@ from torch import nn
 
 from vera_edge.arrays import Float32, Int64
 from vera_edge.errors import DataError
+from vera_edge.plans.plan import HEAD
 from vera_edge.progress import Progress, silent
+from vera_edge.reference.ends import OutputHead, after_layers, widths
 from vera_edge.reference.group_passes import GroupPasses, GroupPlan
 from vera_edge.reference.hidden_states import ROOM, HiddenStates, Room
 from vera_edge.reference.layers import Changed, Layer, Stack
@@ -87,6 +89,7 @@ class Walk:
     modules: the linears whose inputs are wanted. sees: what later layers read. stream: runs the model layer
     by layer, where its weights aren't in memory. room: bytes of hidden states that stay in memory.
     device: torch's, that multiplies statistics out; forward passes are the processor's in any case.
+    head: visited last, where its input is wanted, as `HEAD`.
     """
 
     model: nn.Module
@@ -97,6 +100,7 @@ class Walk:
     stream: LayerStream | None = None
     room: int = ROOM
     device: str = "cpu"
+    head: OutputHead | None = None
 
     def run(self, answer: Answer, recall: Recall = _nothing) -> None:
         """Visit every input once, in the order of computation, but for those that `recall` knows.
@@ -120,7 +124,32 @@ class Walk:
                     else:
                         plan = GroupPlan.of(layer, original, plan)
                         _following(layer, plan, hidden, original, room, answer, recall, self.device)
+            if self.head is not None and recall((HEAD,)) is None:
+                answer(self._head(self.head, stack, hidden, original))
             self.progress("calibrating", len(stack.layers), len(stack.layers))
+
+    def _head(
+        self, head: OutputHead, stack: Stack, hidden: HiddenStates, original: HiddenStates
+    ) -> LayerInputs:
+        """The statistics of what the head reads; hidden, original: what the last layer gives."""
+        gram, moved = MeanProduct(self.device), MeanProduct(self.device)
+        shapes = [] if self.stream else widths(self.model, stack.layers, self.windows[0])
+        placed: dict[str, torch.Tensor] = {}
+
+        def reads(states: HiddenStates, row: int) -> torch.Tensor:
+            if self.stream is not None:
+                run = Run(self.stream, self.stream.view, self.windows, states)
+                return head.reads(lambda: run.end(row, placed))
+            window, last = self.windows[row], states[row]
+            return head.reads(lambda: after_layers(self.model, stack.layers, shapes, window, last))
+
+        for row in range(len(self.windows)):
+            x = reads(hidden, row)
+            gram.add(x, x)
+            if original is not hidden:
+                moved.add(reads(original, row) - x, x)
+        following = original is not hidden
+        return LayerInputs((HEAD,), gram.value(), gram.count, moved.value() if following else None)
 
     def _opened(self, room: Room) -> tuple[Stack, HiddenStates]:
         """The layers, how they are called, and what the first one reads."""

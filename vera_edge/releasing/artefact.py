@@ -58,7 +58,7 @@ def _plan(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progre
 
         adapters = [(job.recipe.path(job.adapter.path), 1.0)]
         base = job.recipe.base(job.adapter.base)
-        request = variant.request(job.recipe.text(variant.calibration))
+        request = variant.request(job.recipe.mixture(variant.calibration))
         found = choose(
             job.recipe.path(base.path),
             adapters,
@@ -88,7 +88,7 @@ def _export(job: ReleaseJob, stage: Path, progress: Progress, plan: Plan | None)
         progress=progress,
         rounding=Rounding(
             variant.method,
-            job.recipe.text(variant.calibration),
+            job.recipe.mixture(variant.calibration),
             any_adapter=True,
             effort=variant.effort,
             device=variant.compute_device or Rounding.device,

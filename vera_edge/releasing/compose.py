@@ -20,6 +20,7 @@ from vera_edge.releasing.inputs import ReleaseInputs, tools
 from vera_edge.releasing.job import ReleaseJob
 from vera_edge.releasing.recipe import leaves
 from vera_edge.storage.json_text import canonical_json
+from vera_edge.text.mixture import split
 
 EVIDENCE = "evidence"
 PROVENANCE = "provenance.json"
@@ -117,7 +118,9 @@ def own_recipe(job: ReleaseJob) -> dict[str, Any]:
         return (job.recipe.folder / path).resolve().name if leaves(inside) else Path(inside).as_posix()
 
     file, base = job.recipe.file, job.recipe.base(job.adapter.base)
-    variant = {"adapters": None, "calibration": portable(job.variant.calibration)}
+    texts = [split(word) for word in job.variant.texts]
+    calibration = tuple(portable(name) + share for name, share in texts)
+    variant = {"adapters": None, "calibration": calibration if len(texts) > 1 else calibration[0]}
     if job.variant.plan is not None:
         variant["plan"] = portable(job.variant.plan)
     own = file.model_copy(

@@ -17,7 +17,6 @@ from vera_edge.errors import MismatchError
 from vera_edge.releasing.cache import Store
 from vera_edge.releasing.job import ReleaseJob
 from vera_edge.requantize import devices
-from vera_edge.text import windows
 from vera_edge.trained import model as trained_base
 from vera_edge.trained import provenance
 
@@ -67,7 +66,7 @@ def read(job: ReleaseJob, store: Store) -> ReleaseInputs:
     spec = None if found.projections is None else found.projections.spec
     base_digest = store.folder_digest(base_path)
     facts = {
-        "calibration": windows.read_text(job.recipe.text(job.variant.calibration)).sha256,
+        "calibration": job.recipe.mixture(job.variant.calibration).digest(),
         "base": base_digest,
         "adapter": adapter.digest,
         "projections": None if found.projections is None else found.projections.digest,

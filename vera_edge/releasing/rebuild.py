@@ -18,6 +18,7 @@ from vera_edge.releasing.compose import EVIDENCE, RECIPE
 from vera_edge.releasing.job import ReleaseJob
 from vera_edge.releasing.recipe import Recipe, RecipeFile, leaves
 from vera_edge.storage.json_text import read_json
+from vera_edge.text.mixture import split
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def _recipe(folder: Path, inputs: Path) -> Recipe:
         raise BundleError(f"{path} describes more than one bundle; it was changed")
     # What was released keeps these to itself, and a stranger's bundle doesn't say what is read here.
     (base,), (adapter,), (variant,) = file.base, file.adapter, file.variant
-    paths = (base.path, adapter.path, variant.plan, variant.calibration, file.limits.data)
+    texts = (split(word)[0] for word in variant.texts)
+    paths = (base.path, adapter.path, variant.plan, *texts, file.limits.data)
     if file.sign is not None or any(leaves(one) for one in paths if one is not None):
         raise BundleError(f"{path} names a key, or files outside of the inputs; it was changed")
     return Recipe(file, inputs.absolute(), confined=True)

@@ -21,6 +21,7 @@ from vera_edge.exporting import target
 from vera_edge.releasing.names import Id, Line, RecipeTable
 from vera_edge.releasing.variant import Variant
 from vera_edge.text import windows
+from vera_edge.text.mixture import Mixture
 
 
 class ReleaseTable(RecipeTable):
@@ -160,6 +161,10 @@ class Recipe:
     def text(self, name: str) -> str:
         """A text of the recipe, as `windows.read_text` takes it."""
         return name if name == windows.BUILT_IN else str(self.path(name))
+
+    def mixture(self, texts: str | tuple[str, ...]) -> Mixture:
+        """What is calibrated on, as `Rounding` takes it: texts of the recipe, with built-in text."""
+        return Mixture.of(texts, self.text)
 
     @property
     def signer(self) -> Signer | None:

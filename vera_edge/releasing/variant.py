@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from vera_edge.precision import PlanRequest
 from vera_edge.releasing.names import Id, Line, RecipeTable
 from vera_edge.sizes import parse_size
 from vera_edge.text import windows
+from vera_edge.text.mixture import Mixture
 
 Stored = Literal["fp32", "fp16", "int8", "int4"]
 PLAN = "plan"
@@ -55,7 +56,7 @@ class Variant(RecipeTable):
     vectors: Literal["fp32", "fp16"] | None = None
     method: Literal["rtn", "search", "hqq", "gptq"] | None = None
     effort: Literal["quick", "default", "thorough"] | None = None
-    calibration: Line = windows.BUILT_IN
+    calibration: Line | Annotated[tuple[Line, ...], Field(strict=False, min_length=1)] = windows.BUILT_IN
     compute_device: Literal["auto", "cpu", "cuda", "mps"] | None = None
     id: Id | None = None
     adapters: tuple[Id, ...] | None = Field(default=None, strict=False, min_length=1)
@@ -85,7 +86,20 @@ class Variant(RecipeTable):
             self.request()
         return self
 
-    def request(self, calibration: str = PlanRequest.calibration) -> PlanRequest:
+    @model_validator(mode="after")
+    def _calibrated(self) -> Variant:
+        try:
+            Mixture.of(self.texts)
+        except PlanError as cause:
+            raise ValueError(str(cause)) from None
+        return self
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What is calibrated on: texts, some with =SHARE behind their name."""
+        return (self.calibration,) if isinstance(self.calibration, str) else self.calibration
+
+    def request(self, calibration: str | Mixture = PlanRequest.calibration) -> PlanRequest:
         """What automatic precision is asked for; `calibration` as `Rounding` takes it. Raises ValueError."""
         try:
             asked = PlanRequest(

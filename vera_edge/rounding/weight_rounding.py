@@ -18,12 +18,12 @@ from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
-from vera_edge.exporting.target import RoundedWeights
+from vera_edge.exporting.target import CALIBRATION, RoundedWeights
 from vera_edge.formats import FORMATS
 from vera_edge.formats.blocks import BITS, block_within
 from vera_edge.parallel import Engine
 from vera_edge.plans.int8 import INT8_QDQ, LLM_INT8, int8_form
-from vera_edge.plans.plan import Plan, Step
+from vera_edge.plans.plan import HEAD, Plan, Step
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import (
     GGML_GRIDS,
@@ -42,8 +42,9 @@ from vera_edge.storage.files import check_output, output_error
 from vera_edge.storage.resumable import resumable_folder
 from vera_edge.storage.scratch import scratch_folder
 from vera_edge.tasks import task as tasks
+from vera_edge.text import mixture, windows
 from vera_edge.text import tokenizer as tokenizers
-from vera_edge.text import windows
+from vera_edge.text.mixture import Cut, Mixture
 from vera_edge.trained.text_settings import vocabulary_size
 from vera_edge.trained.trained_model import TrainedModel
 
@@ -93,8 +94,8 @@ class Rounding:
     """How a plan's weights are rounded. method: of requantize.METHODS, None for the plan's own or
     `default_method`.
 
-    text: what "search" and "gptq" are calibrated on, a UTF-8 file or "built-in"; about `tokens` of it, or as
-        many as the effort takes.
+    text: what "search" and "gptq" are calibrated on: texts with shares, or one alone, a UTF-8 file or
+        "built-in"; about `tokens` of it, or as many as the effort takes.
     recover: what to win back from rounding, of recover.PARTS.
     any_adapter: calibrate a side-branch's base without its adapter, so that the weights come out the same
         whichever adapter they are exported with.
@@ -105,7 +106,7 @@ class Rounding:
     """
 
     method: str | None = None
-    text: str = BUILT_IN
+    text: str | Mixture = BUILT_IN
     tokens: int | None = None
     recover: tuple[str, ...] = ()
     any_adapter: bool = False
@@ -121,10 +122,12 @@ class Rounding:
         out: Path,
         progress: Progress = silent,
         exported: bool = True,
+        head: Grid | None = None,
     ) -> Iterator[RoundedWeights]:
         """The weights rounded; codes are kept beside `out` while the context lasts, and after a kill.
 
         A run that was killed goes on where it was, as long as all that decides the result is the same.
+        head: what the output head is stored on, where it's to be rounded too; its codes are called HEAD.
 
         No codes for "rtn", which every format does by itself. Raises PlanError for an unknown method or
         effort, a device that isn't there, a method that no layer can use, or where nothing can be recovered;
@@ -148,6 +151,8 @@ class Rounding:
             for step in changed
             if (grid := grid_of(step, exported)) is not None and (self.method or grid.bits != 8)
         }
+        if grids and head is not None and method in ("search", "gptq"):
+            grids[HEAD] = head
         if not grids and self.method is None and not self.recover:
             yield RoundedWeights({}, (), model)
             return
@@ -163,9 +168,12 @@ class Rounding:
         said = method if named == DEFAULT else f"{method} with effort {named}"
         on = devices.told(device) if method in ("search", "gptq") else None
         said += f" on {on}" if on else ""
-        cut, notes = _windows(model.checkpoint, method, said, self.text, self.tokens or effort.tokens)
+        texts = Mixture.either(self.text)
+        cut, notes = _windows(model.checkpoint, method, said, texts, self.tokens or effort.tokens)
+        if plan.options.get(CALIBRATION, cut.to_list()) != cut.to_list():
+            notes = (*notes, "the plan was made for other calibration text: it may lose more than it says")
         calibration = Calibration(
-            cut,
+            cut.windows,
             method,
             "inputs" if effort.follows else "original",
             effort=effort,
@@ -180,10 +188,13 @@ class Rounding:
         with _journal_folder(out, key) as folder:
             store = RoundingJournal(folder, grids)
             won = write_back(seen, grids, calibration, _nowhere, merged, task, progress, store, room=room)
+            if HEAD in grids and HEAD not in store:
+                notes = (*notes, "the output head isn't one that text calibrates: it was rounded to nearest")
             if count := max(len(won.vectors), len(won.corrections)):
                 parts = " and ".join(self.recover)
                 notes = (*notes, f"{parts} of {count} layers were fitted to the rounding")
-            yield RoundedWeights(store, notes, _with_vectors(model, won.vectors), won.corrections, on)
+            fitted = _with_vectors(model, won.vectors)
+            yield RoundedWeights(store, notes, fitted, won.corrections, on, cut.to_list())
 
 
 @contextmanager
@@ -263,8 +274,9 @@ def _rounded_each(
         _Item(one.model, one.plan, held.enter_context(scratch_folder(out.absolute(), "codes")))
         for out, one in ready.items()
     ]
-    if rounding.text != BUILT_IN:  # a worker may stand elsewhere
-        rounding = replace(rounding, text=str(Path(rounding.text).absolute()))
+    rounding = replace(
+        rounding, text=Mixture.either(rounding.text).absolute()
+    )  # a worker may stand elsewhere
     found = {}
     for index, result in engine.map_with(_round_item, rounding, items, whole_machine=True):
         found[index] = result
@@ -292,18 +304,21 @@ def _round_item(rounding: Rounding, item: _Item) -> tuple[Mapping[str, Codes], t
         return codes, rounded.notes
 
 
-def calibration_texts(checkpoint: Checkpoint, source: str, tokens: int) -> list[Int64]:
-    """Token ids of paragraphs of a text, with what the tokenizer puts around them; about `tokens` in all.
+def calibration_texts(checkpoint: Checkpoint, text: str | Mixture, tokens: int) -> list[Int64]:
+    """Token ids of paragraphs of text, with what the tokenizer puts around them; about `tokens` in all.
 
-    source: a UTF-8 file, or "built-in". Raises DataError on unusable text, CheckpointError without tokenizer.
+    Of a mixture only what isn't built-in, where there is any: a range is to be that of what an encoder will
+    read. Raises DataError on unusable text, CheckpointError without tokenizer.
     """
     from vera_edge.measuring.encoder_assess import cut_texts  # more of drift comes with it
 
-    text, tokenizer = windows.read_text(source), tokenizers.read(checkpoint.files, checkpoint.config)
-    found = cut_texts(text, tokenizer, _longest(checkpoint.config))
+    tokenizer, found = tokenizers.read(checkpoint.files, checkpoint.config), list[Int64]()
     rows = vocabulary_size(checkpoint.config)
-    for ids in found if rows else ():
-        windows.check_ids(ids, tokenizer, rows, f"{source} text")
+    for source in Mixture.either(text).names:
+        cut = cut_texts(windows.read_text(source), tokenizer, _longest(checkpoint.config))
+        for ids in cut if rows else ():
+            windows.check_ids(ids, tokenizer, rows, f"{source} text")
+        found += cut
     return found[:: max(1, sum(map(len, found)) // tokens)]
 
 
@@ -321,20 +336,18 @@ def _longest(config: Mapping[str, Any]) -> int:
 
 
 def _windows(
-    checkpoint: Checkpoint, method: str, said: str, source: str, tokens: int
-) -> tuple[tuple[Int64, ...], tuple[str, ...]]:
+    checkpoint: Checkpoint, method: str, said: str, texts: Mixture, tokens: int
+) -> tuple[Cut, tuple[str, ...]]:
     if method == "hqq":
-        return (), ("weights were rounded by hqq, which needs no calibration",)
+        return Cut((), ()), ("weights were rounded by hqq, which needs no calibration",)
     _check_takes_text(checkpoint, method)
-    text = windows.read_text(source)
     config = checkpoint.config.get("text_config") or checkpoint.config
     tokenizer, known = tokenizers.read(checkpoint.files, checkpoint.config), int(config.get("vocab_size", 0))
-    cut = windows.make(text, tokenizer, known, tokens, _longest(config))
-    count = sum(len(window) for window in cut.tokens)
-    note = f"weights were rounded by {said}, calibrated on {count} tokens of {source} text"
-    if source == BUILT_IN:
+    cut = mixture.cut(texts, tokenizer, known, tokens, _longest(config))
+    note = f"weights were rounded by {said}, calibrated on {cut.said()}"
+    if not texts.own:
         note += "; text like the adapter's own (--calibration FILE) loses less"
-    return cut.tokens, (note, *windows.beyond(tokenizer, known))
+    return cut, (note, *windows.beyond(tokenizer, known))
 
 
 def _check_takes_text(checkpoint: Checkpoint, method: str) -> None:

@@ -20,11 +20,14 @@ from vera_edge.arrays import Float32, Int64
 from vera_edge.cores import available_cores
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.merging.delta import effect
+from vera_edge.plans.plan import HEAD
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.calibration import LayerInputs, Sees, Walk, follow_target
+from vera_edge.reference.ends import OutputHead
 from vera_edge.reference.hidden_states import ROOM
 from vera_edge.reference.layers import Changed, stack_of
 from vera_edge.reference.model import TorchReference, load_dense, load_light, oriented
+from vera_edge.reference.stand_ins import StandIns
 from vera_edge.reference.streamed import LayerStream
 from vera_edge.requantize import Codes, Effort, Gram, Grid, requantize
 from vera_edge.requantize.correction import Correction, low_rank
@@ -78,15 +81,16 @@ def write_back(
     journal: what an earlier run of the same work has finished isn't done again, and all is kept there.
     layer_by_layer: read the weights layer by layer, of a model that can be run so; the results are the same.
     room: bytes of hidden states that stay in memory.
-    Modules that the text never reaches get scales by search, without statistics, and no correction. Codes are
-    in nn.Linear's orientation (out, in). Memory: one layer in float32, or the whole model, and the statistics
-    of one input.
+    `HEAD` among the grids is the output head, which is rounded last, merged or not; where a model has none
+    that could be, nothing is put for it. Modules that the text never reaches get scales by search, without
+    statistics, and no correction. Codes are in nn.Linear's orientation (out, in). Memory: one layer in
+    float32, or the whole model, and the statistics of one input.
     Raises DataError when the model or the text can't be calibrated with, MismatchError for a module that the
     base doesn't have, PlanError where there's nothing that could be recovered.
     """
     asked = recover.check(calibration.recover, model.adapters, merged, calibration.method)
     for module in grids:
-        if module not in model.checkpoint.linears:
+        if module not in model.checkpoint.linears and module != HEAD:
             raise MismatchError(f"{model.checkpoint.path} has no linear layer called {module}")
     work = _WriteBack(model, grids, calibration, put, merged, asked, journal)
     if calibration.method in ("search", "gptq") and not work.is_done():
@@ -112,6 +116,9 @@ class _WriteBack:
     biases: dict[str, torch.Tensor] = field(default_factory=dict)
     threads: int = 1  # for one module
     stored: dict[str, str] = field(default_factory=dict)  # the model's name of a module -> the checkpoint's
+    head: OutputHead | None = None
+    tied: bool = False  # the head's weight is the embeddings' too
+    stand_ins: StandIns | None = None  # for the head's weight, among others
 
     def is_done(self) -> bool:
         """Whether the journal has all modules."""
@@ -122,13 +129,35 @@ class _WriteBack:
         windows, sees = self.calibration.windows, self.calibration.sees
         if layer_by_layer and (light := load_light(self.model.checkpoint, auto_class, self._trained)):
             model, weights = light
-            names = frozenset(self.prepare(model, whole=False))
+            names, head = frozenset(self.prepare(model, whole=False)), self._head_of(model, weights)
             view = TorchReference(model.eval(), 0, has_adapter=False)
             stream = LayerStream.of(model, weights, [view])
             if stream is not None and stack_of(model, names)[0] == stream.name:
-                return Walk(model, names, windows, sees, progress, stream)
+                return Walk(model, names, windows, sees, progress, stream, head=head)
         model = load_dense(self.model.checkpoint, auto_class).eval()
-        return Walk(model, frozenset(self.prepare(model)), windows, sees, progress)
+        names = frozenset(self.prepare(model))
+        return Walk(model, names, windows, sees, progress, head=self._head_of(model))
+
+    def _head_of(self, model: Any, weights: StandIns | None = None) -> OutputHead | None:
+        """The head, where it's wanted and isn't adapted, which makes it a layer like any other."""
+        found = OutputHead.of(model) if HEAD in self.grids else None
+        if found is None:
+            return None
+        name = next((name for name, module in model.named_modules() if module is found.linear), "")
+        adapted = {module for adapter, _ in self.model.adapters for module in adapter.vectors}
+        if self.stored.get(name, name) in adapted:
+            return None
+        self.head, self.stand_ins, self.stored[HEAD] = found, weights, HEAD
+        self.tied = found.shares(model.get_input_embeddings())
+        return found
+
+    def _head_weight(self) -> Float32:
+        """(vocabulary, hidden)."""
+        assert self.head is not None
+        if self.stand_ins is None:
+            return self.head.weight
+        with self.stand_ins.placed([self.head.parameter], {}):
+            return self.head.weight
 
     def _trained(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A matrix of the model as trained, of the base's; `name` is that in the checkpoint."""
@@ -143,13 +172,14 @@ class _WriteBack:
         Returns what it calls the modules to round. Raises DataError when it knows none like them.
         """
         adapted = {name for adapter, _ in self.model.adapters for name in (*adapter.vectors, *adapter.biases)}
-        names = names_in(model, {*self.grids, *adapted})
+        modules = self.grids.keys() - {HEAD}
+        names = names_in(model, {*modules, *adapted})
         if names is None:
             raise DataError(
                 f"layers of {self.model.checkpoint.path} go by other names in transformers' model, so "
                 "text can't calibrate them; choose --method hqq or rtn"
             )
-        self.stored = {names[module]: module for module in self.grids}
+        self.stored = {names[module]: module for module in self.grids if module in modules}
         for module in {name for adapter, _ in self.model.adapters for name in adapter.vectors if whole}:
             weight = model.get_submodule(names[module]).weight
             weight.data = self._trained(f"{module}.weight", weight.data)
@@ -167,6 +197,8 @@ class _WriteBack:
         if self.journal is None or not live.keys() <= self.journal.keys():
             return None
         read = [self._read(module) for module in live]
+        if HEAD in live:
+            return {}
 
         def work(item: tuple[str, Rounded]) -> tuple[Float32, Float32 | None]:
             module, rounded = item
@@ -224,11 +256,19 @@ class _WriteBack:
         found, changed = in_threads(work, inputs.modules, cores), {}
         for module, (codes, weight, bias) in zip(inputs.modules, found, strict=True):
             self._keep(module, codes)
+            if module == HEAD:  # nothing reads what it gives
+                continue
             changed[module] = self._changed(module, weight, bias)
         return changed
 
     def _rounded(self, module: str, inputs: LayerInputs, gram: Gram) -> tuple[Codes, Float32, Float32 | None]:
         """The codes, the effective weight that the model has from now on, and what its bias gets."""
+        if module == HEAD:
+            weight = self._head_weight()
+            # What makes up for the layers would lead embeddings away, where both are one table.
+            follow = 0.0 if self.tied else self.calibration.follow
+            target = follow_target(weight, inputs, follow, gram, self.threads)
+            return self._codes(module, target, gram), target, None
         base = self.model.checkpoint.dequantize(module)
         delta = self._delta(module, base)
         trained = base + delta
@@ -291,7 +331,7 @@ class _WriteBack:
         for module in self.journal or ():
             if module not in self.done:
                 self._read(module)
-        left = [module for module in self.grids if module not in self.done]
+        left = [module for module in self.grids if module not in self.done and module != HEAD]
         for number, module in enumerate(left):
             progress("rounding", number, len(left))
             weight = self.model.checkpoint.dequantize(module)

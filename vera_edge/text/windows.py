@@ -161,8 +161,20 @@ def make(
             f"better {TOKENS}"
         )
     return Windows(
-        text, tuple(np.concatenate([start, piece]) for piece in _spread(whole, tokens // window)), window
+        text, tuple(np.concatenate([start, piece]) for piece in spread(whole, tokens // window)), window
     )
+
+
+def pieces(text: str, source: str, tokenizer: Tokenizer, vocab_size: int, window: int) -> list[Int64]:
+    """All windows of a text, the last of which may be shorter, but none under MIN_WINDOW.
+
+    Raises MismatchError when a token of it is beyond a model of `vocab_size` tokens.
+    """
+    ids, start = np.asarray(_ids(tokenizer, text), np.int64), _prefix(tokenizer)
+    check_ids(np.concatenate([start, ids]), tokenizer, vocab_size, f"{source} text")
+    body = window - len(start)
+    cut = [np.concatenate([start, ids[at : at + body]]) for at in range(0, len(ids), body)]
+    return [piece for piece in cut if len(piece) >= min(MIN_WINDOW, window)]
 
 
 def _ids(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
@@ -181,7 +193,8 @@ def _prefix(tokenizer: Tokenizer) -> Int64:
     return np.zeros(0, np.int64)
 
 
-def _spread(pieces: list[Int64], count: int) -> list[Int64]:
+def spread(pieces: list[Int64], count: int) -> list[Int64]:
+    """So many of the pieces, evenly from the first to the last; all where there are no more."""
     if count >= len(pieces):
         return pieces
     return [pieces[index * len(pieces) // count] for index in range(count)]

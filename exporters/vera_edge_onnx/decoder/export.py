@@ -18,6 +18,7 @@ from vera_edge.device.runtime.decoding import ROPE_KIND, ROPE_SWITCH
 from vera_edge.errors import TargetError
 from vera_edge.exporting.target import Export, ExportRequest
 from vera_edge.plans import plan as plans
+from vera_edge.plans.plan import HEAD
 from vera_edge.reference.loading import config_of
 from vera_edge_onnx import float_copy, generated, options, staging
 from vera_edge_onnx.branch import adapters, branch
@@ -160,6 +161,7 @@ def _weave(
     pairs = adapters.pair_shapes(request)
     branch.weave(weaver, inner, bases, adapted, request.model.projections, projections, vectors, pairs)
     if ends is not None:
-        head.store(weaver, ends, dtypes[options.HEAD], weights.head_block(plan))
+        rounded = request.requantized.get(HEAD) if dtypes[options.HEAD] == "int4" else None
+        head.store(weaver, ends, dtypes[options.HEAD], weights.head_block(plan), rounded)
     weights.set_accuracy(request, model)
     return weaver.finish(), shipped

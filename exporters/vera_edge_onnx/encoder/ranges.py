@@ -20,6 +20,7 @@ from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.exporting.target import ExportRequest
 from vera_edge.plans.plan import FLOAT
 from vera_edge.rounding.weight_rounding import calibration_texts
+from vera_edge.text.mixture import Mixture
 from vera_edge_onnx import parity
 from vera_edge_onnx.branch import adapters
 from vera_edge_onnx.graph.sites import Site
@@ -52,13 +53,14 @@ def of_text(
             arrays = running.run(names, {**_feeds(running, text), **vectors})
             for name, array in zip(names, arrays, strict=True):
                 seen[name] = seen[name].with_values(array)
+    said = " and ".join(Mixture.either(request.text).names)
     if broken := [name for name, one in seen.items() if not one.finite]:
         raise DataError(
-            f"{request.model.checkpoint.path} computes NaN or infinity from {request.text} text "
+            f"{request.model.checkpoint.path} computes NaN or infinity from {said} text "
             f"({broken[0]}), so its activations have no range; check the model"
         )
     count = sum(len(text) for text in texts)
-    return seen, (f"activations were calibrated on {count} tokens of {request.text} text",)
+    return seen, (f"activations were calibrated on {count} tokens of {said} text",)
 
 
 def _session(

@@ -6,17 +6,22 @@ Often they are one matrix (tied embeddings). Quantized, it is stored once all th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from vera_edge.arrays import Float32
-from vera_edge.errors import PlanError
+from vera_edge.errors import PlanError, TargetError
 from vera_edge.formats.blocks import SIZES, IntBlocks, quantize
+from vera_edge.plans.plan import Plan
+from vera_edge.requantize import Codes, Grid, int_blocks
 from vera_edge_onnx.graph.computed import ComputedWeight
 from vera_edge_onnx.graph.weaver import MICROSOFT, Range, Weaver, leading
 from vera_edge_onnx.weights.linear import Blocks
+from vera_edge_onnx.weights.stored import head_block
 
 DTYPES = ("fp32", "fp16", "int8", "int4")
 _NAME = "lm_head.weight"
@@ -56,11 +61,26 @@ def find(model: ir.Model) -> Ends | None:
     return Ends(node, gather, tied)
 
 
-def store(weaver: Weaver, ends: Ends, dtype: str, block: int) -> None:
+def grid_of(config: Mapping[str, Any], plan: Plan) -> Grid | None:
+    """What a head of 4 bits is stored on; None where blocks don't divide the hidden size of a config."""
+    hidden = (config.get("text_config") or config).get("hidden_size")
+    block = _block(hidden, head_block(plan)) if type(hidden) is int else None
+    return None if block is None else int_blocks(4, block, symmetric=False)
+
+
+def _block(hidden: int, most: int) -> int | None:
+    """The largest block of at most so many inputs that divides the hidden size."""
+    fitting = [size for size in SIZES if size <= most and not hidden % size]
+    return fitting[-1] if fitting else None
+
+
+def store(weaver: Weaver, ends: Ends, dtype: str, block: int, codes: Codes | None = None) -> None:
     """Store head and embeddings as `dtype`: "fp32" (as they are), "fp16", "int8" or "int4".
 
-    The lookup has no short blocks: where `block` doesn't divide the hidden size, the largest that is smaller
-    and does is taken; without one they are left as they are.
+    codes: of the head, where it was rounded with care; tied embeddings are those then, others are rounded to
+    nearest. The lookup has no short blocks: where `block` doesn't divide the hidden size, the largest that is
+    smaller and does is taken; without one they are left as they are. Raises TargetError when the codes aren't
+    of the head that the graph has.
     """
     if dtype not in DTYPES:
         raise PlanError(f"the head can't be stored as {dtype!r}; choose from {', '.join(DTYPES)}")
@@ -72,24 +92,38 @@ def store(weaver: Weaver, ends: Ends, dtype: str, block: int) -> None:
             weaver.narrow(gather, _first_use(weaver, gather))
     if dtype in ("fp32", "fp16"):
         return
-    hidden = head.const_value.shape.numpy()[0]
-    fitting = [size for size in SIZES if size <= block and not hidden % size]
-    if not fitting:
+    fitting = _block(head.const_value.shape.numpy()[0], block)
+    if fitting is None:
         return
-    block = fitting[-1]
-    blocks = quantized(head.const_value, dtype, block, transposed=True)
-    x, codes = ends.head.inputs[0], f"{_NAME}.{dtype}"
+    block = fitting
+    if codes is not None:
+        blocks = _careful(codes, head.const_value, dtype, block)
+    else:
+        blocks = quantized(head.const_value, dtype, block, transposed=True)
+    x, name = ends.head.inputs[0], f"{_NAME}.{dtype}"
     assert x is not None
     if ends.gather is not None:
         if ends.tied:
             look_up(weaver, ends.gather, blocks, _NAME)
             form = blocks.form
             stored = (*form.scales.shape, form.block * form.bits // 8)
-            weaver.alias(codes, weaver.model.graph.initializers[f"{codes}.rows"], stored)
+            weaver.alias(name, weaver.model.graph.initializers[f"{name}.rows"], stored)
         elif gather is not None and gather.const_value is not None:
             look_up(weaver, ends.gather, quantized(gather.const_value, dtype, block), _TABLE)
     product = blocks.product(weaver, x, _NAME, "/lm_head", ends.head)
     weaver.take_over(ends.head, product)
+
+
+def _careful(codes: Codes, tensor: ir.TensorProtocol, dtype: str, block: int) -> Blocks:
+    """Codes of a head (vocabulary, hidden) as the graph's blocks; `tensor`: its weight, transposed."""
+    hidden, vocabulary = tensor.shape.numpy()
+    form = codes.int_blocks()
+    if codes.shape != (vocabulary, hidden) or (form.bits, form.block) != (int(dtype[3:]), block):
+        raise TargetError(
+            f"the graph's output head is {vocabulary} x {hidden}, and the one that was rounded "
+            f"{codes.shape[0]} x {codes.shape[1]}; choose --head int8"
+        )
+    return Blocks(form)
 
 
 def quantized(tensor: ir.TensorProtocol, dtype: str, block: int, transposed: bool = False) -> Blocks:
