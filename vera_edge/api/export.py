@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge.api.arguments import (
-    BUILT_IN,
     Adapters,
     StrPath,
     Texts,
@@ -55,7 +54,7 @@ def export(
     device: StrPath | None = None,
     method: str | None = None,
     effort: str | None = None,
-    calibration: Texts = BUILT_IN,
+    calibration: Texts = (),
     compute_device: str = CPU,
     recover: Sequence[str] = (),
     max_memory: int | str | None = None,
@@ -94,8 +93,8 @@ def export(
             isn't given: the form that loses least among those that fit there and are quick enough.
         method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
         effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
-        calibration: text to calibrate on: a UTF-8 file, several, or {file: share of the tokens}; "built-in"
-            text takes the rest.
+        calibration: text to calibrate on: a UTF-8 file, several, or {file: share of the tokens};
+            built-in text takes the rest.
         compute_device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others.
         recover: what to fit to the rounded base: lambda_b, lambda_d (a branch's), low-rank=RANK, bias.
         max_memory: bytes, or words like "6GB": of what calibration text leaves between layers, an eighth of

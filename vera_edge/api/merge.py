@@ -9,7 +9,6 @@ from typing import Any
 
 from vera_edge import merging
 from vera_edge.api.arguments import (
-    BUILT_IN,
     Adapters,
     StrPath,
     Texts,
@@ -72,7 +71,7 @@ def merge(
     plan: StrPath | Plan | None = None,
     method: str | None = None,
     effort: str | None = None,
-    calibration: Texts = BUILT_IN,
+    calibration: Texts = (),
     compute_device: str = CPU,
     weight: float = 1.0,
     projection_rounding: str | None = None,
@@ -101,8 +100,8 @@ def merge(
         plan: a plan's file, or a Plan, that decides to, block_size and double_quant layer by layer.
         method: how to round: rtn, search, hqq or gptq; None: gptq for 4 bits, else rtn.
         effort: what search and gptq spend: quick, default or thorough; None: a plan's own, else default.
-        calibration: text to calibrate on: a UTF-8 file, several, or {file: share of the tokens}; "built-in"
-            text takes the rest.
+        calibration: text to calibrate on: a UTF-8 file, several, or {file: share of the tokens};
+            built-in text takes the rest.
         compute_device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others.
         weight: scales the delta of an adapter that has no weight of its own.
         projection_rounding: what the projections were rounded to in training, where it can't be told.
@@ -159,7 +158,7 @@ def merge_each(
     double_quant: bool = False,
     method: str | None = None,
     effort: str | None = None,
-    calibration: Texts = BUILT_IN,
+    calibration: Texts = (),
     compute_device: str = CPU,
     weight: float = 1.0,
     projection_rounding: str | None = None,

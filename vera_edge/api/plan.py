@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vera_edge.api.arguments import (
-    BUILT_IN,
     Adapters,
     StrPath,
     Texts,
@@ -43,7 +42,7 @@ def plan(
     export: StrPath | None = None,
     method: str | None = None,
     effort: str | None = None,
-    calibration: Texts = BUILT_IN,
+    calibration: Texts = (),
     compute_device: str = CPU,
     weight: float = 1.0,
     projection_rounding: str | None = None,
@@ -72,8 +71,8 @@ def plan(
         export: also write the export that was measured, to this folder.
         method: how to round: rtn, search, hqq or gptq; None: gptq.
         effort: what search and gptq spend: quick, default or thorough; None: default.
-        calibration: text to calibrate on: a UTF-8 file, several, or {file: share of the tokens}; "built-in"
-            text takes the rest.
+        calibration: text to calibrate on: a UTF-8 file, several, or {file: share of the tokens};
+            built-in text takes the rest.
         compute_device: what search and gptq compute on: cpu, cuda, mps, or auto, the first of the others.
         weight: scales the delta of an adapter that has no weight of its own.
         projection_rounding: what the projections were rounded to in training, where it can't be told.

@@ -60,11 +60,10 @@ effort_option: Callable[[F], F] = click.option(
 calibration_option: Callable[[F], F] = click.option(
     "--calibration",
     multiple=True,
-    default=("built-in",),
-    show_default=True,
     metavar="FILE[=SHARE]",
     help="Text to calibrate search, gptq and static activations on: a UTF-8 file like what the adapter is "
-    "for, and its share of the tokens (half, unless given); repeat for more. built-in takes the rest.",
+    "for, and its share of the tokens (half, unless given); repeat for more. built-in takes the rest, all "
+    "unless given.",
 )
 compute_device_option: Callable[[F], F] = click.option(
     "--compute-device",
