@@ -211,7 +211,7 @@ def _end_without_memory() -> NoReturn:
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="vera-edge", prog_name="vera-edge")
 def main() -> None:
-    """Put a VeRA adapter, and the quantized model it was trained on, onto a small device.
+    """Put a VeRA, LoRA or other PEFT adapter, and the quantized model it was trained on, onto a small device.
 
     Exit codes: 0 done, 2 the input or the request is at fault (one sentence says how), 3 a limit was broken
     or can't be decided, or a check failed.
