@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from vera_edge.adapters import reading
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime import adapters
 from vera_edge.exporting import onnx_adapter
+from vera_edge.merging.delta import Delta, merge_rows
 from vera_edge.plans import plan as plans
 from vera_edge.trained import fit, record
 from vera_edge.trained.inspection import inspect_folder
@@ -44,14 +46,55 @@ def _cases() -> dict[str, Path]:
     }
 
 
-def _peft(name: str, file: str, form: Form, whole: bool = False) -> Target:
+def _written(folder: Path, kind: str) -> Path:
+    """An adapter of another method, for one linear (160, 64) of the base, as PEFT writes it."""
+    from safetensors.numpy import save_file
+
+    config = {
+        "auto_mapping": None,
+        "base_model_name_or_path": "fp32",
+        "bias": "none",
+        "inference_mode": True,
+        "modules_to_save": None,
+        "task_type": "CAUSAL_LM",
+        "target_modules": ["up_proj"],
+        "peft_version": "0.21.2",
+    }
+    draw = np.random.default_rng(3)
+    if kind == "ia3":
+        config |= {"peft_type": "IA3", "feedforward_modules": [], "fan_in_fan_out": False}
+        parts = {"ia3_l": draw.standard_normal((160, 1), np.float32)}
+    else:
+        config |= {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "use_dora": kind == "dora"}
+        config |= {"rank_pattern": {"mlp.up_proj": 3}, "alpha_pattern": {"layers.[12].*": 5}}
+        parts = {
+            "lora_A.weight": draw.standard_normal((3, 64), np.float32),
+            "lora_B.weight": draw.standard_normal((160, 3), np.float32),
+        }
+        if kind == "dora":
+            parts["lora_magnitude_vector"] = np.ones(160, np.float32)
+    folder.mkdir()
+    (folder / CONFIG).write_text(json.dumps(config))
+    layer = "base_model.model.model.layers.1.mlp.up_proj"
+    save_file({f"{layer}.{end}": array for end, array in parts.items()}, folder / TENSORS, {"format": "pt"})
+    return folder
+
+
+@cache
+def _other_methods() -> dict[str, Path]:
+    return {kind: _written(graphs.scratch() / kind, kind) for kind in ("lora", "dora", "ia3")}
+
+
+def _peft(
+    name: str, file: str, form: Form, whole: bool = False, cases: Callable[[], dict[str, Path]] = _cases
+) -> Target:
     """One file of a PEFT folder. whole: read with its base as one model, as before a merge or an export."""
 
     def prepare(folder: Path) -> None:
         for module in _IMPORTED if whole else ():
             import_module(module)
         bases.write_base(folder / "base")
-        for case, source in _cases().items():
+        for case, source in cases().items():
             shutil.copytree(source, folder / case)
 
     def read(seed: Seed, folder: Path) -> object:
@@ -65,12 +108,16 @@ def _peft(name: str, file: str, form: Form, whole: bool = False) -> Target:
             checkpoint = _base(str(folder / "base"))
             record.notes(adapter, checkpoint)
             fit.check_fit(adapter, checkpoint)
+            if cases is _other_methods:
+                for module in adapter.vectors:
+                    weight = checkpoint.load(module)
+                    merge_rows(module, weight, Delta(module, weight.shape[1], [(adapter, 1.0)], None))
             return plans.make(checkpoint, [(adapter, 1.0)])
         finally:
-            shutil.copy(_cases()[seed.beside] / file, own / file)
+            shutil.copy(cases()[seed.beside] / file, own / file)
 
     def seeds() -> list[Seed]:
-        return [Seed((source / file).read_bytes(), case) for case, source in _cases().items()]
+        return [Seed((source / file).read_bytes(), case) for case, source in cases().items()]
 
     return Target(name, form, seeds, read, prepare)
 
@@ -126,6 +173,8 @@ def _card() -> Target:
 TARGETS = (
     _peft("adapter-config", CONFIG, Form.JSON),
     _peft("adapter-tensors", TENSORS, Form.SAFETENSORS),
+    _peft("method-config", CONFIG, Form.JSON, cases=_other_methods),
+    _peft("method-tensors", TENSORS, Form.SAFETENSORS, cases=_other_methods),
     _peft("adapter-config-with-base", CONFIG, Form.JSON, whole=True),
     _peft("adapter-tensors-with-base", TENSORS, Form.SAFETENSORS, whole=True),
     _onnx_adapter(),

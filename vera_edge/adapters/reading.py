@@ -18,7 +18,7 @@ from vera_edge.adapters.folder import CONFIG_NAME, open_folder, read_config
 from vera_edge.adapters.method import Method
 from vera_edge.errors import AdapterError
 
-__all__ = ["CONFIG_NAME", "GROUP", "METHODS", "method_of", "read"]
+__all__ = ["CONFIG_NAME", "GROUP", "METHODS", "can_branch", "method_of", "read"]
 
 GROUP = "vera_edge.adapter_methods"
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -57,6 +57,11 @@ def method_of(peft_type: object, path: Path) -> Method:
         f"{path} holds a PEFT adapter of type {peft_type}, which vera-edge doesn't know; it takes "
         f"{', '.join(sorted(METHODS.keys() | _brought().keys()))}"
     )
+
+
+def can_branch(adapter: Adapter) -> bool:
+    """Whether it can be computed beside an untouched layer at run time."""
+    return adapter.adds and method_of(adapter.method, adapter.path).branches
 
 
 @cache

@@ -52,7 +52,7 @@ def inspect(
         console = out()
         console.print(_facts(result))
         console.print(_kinds(result.kinds))
-        console.print(_cost(result.cost))
+        console.print("it can only be merged" if result.cost is None else _cost(result.cost))
     if result.misfit:
         raise MismatchError(result.misfit)
 

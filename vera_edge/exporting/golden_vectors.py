@@ -145,7 +145,7 @@ def ask(
         )
     read = [(adapter, asked) for (adapter, _), (_, asked) in zip(trained, adapter_paths, strict=True)]
     named = _named(manifest, read)
-    found = [provenance.resolve_for_command(adapter, checkpoint, projection_rounding) for adapter, _ in read]
+    found = [provenance.source_of(adapter, checkpoint, projection_rounding) for adapter, _ in read]
     for note in dict.fromkeys(note for one in found for note in one.notes):
         tell(note)
     _check_projections(manifest, [one.projections for one in found])
@@ -198,9 +198,9 @@ def _named(
     return found
 
 
-def _check_projections(manifest: Manifest, projections: Sequence[Projections]) -> None:
+def _check_projections(manifest: Manifest, projections: Sequence[Projections | None]) -> None:
     made_with = manifest.projection or (manifest.plan or {}).get("projection")
-    digests = {one.digest for one in projections}
+    digests = {None if one is None else one.digest for one in projections}
     if len(digests) > 1 or (isinstance(made_with, dict) and {made_with.get("digest")} != digests):
         raise MismatchError(
             f"{manifest.folder} was made with other projections than these; give --projection-rounding as "
@@ -221,7 +221,7 @@ def _asked(
     manifest: Manifest,
     checkpoint: Checkpoint,
     named: Sequence[tuple[str, Adapter, float]],
-    projections: Projections,
+    projections: Projections | None,
     encoder: Encoder | None,
     max_memory: int | None,
 ) -> Iterator[dict[str | None, Any]]:

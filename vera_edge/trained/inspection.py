@@ -72,7 +72,7 @@ class Inspection:
     method: PEFT's name for it. rank: 0 where it has none. seed: VeRA's, else None.
     parameters: trained values: vectors, biases and whole modules. layers: the layer numbers it adapts.
     spec, how, verified, from_seed, digest: see `Provenance`; None where `unresolved` says why not.
-    fits: None when no base was given; when false, `misfit` says why.
+    fits: None when no base was given; when false, `misfit` says why. cost: None where it can only be merged.
     """
 
     path: str
@@ -99,7 +99,7 @@ class Inspection:
     fits: bool | None
     misfit: str | None
     notes: tuple[str, ...]
-    cost: Cost
+    cost: Cost | None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -175,7 +175,7 @@ def inspect(
         fits=None if checkpoint is None else misfit is None,
         misfit=misfit,
         notes=notes,
-        cost=_cost(adapter, fitting, found.spec if found else None),
+        cost=_cost(adapter, fitting, found.spec if found else None) if adapters.can_branch(adapter) else None,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.reading import can_branch
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting import lora_pairs
 from vera_edge.exporting import onnx_adapter as packing
@@ -47,7 +48,7 @@ def check(request: ExportRequest) -> None:
     if request.plan.mode == "branch":
         names(request)
     for adapter, _ in request.model.adapters if request.plan.mode == "branch" else ():
-        if not adapter.is_vera and not (adapter.method == LORA and adapter.adds):
+        if not can_branch(adapter):
             what = "DoRA" if adapter.method == LORA else adapter.method
             raise TargetError(
                 f"{adapter.path} is a {what} adapter, which can't stand beside a layer; use --mode merged"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,23 @@ def test_merged_int8_and_drift_take_it(
         done = cli("drift", first, folder, "--base", tiny_llama.nf4, "--data", text, "--json")
         assert done.exit_code == 0, done.output
         assert json.loads(done.stdout)["fidelity"]["kl"]["mean"]["value"] < bound
+
+
+def test_golden_vectors_are_asked_of_pefts_layers_and_held(
+    tiny_llama: tiny.TinyLlama, first: Path, branch: Path, tmp_path: Path, cli: Cli
+) -> None:
+    out = shutil.copytree(branch, tmp_path / "branch")
+    done = cli("golden", out, tiny_llama.nf4, first, "--max-kl", "1e-6", "--min-top1", "1")
+    assert done.exit_code == 0, done.output
+    assert cli("validate", out).exit_code == 0
+    bundle.write(out, bundle.change(bundle.read(out), limits={"max_kl": 0.0}))
+    assert cli("validate", out).exit_code == 3
+
+
+def test_inspect_gives_no_price_of_a_branch_to_what_can_only_be_merged(
+    tiny_llama: tiny.TinyLlama, first: Path, tmp_path: Path, cli: Cli
+) -> None:
+    dora = lora(tiny_llama.fp32, tmp_path / "dora", r=2, use_dora=True)
+    assert json.loads(cli("inspect", dora, "--json").stdout)["cost"] is None
+    assert "it can only be merged" in cli("inspect", dora).output
+    assert json.loads(cli("inspect", first, "--json").stdout)["cost"]["vectors"]["fp32"] > 0

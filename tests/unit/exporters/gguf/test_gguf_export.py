@@ -11,9 +11,10 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
+from peft import LoraConfig
 
 import vera_edge
-from tests import families, tiny
+from tests import families, peft_adapters, tiny
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import BundleError, PlanError, TargetError
@@ -112,21 +113,30 @@ def test_an_adapter_beside_its_base_is_swapped_in_llama_cpp(
     assert np.abs(LlamaRunner(made.model).logits(tokens) - plain).max() < 1e-2 * np.abs(plain).max()
 
 
+@pytest.mark.parametrize("method", ["vera", "lora"])
 def test_the_factors_of_a_lora_give_the_adapters_delta(
-    trained: Callable[[str], Trained], tmp_path: Path
+    method: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
-    """Base plus B' A' is the merged weight, rows in the order of llama.cpp on both sides."""
+    """Base plus alpha / r B' A' is the merged weight, rows in the order of llama.cpp on both sides."""
     base, adapter = trained("llama")
+    if method == "lora":
+        linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        options: dict[str, Any] = {"r": 4, "use_rslora": True, "rank_pattern": {"q_proj": 2}}
+        config = LoraConfig(target_modules=linears, task_type="CAUSAL_LM", lora_alpha=6, **options)
+        adapter = peft_adapters.save(base, tmp_path / "lora", config)
     merged = vera_edge.export(base, adapter, out=tmp_path / "merged", target="gguf", weights="f32")
     branch = vera_edge.export(
         base, adapter, out=tmp_path / "branch", target="gguf", mode="branch", weights="f32"
     )
-    factors = {tensor.name: values(tensor) for tensor in gguf.GGUFReader(branch.adapters["default"]).tensors}
+    reader = gguf.GGUFReader(branch.adapters["default"])
+    factors = {tensor.name: values(tensor) for tensor in reader.tensors}
+    alpha = float(reader.fields["adapter.lora.alpha"].contents())
     own, whole = tensors(branch.folder), tensors(merged.folder)
     adapted = {name.removesuffix(".lora_a") for name in factors if name.endswith(".lora_a")}
     assert len(adapted) == 14
     for name in adapted:
-        delta = factors[f"{name}.lora_b"] @ factors[f"{name}.lora_a"]
+        lower = factors[f"{name}.lora_a"]
+        delta = alpha / len(lower) * factors[f"{name}.lora_b"] @ lower
         assert np.allclose(values(own[name]) + delta, values(whole[name]), atol=2e-6), name
     assert np.array_equal(values(own["blk.0.attn_norm.weight"]), values(whole["blk.0.attn_norm.weight"]))
 
