@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def _written(folder: Path, kind: str) -> Path:
     """An adapter of another method, for one linear (160, 64) of the base, as PEFT writes it."""
     from safetensors.numpy import save_file
 
-    config = {
+    config: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": "fp32",
         "bias": "none",

@@ -160,7 +160,7 @@ def test_inspect_says_what_it_is(untied: Path, tmp_path: Path) -> None:
         assert found.how == "a LORA adapter of rank 4, which holds all that was trained"
         assert found.parameters == 2 * 4 * (64 + 64 + 64 + 160) and not found.dead and not found.misfit
         assert set(found.kinds[0].ranges) == {"lora_A.weight", "lora_B.weight"}
-    assert found.cost.branch_macs == found.parameters and found.fits
+    assert found.cost is not None and found.cost.branch_macs == found.parameters and found.fits
 
 
 def change(folder: Path, **settings: Any) -> Path:

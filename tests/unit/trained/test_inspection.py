@@ -35,6 +35,7 @@ def test_counts(checkpoint: Checkpoint) -> None:
         ("self_attn.q_proj", 2, (HIDDEN, HIDDEN)),
         ("self_attn.v_proj", 2, (NARROW, HIDDEN)),
     ]
+    assert told.cost is not None
     assert told.cost.branch_macs == 2 * (RANK * (HIDDEN + INNER) + outputs * (RANK + 1) + 3 * RANK)
     every = 2 * HIDDEN * HIDDEN + 2 * NARROW * HIDDEN + 3 * HIDDEN * INNER
     assert told.cost.base_macs == 2 * every
@@ -64,7 +65,7 @@ def test_saved_projections_tell_without_a_base() -> None:
     assert told.verified
     assert told.fits is None
     assert told.spec is not None
-    assert told.cost.branch_macs is None
+    assert told.cost is not None and told.cost.branch_macs is None
     assert told.cost.projections is not None
 
 
@@ -82,7 +83,7 @@ def test_a_misfit_is_told_and_not_raised(tiny_gpt2: Path) -> None:
     told = inspect(read(GOLDEN / "unsaved-fp32"), Checkpoint.open(tiny_gpt2))
     assert told.fits is False
     assert told.misfit is not None
-    assert told.cost.branch_macs is None
+    assert told.cost is not None and told.cost.branch_macs is None
     assert {kind.shape for kind in told.kinds} == {None}
 
 
