@@ -35,7 +35,7 @@ def test_tells_what_the_demo_adapter_is(cli: Cli, demo: Demo) -> None:
     assert kinds["mlp.down_proj"]["shape"] == [576, 1536]
     assert {kind["modules"] for kind in kinds.values()} == {30}
     largest = max(abs(file[name]).max() for name in file if "down_proj.vera_lambda_b" in name)
-    assert kinds["mlp.down_proj"]["lambda_b"][1] == pytest.approx(largest)
+    assert kinds["mlp.down_proj"]["ranges"]["lambda_b"][1] == pytest.approx(largest)
     rank, hidden, inner, narrow = told["rank"], 576, 1536, 192
     assert told["spec"]["in_max"] == told["spec"]["out_max"] == inner
     assert told["cost"]["vectors"]["fp32"] == 4 * told["parameters"]

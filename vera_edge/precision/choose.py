@@ -185,10 +185,13 @@ class _Search:
         few, more = (sum(len(window) for window in one.tokens) for one in cut)
         request, found = self.request, list(self.ready.model.notes)
         spent = "" if request.effort == DEFAULT else f" with effort {request.effort}"
-        found.append(
-            f"weights were rounded by {request.method}{spent}, calibrated on {calibration.said()}; "
-            "export with the same --method and --calibration"
-        )
+        if request.method in ("rtn", "hqq"):
+            found.append(f"weights were rounded by {request.method}; export with the same --method")
+        else:
+            found.append(
+                f"weights were rounded by {request.method}{spent}, calibrated on {calibration.said()}; "
+                "export with the same --method and --calibration"
+            )
         own = Mixture.either(request.calibration).names
         source = own[0] if request.data is None else request.data
         found.append(
