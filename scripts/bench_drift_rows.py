@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_edge.exporting.target import Runner
+from vera_edge.exporting.exporter import Runner
 from vera_edge.measuring import evaluate
 from vera_edge.storage.files import sha256_bytes, write_atomic
 from vera_edge.storage.json_text import canonical_json

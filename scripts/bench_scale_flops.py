@@ -39,7 +39,7 @@ class Effort:
 
 # By the name of --effort, as vera_edge/requantize/effort.py has them.
 EFFORTS: Mapping[str, Effort] = {
-    "quick": Effort(8192, 0, 0),
+    "quick": Effort(4096, 0, 0),
     "default": Effort(),
     "thorough": Effort(32_768, 3, 2),
 }

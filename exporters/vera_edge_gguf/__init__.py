@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vera_edge.exporting.target import Export, ExportRequest
+from vera_edge.exporting.exporter import Export, ExportRequest
 from vera_edge.plans.plan import Plan
 from vera_edge.trained.trained_model import TrainedModel
 from vera_edge_gguf import export, tensor_types

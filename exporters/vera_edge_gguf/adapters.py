@@ -20,7 +20,7 @@ from vera_edge.adapters.lora import LoraPair
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting.exported_adapters import names, trained_whole
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge_gguf import blocks, file
 from vera_edge_gguf.families import Family
 from vera_edge_gguf.tensor_names import Named

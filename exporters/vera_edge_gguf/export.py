@@ -16,7 +16,7 @@ from vera_edge import merging as merge
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import PlanError, TargetError
-from vera_edge.exporting.target import Export, ExportRequest
+from vera_edge.exporting.exporter import Export, ExportRequest
 from vera_edge.plans import plan as plans
 from vera_edge.reference.loading import config_of
 from vera_edge.storage import side_files

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from vera_edge.errors import TargetError
 from vera_edge.exporting.costs import ExportCost
-from vera_edge.exporting.target import Export, ExportRequest
+from vera_edge.exporting.exporter import Export, ExportRequest
 from vera_edge.requantize import Grid
 from vera_edge.tasks import task as tasks
 from vera_edge.trained.trained_model import TrainedModel

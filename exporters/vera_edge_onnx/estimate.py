@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vera_edge import merging
 from vera_edge.exporting.costs import ExportCost
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.formats.blocks import stored_bytes
 from vera_edge.formats.dense import is_embedding
 from vera_edge.merging.prepare import Prepared

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vera_edge import merging as merge
 from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.merging.computed import open_computed
 from vera_edge.plans import plan as plans
 from vera_edge.trained.trained_model import TrainedModel

@@ -18,7 +18,7 @@ from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest, ManifestFields
 from vera_edge.device.runtime import generated, int8_products
 from vera_edge.errors import TargetError
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.progress import Progress
 from vera_edge.storage.files import sha256_file
 from vera_edge_onnx.branch import seed

@@ -8,8 +8,8 @@ from importlib.metadata import version
 import vera_edge
 from vera_edge.bundle.contents import ManifestFields
 from vera_edge.exporting import exported_adapters
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.exporting.onnx_adapter import Piece
-from vera_edge.exporting.target import ExportRequest
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 from vera_edge.tasks import task as tasks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vera_edge.errors import PlanError
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.plans.plan import FLOAT
 from vera_edge_onnx.branch import adapters, seed
 from vera_edge_onnx.weights import stored as weights

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from vera_edge.arrays import Array
 from vera_edge.errors import CheckpointError, TargetError
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge_onnx.branch import adapters, branch
 from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.graph.weaver import Weaver

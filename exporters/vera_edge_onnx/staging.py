@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.errors import CheckpointError
-from vera_edge.exporting.target import EXPORT, RESULT, ExportRequest
+from vera_edge.exporting.exporter import EXPORT, RESULT, ExportRequest
 from vera_edge.merging.work import key_of as merge_key
 from vera_edge.requantize.correction import Correction
 from vera_edge.storage import resumable

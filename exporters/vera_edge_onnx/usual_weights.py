@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from vera_edge.errors import VeraEdgeError
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.plans import plan as plans
 from vera_edge.plans.plan import SAME, Plan
 from vera_edge.tasks import task as tasks

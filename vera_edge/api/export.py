@@ -20,7 +20,8 @@ from vera_edge.api.arguments import (
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import PlanError
 from vera_edge.exporting import target as targets
-from vera_edge.exporting.target import Export, ExportArguments, PlannedExport
+from vera_edge.exporting.exporter import Export
+from vera_edge.exporting.target import ExportArguments, PlannedExport
 from vera_edge.plans.plan import Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize.devices import CPU

@@ -7,7 +7,7 @@ import numpy as np
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.bundle.contents import NO_ADAPTER
 from vera_edge.errors import PlanError
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.storage.tensors import FLOATS, RawTensor
 
 

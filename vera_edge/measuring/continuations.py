@@ -14,7 +14,7 @@ from vera_edge.progress import Progress, silent
 from vera_edge.text.windows import Windows
 
 if TYPE_CHECKING:
-    from vera_edge.exporting.target import Runner
+    from vera_edge.exporting.exporter import Runner
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 32

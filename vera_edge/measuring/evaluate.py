@@ -18,7 +18,7 @@ from vera_edge.text import bootstrap
 from vera_edge.text.windows import Windows
 
 if TYPE_CHECKING:
-    from vera_edge.exporting.target import Runner
+    from vera_edge.exporting.exporter import Runner
 
 # The noise floor is a yardstick, not a verdict: a few windows give its size.
 NOISE_WINDOWS = 4

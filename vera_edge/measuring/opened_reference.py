@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from vera_edge.device.runtime.pooling import Pooling
-    from vera_edge.exporting.target import Runner
+    from vera_edge.exporting.exporter import Runner
     from vera_edge.tasks.task import Task
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from vera_edge.exporting.target import Runner
+from vera_edge.exporting.exporter import Runner
 from vera_edge.progress import Progress, silent
 
 _TOP = 127.0

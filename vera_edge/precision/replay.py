@@ -18,7 +18,7 @@ from torch import nn
 
 from vera_edge.arrays import Int64
 from vera_edge.errors import DataError
-from vera_edge.exporting.target import Runner
+from vera_edge.exporting.exporter import Runner
 from vera_edge.precision.changes import PARTS, Change, ChangeOf, Outside, changed, hooked
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.layers import stack_of

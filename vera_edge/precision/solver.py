@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge.errors import PlanError
-from vera_edge.exporting.target import CALIBRATION
+from vera_edge.exporting.exporter import CALIBRATION
 from vera_edge.merging import Prepared
 from vera_edge.plans.plan import SAME, Plan
 from vera_edge.precision.changes import Change, Replaying

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vera_edge.arrays import Int64
-from vera_edge.exporting.target import Runner
+from vera_edge.exporting.exporter import Runner
 from vera_edge.precision.changes import PARTS, Change, ChangeOf, Outside, changed, hooked
 from vera_edge.precision.replay import batches_of, depth_in, divergence, logits_of, mean_of, rows_of
 from vera_edge.progress import Progress, silent

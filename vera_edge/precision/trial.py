@@ -9,7 +9,7 @@ from pathlib import Path
 from vera_edge.device.runtime.session import Session
 from vera_edge.exporting import plan_options
 from vera_edge.exporting import target as targets
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.merging import Prepared
 from vera_edge.plans.plan import Plan
 from vera_edge.precision.changes import Replaying

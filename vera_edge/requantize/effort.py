@@ -33,7 +33,7 @@ class Effort:
 
 DEFAULT = "default"
 _NAMED = {
-    "quick": Effort(rounds=0, sweeps=0, tokens=8192),
+    "quick": Effort(rounds=0, sweeps=0, tokens=4096),
     DEFAULT: Effort(),
     "thorough": Effort(rounds=3, tokens=32768),
 }

@@ -18,7 +18,7 @@ from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import PlanError
-from vera_edge.exporting.target import CALIBRATION, RoundedWeights
+from vera_edge.exporting.exporter import CALIBRATION, RoundedWeights
 from vera_edge.formats import FORMATS
 from vera_edge.formats.blocks import BITS, block_within
 from vera_edge.parallel import Engine

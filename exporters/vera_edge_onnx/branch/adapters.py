@@ -14,9 +14,9 @@ from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting import lora_pairs
 from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting.exported_adapters import names, trained_whole
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.exporting.lora_pairs import PairShapes
 from vera_edge.exporting.onnx_adapter import Piece
-from vera_edge.exporting.target import ExportRequest
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 

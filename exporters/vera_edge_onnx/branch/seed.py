@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from vera_edge.adapters.projection import stream_digest
 from vera_edge.errors import PlanError
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 
 OPTION = "origin"
 _ORIGINS = ("baked", "seed")

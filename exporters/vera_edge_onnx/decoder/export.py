@@ -16,7 +16,7 @@ import onnx_ir as ir
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime.decoding import ROPE_KIND, ROPE_SWITCH
 from vera_edge.errors import TargetError
-from vera_edge.exporting.target import Export, ExportRequest
+from vera_edge.exporting.exporter import Export, ExportRequest
 from vera_edge.plans import plan as plans
 from vera_edge.plans.plan import HEAD
 from vera_edge.reference.loading import config_of

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import transformers
 
 from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.reference.model import TorchReference, open_reference
 from vera_edge.reference.room import float32_size
 from vera_edge.storage.files import write_atomic

@@ -15,8 +15,8 @@ import onnx_ir as ir
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime import pooling
 from vera_edge.errors import PlanError, TargetError
+from vera_edge.exporting.exporter import Export, ExportRequest
 from vera_edge.exporting.onnx_adapter import Piece
-from vera_edge.exporting.target import Export, ExportRequest
 from vera_edge.merging.computed import ComputedTensors
 from vera_edge.plans import plan as plans
 from vera_edge.reference.model import open_reference

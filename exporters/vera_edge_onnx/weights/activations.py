@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vera_edge.arrays import Float32
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.formats.bnb8 import Int8Weight
 from vera_edge.plans.int8 import INT8_QDQ, int8_form
 from vera_edge.plans.plan import FLOAT, Step

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from vera_edge.arrays import Float32
 from vera_edge.device.runtime import expansion
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.formats import Bnb4Weight
 from vera_edge.rounding.weight_rounding import BLOCK
 from vera_edge.storage.files import output_error

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from vera_edge import formats
 from vera_edge.arrays import Float32
 from vera_edge.errors import PlanError, TargetError
-from vera_edge.exporting.target import ExportRequest
+from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.formats import Bnb4Weight, Int8Weight, Weight
 from vera_edge.formats.affine import HoldsIntegers
 from vera_edge.formats.blocks import IntBlocks, quantize

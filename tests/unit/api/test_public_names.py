@@ -13,6 +13,7 @@ import pytest
 import vera_edge
 from vera_edge.cli import COMMANDS, export, main
 from vera_edge.exporting import target as targets
+from vera_edge.exporting.exporter import WithFormats
 
 # What a command's function has for parameters that stand for the command's arguments, not its options.
 POSITIONAL = {
@@ -139,7 +140,7 @@ def test_an_option_left_out_is_an_argument_left_out(words: str, command: click.C
 def test_the_weights_of_an_export_are_those_of_the_library() -> None:
     assert set(export.ONNX_WEIGHTS.split(", ")) == set(targets.WEIGHTS)
     gguf = targets.find("gguf")
-    assert isinstance(gguf, targets.WithFormats)
+    assert isinstance(gguf, WithFormats)
     # What other targets call float32 and float16 is taken too.
     assert {*export.GGUF_WEIGHTS.split(", "), "fp32", "fp16"} == set(gguf.weights)
 

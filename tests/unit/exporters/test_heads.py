@@ -20,6 +20,7 @@ from vera_edge.bundle import contents as bundle
 from vera_edge.errors import MismatchError, TargetError
 from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting import target
+from vera_edge.exporting.exporter import Export
 from vera_edge.rounding.weight_rounding import Rounding
 
 Array = npt.NDArray[Any]
@@ -33,7 +34,7 @@ class Case:
         self.base, self.adapter = trained.make(root)
         self.padding = trained.config.get("pad_token_id", 0)
 
-    def export(self, mode: str, **options: Any) -> target.Export:
+    def export(self, mode: str, **options: Any) -> Export:
         out = self.root / f"{mode}-{options.get('weights')}"
         options = {"weights": "fp32", **options}
         return target.export(self.base, [(self.adapter, 1.0)], out, mode=mode, force=True, **options)

@@ -9,13 +9,14 @@ import pytest
 
 from vera_edge.errors import TargetError
 from vera_edge.exporting import target
+from vera_edge.exporting.exporter import Exporter
 
 
 def test_the_target_is_registered_and_goes_by_its_old_name_too() -> None:
     assert "onnx" in target.names()
     for name in ("onnx", "genai"):
         exporter = target.find(name)
-        assert isinstance(exporter, target.Exporter) and exporter.name == "onnx"
+        assert isinstance(exporter, Exporter) and exporter.name == "onnx"
 
 
 def test_every_exporter_of_the_checkout_has_an_entry_point() -> None:

@@ -15,7 +15,7 @@ from tests.conftest import Cli
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import VeraEdgeError
 from vera_edge.exporting import target
-from vera_edge.exporting.target import Export, ExportRequest
+from vera_edge.exporting.exporter import Export, ExportRequest
 from vera_edge.parallel import Engine
 from vera_edge.releasing import run as releases
 
