@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from vera_edge.arrays import Float32
 from vera_edge.storage.tensors import RawTensor
 
-VERA = "VERA"
+VERA, LORA = "VERA", "LORA"  # as PEFT calls them
 
 
 class LayerChange(ABC):

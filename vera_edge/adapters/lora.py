@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vera_edge.adapters.adapter import Adapter, LayerChange
+from vera_edge.adapters.adapter import LORA, Adapter, LayerChange
 from vera_edge.adapters.folder import UNGATHERED, AdapterFolder
 from vera_edge.adapters.method import Method
 from vera_edge.adapters.projection import MAX_SIDE
@@ -191,7 +191,7 @@ def _read(folder: AdapterFolder) -> Adapter:
     )
 
 
-METHOD = Method("LORA", "LoRA", _OWN.__contains__, _read, branches=True)
+METHOD = Method(LORA, "LoRA", _OWN.__contains__, _read, branches=True)
 
 
 def _place(name: str) -> tuple[str, str] | None:

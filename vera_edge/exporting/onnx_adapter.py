@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.adapters import reading as adapters
-from vera_edge.adapters.adapter import VERA, Adapter
+from vera_edge.adapters.adapter import LORA, VERA, Adapter
 from vera_edge.adapters.projection import Projections, ProjectionSpec, stream_digest
 from vera_edge.adapters.vera import vectors_of
 from vera_edge.arrays import Float32
@@ -173,7 +173,7 @@ def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = No
     where = f"the bundle {manifest.folder}"
     if manifest.mode != "branch" or (manifest.projection is None and manifest.lora_rank is None):
         raise MismatchError(f"{where} has its adapter merged; export it with --mode branch to swap adapters")
-    method = VERA if manifest.lora_rank is None else "LORA"
+    method = VERA if manifest.lora_rank is None else LORA
     if adapter.method != method:
         raise MismatchError(
             f"{adapter.path} is a {adapter.method} adapter, and the side-branches of {where} are for {method}"

@@ -31,7 +31,7 @@ from vera_edge.precision.units import Sensitivities, as_it_is, bytes_of, heads_o
 from vera_edge.progress import Progress, silent
 from vera_edge.reference import room
 from vera_edge.reference.streamed import LayerStream
-from vera_edge.requantize import CodesFolder, Effort, devices
+from vera_edge.requantize import CALIBRATED, CodesFolder, Effort, devices
 from vera_edge.requantize.effort import DEFAULT
 from vera_edge.storage.files import staged_folder
 from vera_edge.storage.scratch import scratch_folder
@@ -119,7 +119,7 @@ class _Search:
             device=devices.chosen(self.request.device),
         )
         calibration, sensitivity, check = self._windows()
-        start = targets.told(start, calibration.to_list() if self.request.method != "rtn" else ())
+        start = targets.told(start, calibration.to_list() if self.request.method in CALIBRATED else ())
         trials, heads = Trials(self.ready, self.request.target, self.work), heads_of(self.request.formats)
         with self._timed("weighing"):
             weighed = trials.weigh(finished(start, heads[0], self.request, self.ready), self.progress)
@@ -185,13 +185,13 @@ class _Search:
         few, more = (sum(len(window) for window in one.tokens) for one in cut)
         request, found = self.request, list(self.ready.model.notes)
         spent = "" if request.effort == DEFAULT else f" with effort {request.effort}"
-        if request.method in ("rtn", "hqq"):
-            found.append(f"weights were rounded by {request.method}; export with the same --method")
-        else:
+        if request.method in CALIBRATED:
             found.append(
                 f"weights were rounded by {request.method}{spent}, calibrated on {calibration.said()}; "
                 "export with the same --method and --calibration"
             )
+        else:
+            found.append(f"weights were rounded by {request.method}; export with the same --method")
         own = Mixture.either(request.calibration).names
         source = own[0] if request.data is None else request.data
         found.append(

@@ -29,7 +29,7 @@ from vera_edge.reference.ends import OutputHead
 from vera_edge.reference.layers import Changed
 from vera_edge.reference.model import oriented
 from vera_edge.reference.streamed import LayerStream
-from vera_edge.requantize import Codes, CodesFolder, Effort, Gram, Grid, int_blocks, requantize
+from vera_edge.requantize import CALIBRATED, Codes, CodesFolder, Effort, Gram, Grid, int_blocks, requantize
 from vera_edge.requantize.devices import CPU, placed
 from vera_edge.requantize.gram import in_threads
 from vera_edge.rounding.weight_rounding import BLOCK, grid_of
@@ -62,7 +62,7 @@ class UnitCodes:
     ) -> None:
         """Round everything to everything, in one walk of the text through the model; see `Walk`."""
         modules = frozenset(module for steps in self.steps.values() for module in steps)
-        if self.method in ("search", "gptq") and any(split(name)[0] == "int4" for name in self.steps):
+        if self.method in CALIBRATED and any(split(name)[0] == "int4" for name in self.steps):
             self._take_head(model, stream)
         walk = Walk(
             model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from vera_edge.base.checkpoint import Checkpoint
-from vera_edge.memory import free_memory as free_memory
+from vera_edge.memory import free_memory
 
 _SHARE = 2  # a model takes no more than this part of the memory: its text and its results take some too
 

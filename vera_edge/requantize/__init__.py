@@ -25,10 +25,11 @@ from __future__ import annotations
 from vera_edge.requantize.effort import EFFORTS, Effort
 from vera_edge.requantize.gram import Gram, output_error
 from vera_edge.requantize.grids import GGML_GRIDS, Codes, Grid, bnb_grid, int8_rows, int_blocks
-from vera_edge.requantize.quantize import METHODS, requantize
+from vera_edge.requantize.quantize import CALIBRATED, METHODS, requantize
 from vera_edge.requantize.store import CodesFolder
 
 __all__ = [
+    "CALIBRATED",
     "EFFORTS",
     "GGML_GRIDS",
     "METHODS",

@@ -28,6 +28,7 @@ PIECE_VALUES = 1 << 20
 _NORMAL_VALUES = 1 << 24  # of the matrices of a piece's rows
 _ON_DEVICE = 16  # times as much at a time, on a device that loses more by each call than by any memory
 METHODS = ("rtn", "search", "hqq", "gptq")
+CALIBRATED = ("search", "gptq")  # those that round by what text says of the inputs
 
 
 def requantize(

@@ -19,6 +19,7 @@ from vera_edge.adapters.projection import Projections
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32, Float64
 from vera_edge.errors import PlanError
+from vera_edge.requantize import CALIBRATED
 from vera_edge.requantize.gram import Gram, one_blas_thread
 
 VECTORS = ("lambda_b", "lambda_d")
@@ -65,7 +66,7 @@ def check(
     asked = parse(parts)
     if asked.vectors and merged:
         raise PlanError("a merged adapter has no vectors left to refit; recover needs --mode branch for them")
-    if parts and method not in ("search", "gptq"):
+    if parts and method not in CALIBRATED:
         raise PlanError(f"recover needs calibration statistics, which {method} doesn't gather; use gptq")
     if asked.vectors and (len(adapters) != 1 or adapters[0][1] == 0):
         raise PlanError("vectors are refitted for one adapter at a time, with a weight that isn't 0")

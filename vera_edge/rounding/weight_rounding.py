@@ -26,6 +26,7 @@ from vera_edge.plans.int8 import INT8_QDQ, LLM_INT8, int8_form
 from vera_edge.plans.plan import HEAD, Plan, Step
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import (
+    CALIBRATED,
     GGML_GRIDS,
     METHODS,
     Codes,
@@ -151,7 +152,7 @@ class Rounding:
             for step in changed
             if (grid := grid_of(step, exported)) is not None and (self.method or grid.bits != 8)
         }
-        if grids and head is not None and method in ("search", "gptq"):
+        if grids and head is not None and method in CALIBRATED:
             grids[HEAD] = head
         if not grids and self.method is None and not self.recover:
             yield RoundedWeights({}, (), model)
@@ -166,7 +167,7 @@ class Rounding:
         from vera_edge.rounding.writeback import Calibration, write_back
 
         said = method if named == DEFAULT else f"{method} with effort {named}"
-        on = devices.told(device) if method in ("search", "gptq") else None
+        on = devices.told(device) if method in CALIBRATED else None
         said += f" on {on}" if on else ""
         texts = Mixture.either(self.text)
         cut, notes = _windows(model.checkpoint, method, said, texts, self.tokens or effort.tokens)
@@ -338,8 +339,8 @@ def _longest(config: Mapping[str, Any]) -> int:
 def _windows(
     checkpoint: Checkpoint, method: str, said: str, texts: Mixture, tokens: int
 ) -> tuple[Cut, tuple[str, ...]]:
-    if method == "hqq":
-        return Cut((), ()), ("weights were rounded by hqq, which needs no calibration",)
+    if method not in CALIBRATED:
+        return Cut((), ()), (f"weights were rounded by {method}, which needs no calibration",)
     _check_takes_text(checkpoint, method)
     config = checkpoint.config.get("text_config") or checkpoint.config
     tokenizer, known = tokenizers.read(checkpoint.files, checkpoint.config), int(config.get("vocab_size", 0))

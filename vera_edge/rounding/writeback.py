@@ -29,7 +29,7 @@ from vera_edge.reference.layers import Changed, stack_of
 from vera_edge.reference.model import TorchReference, load_dense, load_light, oriented
 from vera_edge.reference.stand_ins import StandIns
 from vera_edge.reference.streamed import LayerStream
-from vera_edge.requantize import Codes, Effort, Gram, Grid, requantize
+from vera_edge.requantize import CALIBRATED, Codes, Effort, Gram, Grid, requantize
 from vera_edge.requantize.correction import Correction, low_rank
 from vera_edge.requantize.devices import CPU, placed
 from vera_edge.requantize.gram import in_threads
@@ -93,7 +93,7 @@ def write_back(
         if module not in model.checkpoint.linears and module != HEAD:
             raise MismatchError(f"{model.checkpoint.path} has no linear layer called {module}")
     work = _WriteBack(model, grids, calibration, put, merged, asked, journal)
-    if calibration.method in ("search", "gptq") and not work.is_done():
+    if calibration.method in CALIBRATED and not work.is_done():
         walk = work.walk(auto_class, layer_by_layer, progress)
         walk = replace(walk, room=room, device=calibration.device or CPU)
         walk.run(work.answer, work.recall)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vera_edge.adapters import reading as adapters
-from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.adapter import LORA, Adapter
 from vera_edge.adapters.projection import Projections
 from vera_edge.adapters.vera import vectors_of
 from vera_edge.base.checkpoint import Checkpoint
@@ -119,7 +119,7 @@ def _config(adapter: Adapter, checkpoint: Checkpoint, names: Mapping[str, str]) 
         "inference_mode": True,
         "lora_alpha": adapter.rank,
         "lora_dropout": 0.0,
-        "peft_type": "LORA",
+        "peft_type": LORA,
         "r": adapter.rank,
         # Full names: a short one could match layers that the VeRA adapter left alone.
         "target_modules": sorted(names.values()),

@@ -21,6 +21,7 @@ from vera_edge.arrays import Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import DataError, MismatchError, PlanError
+from vera_edge.memory import free_memory
 from vera_edge.progress import Progress, silent
 from vera_edge.reference import room
 from vera_edge.storage.files import check_output
@@ -158,7 +159,7 @@ def _check(trained: TrainedModel, shipped: TrainedModel) -> None:
         )
     logits = 4 * _HELD_OUT * windows.WINDOW * max(rows)  # of the model as trained, kept
     needed = int(_ROOM * sum(map(room.float32_size, bases))) + logits
-    free = room.free_memory()
+    free = free_memory()
     if free is not None and free < needed:
         raise PlanError(
             f"both models in float32 take about {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; "

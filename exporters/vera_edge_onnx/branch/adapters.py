@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.adapter import LORA, Adapter
 from vera_edge.adapters.reading import can_branch
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting import lora_pairs
@@ -20,7 +20,7 @@ from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 
-VECTORS, LORA = "vectors", "LORA"
+VECTORS = "vectors"
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
 
 
@@ -86,7 +86,7 @@ def arrays(
 def model_version(request: ExportRequest, layout: Sequence[Piece]) -> int:
     """The model version of every adapter that is packed for this export."""
     shapes = pair_shapes(request)
-    shared = request.model.projection_digest or (f"LORA {shapes.rank}" if shapes is not None else "")
+    shared = request.model.projection_digest or (f"{LORA} {shapes.rank}" if shapes is not None else "")
     return packing.model_version(base_digest(request), shared, layout)
 
 
