@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vera_edge.api.arguments import BUILT_IN, StrPath, loading, path_or_none
+from vera_edge.api.arguments import StrPath, Texts, loading, mixture, path_or_none
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.progress import Progress, silent
+from vera_edge.requantize.devices import CPU
 from vera_edge.training import adapting
 from vera_edge.training.adapting import Adapted
 
@@ -19,12 +20,13 @@ def adapt(
     *,
     onto: StrPath,
     out: StrPath,
-    calibration: StrPath = BUILT_IN,
+    calibration: Texts = (),
     steps: int = 160,
     activations: str = "float",
     projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
+    compute_device: str = CPU,
     force: bool = False,
     progress: Progress = silent,
 ) -> Adapted:
@@ -39,13 +41,15 @@ def adapt(
         adapter: the PEFT folder.
         onto: the folder of the base that is shipped: the same model in another format.
         out: the PEFT folder to write, whole or not at all.
-        calibration: a UTF-8 text file to train on, like what the adapter is for, or "built-in".
+        calibration: text to train on, like what the adapter is for: a UTF-8 file, several, or {file: share of
+            the tokens}; built-in text takes the rest.
         steps: at most so many, of a window of 256 tokens each; it ends where nothing more is gained.
         activations: of the shipped base: "float", or "int8": what integer layers read is rounded as ONNX
             Runtime does.
         projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
         tokenizer: a folder to take the tokenizer from, not from the adapter's or the base's.
+        compute_device: what both models run on: cpu, cuda, mps, or auto, the first of the others.
         force: replace `out` where it exists.
         progress: called with what is done, how much of it, and of how much (steps).
 
@@ -56,7 +60,7 @@ def adapt(
     Raises:
         MismatchError: adapter and bases don't belong together.
         DataError: the text can't be used or is too short.
-        PlanError: the request makes no sense, or both models don't fit in memory.
+        PlanError: the request makes no sense, the device isn't there, or both models don't fit in memory.
         OutputError: `out` exists or can't be written.
 
     Example:
@@ -69,12 +73,13 @@ def adapt(
         Path(adapter),
         Path(onto),
         Path(out),
-        str(calibration),
+        mixture(calibration),
         steps,
         None if activations == "float" else activations,
         projection_rounding,
         loading(trained_as),
         path_or_none(tokenizer),
+        compute_device,
         force,
         progress,
     )

@@ -33,10 +33,10 @@ from vera_edge.cli.show import (
 @click.option("-o", "--out", "folder", type=FOLDER, required=True, help="The PEFT folder to write.")
 @click.option(
     "--calibration",
-    default="built-in",
-    show_default=True,
-    metavar="FILE",
-    help="Text to train on: a UTF-8 file like what the adapter is for, or built-in.",
+    multiple=True,
+    metavar="FILE[=SHARE]",
+    help="Text to train on: a UTF-8 file like what the adapter is for, and its share of the tokens (half, "
+    "unless given); repeat for more. built-in takes the rest, all unless given.",
 )
 @click.option(
     "--steps", type=int, default=160, show_default=True, help="At most so many windows of 256 tokens."
@@ -51,6 +51,13 @@ from vera_edge.cli.show import (
 @projection_rounding_option
 @trained_as_option
 @tokenizer_option
+@click.option(
+    "--compute-device",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    default="cpu",
+    show_default=True,
+    help="What both models run on. auto: the first that is there of cuda, mps, cpu.",
+)
 @force_option
 @quiet_option
 @json_option
@@ -59,12 +66,13 @@ def adapt(
     adapter: Path,
     onto: Path,
     folder: Path,
-    calibration: str,
+    calibration: tuple[str, ...],
     steps: int,
     activations: str,
     projection_rounding: str | None,
     trained_as: str | None,
     tokenizer: Path | None,
+    compute_device: str,
     force: bool,
     quiet: bool,
     as_json: bool,
@@ -87,6 +95,7 @@ def adapt(
             projection_rounding=projection_rounding,
             trained_as=trained_as,
             tokenizer=tokenizer,
+            compute_device=compute_device,
             force=force,
             progress=progress,
         )

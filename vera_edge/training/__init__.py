@@ -4,6 +4,7 @@
     runtime_rounding  what ONNX Runtime rounds while it runs, in the forward pass
     adapting          an adapter carried from the base it was trained on to the one that is shipped
     distillation      its lambda vectors trained towards the model as trained
+    on_device         both models on an accelerator
     adapter_folder    the adapter's folder, with other vectors
 
 PEFT and the Trainer do the training; here are only the weights they train on.

@@ -24,10 +24,12 @@ from vera_edge.errors import DataError, MismatchError, PlanError
 from vera_edge.memory import free_memory
 from vera_edge.progress import Progress, silent
 from vera_edge.reference import room
+from vera_edge.requantize import devices
 from vera_edge.storage.files import check_output
 from vera_edge.tasks import task as tasks
+from vera_edge.text import mixture, windows
 from vera_edge.text import tokenizer as tokenizers
-from vera_edge.text import windows
+from vera_edge.text.mixture import Mixture
 from vera_edge.trained.text_settings import vocabulary_size
 from vera_edge.trained.trained_model import TrainedModel, open_model
 from vera_edge.training import adapter_folder
@@ -80,46 +82,53 @@ def to_folder(
     adapter: Path,
     onto: Path,
     out: Path,
-    text: str = windows.BUILT_IN,
+    text: str | Mixture = windows.BUILT_IN,
     steps: int = 160,
     activations: str | None = None,
     projection_rounding: str | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
+    device: str = devices.CPU,
     force: bool = False,
     progress: Progress = silent,
 ) -> Adapted:
     """Carry `adapter`, trained on `base`, to the base `onto`, and write it to `out` as a PEFT folder.
 
-    text: a UTF-8 file to train on, or "built-in"; an eighth of it is held out, eight windows at most.
-    activations: "int8" rounds what the shipped integer layers read as the runtime does.
+    text: what to train on: texts with shares, or one alone, a UTF-8 file or "built-in"; an eighth of it is
+    held out, eight windows at most. activations: "int8" rounds what the shipped integer layers read as the
+    runtime does. device: of requantize.devices.DEVICES, what both models run on.
     Raises MismatchError when the three don't belong together, PlanError for a model that gives no text or
-    doesn't fit in memory twice, DataError for a text that is too short, OutputError for `out`.
+    doesn't fit in memory twice and for a device that isn't there, DataError for a text that is too short,
+    OutputError for `out`.
     """
     began = time.monotonic()
     check_output(out, force, (base, adapter, onto))
     if steps < 1:
         raise PlanError(f"{steps} steps train nothing; give at least 1")
-    pairs = [(adapter, 1.0)]
+    pairs, on = [(adapter, 1.0)], devices.chosen(device)
     bases = Checkpoint.open(base, trained_as), Checkpoint.open(onto)
     _check_bases(*bases)
     trained, shipped = (open_model(one, pairs, projection_rounding, None, tokenizer) for one in bases)
     _check(trained, shipped)
     vectors_of(trained.adapters[0].adapter)  # VeRA's, or it's refused
-    training, held_out, notes = _split(trained, text, steps)
-    from vera_edge.training.distillation import Schedule  # it imports torch
+    training, held_out, notes = _split(trained, Mixture.either(text), steps)
+    # They import torch.
+    from vera_edge.training.distillation import Schedule
+    from vera_edge.training.on_device import enough_memory
 
-    runs = _Runs.of(trained, shipped, activations)
-    found = runs.distil(training, held_out, Schedule(steps), progress)
+    with enough_memory(on):
+        runs = _Runs.of(trained, shipped, activations, on)
+        found = runs.distil(training, held_out, Schedule(steps), progress)
+        effect = runs.effect(held_out)
     made = Adapted(
         out,
         found.before,
         found.after,
-        runs.effect(held_out),
+        effect,
         found.steps,
         found.best,
         found.stopped,
-        sum(map(len, training[: found.steps])),
+        found.tokens,
         sum(map(len, held_out)),
         round(time.monotonic() - began, 1),
         (*trained.notes, *_other_projections(trained, shipped), *notes),
@@ -178,27 +187,30 @@ def _other_projections(trained: TrainedModel, shipped: TrainedModel) -> tuple[st
     )
 
 
-def _split(model: TrainedModel, source: str, steps: int) -> tuple[list[Int64], list[Int64], tuple[str, ...]]:
-    """Windows to train on and windows to judge by, spread over the text; and notes."""
-    checkpoint, text = model.checkpoint, windows.read_text(source)
+def _split(
+    model: TrainedModel, texts: Mixture, steps: int
+) -> tuple[list[Int64], list[Int64], tuple[str, ...]]:
+    """Windows to train on and windows to judge by, spread over the texts; and notes."""
+    checkpoint = model.checkpoint
     tokenizer, rows = tokenizers.read(checkpoint.files, checkpoint.config), vocabulary_size(checkpoint.config)
     longest = checkpoint.config.get("max_position_embeddings")
     window = min(windows.WINDOW, longest) if type(longest) is int else windows.WINDOW
-    cut = windows.make(text, tokenizer, rows, (steps + _HELD_OUT) * window, window).tokens
-    count = sum(map(len, cut))
-    apart = max(_LEAST_HELD_OUT, min(_HELD_OUT, len(cut) // 8))
-    if count < _LEAST_TOKENS or len(cut) < 2 * apart:
+    cut = mixture.cut(texts, tokenizer, rows, (steps + _HELD_OUT) * window, window)
+    count = sum(map(len, cut.windows))
+    apart = max(_LEAST_HELD_OUT, min(_HELD_OUT, len(cut.windows) // 8))
+    if count < _LEAST_TOKENS or len(cut.windows) < 2 * apart:
         least = max(_LEAST_TOKENS, 2 * _LEAST_HELD_OUT * window)
         more = f", better {steps * window:,}" if steps * window > least else ""
         raise DataError(
-            f"{source} holds {count} tokens, too few to carry an adapter over; give at least {least:,}{more}"
+            f"{' and '.join(texts.names)} gives {count} tokens, too few to carry an adapter over; give at "
+            f"least {least:,}{more}"
         )
-    held = {number * len(cut) // apart for number in range(apart)}
-    training = [one for number, one in enumerate(cut) if number not in held]
-    note = f"trained on {source} text"
-    if source == windows.BUILT_IN:
+    held = {number * len(cut.windows) // apart for number in range(apart)}
+    training = [one for number, one in enumerate(cut.windows) if number not in held]
+    note = f"trained on {cut.said()}"
+    if not texts.own:
         note += "; text like the adapter's own (--calibration FILE) serves better"
-    return training, [cut[number] for number in sorted(held)], (note,)
+    return training, [cut.windows[number] for number in sorted(held)], (note,)
 
 
 @dataclass(frozen=True)
@@ -209,14 +221,19 @@ class _Runs:
     student: Any
 
     @classmethod
-    def of(cls, trained: TrainedModel, shipped: TrainedModel, activations: str | None) -> _Runs:
+    def of(
+        cls, trained: TrainedModel, shipped: TrainedModel, activations: str | None, device: str | None
+    ) -> _Runs:
         from vera_edge.reference.model import open_reference
         from vera_edge.training.loading import check_activations, round_inputs
+        from vera_edge.training.on_device import placed
 
         check_activations(activations)
         models = [open_reference(one.checkpoint, one.adapters, one.projections) for one in (trained, shipped)]
         if activations is not None:
             round_inputs(models[1].model.base_model.model, shipped.checkpoint)
+        for model in models:
+            placed(model.model, device)
         return cls(*models)
 
     def distil(

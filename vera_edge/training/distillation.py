@@ -49,7 +49,8 @@ class Schedule:
 @dataclass(frozen=True)
 class Distilled:
     """What came of it. vectors: the best, by the layer's name in the model. before, after: mean KL in nats on
-    the held-out windows. best: the step that gave it, 0 for the beginning. stopped: why before the last step.
+    the held-out windows. best: the step that gave it, 0 for the beginning. tokens: of all steps together.
+    stopped: why before the last step.
     """
 
     vectors: Mapping[str, LambdaVectors]
@@ -57,6 +58,7 @@ class Distilled:
     after: float
     steps: int
     best: int
+    tokens: int
     stopped: str | None = None
 
 
@@ -107,9 +109,10 @@ class _Work:
 
     def run(self, training: Sequence[Int64], progress: Progress) -> Distilled:
         before = after = self.judge()
-        best, kept, waited, stopped, step = 0, self.vectors(), 0, None, 0
+        best, kept, waited, stopped, step, tokens = 0, self.vectors(), 0, None, 0, 0
         for step, window in enumerate(self._order(training), 1):
             progress(WHAT, step - 1, self.schedule.steps)
+            tokens += len(window)
             if not self._learn(window, step):
                 stopped = f"the loss wasn't finite at step {step}, and the vectors before it were kept"
                 break
@@ -124,7 +127,7 @@ class _Work:
                 stopped = f"the held-out loss fell no more after step {best}"
                 break
         progress(WHAT, self.schedule.steps, self.schedule.steps)
-        return Distilled(kept, before, after, step, best, stopped)
+        return Distilled(kept, before, after, step, best, tokens, stopped)
 
     def judge(self) -> float:
         """The mean KL of the held-out windows, in nats a token."""
@@ -141,7 +144,9 @@ class _Work:
     def vectors(self) -> dict[str, LambdaVectors]:
         """The vectors as they are, copied."""
         return {
-            name: LambdaVectors(*(self._parameter(layer, kind).detach().numpy().copy() for kind in _KINDS))
+            name: LambdaVectors(
+                *(self._parameter(layer, kind).detach().cpu().numpy().copy() for kind in _KINDS)
+            )
             for name, layer in self.layers.items()
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests import tiny, tiny_encoder
 from tests.conftest import Cli
 from vera_edge.training import load
 from vera_edge.training.distillation import Schedule, distil
+from vera_edge.training.on_device import placed
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def test_it_is_nearer_to_what_was_trained_by_pefts_own_forward(here: Path, cli: 
     from transformers import AutoTokenizer
 
     words = (here / "base", here / "adapter", "--onto", here / "shipped", "-o", tmp_path / "carried")
-    result = cli("adapt", *words, "--calibration", here / "text.txt", "--steps", 40, "--json")
+    result = cli("adapt", *words, "--calibration", f"{here / 'text.txt'}=1", "--steps", 40, "--json")
     assert result.exit_code == 0, result.stderr
     told = json.loads(result.stdout)
     assert told["improved"]
@@ -69,6 +71,7 @@ def test_what_cant_be_bettered_comes_out_as_it_went_in(here: Path, cli: Cli, tmp
     result = cli("adapt", *words, "--calibration", here / "text.txt", "--steps", 12)
     assert result.exit_code == 0, result.stderr
     assert "nothing did better on the held-out text" in result.stdout
+    assert re.search(r"trained on \d+ tokens of \S*text.txt and \d+ of built-in text", result.stderr)
     old, new = (
         load_file(path / "adapter_model.safetensors") for path in (here / "adapter", tmp_path / "carried")
     )
@@ -116,10 +119,25 @@ def test_it_ends_where_held_out_text_gains_no_more(here: Path) -> None:
     assert found.after == found.before < 1e-6
 
 
+def test_a_model_on_a_device_answers_and_learns_as_on_the_processor(here: Path) -> None:
+    """The device is torch's own processor: others aren't everywhere."""
+    ids = torch.arange(20)[None]
+    found = []
+    for device in (None, "cpu"):
+        model = placed(load(here / "shipped"), device)
+        table = model.get_input_embeddings().weight.requires_grad_(requires_grad=True)
+        logits = model(input_ids=ids).logits
+        logits.square().sum().backward()
+        found.append((logits.detach(), table.grad))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("text", "words", "says"),
     [
         (tiny.TEXT, (), "tokens, too few to carry an adapter over; give at least 1,024, better 40,960"),
+        (tiny.TEXT * 16, ("--compute-device", "cuda"), "there is no cuda device"),
         (tiny.TEXT * 16, ("--steps", "0"), "0 steps train nothing; give at least 1"),
         (tiny.TEXT * 16, ("--onto", "base", "--activations", "int8"), "none is stored in integers"),
         (tiny.TEXT * 16, ("--onto", "encoder"), "aren't the same model"),
@@ -135,7 +153,7 @@ def test_what_cant_be_done_is_said_and_nothing_is_written(
         (tmp_path / "base").symlink_to(here / "base")
     given = ["--onto", here / "shipped", *words, "-o", tmp_path / "out"]
     given = [tmp_path / word if word in ("base", "encoder") else word for word in given]
-    given += ["--calibration", tmp_path / "text.txt"]
+    given += ["--calibration", f"{tmp_path / 'text.txt'}=1"]
     result = cli("adapt", here / "base", here / "adapter", *given)
     assert result.exit_code == 2
     assert says in result.stderr
