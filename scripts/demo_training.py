@@ -54,14 +54,14 @@ def first_losses(base: Path, recipe: Recipe, steps: int) -> list[float]:
     return _fit(model, _order(split().train, tokenizer, recipe), recipe, silent, steps)
 
 
-def held_out_perplexity(base: Path, adapter: Path, recipe: Recipe) -> float:
-    """The perplexity of a trained adapter on the held-out windows, on `base`."""
+def held_out_losses(base: Path, adapter: Path, recipe: Recipe, every: int = 1) -> list[float]:
+    """A trained adapter's loss on every `every`th held-out window, on `base`; nats per predicted token."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(base, device_map="cpu", dtype="float32")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    return _perplexity(PeftModel.from_pretrained(model, adapter), _judged(tokenizer, recipe))
+    judged = _judged(AutoTokenizer.from_pretrained(base), recipe)[::every]
+    return _losses(PeftModel.from_pretrained(model, adapter), judged)
 
 
 def _prepared(base: Path, recipe: Recipe) -> tuple[Any, Any]:
@@ -147,28 +147,35 @@ def _fit(
 
 def _facts(model: Any, judged: Sequence[Sequence[int]], losses: Sequence[float]) -> dict[str, Any]:
     with model.disable_adapter():
-        without = _perplexity(model, judged)
+        without = _losses(model, judged)
+    held_out = _losses(model, judged)
     return {
         "first_losses": [round(loss, 4) for loss in losses[:4]],
         "first_loss": round(sum(losses[:20]) / 20, 4),
         "last_loss": round(sum(losses[-20:]) / 20, 4),
-        "held_out_perplexity_base": round(without, 4),
-        "held_out_perplexity_adapter": round(_perplexity(model, judged), 4),
+        "held_out_losses": [round(loss, 4) for loss in held_out],
+        "held_out_perplexity_base": round(_perplexity(without, judged), 4),
+        "held_out_perplexity_adapter": round(_perplexity(held_out, judged), 4),
     }
 
 
-def _perplexity(model: Any, judged: Sequence[Sequence[int]]) -> float:
-    """exp of the mean negative log-likelihood per predicted token (nats)."""
+def _losses(model: Any, judged: Sequence[Sequence[int]]) -> list[float]:
+    """The mean negative log-likelihood per predicted token of each window, in nats."""
     import torch
 
     model.eval()
-    total = count = 0.0
+    losses = []
     with torch.no_grad():
         for window in judged:
             batch = torch.tensor([list(window)])
-            total += float(model(input_ids=batch, labels=batch).loss) * (len(window) - 1)
-            count += len(window) - 1
-    return math.exp(total / count)
+            losses.append(float(model(input_ids=batch, labels=batch).loss))
+    return losses
+
+
+def _perplexity(losses: Sequence[float], judged: Sequence[Sequence[int]]) -> float:
+    """exp of the mean negative log-likelihood per predicted token of all windows together."""
+    counts = [len(window) - 1 for window in judged]
+    return math.exp(sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts))
 
 
 def _card(recipe: Recipe, facts: dict[str, Any]) -> str:

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from scripts.demo_training import LINEARS, Recipe, first_losses, held_out_perplexity
+from scripts.demo_training import LINEARS, Recipe, first_losses, held_out_losses
 from scripts.prepare_demo import ADAPTER, Demo
 
 pytestmark = pytest.mark.real
 RECORD = json.loads((ADAPTER / "training.json").read_text())
-# Another processor sums in another order, and four steps of training make more of that.
-STEPS, TOLERANCE = 4, 0.05
+# Another processor sums in another order, and a step of training makes more of that.
+STEPS, TOLERANCE = 2, 0.05
+EVERY = 8  # of the 24 held-out windows that the record is of
 
 
 def test_the_shipped_adapter_is_of_todays_recipe(demo: Demo) -> None:
@@ -32,11 +33,12 @@ def test_the_shipped_adapter_is_of_todays_recipe(demo: Demo) -> None:
 def test_the_script_trains_it_from_the_first_step_on(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo.folder)
     losses = first_losses(Path(demo.base.name), replace(Recipe(), threads=1), STEPS)
-    assert losses == pytest.approx(RECORD["first_losses"], abs=TOLERANCE)
+    assert losses == pytest.approx(RECORD["first_losses"][:STEPS], abs=TOLERANCE)
 
 
 def test_it_does_on_held_out_text_what_its_record_says(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo.folder)
-    measured = held_out_perplexity(Path(demo.base.name), demo.adapter, Recipe())
-    assert measured == pytest.approx(RECORD["held_out_perplexity_adapter"], rel=0.01)
-    assert measured < 0.7 * RECORD["held_out_perplexity_base"]
+    measured = held_out_losses(Path(demo.base.name), demo.adapter, Recipe(), EVERY)
+    assert measured == pytest.approx(RECORD["held_out_losses"][::EVERY], abs=0.01)
+    assert len(RECORD["held_out_losses"]) == Recipe().judged
+    assert RECORD["held_out_perplexity_adapter"] < 0.7 * RECORD["held_out_perplexity_base"]

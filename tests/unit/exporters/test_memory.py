@@ -51,8 +51,7 @@ def base_of(layers: int, folder: Path) -> tuple[Path, Path]:
     return base, tiny.make_adapter(base, folder / "adapter")
 
 
-def peak(layers: int, folder: Path, whole: bool = False) -> int:
-    base, adapter = base_of(layers, folder)
+def peak(base: Path, adapter: Path, folder: Path, whole: bool = False) -> int:
     arguments = json.dumps([str(base), str(adapter), str(folder / "out"), whole])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -64,8 +63,8 @@ def peak(layers: int, folder: Path, whole: bool = False) -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
 def test_it_does_not_grow_with_the_layers(tmp_path: Path) -> None:
-    few, many = peak(2, tmp_path / "2"), peak(8, tmp_path / "8")
+    two, eight = base_of(2, tmp_path / "2"), base_of(8, tmp_path / "8")
+    few, many = peak(*two, tmp_path / "few"), peak(*eight, tmp_path / "many")
     assert many / few < 1.06
-    assert (
-        peak(8, tmp_path / "whole", whole=True) / few > 1.3
-    )  # so that what holds all layers would have failed
+    whole = peak(*eight, tmp_path / "whole", whole=True)
+    assert whole / few > 1.3  # so that what holds all layers would have failed
