@@ -5,7 +5,7 @@ It imports torch only when there is something to calibrate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -171,6 +171,7 @@ class Rounding:
         said += f" on {on}" if on else ""
         texts = Mixture.either(self.text)
         cut, notes = _windows(model.checkpoint, method, said, texts, self.tokens or effort.tokens)
+        notes += cut.shortage(_widest(model.checkpoint, grids))
         if plan.options.get(CALIBRATION, cut.to_list()) != cut.to_list():
             notes = (*notes, "the plan was made for other calibration text: it may lose more than it says")
         calibration = Calibration(
@@ -349,6 +350,12 @@ def _windows(
     if not texts.own:
         note += "; text like the adapter's own (--calibration FILE) loses less"
     return cut, (note, *windows.beyond(tokenizer, known))
+
+
+def _widest(checkpoint: Checkpoint, modules: Iterable[str]) -> int:
+    """The most inputs that one of these linears has; 0 where none is among the checkpoint's."""
+    found = [checkpoint.linears[module].in_features for module in modules if module in checkpoint.linears]
+    return max(found, default=0)
 
 
 def _check_takes_text(checkpoint: Checkpoint, method: str) -> None:

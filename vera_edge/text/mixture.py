@@ -156,6 +156,16 @@ class Cut:
         *most, last = parts
         return f"{', '.join(most)} and {last} text" if most else f"{last} text"
 
+    def shortage(self, inputs: int) -> tuple[str, ...]:
+        """A sentence where there are fewer tokens than a model's widest layer has inputs."""
+        tokens = sum(used.tokens for used in self.used)
+        if not self.used or tokens >= inputs:
+            return ()
+        return (
+            f"{tokens} tokens say little of the {inputs} inputs of the widest layer, which was rounded "
+            f"almost as without any; give at least {inputs} tokens",
+        )
+
     def to_list(self) -> list[dict[str, Any]]:
         """For a plan: names without folders, digests and shares of what was used."""
         total = sum(used.tokens for used in self.used)
@@ -188,13 +198,18 @@ def cut(mixture: Mixture, tokenizer: Tokenizer, vocab_size: int, tokens: int, wi
 
     A text that holds less than its share gives all of it, and the others make up for that in proportion.
     Built-in text gives of each kind as much as there is of it, in characters. Raises DataError when there is
-    too little text, MismatchError when a token of it is beyond a model of `vocab_size` tokens.
+    too little of a text, MismatchError when a token is beyond a model of `vocab_size` tokens.
     """
     if len(mixture.texts) == 1 and mixture.own:
         text = read(mixture.own[0].source)
         made = windows.make(text, tokenizer, vocab_size, tokens, window)
         return Cut(made.tokens, (UsedText(text.source, text.sha256, _count(made.tokens)),))
     texts = [_Pieces.of(text.source, tokenizer, vocab_size, window) for text in mixture.texts]
+    if empty := [text.text.source for text in texts if not text.count and text.text.source != BUILT_IN]:
+        hold = "holds" if len(empty) == 1 else "hold"
+        raise DataError(
+            f"{' and '.join(empty)} {hold} no {MIN_WINDOW} tokens to calibrate on; give a longer text"
+        )
     shares = [text.share for text in mixture.texts]
     counts = _portions(shares, [text.count for text in texts], max(1, tokens // window))
     taken = [text.some(count) for text, count in zip(texts, counts, strict=True)]

@@ -131,7 +131,7 @@ def to_folder(
         found.tokens,
         sum(map(len, held_out)),
         round(time.monotonic() - began, 1),
-        (*trained.notes, *_other_projections(trained, shipped), *notes),
+        (*trained.notes, *_other_projections(trained, shipped), *notes, *_doubts(onto, found.before, effect)),
     )
     source = shipped.adapters[0].adapter
     vectors = runs.as_saved(source, found.vectors)
@@ -184,6 +184,16 @@ def _other_projections(trained: TrainedModel, shipped: TrainedModel) -> tuple[st
     return (
         f"the projections, rounded to {before.spec.rounding} on the trained base, are rounded to "
         f"{after.spec.rounding} on the shipped one, as PEFT does there",
+    )
+
+
+def _doubts(onto: Path, before: float, effect: float) -> tuple[str, ...]:
+    """That the shipped base may be another model's, of which layers of the same shapes tell nothing."""
+    if before <= effect:
+        return ()
+    return (
+        f"beside {onto} the adapter, as it came, is further from the model as trained ({before:.3g} nats) "
+        f"than the trained base alone ({effect:.3g}); see whether it is the same model",
     )
 
 

@@ -141,10 +141,14 @@ def test_a_plan_s_effort_is_taken_unless_another_is_asked_for(
     (tmp_path / "text.txt").write_text(letters(0))
     ready = merging.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0)], "nf4")
     plan = replace(ready.plan, options={**ready.plan.options, "effort": "quick"})
-    for asked, said in ((None, "quick"), ("thorough", "thorough")):
-        rounding = Rounding("gptq", str(tmp_path / "text.txt"), tokens=256, effort=asked)
+    (tmp_path / "few.txt").write_text(letters(0)[:120])
+    widest = max(linear.in_features for linear in ready.model.checkpoint.linears.values())
+    for asked, said, text in ((None, "quick", "text.txt"), ("thorough", "thorough", "few.txt")):
+        rounding = Rounding("gptq", str(tmp_path / text), tokens=256, effort=asked)
         with rounding.codes(ready.model, plan, tmp_path / "out") as rounded:
             assert f"effort {said}" in rounded.notes[0]
+            few = f"give at least {widest} tokens"
+            assert any(few in note for note in rounded.notes) == (text == "few.txt")
     with (
         pytest.raises(PlanError, match="no effort is called 'heroic'; known: quick, default, thorough"),
         Rounding("gptq", effort="heroic").codes(ready.model, plan, tmp_path / "out"),

@@ -141,6 +141,8 @@ def test_text_that_gives_nothing_is_refused_in_one_sentence(tokenizer: Tokenizer
     texts = Mixture.of([f"{tmp_path / name}=0.5" for name in "ab"])
     with pytest.raises(DataError, match="hold no 16 tokens to calibrate on; give a longer text"):
         mixture.cut(texts, tokenizer, tiny.VOCABULARY, 512, 64)
+    with pytest.raises(DataError, match="a holds no 16 tokens to calibrate on; give a longer text"):
+        mixture.cut(Mixture.of(str(tmp_path / "a")), tokenizer, tiny.VOCABULARY, 512, 64)
 
 
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 200)), min_size=1, max_size=6), st.integers(0, 500))

@@ -78,6 +78,21 @@ def test_what_cant_be_bettered_comes_out_as_it_went_in(here: Path, cli: Cli, tmp
     assert all(np.array_equal(values, new[name]) for name, values in old.items())
 
 
+def test_a_base_of_the_same_shapes_and_other_values_is_doubted(
+    here: Path, cli: Cli, tiny_llama: tiny.TinyLlama, tmp_path: Path
+) -> None:
+    other = tiny.load(tiny_llama.fp32)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(parameter.flip(0))
+    tiny.save(other, tmp_path / "other")
+    tiny.save_tokenizer(tmp_path / "other")
+    words = (here / "base", here / "adapter", "--onto", tmp_path / "other", "-o", tmp_path / "carried")
+    result = cli("adapt", *words, "--calibration", here / "text.txt", "--steps", 1)
+    assert result.exit_code == 0, result.stderr
+    assert "see whether it is the same model" in result.stderr
+
+
 def test_a_training_that_diverges_keeps_what_was_before(here: Path) -> None:
     from peft import PeftModel
 
