@@ -21,17 +21,19 @@ Logits are centred for the last three since adding a constant to a row changes n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from vera_edge.arrays import Bool, Float32, Float64, Int64
+from vera_edge.cores import available_cores
 from vera_edge.divergence import expected, log_softmax
 from vera_edge.errors import DataError, MismatchError
 
 TOP_K = 5
-# Rows handled at once: at a vocabulary of 50,000 a block of float64 is then 3 MB and stays near the cache.
-_ROWS = 8
+# Logits handled at once, by each core: a block of float64 is then 1 MB, which caches hold.
+_BLOCK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -113,16 +115,28 @@ def compare_all(
     """Compare several candidates with one reference, whose softmax is then computed once.
 
     reference and each candidate: (n, vocab) float32; targets: (n,) token ids. Memory beside the arguments
-    is a few blocks of 8 x vocab float64. Raises as `compare`.
+    is a few blocks of 1 MB for each core, or of one row where that is longer. Raises as `compare`.
     """
     _check(reference, candidates, targets)
-    blocks: dict[str, list[TokenMetrics]] = {name: [] for name in candidates}
-    for start in range(0, len(reference), _ROWS):
-        rows = slice(start, start + _ROWS)
+
+    def compared(rows: slice) -> dict[str, TokenMetrics]:
         scores = _Scores.of(reference[rows])
-        for name, logits in candidates.items():
-            blocks[name].append(_compare_block(scores, _Scores.of(logits[rows]), targets[rows]))
-    return {name: _concatenate(parts) for name, parts in blocks.items()}
+        return {
+            name: _compare_block(scores, _Scores.of(logits[rows]), targets[rows])
+            for name, logits in candidates.items()
+        }
+
+    blocks = _blocks(reference)
+    # numpy lets go of the interpreter, and no row asks for another.
+    with ThreadPoolExecutor(min(available_cores(), len(blocks) or 1)) as pool:
+        found = list(pool.map(compared, blocks))
+    return {name: _concatenate([block[name] for block in found]) for name in candidates}
+
+
+def _blocks(logits: Float32) -> list[slice]:
+    """The rows of logits (n, vocab) that are handled at once."""
+    count = max(1, _BLOCK // max(1, logits.shape[1]))
+    return [slice(start, start + count) for start in range(0, len(logits), count)]
 
 
 def _check(reference: Float32, candidates: Mapping[str, Float32], targets: Int64) -> None:
@@ -136,9 +150,7 @@ def _check(reference: Float32, candidates: Mapping[str, Float32], targets: Int64
                 f"the {name} gives logits of shape {list(logits.shape)} and the reference "
                 f"{list(reference.shape)}; compare models of one vocabulary"
             )
-        if not all(
-            np.isfinite(logits[start : start + _ROWS]).all() for start in range(0, len(logits), _ROWS)
-        ):
+        if not all(np.isfinite(logits[rows]).all() for rows in _blocks(logits)):
             raise DataError(
                 f"the {name}'s logits hold NaN or infinities; the model or its weights are broken"
             )

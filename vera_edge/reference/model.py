@@ -29,6 +29,7 @@ from vera_edge.errors import AdapterError, CheckpointError
 from vera_edge.progress import Progress, silent
 from vera_edge.quiet import first_line, quiet
 from vera_edge.reference.adapted import Swap, with_adapters
+from vera_edge.reference.bfloat16 import in_bfloat16
 from vera_edge.reference.dense import dense_names, dense_tensor, matrices_of
 from vera_edge.reference.layers import forward
 from vera_edge.reference.loading import LOCAL, config_of, loaded
@@ -160,7 +161,7 @@ class TorchReference:
             if self.has_adapter and not self.adapter_on:
                 stack.enter_context(self._without_adapter())
             if self.autocast:
-                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+                stack.enter_context(in_bfloat16())
             yield
 
     def adapter_off(self) -> TorchReference:
@@ -168,7 +169,7 @@ class TorchReference:
         return replace(self, adapter_on=False)
 
     def bfloat16(self) -> TorchReference:
-        """The same model computed in bfloat16 (autocast): the noise floor that any runtime may have."""
+        """The same model computed in bfloat16 (bfloat16.py): the noise floor that any runtime may have."""
         return replace(self, autocast=True)
 
     @contextmanager

@@ -14,6 +14,7 @@ from sklearn.metrics import accuracy_score, log_loss
 from sklearn.metrics.pairwise import cosine_similarity
 
 from vera_edge.errors import DataError, MismatchError
+from vera_edge.measuring import metrics
 from vera_edge.measuring.metrics import compare, compare_all
 
 
@@ -33,15 +34,30 @@ def test_kl_both_ways_is_scipys_relative_entropy() -> None:
     np.testing.assert_allclose(found.reverse_kl, scipy.special.rel_entr(q, p).sum(1), rtol=1e-10)
 
 
-def test_memory_is_a_few_blocks_however_long_a_window_is() -> None:
-    reference, candidate, targets = _logits(0, n=256, vocab=4096)
+def test_memory_is_a_few_blocks_however_long_a_window_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, candidate, targets = _logits(0, n=160, vocab=1 << 15)
+    monkeypatch.setattr(metrics, "available_cores", lambda: 2)  # each core has a block of its own
     peaks = []
-    for rows in (32, 256):
+    for rows in (40, 160):
         tracemalloc.start()
         compare_all(reference[:rows], {"one": candidate[:rows], "other": candidate[:rows]}, targets[:rows])
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] - peaks[0] < 0.05 * reference[32:].nbytes
+    assert peaks[1] < 1.5 * peaks[0]  # and not four times as much
+
+
+@pytest.mark.parametrize("vocab", [101, 1 << 17, (1 << 18) + 3])
+def test_rows_are_compared_alike_however_many_there_are_and_on_however_many_cores(
+    vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference, candidate, targets = _logits(3, n=9, vocab=vocab)
+    whole = compare(reference, candidate, targets)
+    monkeypatch.setattr(metrics, "available_cores", lambda: 1)
+    alone = compare(reference, candidate, targets)
+    for name, values in vars(whole).items():
+        assert np.array_equal(values, getattr(alone, name)), name
+        one = [getattr(compare(reference[[row]], candidate[[row]], targets[[row]]), name) for row in range(9)]
+        np.testing.assert_allclose(np.concatenate(one), values, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
 def test_kl_is_torchs_kl_div() -> None:
