@@ -32,13 +32,13 @@ def adapt(
 ) -> Adapted:
     """Carry an adapter from the base it was trained on to another form of that base, by a short distillation.
 
-    Its lambda vectors, and nothing else, are trained towards what the model as trained says to a text, beside
-    the base that is shipped. Windows of the text that aren't trained on judge it: what did best there is
-    written, and where nothing did better, the vectors as they came.
+    Its lambda vectors (a LoRA's pairs), and nothing else, are trained towards what the model as trained says
+    to a text, beside the base that is shipped. Windows of the text that aren't trained on judge it: what did
+    best there is written, and where nothing did better, the values as they came.
 
     Args:
         base: the folder of the base that the adapter was trained on.
-        adapter: the PEFT folder.
+        adapter: the PEFT folder, of a VeRA or a LoRA.
         onto: the folder of the base that is shipped: the same model in another format.
         out: the PEFT folder to write, whole or not at all.
         calibration: text to train on, like what the adapter is for: a UTF-8 file, several, or {file: share of

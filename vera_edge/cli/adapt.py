@@ -79,9 +79,9 @@ def adapt(
 ) -> None:
     """Carry ADAPTER, trained on BASE, to another form of that base, by a short distillation.
 
-    Its lambda vectors are trained towards what the model as trained says to a text, beside SHIPPED. A part of
-    the text is held out and judges it: never worse than it began there. Then export SHIPPED with OUT,
-    `--mode branch --weights same`.
+    Its lambda vectors, or a LoRA's pairs, are trained towards what the model as trained says to a text,
+    beside SHIPPED. A part of the text is held out and judges it: never worse than it began there. Then
+    export SHIPPED with OUT, `--mode branch --weights same`.
     """
     with progress_bar(quiet or as_json) as progress:
         made = vera_edge.adapt(
@@ -110,7 +110,7 @@ def adapt(
     table.add_row("trained on", f"{made.tokens} tokens, {made.steps} steps, {made.seconds:.0f} s")
     out().print(table)
     if not made.improved:
-        out().print("nothing did better on the held-out text, so the vectors are those that came")
+        out().print("nothing did better on the held-out text, so its values are those that came")
     elif made.stopped:
         out().print(made.stopped)
     for sentence in made.notes:

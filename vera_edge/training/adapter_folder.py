@@ -1,4 +1,4 @@
-"""A PEFT folder like another one, with other lambda vectors."""
+"""A PEFT folder like another one, with other values of what is trained."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from pathlib import Path
 
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.folder import CONFIG_NAME, open_folder, read_config
-from vera_edge.adapters.vera import METHOD, LambdaVectors
+from vera_edge.adapters.reading import METHODS
 from vera_edge.adapters.wrapper_names import PEFT_PREFIX
+from vera_edge.arrays import Float32
 from vera_edge.storage import side_files
 from vera_edge.storage.files import staged_folder, write_atomic
 from vera_edge.storage.json_text import settings_json
 from vera_edge.storage.tensors import RawTensor, write_header
 
-_VECTORS = ("vera_lambda_b", "vera_lambda_d")
-
 
 def write(
     adapter: Adapter,
-    vectors: Mapping[str, LambdaVectors],
+    arrays: Mapping[str, Mapping[str, Float32]],
     out: Path,
     base_name: str,
     card: str,
     force: bool = False,
 ) -> None:
-    """Write the adapter to `out` with `vectors` (by PEFT's names, float32), whole or not at all.
+    """Write the adapter to `out` with `arrays`, by layer and by kind as in its file, whole or not at all.
 
-    Projections, trained biases and modules that were saved whole stay as they are, as do the tokenizer's
-    files. base_name: what its config names as the base. card: its README.md.
+    All other tensors stay as they are (projections, trained biases, modules that were saved whole), as do the
+    tokenizer's files. base_name: what its config names as the base. card: its README.md.
     """
-    tensors = _tensors(adapter.path, vectors)
+    tensors = _tensors(adapter, arrays)
     config = {**adapter.config, "base_model_name_or_path": base_name}
     with staged_folder(out, force) as stage:
         with (stage / "adapter_model.safetensors").open("wb") as stream:
@@ -43,12 +42,12 @@ def write(
         write_atomic(stage / "README.md", card.encode())
 
 
-def _tensors(path: Path, vectors: Mapping[str, LambdaVectors]) -> dict[str, RawTensor]:
-    """Every tensor of the adapter's file under its name without wrappers, the vectors replaced."""
-    folder = open_folder(path, read_config(path), METHOD.own)
+def _tensors(adapter: Adapter, arrays: Mapping[str, Mapping[str, Float32]]) -> dict[str, RawTensor]:
+    """Every tensor of the adapter's file under its name without wrappers, the given ones replaced."""
+    folder = open_folder(adapter.path, read_config(adapter.path), METHODS[adapter.method].own)
+    new = {f"{module}.{kind}": values for module, kinds in arrays.items() for kind, values in kinds.items()}
     found: dict[str, RawTensor] = {}
     for plain, stored in folder.tensors.items():
-        module, _, kind = plain.rpartition(".")
         name = f"{PEFT_PREFIX}{plain}" if plain in folder.prefixed else plain
-        found[name] = RawTensor.of(vectors[module].arrays[kind]) if kind in _VECTORS else stored
+        found[name] = RawTensor.of(new[plain]) if plain in new else stored
     return found

@@ -1,7 +1,7 @@
 """An adapter carried from the base it was trained on to the one that is shipped.
 
-Its lambda vectors are trained a little further, beside the base that is shipped, towards what the model as
-trained says to a text. The base stays as it is, so that other adapters share it.
+Its lambda vectors, or LoRA's pairs, are trained a little further, beside the base that is shipped, towards
+what the model as trained says to a text. The base stays as it is, so that other adapters share it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from vera_edge import __version__
-from vera_edge.adapters.adapter import Adapter
-from vera_edge.adapters.vera import LambdaVectors, vectors_of
-from vera_edge.arrays import Int64
+from vera_edge.adapters.adapter import LORA, VERA, Adapter
+from vera_edge.arrays import Float32, Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import DataError, MismatchError, PlanError
@@ -46,7 +45,7 @@ class Adapted:
 
     before, after, effect: mean KL in nats from the model as trained, on the held-out windows: of the adapter
     as it came beside the shipped base, as it was written, and of the trained base without an adapter.
-    steps: taken; best: the step whose vectors were written, 0 for those that came. stopped: why early.
+    steps: taken; best: the step whose values were written, 0 for those that came. stopped: why early.
     tokens: trained on; held_out: judged on. seconds: it took.
     """
 
@@ -64,7 +63,7 @@ class Adapted:
 
     @property
     def improved(self) -> bool:
-        """Whether the vectors are others than those that came."""
+        """Whether its values are others than those that came."""
         return self.best > 0
 
     def share(self, kl: float) -> float:
@@ -110,7 +109,7 @@ def to_folder(
     _check_bases(*bases)
     trained, shipped = (open_model(one, pairs, projection_rounding, None, tokenizer) for one in bases)
     _check(trained, shipped)
-    vectors_of(trained.adapters[0].adapter)  # VeRA's, or it's refused
+    _check_method(trained.adapters[0].adapter)
     training, held_out, notes = _split(trained, Mixture.either(text), steps)
     # They import torch.
     from vera_edge.training.distillation import Schedule
@@ -134,9 +133,18 @@ def to_folder(
         (*trained.notes, *_other_projections(trained, shipped), *notes, *_doubts(onto, found.before, effect)),
     )
     source = shipped.adapters[0].adapter
-    vectors = runs.as_saved(source, found.vectors)
-    adapter_folder.write(source, vectors, out, str(onto), _card(made, adapter, base, onto), force)
+    arrays = runs.as_saved(source, found.arrays)
+    adapter_folder.write(source, arrays, out, str(onto), _card(made, adapter, base, onto), force)
     return made
+
+
+def _check_method(adapter: Adapter) -> None:
+    """Raise PlanError for an adapter of a method whose values aren't trained here."""
+    if adapter.method not in (VERA, LORA):
+        raise PlanError(
+            f"{adapter.path} is an adapter of {adapter.method}, and those of VeRA and LoRA alone are carried "
+            "over; train it on the base that is shipped (vera_edge.training.load)"
+        )
 
 
 def _check_bases(trained: Checkpoint, shipped: Checkpoint) -> None:
@@ -177,7 +185,7 @@ def _check(trained: TrainedModel, shipped: TrainedModel) -> None:
 
 
 def _other_projections(trained: TrainedModel, shipped: TrainedModel) -> tuple[str, ...]:
-    """That PEFT rounds the projections otherwise on the shipped base, which the vectors then learn."""
+    """That PEFT rounds the projections otherwise on the shipped base, which it then learns."""
     before, after = trained.projections, shipped.projections
     if before is None or after is None or before.digest == after.digest:
         return ()
@@ -264,13 +272,15 @@ class _Runs:
         ]
         return float(np.concatenate(found).mean())
 
-    def as_saved(self, adapter: Adapter, vectors: Mapping[str, LambdaVectors]) -> Mapping[str, LambdaVectors]:
-        """Vectors by the names that PEFT saved them under, of those that the loaded model has."""
+    def as_saved(
+        self, adapter: Adapter, arrays: Mapping[str, Mapping[str, Float32]]
+    ) -> Mapping[str, Mapping[str, Float32]]:
+        """By the layers' names that PEFT saved them under, of those that the loaded model has."""
         from vera_edge.trained.alignment import as_loaded
 
         loaded = as_loaded(adapter, self.student.model.base_model.model, speaks=True)
         saved = (adapter.as_trained or adapter).vectors
-        return {theirs: vectors[here] for here, theirs in zip(loaded.vectors, saved, strict=True)}
+        return {theirs: arrays[here] for here, theirs in zip(loaded.vectors, saved, strict=True)}
 
 
 def _card(made: Adapted, adapter: Path, base: Path, onto: Path) -> str:
@@ -278,9 +288,9 @@ def _card(made: Adapted, adapter: Path, base: Path, onto: Path) -> str:
     names = [path.resolve().name for path in (adapter, base, onto)]
     lost = [f"{kl:.4g} nats ({made.share(kl):.1%} of its effect)" for kl in (made.before, made.after)]
     return (
-        "---\nlibrary_name: peft\ntags: [vera, peft]\n---\n"
+        "---\nlibrary_name: peft\n---\n"
         f"# {names[0]}, carried from {names[1]} to {names[2]}\n\n"
-        f"Its vectors were trained by vera-edge {__version__} towards the model as trained, for {made.best} "
+        f"It was trained by vera-edge {__version__} towards the model as trained, for {made.best} "
         f"steps. Mean KL from that model on {made.held_out} held-out tokens: {lost[0]} before, {lost[1]} "
         "after.\n"
     )

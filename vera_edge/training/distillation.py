@@ -1,8 +1,8 @@
-"""Lambda vectors trained towards another model's answers: KL by Adam, a window of text a step.
+"""An adapter trained towards another model's answers: KL by Adam, a window of text a step.
 
-Only an adapter's vectors change, some thousands of numbers for a whole model. What is judged are windows
-that aren't trained on, and the vectors that did best there are kept: those of the beginning are among them,
-so that the result is never worse than it began on that text.
+Only VeRA's lambda vectors change, some thousands of numbers for a whole model, or LoRA's pairs. What is
+judged are windows that aren't trained on, and the values that did best there are kept: those of the beginning
+are among them, so that the result is never worse than it began on that text.
 """
 
 from __future__ import annotations
@@ -18,25 +18,28 @@ import torch
 from torch.nn import functional
 
 from vera_edge import divergence
-from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32, Int64
 from vera_edge.progress import Progress, silent
 from vera_edge.reference.layers import forward
 from vera_edge.reference.rotary import forget_lengths
 
 WHAT = "adapting"  # in progress, whose unit is a step
-_KINDS = ("b", "d")
+# What PEFT's layers hold, in the order of the rates: the outer one, which is zero before any training, first.
+_TRAINED = (("vera_lambda_b", "vera_lambda_d"), ("lora_B", "lora_A"))
 _CLIP = 1.0
 _FIRST = 5  # steps in which the rate rises
+
+# By layer, and by what an adapter's file calls them, like "vera_lambda_b" or "lora_A.weight"; float32.
+Arrays = Mapping[str, Mapping[str, Float32]]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the vectors are trained.
+    """How an adapter is trained.
 
-    rates: Adam's for lambda_b and lambda_d, as shares of the root mean square of what was trained, falling
-    as a cosine does. every: steps between two looks at the held-out windows. patience: how many looks without
-    an improvement end it.
+    rates: Adam's for lambda_b and lambda_d, or B and A, as shares of the root mean square of what was
+    trained, falling as a cosine does. every: steps between two looks at the held-out windows. patience: how
+    many looks without an improvement end it.
     """
 
     steps: int = 160
@@ -48,12 +51,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Distilled:
-    """What came of it. vectors: the best, by the layer's name in the model. before, after: mean KL in nats on
-    the held-out windows. best: the step that gave it, 0 for the beginning. tokens: of all steps together.
+    """What came of it. arrays: the best. before, after: mean KL in nats on the held-out windows.
+
+    steps: taken; best: the one that gave `arrays`, 0 for the beginning. tokens: of all steps together.
     stopped: why before the last step.
     """
 
-    vectors: Mapping[str, LambdaVectors]
+    arrays: Arrays
     before: float
     after: float
     steps: int
@@ -70,7 +74,7 @@ def distil(
     schedule: Schedule | None = None,
     progress: Progress = silent,
 ) -> Distilled:
-    """Train the vectors of PEFT's VeRA layers in `student` towards the logits that `teacher` gives.
+    """Train PEFT's VeRA or LoRA layers in `student` towards the logits that `teacher` gives.
 
     teacher: logits (n, vocabulary) float32 of n token ids. Everything else in the model stays as it is.
     """
@@ -85,18 +89,18 @@ class _Work:
     held_out: Sequence[Int64]
     schedule: Schedule
     wanted: list[Float32] = field(init=False)
-    layers: dict[str, Any] = field(init=False)
+    layers: dict[str, dict[str, Any]] = field(init=False)
     optimizer: torch.optim.Adam = field(init=False)
 
     def __post_init__(self) -> None:
         self.layers = {
-            name.removeprefix("base_model.model."): layer
+            name.removeprefix("base_model.model."): held
             for name, layer in self.student.named_modules()
-            if hasattr(layer, "vera_lambda_b")
+            if (held := _parameters(layer))
         }
         groups = []
-        for kind, rate in zip(_KINDS, self.schedule.rates, strict=True):
-            trained = [self._parameter(layer, kind) for layer in self.layers.values()]
+        for index, rate in enumerate(self.schedule.rates):
+            trained = [list(held.values())[index] for held in self.layers.values()]
             for parameter in trained:
                 parameter.requires_grad_(requires_grad=True)
             size = math.sqrt(float(torch.cat([one.detach().flatten() ** 2 for one in trained]).mean()))
@@ -109,18 +113,18 @@ class _Work:
 
     def run(self, training: Sequence[Int64], progress: Progress) -> Distilled:
         before = after = self.judge()
-        best, kept, waited, stopped, step, tokens = 0, self.vectors(), 0, None, 0, 0
+        best, kept, waited, stopped, step, tokens = 0, self.arrays(), 0, None, 0, 0
         for step, window in enumerate(self._order(training), 1):
             progress(WHAT, step - 1, self.schedule.steps)
             tokens += len(window)
             if not self._learn(window, step):
-                stopped = f"the loss wasn't finite at step {step}, and the vectors before it were kept"
+                stopped = f"the loss wasn't finite at step {step}, and the values before it were kept"
                 break
             if step % self.schedule.every and step != self.schedule.steps:
                 continue
             found = self.judge()
             if found < after:  # not so where it is NaN
-                best, kept, after, waited = step, self.vectors(), found, 0
+                best, kept, after, waited = step, self.arrays(), found, 0
             else:
                 waited += 1
             if not math.isfinite(found) or waited >= self.schedule.patience:
@@ -141,13 +145,11 @@ class _Work:
                 total, count = total + float(found.sum()), count + found.size
         return total / count
 
-    def vectors(self) -> dict[str, LambdaVectors]:
-        """The vectors as they are, copied."""
+    def arrays(self) -> Arrays:
+        """What is trained as it is, copied."""
         return {
-            name: LambdaVectors(
-                *(self._parameter(layer, kind).detach().cpu().numpy().copy() for kind in _KINDS)
-            )
-            for name, layer in self.layers.items()
+            name: {kind: one.detach().cpu().numpy().copy() for kind, one in held.items()}
+            for name, held in self.layers.items()
         }
 
     def _learn(self, window: Int64, step: int) -> bool:
@@ -180,7 +182,15 @@ class _Work:
                 chance.shuffle(pool)
             yield training[pool[step % len(pool)]]
 
-    @staticmethod
-    def _parameter(layer: Any, kind: str) -> Any:
-        (parameter,) = getattr(layer, f"vera_lambda_{kind}").values()
-        return parameter
+
+def _parameters(layer: Any) -> dict[str, Any]:
+    """What a layer of PEFT's trains, by what an adapter's file calls it; nothing of any other module."""
+    for ends in _TRAINED:
+        held = {end: [*getattr(layer, end, {}).values()] for end in ends}
+        if all(held.values()):
+            named = {end: one for end, (one,) in held.items()}
+            return {
+                f"{end}.weight" if isinstance(one, torch.nn.Module) else end: getattr(one, "weight", one)
+                for end, one in named.items()
+            }
+    return {}

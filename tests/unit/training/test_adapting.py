@@ -14,7 +14,7 @@ import torch
 from safetensors.numpy import load_file
 
 import vera_edge
-from tests import tiny, tiny_encoder
+from tests import peft_adapters, tiny, tiny_encoder
 from tests.conftest import Cli
 from vera_edge.training import load
 from vera_edge.training.distillation import Schedule, distil
@@ -66,6 +66,39 @@ def test_it_is_nearer_to_what_was_trained_by_pefts_own_forward(here: Path, cli: 
     assert config["base_model_name_or_path"] == str(here / "shipped")
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_lora_s_pairs_are_carried_over_too(here: Path, cli: Cli, tmp_path: Path, dora: bool) -> None:
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+
+    settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=dora, task_type="CAUSAL_LM")
+    lora = peft_adapters.save(here / "base", tmp_path / "lora", settings, 0.3)
+    words = (here / "base", lora, "--onto", here / "shipped", "-o", tmp_path / "carried")
+    result = cli("adapt", *words, "--calibration", f"{here / 'text.txt'}=1", "--steps", 40)
+    assert result.exit_code == 0, result.stderr
+    ids = AutoTokenizer.from_pretrained(here / "base")(tiny.TEXT, return_tensors="pt").input_ids
+    trained = logits(here / "base", lora, ids)
+    found = [logits(here / "shipped", adapter, ids) for adapter in (lora, tmp_path / "carried")]
+    before, after = [float((trained.exp() * (trained - one)).sum(-1).mean()) for one in found]
+    assert after < before
+    old, new = (load_file(path / "adapter_model.safetensors") for path in (lora, tmp_path / "carried"))
+    assert old.keys() == new.keys()
+    assert all(np.array_equal(old[name], new[name]) == ("magnitude" in name) for name in old)
+
+
+def test_an_adapter_of_another_method_is_refused(here: Path, cli: Cli, tmp_path: Path) -> None:
+    from peft import IA3Config
+
+    settings = IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    other = peft_adapters.save(here / "base", tmp_path / "other", settings)
+    result = cli("adapt", here / "base", other, "--onto", here / "shipped", "-o", tmp_path / "carried")
+    assert result.exit_code == 2
+    assert (
+        "is an adapter of IA3, and those of VeRA and LoRA alone are carried over; train it on"
+        in result.stderr
+    )
+
+
 def test_what_cant_be_bettered_comes_out_as_it_went_in(here: Path, cli: Cli, tmp_path: Path) -> None:
     words = (here / "base", here / "adapter", "--onto", here / "base", "-o", tmp_path / "carried")
     result = cli("adapt", *words, "--calibration", here / "text.txt", "--steps", 12)
@@ -109,10 +142,9 @@ def test_a_training_that_diverges_keeps_what_was_before(here: Path) -> None:
     assert found.best == 0
     assert found.after == found.before
     assert found.stopped is not None and "wasn't finite" in found.stopped
-    for name, vectors in found.vectors.items():
-        for kind in "bd":
-            kept = before[f"base_model.model.{name}.vera_lambda_{kind}.default"].numpy()
-            assert np.array_equal(getattr(vectors, f"lambda_{kind}"), kept)
+    for name, arrays in found.arrays.items():
+        for kind in ("vera_lambda_b", "vera_lambda_d"):
+            assert np.array_equal(arrays[kind], before[f"base_model.model.{name}.{kind}.default"].numpy())
 
 
 def test_it_ends_where_held_out_text_gains_no_more(here: Path) -> None:
