@@ -10,7 +10,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,25 @@ class Recipe:
     judged: int = 24  # held-out windows whose loss is measured before and after
 
 
-def train(base: Path, folder: Path, recipe: Recipe, progress: Progress) -> None:
-    """Train on `base` and write the adapter as PEFT saves it, with training.json beside it."""
-    model, tokenizer = _prepared(base, recipe)
+def load_in_floats(base: Path) -> Any:
+    """A base as transformers loads it, which computes in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base, device_map="cpu", dtype="float32")
+
+
+def train(
+    base: Path,
+    folder: Path,
+    recipe: Recipe,
+    progress: Progress,
+    load: Callable[[Path], Any] = load_in_floats,
+) -> None:
+    """Train on `base` and write the adapter as PEFT saves it, with training.json beside it.
+
+    load: gives the model of a base, in float32.
+    """
+    model, tokenizer = _prepared(base, recipe, load)
     started = time.monotonic()
     losses = _fit(model, _order(split().train, tokenizer, recipe), recipe, progress)
     facts = _facts(model, _judged(tokenizer, recipe), losses)
@@ -57,24 +73,22 @@ def first_losses(base: Path, recipe: Recipe, steps: int) -> list[float]:
 def held_out_losses(base: Path, adapter: Path, recipe: Recipe, every: int = 1) -> list[float]:
     """A trained adapter's loss on every `every`th held-out window, on `base`; nats per predicted token."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(base, device_map="cpu", dtype="float32")
     judged = _judged(AutoTokenizer.from_pretrained(base), recipe)[::every]
-    return _losses(PeftModel.from_pretrained(model, adapter), judged)
+    return _losses(PeftModel.from_pretrained(load_in_floats(base), adapter), judged)
 
 
-def _prepared(base: Path, recipe: Recipe) -> tuple[Any, Any]:
+def _prepared(base: Path, recipe: Recipe, load: Callable[[Path], Any] = load_in_floats) -> tuple[Any, Any]:
     """The model as its training begins, and its tokenizer."""
     import torch
     from peft import VeraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     torch.use_deterministic_algorithms(True)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, device_map="cpu", dtype=torch.float32)
     config = VeraConfig(
         r=recipe.rank,
         target_modules=list(LINEARS),
@@ -82,7 +96,7 @@ def _prepared(base: Path, recipe: Recipe) -> tuple[Any, Any]:
         save_projection=False,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config), tokenizer
+    return get_peft_model(load(base), config), tokenizer
 
 
 def _judged(tokenizer: Any, recipe: Recipe) -> list[list[int]]:
