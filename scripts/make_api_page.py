@@ -36,7 +36,15 @@ This page is written by `scripts/make_api_page.py`.
 """
 # Title -> what is in it, in the order a newcomer meets them; what is in none comes under results or errors.
 GROUPS = {
-    "Base and adapter": ("inspect", "projections", "quantize", "adapt", "to_lora", "diff_adapters"),
+    "Base and adapter": (
+        "inspect",
+        "projections",
+        "quantize",
+        "adapt",
+        "to_lora",
+        "combine_adapters",
+        "diff_adapters",
+    ),
     "Merge": ("merge", "merge_each", "plan_merge", "plan_merge_each"),
     "Export": ("export", "plan_export", "plan", "golden", "pack_adapter", "freeze_adapter"),
     "Drift": ("drift",),

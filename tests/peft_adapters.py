@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,35 @@ import torch
 
 from tests import tiny
 
+SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
+# Method -> its config's class and options.
+METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "VERA": ("VeraConfig", {"r": 8}),
+    "LORA": ("LoraConfig", {"r": 4, "lora_alpha": 6, "use_rslora": True}),
+    "LORA, use_dora": ("LoraConfig", {"r": 4, "use_dora": True}),
+    "ADALORA": ("AdaLoraConfig", {"total_step": 10, "init_r": 4}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 4}),
+    "C3A": ("C3AConfig", {"block_size": 16}),
+    "DEFT": ("DeftConfig", {}),
+    "DELORA": ("DeloraConfig", {"r": 4}),
+    "FOURIERFT": ("FourierFTConfig", {"n_frequency": 50}),
+    "GRALORA": ("GraloraConfig", {"r": 8, "gralora_k": 2}),
+    "HIRA": ("HiraConfig", {"r": 4}),
+    "HRA": ("HRAConfig", {"r": 4}),
+    "IA3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
+    "LOHA": ("LoHaConfig", {"r": 4, "rank_pattern": {"q_proj": 2}}),
+    "LOKR": ("LoKrConfig", {"r": 4}),
+    "MISS": ("MissConfig", {"r": 8}),
+    "OFT": ("OFTConfig", {"oft_block_size": 8, "r": 0}),
+    "PEANUT": ("PeanutConfig", {}),
+    "PVERA": ("PveraConfig", {"r": 8}),
+    "RANDLORA": ("RandLoraConfig", {"r": 4, "save_projection": True}),
+    "ROAD": ("RoadConfig", {"group_size": 32}),
+    "SHIRA": ("ShiraConfig", {"r": 2}),
+    "SUPERTUNING": ("SupertuningConfig", {}),
+    "VBLORA": ("VBLoRAConfig", {"num_vectors": 16, "vector_length": 16}),
+    "WAVEFT": ("WaveFTConfig", {"n_frequency": 32}),
+}
 TOKENS = torch.arange(3, 43)[None] * 5 % tiny.VOCABULARY
 Change = Callable[[str, torch.Tensor, torch.Generator], torch.Tensor | None]
 
@@ -40,6 +69,15 @@ def save(
                 parameter.copy_(found)
         model.save_pretrained(folder)
     return folder
+
+
+def save_method(base: Path, folder: Path, method: str) -> Path:
+    """An adapter of one of METHODS on some layers of `base`."""
+    import peft
+
+    cls, options = METHODS[method]
+    settings = getattr(peft, cls)(target_modules=SOME, task_type="CAUSAL_LM", **options)
+    return save(base, folder, settings)
 
 
 def unmerged(model: Any, folder: Path) -> Any:

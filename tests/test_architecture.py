@@ -41,6 +41,7 @@ ORDER = (
     "trained",
     "plans",
     "merging",
+    "combining",
     "reference",
     "training",
     "bundle",

@@ -1,7 +1,7 @@
 """Adapters beside a base: each as a GGUF LoRA file, which llama.cpp swaps as it runs.
 
 A LoRA's pairs go straight through. VeRA's is the exact bridge: `diag(b) B diag(d) A x = B' A' x` with
-`A' = diag(d) A[:, :in]` and `B' = diag(b) B[:out]`, as in `vera_edge.trained.to_lora`. llama.cpp scales by
+`A' = diag(d) A[:, :in]` and `B' = diag(b) B[:out]`, as in `vera_edge.combining.to_lora`. llama.cpp scales by
 alpha over the rank of the pair it reads; alpha is written as the largest rank, and B takes what is left.
 """
 

@@ -47,7 +47,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "golden": ("vera_edge.cli.golden:golden", "Put the reference's answers into a bundle, to validate by."),
     "validate": ("vera_edge.cli.validate:validate", "Hold a bundle to its limits on this device."),
     "bench": ("vera_edge.cli.bench:bench", "Measure speed and memory of a bundle on this device."),
-    "adapter": ("vera_edge.cli.adapter:adapter", "Pack, list and compare adapters; write one as LoRA."),
+    "adapter": (
+        "vera_edge.cli.adapter:adapter",
+        "Pack, list, compare and combine adapters; write one as LoRA.",
+    ),
     "fetch": ("vera_edge.cli.fetch:fetch", "Bring a bundle over a slow link, only what is missing here."),
     "diff": ("vera_edge.cli.fetch:diff", "Say what changed from one bundle to another."),
     "release": ("vera_edge.cli.release:release", "Make every bundle of a recipe: gated, described, signed."),

@@ -1,8 +1,9 @@
-"""`vera-edge adapter`: pack, list, compare adapters, and write one as LoRA."""
+"""`vera-edge adapter`: pack, list, compare and combine adapters, and write one as LoRA."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,9 +15,15 @@ from vera_edge.cli.show import (
     note,
     out,
     print_json,
+    progress_bar,
     projection_rounding_option,
+    quiet_option,
     trained_as_option,
+    weighted_paths,
 )
+
+if TYPE_CHECKING:
+    from vera_edge.api.adapters import MadeAdapter
 
 
 @click.group()
@@ -93,39 +100,127 @@ def diff(old: Path, new: Path, as_json: bool) -> None:
         out().print(line)
 
 
+@adapter.command()
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...", callback=weighted_paths)
+@click.option("-o", "--out", "output", type=FOLDER, required=True, help="The PEFT folder to write.")
+@click.option("--base", type=FOLDER, required=True, help="The base model's folder.")
+@click.option(
+    "--combination",
+    default="cat",
+    show_default=True,
+    metavar="KIND",
+    help="Of factors: linear, ties, dare_linear, dare_ties, magnitude_prune. Of deltas: cat, the sum itself; "
+    "cut to a rank: svd, ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd.",
+)
+@click.option("--density", type=float, help="The share of values that ties, dare and magnitude_prune keep.")
+@click.option(
+    "--majority-sign", metavar="SIGN", help="Of ties: total, the sum's sign, or frequency.  [default: total]"
+)
+@click.option("--rank", type=int, help="What an SVD cuts to.  [default: the largest of the adapters']")
+@click.option("--seed", type=int, help="Of dare's draws.  [default: 0]")
+@projection_rounding_option
+@trained_as_option
+@force_option
+@quiet_option
+@json_option
+def combine(
+    adapters: list[tuple[Path, float]],
+    output: Path,
+    base: Path,
+    combination: str,
+    density: float | None,
+    majority_sign: str | None,
+    rank: int | None,
+    seed: int | None,
+    projection_rounding: str | None,
+    trained_as: str | None,
+    force: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Combine adapters of one base into one, as PEFT's add_weighted_adapter does for LoRA.
+
+    They may be of several methods. The result is LoRA; VeRA where factors of VeRA adapters with the same
+    projections are combined.
+    """
+    with progress_bar(quiet or as_json) as progress:
+        made = vera_edge.combine_adapters(
+            adapters,
+            out=output,
+            base=base,
+            combination=combination,
+            density=density,
+            majority_sign=majority_sign,
+            rank=rank,
+            seed=seed,
+            projection_rounding=projection_rounding,
+            trained_as=trained_as,
+            force=force,
+            progress=progress,
+        )
+    _show(made, as_json)
+
+
 @adapter.command("to-lora")
 @click.argument("adapter", type=FOLDER)
 @click.option("-o", "--out", "output", type=FOLDER, required=True, help="The LoRA folder to write.")
 @click.option(
     "--base", type=FOLDER, help="The base model's folder, where the adapter's config doesn't lead to it."
 )
+@click.option(
+    "--rank", type=int, help="Approximate by a LoRA of this rank.  [default: the adapter's own, if exact]"
+)
+@click.option("--max-error", type=float, help="Write nothing when more of the change is lost, like 0.05.")
 @projection_rounding_option
 @trained_as_option
 @force_option
+@quiet_option
 @json_option
 def to_lora(
     adapter: Path,
     output: Path,
     base: Path | None,
+    rank: int | None,
+    max_error: float | None,
     projection_rounding: str | None,
     trained_as: str | None,
     force: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
-    """Write ADAPTER as a LoRA adapter that computes exactly the same, for tools that know only LoRA."""
-    made = vera_edge.to_lora(
-        adapter,
-        out=output,
-        base=base,
-        projection_rounding=projection_rounding,
-        trained_as=trained_as,
-        force=force,
-    )
+    """Write ADAPTER, of any method, as a LoRA adapter, for tools that know only LoRA.
+
+    VeRA's computes exactly the same. Of a method whose change isn't of low rank --rank takes the nearest
+    LoRA of that rank, and the error is told: the share of the change that it has no room for.
+    """
+    with progress_bar(quiet or as_json) as progress:
+        made = vera_edge.to_lora(
+            adapter,
+            out=output,
+            base=base,
+            rank=rank,
+            max_error=max_error,
+            projection_rounding=projection_rounding,
+            trained_as=trained_as,
+            force=force,
+            progress=progress,
+        )
+    _show(made, as_json)
+
+
+def _show(made: MadeAdapter, as_json: bool) -> None:
     for sentence in made.notes:
         note(sentence)
     if as_json:
         print_json(made.to_dict())
-    else:
+        return
+    title = {"LORA": "LoRA", "VERA": "VeRA"}.get(made.method, made.method)
+    size = f"{made.size / 1e6:.1f} MB" if made.size >= 1e5 else f"{made.size / 1e3:.1f} KB"
+    out().print(f"{made.folder}: {title} of rank {made.rank} on {made.layers} layers, {size}")
+    if made.error is not None:
+        worst = max(made.layer_errors, key=lambda module: made.layer_errors[module])
         out().print(
-            f"{made.folder}: LoRA of rank {made.rank} on {made.layers} layers, {made.size / 1e6:.1f} MB"
+            f"error {made.error:.2e} of the change, the largest {made.layer_errors[worst]:.2e} at {worst}"
         )
+    if made.from_sum:
+        out().print(f"{made.from_sum:.2e} away from the weighted sum of the deltas")

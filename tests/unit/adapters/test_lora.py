@@ -16,10 +16,10 @@ from tests import peft_adapters, tiny
 from vera_edge import merging as merge
 from vera_edge.adapters.lora import LoraPair
 from vera_edge.adapters.reading import read
+from vera_edge.combining.to_lora import to_lora
 from vera_edge.errors import AdapterError, MismatchError, PlanError
 from vera_edge.measuring.opened_reference import open_trained
 from vera_edge.trained.inspection import inspect_folder
-from vera_edge.trained.to_lora import to_lora
 
 ALL = list(tiny.LLAMA_LINEARS)
 CASES: Mapping[str, dict[str, Any]] = {
@@ -227,7 +227,7 @@ def test_refuses_what_cant_be_summed(
         merge.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0), (plain, 1.0)])
     with pytest.raises(AdapterError, match="has no projections to round"):
         merge.prepare(tiny_llama.fp32, [(plain, 1.0)], projection_rounding="bf16")
-    with pytest.raises(AdapterError, match="only VeRA's become LoRA here"):
+    with pytest.raises(AdapterError, match="is a LoRA adapter already"):
         to_lora(plain, tmp_path / "out", tiny_llama.fp32)
     biased = lora(untied, tmp_path / "biased", r=2, target_modules=["q_proj"])
     state = load_file(biased / "adapter_model.safetensors")

@@ -43,6 +43,7 @@ FUNCTIONS = {
     "adapter diff": "diff_adapters",
     "adapter list": "read_manifest",
     "adapter to-lora": "to_lora",
+    "adapter combine": "combine_adapters",
 }
 # Options that are something else in Python, and why.
 OTHERWISE = {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import peft_adapters, tiny
+from tests.peft_adapters import METHODS
 from vera_edge import merging as merge
 from vera_edge.adapters import reading
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.reference.model import load_dense
 from vera_edge.trained.trained_model import open_model
 
-SOME = ["q_proj", "v_proj", "up_proj", "down_proj"]
-# Method -> its config's class and options.
-METHODS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "VERA": ("VeraConfig", {"r": 8}),
-    "LORA": ("LoraConfig", {"r": 4, "lora_alpha": 6, "use_rslora": True}),
-    "LORA, use_dora": ("LoraConfig", {"r": 4, "use_dora": True}),
-    "ADALORA": ("AdaLoraConfig", {"total_step": 10, "init_r": 4}),
-    "BOFT": ("BOFTConfig", {"boft_block_size": 4}),
-    "C3A": ("C3AConfig", {"block_size": 16}),
-    "DEFT": ("DeftConfig", {}),
-    "DELORA": ("DeloraConfig", {"r": 4}),
-    "FOURIERFT": ("FourierFTConfig", {"n_frequency": 50}),
-    "GRALORA": ("GraloraConfig", {"r": 8, "gralora_k": 2}),
-    "HIRA": ("HiraConfig", {"r": 4}),
-    "HRA": ("HRAConfig", {"r": 4}),
-    "IA3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
-    "LOHA": ("LoHaConfig", {"r": 4, "rank_pattern": {"q_proj": 2}}),
-    "LOKR": ("LoKrConfig", {"r": 4}),
-    "MISS": ("MissConfig", {"r": 8}),
-    "OFT": ("OFTConfig", {"oft_block_size": 8, "r": 0}),
-    "PEANUT": ("PeanutConfig", {}),
-    "PVERA": ("PveraConfig", {"r": 8}),
-    "RANDLORA": ("RandLoraConfig", {"r": 4, "save_projection": True}),
-    "ROAD": ("RoadConfig", {"group_size": 32}),
-    "SHIRA": ("ShiraConfig", {"r": 2}),
-    "SUPERTUNING": ("SupertuningConfig", {}),
-    "VBLORA": ("VBLoRAConfig", {"num_vectors": 16, "vector_length": 16}),
-    "WAVEFT": ("WaveFTConfig", {"n_frequency": 32}),
-}
 FORMATS = ("fp32", "bf16", "nf4", "fp4", "int8", "gptq", "awq", "fp8", "hqq")
 # Of a single layer's worth of arithmetic in bfloat16 or in another order, which PEFT does as it merges.
 LOOSE = {"RANDLORA": 5e-4}
@@ -116,11 +87,8 @@ def bases(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.fixture(scope="module")
 def adapters(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root, found = tmp_path_factory.mktemp("adapters"), {}
-    for name, (cls, options) in METHODS.items():
-        settings = getattr(peft, cls)(target_modules=SOME, task_type="CAUSAL_LM", **options)
-        found[name] = peft_adapters.save(float_base, root / name.lower(), settings)
-    return found
+    root = tmp_path_factory.mktemp("adapters")
+    return {name: peft_adapters.save_method(float_base, root / name.lower(), name) for name in METHODS}
 
 
 TITLES = {"fp32": "float32", "bf16": "bfloat16", "int8": "LLM.int8", "fp8": "FP8"}
