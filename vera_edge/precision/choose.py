@@ -126,7 +126,8 @@ class _Search:
         stream = self._stream()
         model = trained_model(self.ready) if stream is None else stream.model
         values = as_it_is if stream is None else stream.weights.values
-        with self._timed("calibration and rounding"):
+        enough = devices.enough_memory(rounded.device, "a layer and its statistics")
+        with self._timed("calibration and rounding"), enough:
             rounded.calibrate(model, calibration.windows, self.progress, stream)
         modules = [module for group in rounded.groups for module in group]
         with self._timed("sensitivities"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from vera_edge.errors import PlanError
 from vera_edge.requantize.gram import Gram
 
@@ -47,3 +50,17 @@ def told(device: str | None) -> str | None:
     import torch
 
     return f"cuda ({torch.cuda.get_device_name()})" if device == "cuda" else device
+
+
+@contextmanager
+def enough_memory(device: str | None, what: str) -> Iterator[None]:
+    """Raise PlanError where a device, as `chosen` gives it, has no room for what is held on it."""
+    if device is None:
+        yield
+        return
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise PlanError(f"the memory of {told(device)} doesn't hold {what}; choose cpu instead") from None

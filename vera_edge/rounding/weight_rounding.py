@@ -189,7 +189,8 @@ class Rounding:
         key = key_of(seen, grids, calibration, merged, task)
         with _journal_folder(out, key) as folder:
             store = RoundingJournal(folder, grids)
-            won = write_back(seen, grids, calibration, _nowhere, merged, task, progress, store, room=room)
+            with devices.enough_memory(device, "a layer and its statistics"):
+                won = write_back(seen, grids, calibration, _nowhere, merged, task, progress, store, room=room)
             if HEAD in grids and HEAD not in store:
                 notes = (*notes, "the output head isn't one that text calibrates: it was rounded to nearest")
             if count := max(len(won.vectors), len(won.corrections)):

@@ -111,11 +111,9 @@ def to_folder(
     _check(trained, shipped)
     _check_method(trained.adapters[0].adapter)
     training, held_out, notes = _split(trained, Mixture.either(text), steps)
-    # They import torch.
-    from vera_edge.training.distillation import Schedule
-    from vera_edge.training.on_device import enough_memory
+    from vera_edge.training.distillation import Schedule  # it imports torch
 
-    with enough_memory(on):
+    with devices.enough_memory(on, "both models in float32 and what a window of text takes"):
         runs = _Runs.of(trained, shipped, activations, on)
         found = runs.distil(training, held_out, Schedule(steps), progress)
         effect = runs.effect(held_out)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-
-from vera_edge.errors import PlanError
 
 
 def placed(model: Any, device: str | None) -> Any:
@@ -33,15 +29,3 @@ def placed(model: Any, device: str | None) -> Any:
     model.register_forward_pre_hook(there, with_kwargs=True)
     model.register_forward_hook(back)
     return model
-
-
-@contextmanager
-def enough_memory(device: str | None) -> Iterator[None]:
-    """Raise PlanError where the device has no room for what is done."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise PlanError(
-            f"the memory of {device or 'this machine'} doesn't hold both models in float32, with what a "
-            "window of text takes; use another device, or cpu"
-        ) from None

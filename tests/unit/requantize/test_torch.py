@@ -18,7 +18,7 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents
 from vera_edge.errors import PlanError
 from vera_edge.requantize import GGML_GRIDS, Gram, output_error, requantize
-from vera_edge.requantize.devices import chosen, placed, told
+from vera_edge.requantize.devices import chosen, enough_memory, placed, told
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
 
 ALL = {**GRIDS, **{name: GGML_GRIDS[name] for name in ("q4_0", "iq4_nl", "q4_k")}}
@@ -69,6 +69,14 @@ def test_a_device_that_is_not_there_is_said_so(
             assert result.exit_code == 2 and f"there is no {name} device" in result.stderr
             assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_device_without_memory_is_said_so() -> None:
+    said = pytest.raises(PlanError, match=r"^the memory of mps doesn't hold a layer; choose cpu instead$")
+    with said, enough_memory("mps", "a layer"):
+        raise torch.OutOfMemoryError("MPS backend out of memory")
+    with enough_memory(None, "a layer") as nothing:
+        assert nothing is None
 
 
 @pytest.fixture
