@@ -23,6 +23,11 @@ class LayerChange(ABC):
         """The trained values, by the ends of the names that PEFT saves them under."""
 
     @property
+    def trained(self) -> Mapping[str, Float32]:
+        """Those of them that training changes: not what was drawn or chosen when it began."""
+        return self.arrays
+
+    @property
     @abstractmethod
     def is_zero(self) -> bool:
         """Whether the layer stays exactly what it was."""

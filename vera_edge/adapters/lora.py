@@ -191,7 +191,8 @@ def _read(folder: AdapterFolder) -> Adapter:
     )
 
 
-METHOD = Method(LORA, "LoRA", _OWN.__contains__, _read, branches=True)
+_DOES = "adds scale B A to the weight, with a pair of small matrices for each layer"
+METHOD = Method(LORA, "LoRA", _OWN.__contains__, _read, branches=True, does=_DOES)
 
 
 def _place(name: str) -> tuple[str, str] | None:

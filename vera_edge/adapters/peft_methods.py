@@ -6,8 +6,8 @@ Here is only how their folders are read; what their tensors mean is PEFT's (see 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from vera_edge.adapters.adapter import Adapter, LayerChange
 from vera_edge.adapters.folder import UNGATHERED, AdapterFolder
@@ -26,10 +26,14 @@ _NOT_COMPUTED = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class PeftTensors(LayerChange):
-    """What a method trained for one linear layer, by the ends of PEFT's names; shape: (out, in), if known."""
+    """What a method trained for one linear layer, by the ends of PEFT's names; shape: (out, in), if known.
+
+    fixed: names of what was drawn, chosen or measured when the training began.
+    """
 
     raw: Mapping[str, RawTensor]
     shape: tuple[int, int] | None = None
+    fixed: frozenset[str] = frozenset()
 
     @property
     def arrays(self) -> Mapping[str, Float32]:
@@ -38,6 +42,11 @@ class PeftTensors(LayerChange):
             name: raw.float32() if raw.dtype in FLOATS else raw.array().astype("float32")
             for name, raw in self.raw.items()
         }
+
+    @property
+    def trained(self) -> Mapping[str, Float32]:
+        """All but what is fixed."""
+        return {name: array for name, array in self.arrays.items() if name not in self.fixed}
 
     @property
     def is_zero(self) -> bool:
@@ -55,42 +64,43 @@ class PeftTensors(LayerChange):
         return sum(raw.data.nbytes for raw in self.raw.values())
 
 
-def _method(
-    peft_type: str,
-    title: str,
-    prefix: str,
-    biases: tuple[str, ...] = (),
-    needs: Mapping[str, str] | None = None,
-) -> Method:
-    """A method whose tensors' names have parts that begin with `prefix`.
+@dataclass(frozen=True)
+class _Kind:
+    """A method whose tensors' names have parts that begin with `prefix`; the first three as in `Method`.
 
     biases: settings of `bias` that train some. needs: tensors that a seed alone wouldn't tell -> the setting
-    that saves them.
+    that saves them. fixed: see `PeftTensors`.
     """
 
-    def own(part: str) -> bool:
-        return part.startswith(prefix)
+    peft_type: str
+    title: str
+    does: str
+    prefix: str
+    biases: tuple[str, ...] = ()
+    needs: Mapping[str, str] = field(default_factory=dict)
+    fixed: frozenset[str] = frozenset()
 
-    def read(folder: AdapterFolder) -> Adapter:
-        return _read(folder, peft_type, title, own, biases, needs or {})
+    @property
+    def method(self) -> Method:
+        """As the registry has it."""
 
-    return Method(peft_type, title, own, read)
+        def read(folder: AdapterFolder) -> Adapter:
+            return _read(folder, self)
+
+        return Method(self.peft_type, self.title, self.own, read, does=self.does)
+
+    def own(self, part: str) -> bool:
+        """Whether a part of a tensor's name is the method's."""
+        return part.startswith(self.prefix)
 
 
-def _read(
-    folder: AdapterFolder,
-    peft_type: str,
-    title: str,
-    own: Callable[[str], bool],
-    biases: tuple[str, ...],
-    needs: Mapping[str, str],
-) -> Adapter:
+def _read(folder: AdapterFolder, kind: _Kind) -> Adapter:
     layers: dict[str, dict[str, RawTensor]] = {}
     shared: dict[str, RawTensor] = {}
     taken = set[str]()
     for name in folder.tensors:
         parts = name.split(".")
-        at = next((number for number, part in enumerate(parts) if own(part)), None)
+        at = next((number for number, part in enumerate(parts) if kind.own(part)), None)
         if at is None:
             continue
         taken.add(name)
@@ -99,38 +109,44 @@ def _read(
         else:
             shared[name] = folder.tensors[name]
     held = {name.rpartition(".")[2] for name in taken}
-    for name, setting in needs.items():
+    for name, setting in kind.needs.items():
         if name not in held:
             raise AdapterError(
                 f"{folder.path} doesn't hold {name}, which was drawn in a way that depends on the machine "
                 f"when the training began; train with {setting}=True, so that it is saved"
             )
-    others = folder.others(taken.__contains__, title, biases)
+    others = folder.others(taken.__contains__, kind.title, kind.biases)
     if not layers:
         raise AdapterError(
-            f"{folder.path} holds no {title} values; it was saved before any layer was adapted, or "
+            f"{folder.path} holds no {kind.title} values; it was saved before any layer was adapted, or "
             f"{UNGATHERED}"
         )
-    rank = folder.config.get("r")
     settings = {key: value for key, value in folder.config.items() if key not in _NOT_COMPUTED}
     decided = json.dumps(_ordered(settings), sort_keys=True)
     return Adapter(
         path=folder.path,
         name=folder.name,
         base_name=folder.text_or_none("base_model_name_or_path"),
-        rank=rank if type(rank) is int and rank > 0 else 0,
+        rank=_rank(folder, layers),
         seed=0,
-        vectors={module: PeftTensors(parts) for module, parts in sorted(layers.items())},
+        vectors={module: PeftTensors(parts, fixed=kind.fixed) for module, parts in sorted(layers.items())},
         saved=None,
         biases=others.biases,
         modules_to_save=others.modules_to_save,
         config=folder.config,
         peft_version=folder.text_or_none("peft_version"),
-        digest=sha256_bytes(canonical_json([peft_type, decided, folder.digest])),
+        digest=sha256_bytes(canonical_json([kind.peft_type, decided, folder.digest])),
         notes=folder.notes,
-        method=peft_type,
+        method=kind.peft_type,
         shared=shared,
     )
+
+
+def _rank(folder: AdapterFolder, layers: Mapping[str, Mapping[str, RawTensor]]) -> int:
+    """The config's r; AdaLoRA's says how many are to be left, and its matrices how many there are."""
+    rows = [side for parts in layers.values() if "lora_A" in parts for side in parts["lora_A"].shape[:1]]
+    rank = max(rows, default=folder.config.get("r"))
+    return rank if type(rank) is int and rank > 0 else 0
 
 
 def _ordered(value: object) -> object:
@@ -142,27 +158,96 @@ def _ordered(value: object) -> object:
     return [_ordered(item) for item in value] if isinstance(value, list) else value
 
 
-METHODS = (
-    _method("ADALORA", "AdaLoRA", "lora_", ("all", "lora_only")),
-    _method("BOFT", "BOFT", "boft_", ("all", "boft_only")),
-    _method("C3A", "C3A", "c3a_"),
-    _method("DEFT", "DEFT", "deft_"),
-    _method("DELORA", "DeLoRA", "delora_"),
-    _method("FOURIERFT", "FourierFT", "fourierft_", ("all", "fourier_only")),
-    _method("GRALORA", "GraLoRA", "gralora_"),
-    _method("HIRA", "HiRA", "hira_", ("all", "hira_only")),
-    _method("HRA", "HRA", "hra_", ("all", "hra_only")),
-    _method("IA3", "IA3", "ia3_"),
-    _method("LOHA", "LoHa", "hada_"),
-    _method("LOKR", "LoKr", "lokr_"),
-    _method("MISS", "MiSS", "miss_", ("all", "miss_only")),
-    _method("OFT", "OFT", "oft_", ("all", "oft_only")),
-    _method("PEANUT", "PEANuT", "peanut_"),
-    _method("PVERA", "PVeRA", "pvera_", ("all", "pvera_only"), {"pvera_A": "save_projection"}),
-    _method("RANDLORA", "RandLoRA", "randlora_", ("all", "randlora_only"), {"randlora_A": "save_projection"}),
-    _method("ROAD", "RoAd", "road_"),
-    _method("SHIRA", "SHiRA", "shira_"),
-    _method("SUPERTUNING", "SuperTuning", "supertuning_"),
-    _method("VBLORA", "VB-LoRA", "vblora_", ("all", "vblora_only")),
-    _method("WAVEFT", "WaveFT", "waveft_", ("all", "waveft_only")),
+_ADDS = "adds to the weight "
+_AT_PLACES = "has trained coefficients at drawn places"
+_KINDS = (
+    _Kind("ADALORA", "AdaLoRA", _ADDS + "B diag(E) A", "lora_", ("all", "lora_only")),
+    _Kind(
+        "BOFT",
+        "BOFT",
+        "turns the weight's inputs by products of orthogonal blocks, and scales its outputs",
+        "boft_",
+        ("all", "boft_only"),
+    ),
+    _Kind("C3A", "C3A", _ADDS + "a matrix of circulant blocks", "c3a_"),
+    _Kind("DEFT", "DEFT", "takes a subspace out of the weight's outputs and adds a product there", "deft_"),
+    _Kind(
+        "DELORA",
+        "DeLoRA",
+        _ADDS + "B A, brought to a trained strength",
+        "delora_",
+        fixed=frozenset({"delora_w_norm"}),
+    ),
+    _Kind(
+        "FOURIERFT",
+        "FourierFT",
+        _ADDS + f"a matrix whose Fourier transform {_AT_PLACES}",
+        "fourierft_",
+        ("all", "fourier_only"),
+    ),
+    _Kind("GRALORA", "GraLoRA", _ADDS + "a matrix of blocks, each a product of its own", "gralora_"),
+    _Kind("HIRA", "HiRA", _ADDS + "itself times B A, value by value", "hira_", ("all", "hira_only")),
+    _Kind(
+        "HRA",
+        "HRA",
+        "mirrors the weight's inputs, one trained mirror after the other",
+        "hra_",
+        ("all", "hra_only"),
+    ),
+    _Kind("IA3", "IA3", "scales the layer's outputs, of feedforward modules its inputs", "ia3_"),
+    _Kind("LOHA", "LoHa", _ADDS + "two products, multiplied value by value", "hada_"),
+    _Kind("LOKR", "LoKr", _ADDS + "a Kronecker product", "lokr_"),
+    _Kind(
+        "MISS", "MiSS", _ADDS + "one small matrix, repeated over its inputs", "miss_", ("all", "miss_only")
+    ),
+    _Kind("OFT", "OFT", "turns the weight's inputs by orthogonal blocks", "oft_", ("all", "oft_only")),
+    _Kind("PEANUT", "PEANuT", _ADDS + "what small networks make of it", "peanut_"),
+    _Kind(
+        "PVERA",
+        "PVeRA",
+        _ADDS + "diag(lambda_b) B diag(lambda_d) A, lambda_d being the mean of what was trained",
+        "pvera_",
+        ("all", "pvera_only"),
+        {"pvera_A": "save_projection"},
+        frozenset({"pvera_A", "pvera_B"}),
+    ),
+    _Kind(
+        "RANDLORA",
+        "RandLoRA",
+        _ADDS + "a sum of drawn products, each scaled by trained values",
+        "randlora_",
+        ("all", "randlora_only"),
+        {"randlora_A": "save_projection"},
+        frozenset({"randlora_A", "randlora_B"}),
+    ),
+    _Kind("ROAD", "RoAd", "turns the layer's outputs in pairs, and scales them", "road_"),
+    _Kind(
+        "SHIRA",
+        "SHiRA",
+        _ADDS + "trained values at some places",
+        "shira_",
+        fixed=frozenset({"shira_indices"}),
+    ),
+    _Kind(
+        "SUPERTUNING",
+        "SuperTuning",
+        _ADDS + "trained values at some places",
+        "supertuning_",
+        fixed=frozenset({"supertuning_indices"}),
+    ),
+    _Kind(
+        "VBLORA",
+        "VB-LoRA",
+        _ADDS + "B A, whose parts are mixed of vectors that all layers share",
+        "vblora_",
+        ("all", "vblora_only"),
+    ),
+    _Kind(
+        "WAVEFT",
+        "WaveFT",
+        _ADDS + f"a matrix whose wavelet transform {_AT_PLACES}",
+        "waveft_",
+        ("all", "waveft_only"),
+    ),
 )
+METHODS = tuple(kind.method for kind in _KINDS)

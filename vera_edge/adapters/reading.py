@@ -13,12 +13,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from vera_edge.adapters import lora, peft_methods, vera
-from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.adapter import LORA, Adapter
 from vera_edge.adapters.folder import CONFIG_NAME, open_folder, read_config
 from vera_edge.adapters.method import Method
 from vera_edge.errors import AdapterError
 
-__all__ = ["CONFIG_NAME", "GROUP", "METHODS", "can_branch", "method_of", "read"]
+__all__ = ["CONFIG_NAME", "GROUP", "METHODS", "can_branch", "described", "method_of", "read"]
 
 GROUP = "vera_edge.adapter_methods"
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -62,6 +62,14 @@ def method_of(peft_type: object, path: Path) -> Method:
 def can_branch(adapter: Adapter) -> bool:
     """Whether it can be computed beside an untouched layer at run time."""
     return adapter.adds and method_of(adapter.method, adapter.path).branches
+
+
+def described(adapter: Adapter) -> tuple[str, str]:
+    """The name of an adapter's method and what it does to a linear layer, both for people."""
+    known = method_of(adapter.method, adapter.path)
+    if adapter.method == LORA and not adapter.adds:
+        return "DoRA", f"{known.does}, and brings its rows to trained lengths"
+    return known.title, known.does
 
 
 @cache

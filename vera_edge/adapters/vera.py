@@ -90,7 +90,8 @@ def _read(folder: AdapterFolder) -> Adapter:
     )
 
 
-METHOD = Method(VERA, "VeRA", _OWN.__contains__, _read, branches=True)
+_DOES = "adds diag(lambda_b) B diag(lambda_d) A to the weight, A and B drawn and shared by all layers"
+METHOD = Method(VERA, "VeRA", _OWN.__contains__, _read, branches=True, does=_DOES)
 
 
 def _place(parts: _Parts, name: str, folder: AdapterFolder) -> bool:

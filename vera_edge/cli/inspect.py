@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from vera_edge.api.inspect import Cost, Inspection, Kind
 
 _NONE_DEAD = {"VERA": "none (no lambda_b is all zeros)"}
-_TITLES = {"VERA": "VeRA", "LORA": "LoRA"}
 
 
 @click.command()
@@ -58,13 +57,14 @@ def inspect(
 
 
 def _facts(result: Inspection) -> Table:
-    table = Table(f"{_TITLES.get(result.method, result.method)} adapter {result.name}", box=SIMPLE_HEAD)
+    table = Table(f"{result.title} adapter {result.name}", box=SIMPLE_HEAD)
     table.add_column(overflow="fold")
     rows = {
         "folder": result.path,
         "digest": result.adapter_digest,
         "trained on": result.base_name or "not recorded",
         "PEFT version": result.peft_version or "not recorded (before 0.18.1)",
+        **({"what it does": result.does} if result.does else {}),
         **_rank(result),
         "parameters": f"{result.parameters:,}",
         "layers": _ranges(result.layers) or "none numbered",

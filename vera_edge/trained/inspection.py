@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -14,6 +15,7 @@ import numpy as np
 from vera_edge.adapters import reading as adapters
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.lora import LoraPair
+from vera_edge.adapters.peft_methods import PeftTensors
 from vera_edge.adapters.projection import ProjectionSpec
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
@@ -69,7 +71,8 @@ class Cost:
 class Inspection:
     """What an adapter is.
 
-    method: PEFT's name for it. rank: 0 where it has none. seed: VeRA's, else None.
+    method: PEFT's name for it; title, does: its name and what it does to a layer, for people.
+    rank: 0 where it has none. seed: VeRA's, else None.
     parameters: trained values: vectors, biases and whole modules. layers: the layer numbers it adapts.
     spec, how, verified, from_seed, digest: see `Provenance`; None where `unresolved` says why not.
     fits: None when no base was given; when false, `misfit` says why. cost: None where it can only be merged.
@@ -81,6 +84,8 @@ class Inspection:
     base_name: str | None
     peft_version: str | None
     method: str
+    title: str
+    does: str
     rank: int
     seed: int | None
     parameters: int
@@ -150,6 +155,7 @@ def inspect(
     except AdapterError as cause:
         unresolved = str(cause)
     fitting = checkpoint if misfit is None else None
+    title, does = adapters.described(adapter)
     return Inspection(
         path=str(adapter.path),
         name=adapter.name,
@@ -158,6 +164,8 @@ def inspect(
         peft_version=adapter.peft_version,
         rank=adapter.rank,
         method=adapter.method,
+        title=title,
+        does=does,
         seed=adapter.seed if adapter.is_vera else None,
         parameters=_parameters(adapter),
         layers=tuple(sorted({number for module in adapter.vectors for number in _layer(module)})),
@@ -180,7 +188,7 @@ def inspect(
 
 
 def _parameters(adapter: Adapter) -> int:
-    vectors = _values(adapter)
+    vectors = _values(adapter) + _shared_values(adapter)
     biases = sum(bias.size for bias in adapter.biases.values())
     whole = sum(int(np.prod(tensor.shape)) for tensor in adapter.modules_to_save.values())
     return vectors + biases + whole
@@ -188,7 +196,15 @@ def _parameters(adapter: Adapter) -> int:
 
 def _values(adapter: Adapter) -> int:
     """How many values were trained for linear layers."""
-    return sum(array.size for change in adapter.vectors.values() for array in change.arrays.values())
+    return sum(array.size for change in adapter.vectors.values() for array in change.trained.values())
+
+
+def _shared_values(adapter: Adapter) -> int:
+    """How many were trained for all layers together."""
+    changes = [change for change in adapter.vectors.values() if isinstance(change, PeftTensors)]
+    fixed = frozenset(name for change in changes for name in change.fixed)
+    shared = (adapter.shared or {}).items()
+    return sum(math.prod(raw.shape) for name, raw in shared if name.rpartition(".")[2] not in fixed)
 
 
 def _layer(module: str) -> tuple[int, ...]:
@@ -210,7 +226,7 @@ def _kinds(adapter: Adapter, checkpoint: Checkpoint | None) -> tuple[Kind, ...]:
     kinds = []
     for name, modules in sorted(groups.items()):
         changes = [adapter.vectors[module] for module in modules]
-        trained = dict.fromkeys(name for change in changes for name in change.arrays)
+        trained = dict.fromkeys(name for change in changes for name in change.trained)
         shapes = {checkpoint.linears[module].shape for module in modules} if checkpoint else set()
         kinds.append(
             Kind(
@@ -219,7 +235,7 @@ def _kinds(adapter: Adapter, checkpoint: Checkpoint | None) -> tuple[Kind, ...]:
                 shape=shapes.pop() if len(shapes) == 1 else None,
                 ranges={
                     name.removeprefix("vera_"): _range(
-                        change.arrays[name].reshape(-1) for change in changes if name in change.arrays
+                        change.trained[name].reshape(-1) for change in changes if name in change.trained
                     )
                     for name in trained
                 },

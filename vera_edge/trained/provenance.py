@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge.adapters import reading
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import (
     ROUNDINGS,
@@ -140,7 +141,7 @@ def source_of(
 def told(adapter: Adapter) -> str:
     """What is known of an adapter whose method has no projections."""
     rank = f" of rank {adapter.rank}" if adapter.rank else ""
-    return f"a {adapter.method} adapter{rank}, which holds all that was trained"
+    return f"{reading.described(adapter)[0]}{rank}; the folder holds all that was trained"
 
 
 def resolve_for_command(

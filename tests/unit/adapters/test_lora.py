@@ -157,7 +157,7 @@ def test_inspect_says_what_it_is(untied: Path, tmp_path: Path) -> None:
     for base in (None, untied):
         found = inspect_folder(folder, base)
         assert (found.method, found.rank, found.seed, found.layers) == ("LORA", 4, None, (0, 1))
-        assert found.how == "a LORA adapter of rank 4, which holds all that was trained"
+        assert found.how == "LoRA of rank 4; the folder holds all that was trained"
         assert found.parameters == 2 * 4 * (64 + 64 + 64 + 160) and not found.dead and not found.misfit
         assert set(found.kinds[0].ranges) == {"lora_A.weight", "lora_B.weight"}
     assert found.cost is not None and found.cost.branch_macs == found.parameters and found.fits

@@ -22,6 +22,7 @@ from vera_edge import merging as merge
 from vera_edge.adapters import reading
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.reference.model import load_dense
+from vera_edge.trained.inspection import inspect_folder
 from vera_edge.trained.trained_model import open_model
 
 FORMATS = ("fp32", "bf16", "nf4", "fp4", "int8", "gptq", "awq", "fp8", "hqq")
@@ -140,3 +141,29 @@ def test_merged_it_is_pefts_unmerged_forward(
         assert float((plain - truth).abs().max()) > 0.02 * scale, f"{method} changes nothing of {name}"
         found = peft_adapters.logits(merged(base, folder))
         assert float((found - truth).abs().max()) < bound * scale, (method, name)
+
+
+# Whose rank isn't the config's r, or who have none.
+RANKS = {"ADALORA": 4, "BOFT": 0, "C3A": 0, "FOURIERFT": 0, "IA3": 0, "OFT": 0, "ROAD": 0, "SUPERTUNING": 0}
+RANKS |= {"WAVEFT": 0}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inspect_says_what_each_is(method: str, float_base: Path, adapters: dict[str, Path]) -> None:
+    folder = adapters[method]
+    told = inspect_folder(folder, float_base)
+    model = peft.PeftModel.from_pretrained(tiny.load(float_base), str(folder), is_trainable=True)
+    assert told.parameters == model.get_nb_trainable_parameters()[0]
+    assert told.rank == RANKS.get(method, getattr(model.peft_config["default"], "r", 0))
+    assert told.method == method.partition(",")[0] and told.fits and told.layers == (0, 1)
+    assert [(kind.name, kind.modules) for kind in told.kinds] == [
+        (name, 2) for name in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")
+    ]
+    ends = {name for name, values in model.named_parameters() if values.requires_grad}
+    for kind in told.kinds:
+        for name in kind.ranges:  # each of them trained, by PEFT's own account
+            part = name.removesuffix(".weight")
+            assert any(f"{kind.name}.{part}" in end or f"{kind.name}.vera_{part}" in end for end in ends), (
+                name
+            )
+    assert (told.does and told.title != told.method) or method in ("BOFT", "C3A", "DEFT", "HRA", "IA3", "OFT")
