@@ -27,9 +27,10 @@ from vera_edge.errors import TargetError
 from vera_edge.merging.computed import ComputedTensors
 from vera_edge.quiet import offline
 from vera_edge.reference.model import load_dense, load_from
+from vera_edge.storage.json_text import canonical_json
 from vera_edge.tasks import task as tasks
 from vera_edge_onnx.classes import ENCODER_OF
-from vera_edge_onnx.graph.computed import put_in
+from vera_edge_onnx.graph.computed import Outline, put_in
 from vera_edge_onnx.graph.skeleton import Skeleton
 from vera_edge_onnx.graph.weaver import Weaver
 
@@ -47,6 +48,10 @@ TASKS = (
     "audio-classification",
 )
 _SCOPES = "pkg.torch.onnx.name_scopes"
+# The last graphs that were drawn from skeletons, by all that decides them: tracing takes seconds, and a
+# release exports one base several times.
+_DRAWN: dict[str, Outline] = {}
+_KEPT = 16  # each without its matrices
 
 
 @dataclass(frozen=True)
@@ -93,22 +98,30 @@ def draw(checkpoint: Checkpoint, task: EncoderTask) -> ir.Model:
     no room for them. Raises CheckpointError when transformers can't load it, TargetError when it can't draw
     it, Computed when it has to be drawn from weights that are there.
     """
-    skeleton = Skeleton.of(checkpoint.tensors) if isinstance(checkpoint.tensors, ComputedTensors) else None
-    if skeleton is None:
-        model = load_dense(checkpoint, task.auto_class)
-    else:
+    if not isinstance(checkpoint.tensors, ComputedTensors):
+        return _named(_exported(load_dense(checkpoint, task.auto_class), task))
+    skeleton = Skeleton.of(checkpoint.tensors)
+    key = f"{skeleton.digest} {task} {canonical_json(checkpoint.config).decode()}"
+    if key not in _DRAWN:
         model = load_from(checkpoint, skeleton.tensors, task.auto_class)
         skeleton.check_in(model)
-    graph = _exported(model.get_encoder() if task.half else model, task)
-    if skeleton is not None:
+        graph = _exported(model, task)
         put_in(graph, skeleton.take_out(graph.graph))
+        while len(_DRAWN) >= _KEPT:
+            _DRAWN.pop(next(iter(_DRAWN)))
+        _DRAWN[key] = Outline.of(_named(graph))
+    return _DRAWN[key].filled(checkpoint.tensors)
+
+
+def _named(graph: ir.Model) -> ir.Model:
     _name_axes(graph)
     _split_gemms(graph)
     _name_products(graph)
     return graph
 
 
-def _exported(model: Any, task: EncoderTask) -> ir.Model:
+def _exported(whole: Any, task: EncoderTask) -> ir.Model:
+    model = whole.get_encoder() if task.half else whole
     _check_form(model, task)
     model.config.use_cache = False
     inputs = _inputs(model)

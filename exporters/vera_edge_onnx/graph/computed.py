@@ -8,11 +8,13 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from vera_edge.arrays import Float32
@@ -115,6 +117,40 @@ def rows_file(graph: str) -> str:
 
 def save(model: ir.Model, path: Path) -> None:
     """Write a graph, what's computed left out; weights that lie in files of the same folder stay there."""
+    with _left_out(model) as rows:
+        ir.save(model, path)
+    write_atomic(path.with_name(rows_file(path.name)), rows)
+
+
+def load(path: Path, source: ComputedTensors) -> ir.Model:
+    """A graph that `save` wrote, its weights those of `source`."""
+    model = ir.load(path)
+    _fill(model, path.with_name(rows_file(path.name)).read_bytes(), source)
+    return model
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A graph whose computed weights are left out, in memory: as ONNX, and whose rows they are."""
+
+    graph: bytes
+    rows: bytes
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Outline:
+        with _left_out(model) as rows:
+            return cls(ir.to_proto(model).SerializeToString(), rows)
+
+    def filled(self, source: ComputedTensors) -> ir.Model:
+        """The graph anew, its weights those of `source`, whose matrices have the same names and shapes."""
+        model = ir.from_proto(onnx.ModelProto.FromString(self.graph))
+        _fill(model, self.rows, source)
+        return model
+
+
+@contextmanager
+def _left_out(model: ir.Model) -> Iterator[bytes]:
+    """Take what's computed out of a graph while it lasts; gives whose rows it is, as JSON."""
     weights = {
         name: value.const_value
         for name, value in model.graph.initializers.items()
@@ -123,23 +159,19 @@ def save(model: ir.Model, path: Path) -> None:
     for name in weights:
         model.graph.initializers[name].const_value = nothing(name)
     try:
-        ir.save(model, path)
+        yield canonical_json(
+            {
+                name: [weight.transposed, [astuple(part) for part in weight.parts]]
+                for name, weight in weights.items()
+            }
+        )
     finally:
         put_in(model, weights)
-    rows = {
-        name: [weight.transposed, [astuple(part) for part in weight.parts]]
-        for name, weight in weights.items()
-    }
-    write_atomic(path.with_name(rows_file(path.name)), canonical_json(rows))
 
 
-def load(path: Path, source: ComputedTensors) -> ir.Model:
-    """A graph that `save` wrote, its weights those of `source`."""
-    model = ir.load(path)
-    rows = json.loads(path.with_name(rows_file(path.name)).read_bytes())
+def _fill(model: ir.Model, rows: bytes, source: ComputedTensors) -> None:
     weights = {
         name: ComputedWeight(source, [Part(*part) for part in parts], transposed, name)
-        for name, (transposed, parts) in rows.items()
+        for name, (transposed, parts) in json.loads(rows).items()
     }
     put_in(model, weights)
-    return model

@@ -11,6 +11,7 @@ random out of 2^27, so that a number computed from one is no other row's.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,16 @@ class Skeleton:
             else:
                 tensors[name] = torch.from_numpy(source.read(name).array().copy())
         return cls(source, tensors, marks, starts)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that a graph drawn from it can depend on: names, shapes and values."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()}\n".encode())
+            if name not in self.starts:
+                found.update(tensor.numpy().tobytes())
+        return found.hexdigest()
 
     @contextmanager
     def loaded_instead(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from vera_edge.exporting import target
 from vera_edge.merging.computed import ComputedTensors
 from vera_edge.rounding.weight_rounding import Rounding
 from vera_edge_onnx import float_copy
+from vera_edge_onnx.encoder import drawing
 from vera_edge_onnx.graph.computed import ComputedWeight
 from vera_edge_onnx.graph.skeleton import Computed, Skeleton
 
@@ -179,6 +180,7 @@ def test_where_the_exporter_computed_with_weights_they_are_drawn_from(
 ) -> None:
     """What a skeleton's graph lacks then is seen when it is held against the model."""
     case, take_out = make("distilbert", "merged", "fp32"), Skeleton.take_out
+    monkeypatch.setattr(drawing, "_DRAWN", {})
     drawn: list[int] = []
 
     def scaled(self: Skeleton, graph: ir.Graph) -> dict[str, ComputedWeight]:
@@ -279,8 +281,11 @@ def test_the_graph_is_sound_and_the_manifest_true(name: str, mode: str, weights:
     assert any(one.startswith(f"{last}/") for one in names)
 
 
-def test_the_same_export_gives_the_same_bytes(make: Make, tmp_path: Path) -> None:
+def test_the_same_export_gives_the_same_bytes(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = make("distilbert", "merged", "fp32")
+    monkeypatch.setattr(drawing, "_DRAWN", {})  # so that it's drawn again
     target.export(case.base, [(case.adapter, 1.0)], tmp_path / "again", weights="fp32")
     assert bundle.read(tmp_path / "again").files == bundle.read(case.out).files
 

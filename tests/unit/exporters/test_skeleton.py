@@ -148,3 +148,15 @@ def test_a_model_that_is_not_rows_is_drawn_from_its_weights(
     target.export(*request, tmp_path / "weights", mode=mode, weights=weights)
     assert drawn
     assert exported.files(tmp_path / "weights") == exported.files(tmp_path / "skeleton")
+
+
+def test_its_digest_is_of_what_a_graph_depends_on(tiny_llama: tiny.TinyLlama, bones: Skeleton) -> None:
+    """Norms and biases are in the graph as they are; of matrices their shapes."""
+
+    def changed(name: str, tensor: torch.Tensor) -> str:
+        return Skeleton(bones.source, {**bones.tensors, name: tensor}, bones.marks, bones.starts).digest
+
+    norm, matrix = "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
+    assert changed(norm, bones.tensors[norm].clone()) == bones.digest
+    assert changed(norm, bones.tensors[norm] + 1) != bones.digest
+    assert changed(matrix, bones.tensors[matrix][:, :-1]) != bones.digest
