@@ -8,8 +8,8 @@ from importlib.metadata import version
 import vera_edge
 from vera_edge.bundle.contents import ManifestFields
 from vera_edge.exporting import exported_adapters
+from vera_edge.exporting.branch_inputs import Piece
 from vera_edge.exporting.exporter import ExportRequest
-from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 from vera_edge.tasks import task as tasks
@@ -64,7 +64,7 @@ def manifest_fields(
     """
     plan, branch, overlay = request.plan, bool(files), request.model.checkpoint.overlay
     whole = overlay.digests if overlay is not None else {}
-    names = exported_adapters.names(request)
+    names, inputs = exported_adapters.names(request), adapters.inputs(request)
     return ManifestFields(
         kind=model_kind,
         mode=plan.mode,
@@ -81,7 +81,8 @@ def manifest_fields(
         },
         default_adapter=names[0] if branch else None,
         projection=request.model.projection_record if branch else None,
-        lora_rank=None if (pairs := adapters.pair_shapes(request)) is None else pairs.rank,
+        lora_rank=inputs.rank or None,
+        branches=inputs.to_dict(),
         model_version=adapters.model_version(request, layout) if branch else None,
         trained_names=_trained_names(request) if branch else {},
         vectors=layout,

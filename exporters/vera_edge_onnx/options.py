@@ -27,8 +27,11 @@ def check(request: ExportRequest, target: str) -> None:
             "a merged export holds no projections to store; leave --store-projections out, or add "
             "--mode branch"
         )
-    if PROJECTIONS in request.options and adapters.pair_shapes(request) is not None:
-        raise PlanError("a LoRA adapter has no projections to store; leave --store-projections out")
+    if PROJECTIONS in request.options and not adapters.has_vectors(request):
+        raise PlanError(
+            f"a {request.model.adapters[0].adapter.method} adapter has no projections to store; leave "
+            "--store-projections out"
+        )
     if weights.ACCURACY in request.options and not _has_integer_products(request):
         raise PlanError(
             "an accuracy level is for products with integers in blocks (MatMulNBits), which this export has "
@@ -44,7 +47,7 @@ def beside(request: ExportRequest, encoder: bool = False) -> dict[str, str]:
     if request.plan.mode == "branch":
         as_given = seed.wanted(request) and (encoder or kind != "fp16")
         usual = "fp32" if as_given else weights.beside(kind)
-        if adapters.pair_shapes(request) is None:
+        if adapters.has_vectors(request):
             found[PROJECTIONS] = request.options.get(PROJECTIONS, usual)
         found[adapters.VECTORS] = request.options.get(adapters.VECTORS, "fp32")
     return found
@@ -67,6 +70,6 @@ def _has_integer_products(request: ExportRequest) -> bool:
     kind = weights.runs_as(request)
     kinds = {kind, *(weights.stored_as(step) for step in request.plan.steps if step.activations == FLOAT)}
     kinds.add(request.options.get(HEAD, weights.beside(kind)))
-    if request.plan.mode == "branch" and adapters.pair_shapes(request) is None:
+    if adapters.has_vectors(request):
         kinds.add(request.options.get(PROJECTIONS, weights.beside(kind)))
     return not kinds.isdisjoint(weights.INTEGERS)

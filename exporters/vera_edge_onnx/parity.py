@@ -94,9 +94,7 @@ def woven(request: ExportRequest, graph: ir.Model, sites: Sequence[Site]) -> ir.
     nodes = {node.name: node for node in copy.graph}
     weaver = Weaver(copy)
     inside = [replace(site, node=nodes[site.node.name]) for site in sites]
-    pairs = adapters.pair_shapes(request)
-    sizes = adapters.sizes(request)
-    branch.weave(weaver, inside, {}, sizes, request.model.projections, "fp32", pairs=pairs)
+    branch.weave(weaver, inside, {}, adapters.inputs(request), request.model.projections, "fp32")
     weaver.finish()
     return copy
 

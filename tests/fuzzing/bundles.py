@@ -21,7 +21,7 @@ from vera_edge.device.runtime import pooling
 from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.decoding import Decoder, Steps
 from vera_edge.device.runtime.encoder import Encoder
-from vera_edge.exporting.onnx_adapter import module_sizes
+from vera_edge.exporting.adapter_fit import module_shapes
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 
@@ -92,7 +92,7 @@ def _manifest() -> Target:
         (folder / contents.MANIFEST).write_bytes(seed.data)
         manifest = contents.read(folder)
         _ = manifest.size, manifest.drawn, manifest.needs_vnni, manifest.expanded
-        module_sizes(manifest)
+        module_shapes(manifest)
         canonical_json(manifest.to_dict())
         return contents.verify(folder)
 

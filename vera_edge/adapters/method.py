@@ -15,7 +15,8 @@ class Method:
 
     peft_type: as adapter_config.json has it. title: for people. own: whether a part of a tensor's name,
     between dots, is the method's own. read: the adapter of a folder, raising AdapterError. branches: whether
-    it can stand beside an untouched base at run time. does: what it does to a linear layer, for people.
+    what it trained can stand beside an untouched base at run time. low_rank: whether a pair of matrices that
+    is made of it can, where their rank is small. does: what it does to a linear layer, for people.
     """
 
     peft_type: str
@@ -23,4 +24,5 @@ class Method:
     own: Callable[[str], bool]
     read: Callable[[AdapterFolder], Adapter]
     branches: bool = False
+    low_rank: bool = False
     does: str = ""

@@ -24,6 +24,13 @@ _NOT_COMPUTED = frozenset(
 )
 
 
+IA3 = "IA3"
+# Methods whose change of a weight is of low rank and doesn't depend on it, so that it can be had without;
+# then all whose change is of low rank.
+ADDING = frozenset({"ADALORA", "DELORA", "GRALORA", "LOHA", "MISS", "PVERA", "VBLORA"})
+_LOW_RANK = ADDING | {"DEFT", "HRA"}
+
+
 @dataclass(frozen=True, eq=False)
 class PeftTensors(LayerChange):
     """What a method trained for one linear layer, by the ends of PEFT's names; shape: (out, in), if known.
@@ -87,7 +94,8 @@ class _Kind:
         def read(folder: AdapterFolder) -> Adapter:
             return _read(folder, self)
 
-        return Method(self.peft_type, self.title, self.own, read, does=self.does)
+        beside = {"branches": self.peft_type == IA3, "low_rank": self.peft_type in _LOW_RANK}
+        return Method(self.peft_type, self.title, self.own, read, does=self.does, **beside)
 
     def own(self, part: str) -> bool:
         """Whether a part of a tensor's name is the method's."""
@@ -194,7 +202,7 @@ _KINDS = (
         "hra_",
         ("all", "hra_only"),
     ),
-    _Kind("IA3", "IA3", "scales the layer's outputs, of feedforward modules its inputs", "ia3_"),
+    _Kind(IA3, "IA3", "scales the layer's outputs, of feedforward modules its inputs", "ia3_"),
     _Kind("LOHA", "LoHa", _ADDS + "two products, multiplied value by value", "hada_"),
     _Kind("LOKR", "LoKr", _ADDS + "a Kronecker product", "lokr_"),
     _Kind(

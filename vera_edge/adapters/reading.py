@@ -61,7 +61,8 @@ def method_of(peft_type: object, path: Path) -> Method:
 
 def can_branch(adapter: Adapter) -> bool:
     """Whether it can be computed beside an untouched layer at run time."""
-    return adapter.adds and method_of(adapter.method, adapter.path).branches
+    method = method_of(adapter.method, adapter.path)
+    return method.branches or method.low_rank
 
 
 def described(adapter: Adapter) -> tuple[str, str]:

@@ -23,6 +23,8 @@ def pack_adapter(
     *,
     out: StrPath,
     weight: float = 1.0,
+    base: StrPath | None = None,
+    trained_as: str | TrainedAs | None = None,
     force: bool = False,
 ) -> Packed:
     """Pack an adapter for a bundle that was exported as a branch (`vera-edge adapter pack --for BUNDLE`).
@@ -34,6 +36,8 @@ def pack_adapter(
         bundle: the branch bundle that will run it.
         out: the .onnx_adapter to write.
         weight: scales the adapter's delta.
+        base: the base's folder, which DoRA and IA3 depend on; other methods don't need it.
+        trained_as: how that base was loaded in training when it was never saved so, like "nf4,double".
         force: replace `out` where it exists.
 
     Returns:
@@ -51,7 +55,8 @@ def pack_adapter(
     """
     from vera_edge.exporting.onnx_adapter import pack_folder
 
-    return pack_folder(Path(adapter), Path(bundle), Path(out), weight, force)
+    read = (path_or_none(base), loading(trained_as))
+    return pack_folder(Path(adapter), Path(bundle), Path(out), weight, force, *read)
 
 
 def freeze_adapter(

@@ -28,7 +28,7 @@ def inspect(
 
     Returns:
         An Inspection. `fits` is None without a base, False when `misfit` says why not; `cost` has bytes by
-        format, and multiply-accumulates per token, and is None of what can only be merged.
+        format, and multiply-accumulates per token, and is None of what can only be merged, or becomes a LoRA.
 
     Raises:
         AdapterError, CheckpointError: a folder can't be read.

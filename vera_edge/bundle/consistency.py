@@ -72,15 +72,57 @@ def _check_vectors(value: Mapping[str, Any], need: Need) -> None:
             stop <= sizes[module] and taken[module] <= sizes[module],
             f"vectors asks for rows {start} to {stop} of {module}, which has {sizes[module]}",
         )
-    held = sum(taken.values()) + (spec["rank"] * len(taken) if spec is not None else 0)
-    if (rank := value.get("lora_rank")) is not None:
-        need(plan is not None and spec is None, "lora_rank beside a projection, or without a plan")
-        widths = {step["module"]: step["shape"][1] for step in plan["steps"]}
-        held = rank * (sum(taken.values()) + sum(widths[module] for module in taken))
+    held = _least_held(value, taken, need)
     for name, entry in value["adapters"].items():
         size = value["files"][entry["file"]]["size"] if entry.get("file") is not None else 0
         width = _WIDTHS[value.get("vector_dtype", "float32")]
         need(not size or held * width <= size, f"vectors asks for {held} values; adapter {name} holds less")
+
+
+def _least_held(value: Mapping[str, Any], taken: Mapping[str, int], need: Need) -> int:
+    """Values that every adapter has to bring: those of the kind of inputs that has the fewest.
+
+    taken: rows by module that `vectors` asks for.
+    """
+    plan, spec, rank, kinds = (
+        value["plan"],
+        value["projection"],
+        value.get("lora_rank"),
+        value.get("branches"),
+    )
+    if not kinds:
+        need(
+            rank is None or (plan is not None and spec is None),
+            "lora_rank beside a projection, or without a plan",
+        )
+        kinds = {"vectors" if rank is None else "pairs": list(taken)}
+    else:
+        need(plan is not None, "branches without a plan")
+        need(("pairs" in kinds) == (rank is not None), "branches with pairs and no lora_rank, or the reverse")
+        need(
+            ("vectors" in kinds) == (spec is not None),
+            "branches with vectors and no projection, or the reverse",
+        )
+    widths = {} if plan is None else {step["module"]: step["shape"][1] for step in plan["steps"]}
+    counts = []
+    for kind, modules in kinds.items():
+        strange = [module for module in modules if module not in taken]
+        need(
+            not strange and modules,
+            f"branches names {strange[:1] or 'no module'} for {kind}, which vectors doesn't",
+        )
+        rows = sum(taken[module] for module in modules)
+        inside = sum(widths.get(module, 0) for module in modules)
+        beside = spec["rank"] * len(modules) if spec is not None else 0
+        counts.append(
+            {
+                "vectors": rows + beside,
+                "pairs": (rank or 0) * (rows + inside),
+                "outputs": rows,
+                "inputs": inside,
+            }[kind]
+        )
+    return min(counts)
 
 
 def _check_drawn(name: str, entry: Mapping[str, Any], spec: Mapping[str, Any], need: Need) -> int:

@@ -62,7 +62,9 @@ class ManifestFields:
     file of golden vectors. `requires` maps a runtime's distribution name to the oldest version that runs the
     graph, `cpu` lists what an x86 processor must have to give the right values ("vnni"), None when that isn't
     recorded.
-    `lora_rank` is the rank of the side-branches where they are LoRA's pairs; None where they are VeRA's.
+    `lora_rank` is the rank of LoRA's pairs where side-branches take any; None where they are VeRA's.
+    `branches` maps "vectors" (VeRA's), "pairs" (LoRA's), "outputs" and "inputs" (factors) to the modules that
+    have inputs of that kind; empty where all have the one that `lora_rank` tells.
     `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
     `trained_names` maps a module of the base to what PEFT calls it, where that's another name.
     `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py),
@@ -87,6 +89,7 @@ class ManifestFields:
     default_adapter: str | None = None
     projection: Mapping[str, Json] | None = None
     lora_rank: int | None = None
+    branches: Mapping[str, Sequence[str]] = field(default_factory=dict)
     model_version: int | None = None
     trained_names: Mapping[str, str] = field(default_factory=dict)
     vectors: Sequence[tuple[str, int, int]] = ()
@@ -226,6 +229,10 @@ def _is_text(value: Json) -> bool:
     return isinstance(value, str)
 
 
+def _are_names(value: Json) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_text, value))
+
+
 def _has_digest(value: Json) -> bool:
     return isinstance(value, dict) and isinstance(value.get("digest"), str)
 
@@ -249,6 +256,7 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
     "default_adapter": (lambda value: value is None or _is_text(value), "isn't the name of an adapter"),
     "projection": (lambda value: value is None or _has_digest(value), "isn't an object with a digest"),
     "lora_rank": (lambda value: value is None or _is_int32(value), "isn't an integer from 1 to 2**31 - 1"),
+    "branches": (lambda value: _is_map(value, _are_names), "isn't an object of lists of modules"),
     "model_version": (
         lambda value: value is None or _is_int32(value),
         "isn't an integer from 1 to 2**31 - 1",
@@ -280,6 +288,7 @@ FIELDS: Mapping[str, tuple[Callable[[Json], bool], str]] = {
 # Fields that came after format 1 was first written; a manifest without them means their defaults.
 _OPTIONAL = frozenset(
     {
+        "branches",
         "checked",
         "cpu",
         "exact",

@@ -36,16 +36,29 @@ def adapter() -> None:
 @click.option("--for", "bundle", type=FOLDER, required=True, help="The branch bundle that will run it.")
 @click.option("-o", "--out", "output", type=FOLDER, required=True, help="The .onnx_adapter to write.")
 @click.option("--weight", type=float, default=1.0, show_default=True, help="Scales the adapter's delta.")
+@click.option("--base", type=FOLDER, help="The base's folder, which DoRA and IA3 depend on.")
+@trained_as_option
 @force_option
 @json_option
-def pack(adapter: Path, bundle: Path, output: Path, weight: float, force: bool, as_json: bool) -> None:
+def pack(
+    adapter: Path,
+    bundle: Path,
+    output: Path,
+    weight: float,
+    base: Path | None,
+    trained_as: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Pack the PEFT folder ADAPTER for a bundle that was exported with --mode branch.
 
     In float32 or float16, as the bundle was exported (--vectors).
     Refused when rank, seed, projections, layers or shapes aren't the bundle's: ONNX Runtime would run such a
     file without a word.
     """
-    packed = vera_edge.pack_adapter(adapter, bundle, out=output, weight=weight, force=force)
+    packed = vera_edge.pack_adapter(
+        adapter, bundle, out=output, weight=weight, base=base, trained_as=trained_as, force=force
+    )
     if as_json:
         print_json(packed.to_dict())
     else:

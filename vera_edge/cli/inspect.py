@@ -51,7 +51,8 @@ def inspect(
         console = out()
         console.print(_facts(result))
         console.print(_kinds(result.kinds))
-        console.print("it can only be merged" if result.cost is None else _cost(result.cost))
+        merged = "it can only be merged" + (", or become a LoRA beside a base" if result.as_pairs else "")
+        console.print(merged if result.cost is None else _cost(result.cost))
     if result.misfit:
         raise MismatchError(result.misfit)
 

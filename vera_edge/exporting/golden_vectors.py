@@ -151,7 +151,8 @@ def ask(
     _check_projections(manifest, [one.projections for one in found])
     encoder = Encoder.open(folder) if manifest.kind == "encoder" else None
     _check_measured(limits or {}, encoder)
-    asked = _asked(manifest, checkpoint, named, found[0].projections, encoder, max_memory)
+    drawn = next((one.projections for one in found if one.projections is not None), None)
+    asked = _asked(manifest, checkpoint, named, drawn, encoder, max_memory)
     weights = ", ".join(f"{weight:g}" for _, _, weight in named if weight != 1)
     what = "the base's exact values in float32 with the adapter unmerged, in torch"
     what += f", at weight {weights}" if weights else ""
@@ -200,8 +201,8 @@ def _named(
 
 def _check_projections(manifest: Manifest, projections: Sequence[Projections | None]) -> None:
     made_with = manifest.projection or (manifest.plan or {}).get("projection")
-    digests = {None if one is None else one.digest for one in projections}
-    if len(digests) > 1 or (isinstance(made_with, dict) and {made_with.get("digest")} != digests):
+    digests = {one.digest for one in projections if one is not None}
+    if len(digests) > 1 or (digests and isinstance(made_with, dict) and {made_with.get("digest")} != digests):
         raise MismatchError(
             f"{manifest.folder} was made with other projections than these; give --projection-rounding as "
             "when it was exported"

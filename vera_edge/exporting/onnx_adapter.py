@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,29 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.adapters import reading as adapters
-from vera_edge.adapters.adapter import LORA, VERA, Adapter
-from vera_edge.adapters.projection import Projections, ProjectionSpec, stream_digest
+from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.peft_methods import PeftTensors
+from vera_edge.adapters.projection import ProjectionSpec
 from vera_edge.adapters.vera import vectors_of
-from vera_edge.arrays import Float32
-from vera_edge.base.overlay import digest_of
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.base.trained_as import TrainedAs
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.errors import MismatchError, OutputError, PlanError
-from vera_edge.exporting import lora_pairs
+from vera_edge.exporting import branch_inputs
+from vera_edge.exporting.adapter_fit import check, inputs_of, module_shapes
+from vera_edge.exporting.branch_form import VECTORS, forms_of, needs_base, title_of
+from vera_edge.exporting.branch_inputs import BranchInputs, Piece
 from vera_edge.exporting.float_range import stored
 from vera_edge.storage.files import check_output, sha256_bytes, write_atomic
 from vera_edge.storage.json_text import canonical_json
 from vera_edge.trained import alignment
+from vera_edge.trained import model as trained_base
 
 ADAPTER_VERSION = 1
 # The graph's inputs: every module's lambda_b in a row, and every module's lambda_d.
 LAMBDA_B, LAMBDA_D = "vera.lambda_b", "vera.lambda_d"
 Floats = npt.NDArray[Any]  # float32 or float16
-# Module, start, stop: some rows of its lambda_b.
-Piece = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -117,31 +120,69 @@ def pack(
     path: Path,
     weight: float = 1.0,
     spec: ProjectionSpec | None = None,
+    base: Checkpoint | None = None,
 ) -> Packed:
     """Pack `adapter` for the branch bundle that `manifest` describes.
 
     spec: the projections the adapter was trained with, where they are known; else rank and seed are compared,
     and the projections themselves when the adapter saved them. The adapter's layers may have PEFT's names.
-    The bundle says whether as float32 or float16. Raises MismatchError when rank, seed, projections, layers
-    or shapes aren't the bundle's, AdapterError when a vector doesn't fit float16.
+    base: the base's weights, which what DoRA makes of them depends on. The bundle says whether as float32 or
+    float16. Raises MismatchError when rank, seed, projections, layers or shapes aren't the bundle's, or the
+    base is missing or another; AdapterError when a vector doesn't fit float16.
     """
-    adapter = alignment.align_names(adapter, module_sizes(manifest), manifest.trained_names)
+    adapter = alignment.align_names(adapter, module_shapes(manifest), manifest.trained_names)
     check(adapter, manifest, spec)
     if not manifest.vectors or manifest.model_version is None:
         raise MismatchError(
             f"the bundle {manifest.folder} doesn't say how its vectors are laid out; export it again"
         )
-    layout = [(module, start, stop) for module, start, stop in manifest.vectors]
-    if manifest.lora_rank is not None:
-        shapes = lora_pairs.PairShapes(manifest.lora_rank, module_shapes(manifest))
-        arrays = lora_pairs.arrays(adapter, layout, shapes, weight, manifest.vector_dtype)
-    else:
-        arrays = vectors(adapter, layout, weight, manifest.vector_dtype)
-    return write(path, arrays, manifest.model_version)
+    if not adapter.adds and weight != 1:
+        raise PlanError(f"{adapter.path} makes another weight of a weight; give it weight 1")
+    inputs, layout = inputs_of(manifest), [(module, start, stop) for module, start, stop in manifest.vectors]
+    if adapter.is_vera:
+        arrays = vectors(adapter, inputs.pieces(VECTORS, layout), weight, manifest.vector_dtype)
+        return write(path, arrays, manifest.model_version)
+    if base is not None and base.digest != manifest.base["digest"]:
+        raise MismatchError(f"{manifest.folder} was made of another base than {base.path}; name its own")
+    if base is None and needs_base(adapter):
+        raise MismatchError(
+            f"{adapter.path} ({title_of(adapter)}) says what becomes of the base's own values, so they are "
+            "needed to put it beside them; give --base"
+        )
+    adapter = _with_shapes(adapter, inputs)
+    forms = forms_of(adapter, base)
+    if (rank := branch_inputs.rank_of(forms)) > inputs.rank:
+        raise MismatchError(
+            f"{adapter.path} has rank {rank}, and the side-branches of the bundle {manifest.folder} take "
+            f"LoRA up to rank {inputs.rank}"
+        )
+    found = branch_inputs.arrays(adapter, forms, inputs, layout, weight, manifest.vector_dtype)
+    return write(path, found, manifest.model_version)
 
 
-def pack_folder(adapter: Path, folder: Path, path: Path, weight: float = 1.0, force: bool = False) -> Packed:
-    """`pack` for a PEFT folder and a bundle's folder. Raises OutputError when `path` is taken or in there."""
+def _with_shapes(adapter: Adapter, inputs: BranchInputs) -> Adapter:
+    """`adapter` whose layers, where PEFT's layers compute them, know how large they are."""
+    changed = {
+        module: replace(change, shape=inputs.shapes[module])
+        for module, change in adapter.vectors.items()
+        if isinstance(change, PeftTensors)
+    }
+    return replace(adapter, vectors={**adapter.vectors, **changed}) if changed else adapter
+
+
+def pack_folder(
+    adapter: Path,
+    folder: Path,
+    path: Path,
+    weight: float = 1.0,
+    force: bool = False,
+    base: Path | None = None,
+    trained_as: TrainedAs | None = None,
+) -> Packed:
+    """`pack` for a PEFT folder and a bundle's folder; base: its folder, where it is needed.
+
+    trained_as: how the base was loaded in training. Raises OutputError when `path` is taken or in there.
+    """
     check_output(path, force)
     if not math.isfinite(weight):
         raise PlanError(f"the weight of {adapter} is {weight}; give a finite number")
@@ -150,96 +191,7 @@ def pack_folder(adapter: Path, folder: Path, path: Path, weight: float = 1.0, fo
             f"{path} is in the bundle {folder}, which holds what its manifest lists and no more; choose "
             "a place outside of it"
         )
-    return pack(adapters.read(adapter), bundle.read(folder), path, weight)
-
-
-def module_sizes(manifest: Manifest) -> dict[str, int]:
-    """Output features of every module that the bundle's graph has a side-branch for."""
-    return {module: out for module, (out, _) in module_shapes(manifest).items()}
-
-
-def module_shapes(manifest: Manifest) -> dict[str, tuple[int, int]]:
-    """(out, in) of every module that the bundle's graph has a side-branch for."""
-    steps: Any = (manifest.plan or {}).get("steps", [])
-    return {
-        step["module"]: (int(step["shape"][0]), int(step["shape"][1]))
-        for step in steps
-        if step["action"] == "branch"
-    }
-
-
-def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = None) -> None:
-    """Raise MismatchError unless `adapter` can run in the bundle that `manifest` describes."""
-    where = f"the bundle {manifest.folder}"
-    if manifest.mode != "branch" or (manifest.projection is None and manifest.lora_rank is None):
-        raise MismatchError(f"{where} has its adapter merged; export it with --mode branch to swap adapters")
-    method = VERA if manifest.lora_rank is None else LORA
-    if adapter.method != method:
-        raise MismatchError(
-            f"{adapter.path} is a {adapter.method} adapter, and the side-branches of {where} are for {method}"
-        )
-    if manifest.lora_rank is None:
-        _check_projections(adapter, manifest, where, spec)
-    elif not adapter.adds or adapter.rank > manifest.lora_rank:
-        what = f"has rank {adapter.rank}" if adapter.adds else "trained magnitudes (DoRA)"
-        raise MismatchError(
-            f"{adapter.path} {what}, and the side-branches of {where} take LoRA up to rank "
-            f"{manifest.lora_rank}"
-        )
-    shapes = module_shapes(manifest)
-    for module, change in adapter.vectors.items():
-        if module not in shapes:
-            raise MismatchError(f"{adapter.path} adapts {module}, which {where} has no side-branch for")
-        out, inside = shapes[module]
-        sides = (("outputs", out, change.out_features), ("inputs", inside, change.in_features))
-        for side, ours, theirs in sides:
-            if theirs not in (None, ours):
-                raise MismatchError(
-                    f"{module} has {theirs} {side} in {adapter.path} and {ours} in {where}; the adapter "
-                    "belongs to another base"
-                )
-    whole = manifest.base.get("trained", {})  # what the graph holds of the adapter it was exported with
-    held = {name for name, tensor in adapter.modules_to_save.items() if whole.get(name) == digest_of(tensor)}
-    if more := sorted([*adapter.biases, *(adapter.modules_to_save.keys() - held)]):
-        raise MismatchError(
-            f"{adapter.path} also trained {more[0]}, which a side-branch can't carry; merge it"
-        )
-
-
-def _check_projections(adapter: Adapter, manifest: Manifest, where: str, spec: ProjectionSpec | None) -> None:
-    """Raise MismatchError unless a VeRA adapter was trained with the projections of the bundle."""
-    ours = manifest.projection
-    assert ours is not None
-    low = 0xFFFFFFFF  # torch uses the low 32 bits of a seed
-    if adapter.rank != ours["rank"]:
-        raise MismatchError(f"{adapter.path} has rank {adapter.rank} and {where} has rank {ours['rank']}")
-    if adapter.seed & low != ours["seed"] & low:
-        raise MismatchError(f"{adapter.path} has projection seed {adapter.seed}, {where} has {ours['seed']}")
-    if spec is not None and (theirs := spec.to_dict()) != {key: ours[key] for key in spec.to_dict()}:
-        field = next(key for key in theirs if theirs[key] != ours[key])
-        raise MismatchError(
-            f"{adapter.path} was trained with projections of {field} {theirs[field]}, and {where} has "
-            f"{ours[field]}"
-        )
-    if adapter.saved is not None and _saved_digest(adapter.saved, ours) != ours["digest"]:
-        raise MismatchError(f"the projections saved in {adapter.path} aren't those of {where}")
-    if adapter.saved is None and spec is None and not _from_seed(ours):
-        raise MismatchError(
-            f"{adapter.path} doesn't hold its projections, and those of {where} aren't what its seed gives"
-        )
-
-
-def _from_seed(facts: Mapping[str, Any]) -> bool:
-    """Whether a bundle's projections are those of its spec, and not some that an adapter brought."""
-    return stream_digest(_spec(facts)) == facts["digest"]
-
-
-def _spec(facts: Mapping[str, Any]) -> ProjectionSpec:
-    return ProjectionSpec.from_dict({key: value for key, value in facts.items() if key != "digest"})
-
-
-def _saved_digest(saved: tuple[Float32, Float32], facts: Mapping[str, Any]) -> str:
-    spec = _spec(facts)
-    if saved[0].shape != (spec.rank, spec.in_max) or saved[1].shape != (spec.out_max, spec.rank):
-        return ""
-    return Projections(spec, *saved).digest
+    read, checkpoint = adapters.read(adapter), None
+    if base is not None and needs_base(read):
+        checkpoint, ((read, _),) = trained_base.read(base, [(adapter, 1.0)], None, trained_as)
+    return pack(read, bundle.read(folder), path, weight, base=checkpoint)

@@ -216,7 +216,9 @@ def _prepare(
     exporter = find(target)
     if not adapter_paths:
         raise PlanError("give at least one adapter to export")
-    model = open_model(base, adapter_paths, asked.projection_rounding, asked.trained_as, asked.tokenizer)
+    summed = (asked.mode if plan is None else plan.mode) != "branch"
+    read = (asked.projection_rounding, asked.trained_as, asked.tokenizer, summed)
+    model = open_model(base, adapter_paths, *read)
     if plan is not None:
         plans.check_made_for(plan, model)
         step_options.check(plan, model.checkpoint, graph=True)

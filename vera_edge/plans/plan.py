@@ -169,7 +169,7 @@ def make(
         raise PlanError(f"mode {mode!r} isn't known; choose merged or branch")
     if options and weights == SAME:
         raise PlanError(f"option {sorted(options)[0]!r} needs a weight format to apply to, not {SAME!r}")
-    check_together(adapters)
+    check_together(adapters, summed=mode == "merged")
     adapted = {module for adapter, _ in adapters for module in adapter.vectors}
     if missing := sorted(adapted - checkpoint.linears.keys()):
         raise MismatchError(f"{missing[0]} is adapted but isn't a linear layer of {checkpoint.path}")

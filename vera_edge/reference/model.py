@@ -235,7 +235,9 @@ def open_reference(
     Raises CheckpointError when transformers doesn't know the architecture or a tensor is missing,
     MismatchError when an adapter doesn't fit, AdapterError when it holds what can't be put in place.
     """
-    if adapters and projections is None and adapters[0][0].is_vera:
+    if not (adapters and adapters[0][0].is_vera):
+        projections = None  # of others that stand beside the same base
+    elif projections is None:
         raise AdapterError("a reference with an adapter needs the projections it was trained with")
     if layer_by_layer:
         light = load_light(checkpoint, auto_class)

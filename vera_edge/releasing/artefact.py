@@ -12,6 +12,8 @@ from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.exporting import onnx_adapter as packing
 from vera_edge.exporting import target
+from vera_edge.exporting.branch_form import forms_of, kinds_of
+from vera_edge.exporting.branch_inputs import rank_of
 from vera_edge.plans import plan as plans
 from vera_edge.plans.plan import Plan
 from vera_edge.progress import Progress
@@ -39,7 +41,9 @@ def export(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progr
     shared = {key: value for key, value in facts.items() if key != "adapter"}
     shared |= {"stage": "graph", "modules": sorted(inputs.adapter.vectors)}
     if not inputs.adapter.is_vera:  # whose pairs have inputs of the graph to themselves
-        shared |= {"method": inputs.adapter.method, "rank": inputs.adapter.rank}
+        kinds = {kind: sorted(modules) for kind, modules in kinds_of(inputs.adapter).items()}
+        rank = rank_of(forms_of(inputs.adapter, inputs.checkpoint))
+        shared |= {"method": inputs.adapter.method, "rank": rank, "kinds": kinds}
     graph, _ = store.build(shared, lambda stage: _export(job, stage, progress, None))
     folder, _ = store.build(facts, lambda stage: _swap_in(graph, stage, inputs))
     return bundle.read(folder)
@@ -109,7 +113,8 @@ def _swap_in(graph: Path, stage: Path, inputs: ReleaseInputs) -> None:
     same = {name: entry for name, entry in manifest.files.items() if not name.startswith("adapters/")}
     for name in same:
         link(graph / name, stage / name)
-    packing.pack(inputs.adapter, manifest, stage / _ADAPTER_FILE, spec=inputs.spec)
+    file = stage / _ADAPTER_FILE
+    packing.pack(inputs.adapter, manifest, file, spec=inputs.spec, base=inputs.checkpoint)
     entry = {"file": _ADAPTER_FILE, "digest": inputs.adapter.digest, "weight": 1.0}
     plan = dict(manifest.plan or {})
     if "adapters" in plan:

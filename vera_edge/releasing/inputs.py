@@ -44,12 +44,13 @@ def tools() -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class ReleaseInputs:
-    """The adapter as read, VeRA's projections' spec, and the facts that determine the export, as JSON.
+    """The adapter as read, its base, VeRA's projections' spec, and what determines the export, as JSON.
 
     notes: sentences for a person to read.
     """
 
     adapter: Adapter
+    checkpoint: Checkpoint
     spec: ProjectionSpec | None
     base_digest: str
     facts: dict[str, Any]
@@ -80,7 +81,7 @@ def read(job: ReleaseJob, store: Store) -> ReleaseInputs:
         facts["compute_device"] = device
     if job.variant.plan is not None:
         facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
-    return ReleaseInputs(adapter, spec, base_digest, facts, found.notes)
+    return ReleaseInputs(adapter, checkpoint, spec, base_digest, facts, found.notes)
 
 
 def _trained(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -183,7 +183,7 @@ class Rounding:
             device=device,
         )
         merged = plan.mode == "merged"
-        seen = replace(model, adapters=()) if self.any_adapter and not merged else model
+        seen = model if merged else replace(model, adapters=self._calibrated_with(model))
         task = tasks.of(model.checkpoint.config).auto_class
         room = min(ROOM, ROOM if self.max_memory is None else self.max_memory // _ROOM_SHARE)
         key = key_of(seen, grids, calibration, merged, task)
@@ -198,6 +198,14 @@ class Rounding:
                 notes = (*notes, f"{parts} of {count} layers were fitted to the rounding")
             fitted = _with_vectors(model, won.vectors)
             yield RoundedWeights(store, notes, fitted, won.corrections, on, cut.to_list())
+
+    def _calibrated_with(self, model: TrainedModel) -> tuple[WeightedAdapter, ...]:
+        """The adapters that run in a branch's calibration: their sum, or the first where they have none."""
+        if self.any_adapter:
+            return ()
+        first = model.adapters[0]
+        alike = all(one.adds and one.method == first.adapter.method for one, _ in model.adapters)
+        return tuple(model.adapters) if alike else (first,)
 
 
 @contextmanager

@@ -75,7 +75,8 @@ class Inspection:
     rank: 0 where it has none. seed: VeRA's, else None.
     parameters: trained values: vectors, biases and whole modules. layers: the layer numbers it adapts.
     spec, how, verified, from_seed, digest: see `Provenance`; None where `unresolved` says why not.
-    fits: None when no base was given; when false, `misfit` says why. cost: None where it can only be merged.
+    fits: None when no base was given; when false, `misfit` says why. cost: None where what was trained
+    can't stand beside a base; as_pairs: whether a LoRA that is made of it can, where its rank is small.
     """
 
     path: str
@@ -105,6 +106,7 @@ class Inspection:
     misfit: str | None
     notes: tuple[str, ...]
     cost: Cost | None
+    as_pairs: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -155,6 +157,7 @@ def inspect(
     except AdapterError as cause:
         unresolved = str(cause)
     fitting = checkpoint if misfit is None else None
+    method = adapters.method_of(adapter.method, adapter.path)
     title, does = adapters.described(adapter)
     return Inspection(
         path=str(adapter.path),
@@ -183,7 +186,8 @@ def inspect(
         fits=None if checkpoint is None else misfit is None,
         misfit=misfit,
         notes=notes,
-        cost=_cost(adapter, fitting, found.spec if found else None) if adapters.can_branch(adapter) else None,
+        cost=_cost(adapter, fitting, found.spec if found else None) if method.branches else None,
+        as_pairs=method.low_rank,
     )
 
 

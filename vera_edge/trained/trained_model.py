@@ -54,15 +54,17 @@ def open_model(
     projection_rounding: str | None = None,
     trained_as: TrainedAs | None = None,
     tokenizer: Path | None = None,
+    summed: bool = True,
 ) -> TrainedModel:
     """Read a base and adapters (folders, each with its weight) as the one model that was trained.
 
     projection_rounding: see `provenance.resolve`. trained_as: how the base in a folder was loaded.
-    tokenizer: a folder whose tokenizer is taken, instead of the adapters' or the base's.
+    tokenizer: a folder whose tokenizer is taken, instead of the adapters' or the base's. summed: whether the
+    adapters are to be one sum, or run one at a time.
     Reads no weight of the base. Raises a VeraEdgeError in one sentence when an input is at fault.
     """
     checkpoint, read = model.read(base, adapters, tokenizer, trained_as)
-    check_together(read)
+    check_together(read, summed)
     sources = [provenance.source_of(adapter, checkpoint, projection_rounding) for adapter, _ in read]
     projections = check_projections(read, [source.projections for source in sources])
     notes = [note for source in sources for note in (source.how, *source.notes)]
@@ -75,17 +77,17 @@ def base_alone(base: Path | Checkpoint) -> TrainedModel:
     return TrainedModel(checkpoint, (), None, tuple(dict.fromkeys(checkpoint.notes)))
 
 
-def check_together(adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """Raise unless the adapters, each with its weight, can be summed on one base.
+def check_together(adapters: Sequence[tuple[Adapter, float]], summed: bool = True) -> None:
+    """Raise unless the adapters, each with its weight, can be summed on one base, or stand beside it in turn.
 
-    They must be of one method, and where that makes another weight of a weight, one and whole. VeRA's
-    projections must be the same: rank and seed are compared here, the values where they're known
-    (`check_projections`). Raises PlanError or MismatchError, saying which field differs.
+    To be `summed` they must be of one method, and where that makes another weight of a weight, one and whole.
+    VeRA's projections must be the same either way: rank and seed are compared here, the values where they're
+    known (`check_projections`). Raises PlanError or MismatchError, saying which field differs.
     """
     for adapter, weight in adapters:
         if not math.isfinite(weight):
             raise PlanError(f"the weight of {adapter.path} is {weight}; give a finite number")
-        if not adapter.adds and (weight != 1 or len(adapters) > 1):
+        if not adapter.adds and (weight != 1 or (summed and len(adapters) > 1)):
             raise PlanError(
                 f"{adapter.path} ({adapter.method}) is merged by what makes another weight of a weight, so "
                 "it can't be weighted or summed; give it alone, with weight 1"
@@ -95,22 +97,22 @@ def check_together(adapters: Sequence[tuple[Adapter, float]]) -> None:
                 f"{adapter.path} also replaces whole tensors ({_replaced(adapter)[0]}), which can't be "
                 "weighted; give it weight 1"
             )
-    for other, _ in adapters[1:]:
-        first = adapters[0][0]
-        if first.method != other.method:
+    first = adapters[0][0] if adapters else None
+    for other, _ in adapters[1:] if summed else ():
+        if first is not None and first.method != other.method:
             raise MismatchError(
                 f"{first.path} is a {first.method} adapter and {other.path} a {other.method} adapter; merge "
                 "them one after the other"
             )
-        if not first.is_vera:
-            continue
+    drawn = [adapter for adapter, _ in adapters if adapter.is_vera]
+    for other in drawn[1:]:
         for what, ours, theirs in (
-            ("rank", first.rank, other.rank),
-            ("projection seed", first.seed, other.seed),
+            ("rank", drawn[0].rank, other.rank),
+            ("projection seed", drawn[0].seed, other.seed),
         ):
             if ours != theirs:
                 raise MismatchError(
-                    f"{first.path} and {other.path} differ in their {what} ({ours} and {theirs}), so they "
+                    f"{drawn[0].path} and {other.path} differ in their {what} ({ours} and {theirs}), so they "
                     "don't share projections; merge them one after the other"
                 )
     taken: dict[str, Adapter] = {}
@@ -134,16 +136,19 @@ def check_projections(
 
     Raises MismatchError when they don't share them, saying which field of the spec differs.
     """
-    first = projections[0] if projections else None
-    if first is None:
+    drawn = [
+        (adapter, own) for (adapter, _), own in zip(adapters, projections, strict=True) if own is not None
+    ]
+    if not drawn:
         return None
-    for (adapter, _), other in zip(adapters[1:], projections[1:], strict=True):
-        if other is None or other.digest == first.digest:
+    source, first = drawn[0]
+    for adapter, other in drawn[1:]:
+        if other.digest == first.digest:
             continue
         ours, theirs = first.spec.to_dict(), other.spec.to_dict()
         fields = [f"{key} ({ours[key]} and {theirs[key]})" for key in ours if ours[key] != theirs[key]]
         raise MismatchError(
-            f"{adapters[0][0].path} and {adapter.path} don't share projections: they differ in "
+            f"{source.path} and {adapter.path} don't share projections: they differ in "
             f"{', '.join(fields) or 'their saved values'}; merge them one after the other"
         )
     return first

@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy.typing as npt
 
-from vera_edge.adapters.adapter import LORA, Adapter
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.reading import can_branch
 from vera_edge.errors import PlanError, TargetError
-from vera_edge.exporting import lora_pairs
+from vera_edge.exporting import branch_form, branch_inputs
 from vera_edge.exporting import onnx_adapter as packing
+from vera_edge.exporting.branch_form import INPUTS, Forms, forms_of, kinds_of, title_of
+from vera_edge.exporting.branch_inputs import BranchInputs, Piece, rank_of, shared_of
 from vera_edge.exporting.exported_adapters import names, trained_whole
 from vera_edge.exporting.exporter import ExportRequest
-from vera_edge.exporting.lora_pairs import PairShapes
-from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
+from vera_edge_onnx.graph.sites import Site
 
 VECTORS = "vectors"
 _DTYPES = {"fp32": "float32", "fp16": "float16"}
@@ -49,9 +50,9 @@ def check(request: ExportRequest) -> None:
         names(request)
     for adapter, _ in request.model.adapters if request.plan.mode == "branch" else ():
         if not can_branch(adapter):
-            what = "DoRA" if adapter.method == LORA else adapter.method
             raise TargetError(
-                f"{adapter.path} is a {what} adapter, which can't stand beside a layer; use --mode merged"
+                f"{adapter.path} is a {title_of(adapter)} adapter, which can't stand beside a layer; use "
+                "--mode merged"
             )
         if more := trained_whole(request, adapter):
             raise TargetError(
@@ -65,28 +66,53 @@ def sizes(request: ExportRequest) -> dict[str, int]:
     return {module: request.model.checkpoint.linear(module).out_features for module in modules}
 
 
-def pair_shapes(request: ExportRequest) -> PairShapes | None:
-    """What the graph's inputs for LoRA's pairs have room for; None where the side-branches are VeRA's."""
-    adapters = [adapter for adapter, _ in request.model.adapters]
-    if request.plan.mode != "branch" or not adapters or adapters[0].is_vera:
-        return None
+def inputs(request: ExportRequest) -> BranchInputs:
+    """What the graph's inputs for adapters have room for; none where they are merged."""
+    if request.plan.mode != "branch":
+        return BranchInputs({}, {})
+    modules: dict[str, set[str]] = {}
+    rank = 0
+    for adapter, _ in request.model.adapters:
+        for kind, own in kinds_of(adapter).items():
+            modules.setdefault(kind, set()).update(own)
+        rank = max(rank, 0 if adapter.is_vera else rank_of(_forms(request, adapter)))
     shapes = {module: request.model.checkpoint.linear(module).shape for module in sizes(request)}
-    return PairShapes(max(adapter.rank for adapter in adapters), shapes)
+    return BranchInputs(shapes, {kind: frozenset(own) for kind, own in modules.items()}, rank)
+
+
+def has_vectors(request: ExportRequest) -> bool:
+    """Whether a side-branch of the request is VeRA's, which has projections."""
+    return request.plan.mode == "branch" and any(adapter.is_vera for adapter, _ in request.model.adapters)
+
+
+def partial(request: ExportRequest, found: Sequence[Site]) -> bool:
+    """Whether some modules of sites have inputs of their own that others lack, so that they can't be joined.
+
+    A factor for what one of them reads is a change of what the others read.
+    """
+    modules = {part.module for site in found for part in site.parts}
+    kinds = inputs(request).modules
+    alone = len(modules) > 1 and not modules.isdisjoint(kinds.get(INPUTS, ()))
+    return alone or any(len({module in own for module in modules}) > 1 for own in kinds.values())
 
 
 def arrays(
     request: ExportRequest, adapter: Adapter, layout: Sequence[Piece], weight: float, dtype: str = "float32"
 ) -> dict[str, npt.NDArray[Any]]:
     """What the graph takes of an adapter, by the names of its inputs. layout: the pieces in its order."""
-    if (shapes := pair_shapes(request)) is not None:
-        return lora_pairs.arrays(adapter, layout, shapes, weight, dtype)
-    return packing.vectors(adapter, layout, weight, dtype)
+    found = inputs(request)
+    if adapter.is_vera:
+        return packing.vectors(adapter, found.pieces(branch_form.VECTORS, layout), weight, dtype)
+    return branch_inputs.arrays(adapter, _forms(request, adapter), found, layout, weight, dtype)
+
+
+def _forms(request: ExportRequest, adapter: Adapter) -> Forms:
+    return forms_of(adapter, request.model.checkpoint)
 
 
 def model_version(request: ExportRequest, layout: Sequence[Piece]) -> int:
     """The model version of every adapter that is packed for this export."""
-    shapes = pair_shapes(request)
-    shared = request.model.projection_digest or (f"{LORA} {shapes.rank}" if shapes is not None else "")
+    shared = shared_of(inputs(request), request.model.projection_digest)
     return packing.model_version(base_digest(request), shared, layout)
 
 

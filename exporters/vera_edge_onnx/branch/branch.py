@@ -1,4 +1,4 @@
-"""Weaves VeRA side-branches into a graph: h = W x + diag(b) B diag(d) A x.
+"""Weaves side-branches into a graph: VeRA's, h = W x + diag(b) B diag(d) A x, LoRA's, and factors.
 
 The base layer keeps its weight. `A x` is computed once for all layers that read the same x, and layers of one
 size among them share one product with B. Beside the products it is the number of nodes and inputs that costs.
@@ -7,7 +7,7 @@ Formula: Kopiczko et al., VeRA, ICLR 2024, https://arxiv.org/abs/2310.11454.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,9 @@ import numpy as np
 import onnx_ir as ir
 
 from vera_edge.adapters.projection import Projections
-from vera_edge.exporting.lora_pairs import PairShapes
+from vera_edge.exporting.branch_form import PAIRS, VECTORS
+from vera_edge.exporting.branch_inputs import BranchInputs
+from vera_edge_onnx.branch.gains import Gains
 from vera_edge_onnx.branch.pairs import LoraBranches
 from vera_edge_onnx.branch.projections import StoredProjections
 from vera_edge_onnx.branch.vectors import VectorInputs
@@ -101,70 +103,66 @@ def weave(
     weaver: Weaver,
     sites: Sequence[Site],
     bases: Mapping[str, StoredProduct],
-    sizes: Mapping[str, int],
+    inputs: BranchInputs,
     projections: Projections | None,
     dtype: str,
     vector_dtype: str = "float32",
-    pairs: PairShapes | None = None,
 ) -> None:
     """Give every site its stored weight, and a side-branch where one of its modules is adapted.
 
     bases: the stored form of a site's weight by site name; a site that isn't named keeps its float weight.
-    sizes: adapted module -> output features; empty when the adapter is merged.
-    dtype: how the projections are stored, "fp32", "fp16", "int8" or "int4". vector_dtype: see `Vectors.of`.
-    pairs: where the side-branches are LoRA's, instead of VeRA's on `projections`.
+    inputs: which modules take what of an adapter; none when it is merged. projections: VeRA's, stored as
+    `dtype`: "fp32", "fp16", "int8" or "int4". vector_dtype: of all inputs, see `VectorInputs.of`.
     """
-    branched = groups(sites, sizes)
-    adapted = {site.name for group in branched for site in group.sites}
+    deltas, gains = dict[str, list[ir.Value]](), Gains.of(weaver, sites, inputs, vector_dtype)
+    for kind, found, delta_of in _kinds(weaver, sites, inputs, projections, dtype, vector_dtype):
+        for group in found:
+            for site, delta in zip(group.sites, _parts(weaver, group, delta_of(group), kind), strict=True):
+                deltas.setdefault(site.name, []).append(delta)
     for site in sites:
-        if site.name in bases and site.name not in adapted:
-            weaver.take_over(site.node, _product(weaver, site, bases[site.name]))
-    if (projections is None and pairs is None) or not branched:
-        return
-    delta_of = _deltas(weaver, branched, projections, dtype, vector_dtype, pairs)
-    for group in branched:
-        for site, delta in zip(group.sites, _parts(weaver, group, delta_of(group)), strict=True):
-            base, shape = _base(weaver, site, bases), (*leading(delta), site.out_features)
-            total = weaver.node("Add", [base, delta], f"{site.name}/vera/Add", shape, before=site.node)
-            weaver.take_over(site.node, total)
+        if site.name not in bases and site.name not in deltas and not gains.changes(site):
+            continue
+        total = base = _base(weaver, site, bases, gains.read(site))
+        shape = (*leading(base), site.out_features)
+        for number, delta in enumerate([*deltas.get(site.name, []), *gains.added(site, base)]):
+            name = f"{site.name}/vera/Add" if not number else f"{site.name}/vera/Add.{number}"
+            total = weaver.node("Add", [total, delta], name, shape, before=site.node)
+        weaver.take_over(site.node, total)
 
 
-def _deltas(
+def _kinds(
     weaver: Weaver,
-    branched: Sequence[Group],
+    sites: Sequence[Site],
+    inputs: BranchInputs,
     projections: Projections | None,
     dtype: str,
     vector_dtype: str,
-    pairs: PairShapes | None,
-) -> Callable[[Group], ir.Value]:
-    """What makes the side-branch of a group."""
-    if pairs is not None:
-        return LoraBranches(weaver, pairs, vector_dtype).delta
-    assert projections is not None
-    widest = max(group.sites[0].in_features for group in branched)
-    stored = StoredProjections(projections, dtype, widest)
-    vectors = VectorInputs.of(weaver, branched, stored.rank, vector_dtype)
-    return Branches(weaver, stored, vectors).delta
+) -> Iterator[tuple[str, Sequence[Group], Callable[[Group], ir.Value]]]:
+    """The kinds of sums that there are, the groups that take them, and what makes one of a group."""
+    vectors = groups(sites, inputs.sizes(VECTORS))
+    if vectors and projections is not None:
+        widest = max(group.sites[0].in_features for group in vectors)
+        stored = StoredProjections(projections, dtype, widest)
+        cut = VectorInputs.of(weaver, vectors, stored.rank, vector_dtype)
+        yield "vera", vectors, Branches(weaver, stored, cut).delta
+    if pairs := groups(sites, inputs.sizes(PAIRS)):
+        yield "lora", pairs, LoraBranches(weaver, inputs, vector_dtype).delta
 
 
-def _parts(weaver: Weaver, group: Group, delta: ir.Value) -> Sequence[ir.Value]:
+def _parts(weaver: Weaver, group: Group, delta: ir.Value, kind: str) -> Sequence[ir.Value]:
     """The delta cut up for the group's sites."""
     if len(group.sites) == 1:
         return [delta]
     widths = [site.out_features for site in group.sites]
-    names = [f"{site.name}/vera/part" for site in group.sites]
-    return weaver.split(delta, widths, f"{group.name}/vera/Split", names, before=group.node)
+    names = [f"{site.name}/{kind}/part" for site in group.sites]
+    return weaver.split(delta, widths, f"{group.name}/{kind}/Split", names, before=group.node)
 
 
-def _base(weaver: Weaver, site: Site, bases: Mapping[str, StoredProduct]) -> ir.Value:
-    """The site's own product, as a value of its own."""
+def _base(weaver: Weaver, site: Site, bases: Mapping[str, StoredProduct], x: ir.Value) -> ir.Value:
+    """The site's own product with `x`, as a value of its own."""
     if site.name in bases:
-        return _product(weaver, site, bases[site.name])
-    x, weight = site.node.inputs
-    assert x is not None and weight is not None
+        return bases[site.name].product(weaver, x, site.weight_name, site.name, site.node)
+    weight = site.node.inputs[1]
+    assert weight is not None
     shape = (*leading(site.node.outputs[0]), site.out_features)
     return weaver.node("MatMul", [x, weight], f"{site.name}/base/MatMul", shape, before=site.node)
-
-
-def _product(weaver: Weaver, site: Site, base: StoredProduct) -> ir.Value:
-    return base.product(weaver, site.input, site.weight_name, site.name, site.node)

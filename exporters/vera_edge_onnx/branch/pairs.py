@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from vera_edge.exporting.lora_pairs import PairShapes, name_of_a, name_of_b
+from vera_edge.exporting.branch_inputs import BranchInputs, name_of_a, name_of_b
 from vera_edge_onnx.branch.vectors import ROWS
 from vera_edge_onnx.graph.groups import Group
 from vera_edge_onnx.graph.weaver import Range, Weaver, leading
@@ -22,14 +22,14 @@ class LoraBranches:
     """The side-branches of one graph, added group by group. dtype: of the inputs; it computes in float32."""
 
     weaver: Weaver
-    shapes: PairShapes
+    inputs: BranchInputs
     dtype: str = "float32"
     _inputs: dict[str, ir.Value] = field(default_factory=dict)
     _sizes: dict[str, int] = field(default_factory=dict)  # bytes, by the input's name
 
     def delta(self, group: Group) -> ir.Value:
         """What the adapter adds to the products of the group's sites, side by side: (..., width)."""
-        x, node, rank = group.sites[0].input, f"{group.name}/lora", self.shapes.rank
+        x, node, rank = group.sites[0].input, f"{group.name}/lora", self.inputs.rank
         axes = leading(x)
         if flat := len(axes) == 1:  # (batch, in), which a pair for each row can't multiply
             x = self._axis(
@@ -38,11 +38,11 @@ class LoraBranches:
             axes = (axes[0], 1)
         downs, ups = {}, []
         for module in group.modules:
-            a = self._input(name_of_a(module), (self.shapes.sizes[module][1], rank), group)
+            a = self._input(name_of_a(module), (self.inputs.shapes[module][1], rank), group)
             downs[module] = self._product([x, a], f"{node}/{module}/A", (*axes, rank), group)
         for part in group.parts:
             piece = (part.module, part.start, part.stop)
-            b = self._input(name_of_b(piece, self.shapes.sizes), (rank, part.size), group)
+            b = self._input(name_of_b(piece, self.inputs.shapes), (rank, part.size), group)
             name = f"{node}/{part.module}.{part.start}/B"
             ups.append(self._product([downs[part.module], b], name, (*axes, part.size), group))
         up = ups[0]

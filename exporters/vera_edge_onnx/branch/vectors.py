@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from vera_edge.exporting.onnx_adapter import LAMBDA_B, LAMBDA_D
 from vera_edge_onnx.graph.groups import Group
+from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.graph.weaver import Range, Weaver, leading
 
 ROWS = "adapter_rows"
@@ -37,21 +38,25 @@ class VectorInputs:
 
         dtype: of the inputs, "float32" or "float16"; the graph computes in float32 either way.
         """
-        widths = {group.name: (group.width, group) for group in found}
-        ranks: dict[str, tuple[int, Group]] = {}
+        widths = {group.name: (group.width, group.sites[0]) for group in found}
+        ranks: dict[str, tuple[int, Site]] = {}
         for group in found:
             for name in (group.name,) if group.stacked else group.modules:
-                ranks.setdefault(name, (rank * len(group.modules) if group.stacked else rank, group))
-        made = cls(_parts(weaver, LAMBDA_B, widths, dtype), _parts(weaver, LAMBDA_D, ranks, dtype))
+                ranks.setdefault(name, (rank * len(group.modules) if group.stacked else rank, group.sites[0]))
+        made = cls(parts(weaver, LAMBDA_B, widths, dtype), parts(weaver, LAMBDA_D, ranks, dtype))
         # The zeros of one are the first of the other's.
         shorter, longer = sorted((LAMBDA_B, LAMBDA_D), key=lambda name: _bytes(weaver, name))
         weaver.shared[shorter] = Range(longer)
         return made
 
 
-def _parts(
-    weaver: Weaver, name: str, wanted: Mapping[str, tuple[int, Group]], dtype: str
+def parts(
+    weaver: Weaver, name: str, wanted: Mapping[str, tuple[int, Site]], dtype: str
 ) -> dict[str, ir.Value]:
+    """Give the graph the input `name`, zeros by default, and cut it up: (rows, 1, size) float32 for each.
+
+    wanted: by part its size, and the site before which it is needed.
+    """
     sizes, first = [size for size, _ in wanted.values()], next(iter(wanted.values()))[1]
     whole, shape = weaver.overridable(name, np.zeros((1, 1, sum(sizes)), dtype)), (ROWS, 1, sum(sizes))
     whole.shape = ir.Shape(shape)
@@ -61,20 +66,20 @@ def _parts(
     names = [f"{part}/{kind}" for part in wanted]
     pieces = weaver.split(whole, sizes, f"{name}/Split", names, before=first.node)
     return {
-        part: _aligned(weaver, piece, group)
-        for (part, (_, group)), piece in zip(wanted.items(), pieces, strict=True)
+        part: _aligned(weaver, piece, site)
+        for (part, (_, site)), piece in zip(wanted.items(), pieces, strict=True)
     }
 
 
-def _aligned(weaver: Weaver, piece: ir.Value, group: Group) -> ir.Value:
-    """The piece with as many axes as the group's x, which has no second one after pooling, say."""
-    if len(leading(group.sites[0].input)) != 1:
+def _aligned(weaver: Weaver, piece: ir.Value, site: Site) -> ir.Value:
+    """The piece with as many axes as the site's x, which has no second one after pooling, say."""
+    if len(leading(site.input)) != 1:
         return piece
     assert piece.shape is not None
     axis = weaver.initializer("vera.at.1", np.array([1], np.int64))
     size = piece.shape[2]
     assert isinstance(size, int)
-    return weaver.node("Squeeze", [piece, axis], f"{piece.name}/Squeeze", (ROWS, size), before=group.node)
+    return weaver.node("Squeeze", [piece, axis], f"{piece.name}/Squeeze", (ROWS, size), before=site.node)
 
 
 def _bytes(weaver: Weaver, name: str) -> int:

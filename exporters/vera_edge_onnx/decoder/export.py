@@ -101,36 +101,32 @@ def _float_graph(
     shapes = {module: drawing.source.linear(module).shape for module in adapted}
     sites.check_covered(found, shapes, "adapted")
     checked = held.hold(request, drawing, found)
-    return drawing, joining.join(drawing.model, found, partial(_fit_together, request, adapted)), checked
+    return drawing, joining.join(drawing.model, found, partial(_fit_together, request)), checked
 
 
 def _drawn(
     request: ExportRequest, architecture: str, source: Checkpoint, work: Path
 ) -> tuple[Drawing, tuple[sites.Site, ...]]:
-    adapted, config = adapters.sizes(request), config_of(source)
+    config = config_of(source)
     for fuse in (True, False):
         request.progress("drawing the graph", 0, 1)
         drawing = draw(source, config, architecture, work / f"{source.path.name}-{fuse}".lower(), fuse)
         found = sites_of(drawing)
         # Where an adapter leaves k alone, say, q, k and v can't be one product with one side-branch.
-        if request.plan.mode == "merged" or not any(_is_partial(site, adapted) for site in found):
+        if request.plan.mode == "merged" or not any(adapters.partial(request, (site,)) for site in found):
             break
     return drawing, found
 
 
-def _fit_together(request: ExportRequest, adapted: Mapping[str, int], found: tuple[sites.Site, ...]) -> bool:
+def _fit_together(request: ExportRequest, found: tuple[sites.Site, ...]) -> bool:
     """Whether sites can be one product, all adapted or none."""
     modules = {part.module for site in found for part in site.parts}
     steps = [step for step in request.plan.steps if step.module in modules]
     return (
         len(steps) == len(modules)
         and weights.can_join(request, steps)
-        and (request.plan.mode == "merged" or len({module in adapted for module in modules}) == 1)
+        and not adapters.partial(request, found)
     )
-
-
-def _is_partial(site: sites.Site, adapted: Mapping[str, int]) -> bool:
-    return len({part.module in adapted for part in site.parts}) > 1
 
 
 def _is_adapted(site: sites.Site, adapted: Mapping[str, int]) -> bool:
@@ -158,8 +154,8 @@ def _weave(
                 weaver.narrow_weight(site.node)
     dtypes, vectors = options.beside(request), adapters.vector_dtype(request)
     projections = dtypes.get(options.PROJECTIONS, "fp32")
-    pairs = adapters.pair_shapes(request)
-    branch.weave(weaver, inner, bases, adapted, request.model.projections, projections, vectors, pairs)
+    inputs = adapters.inputs(request)
+    branch.weave(weaver, inner, bases, inputs, request.model.projections, projections, vectors)
     if ends is not None:
         rounded = request.requantized.get(HEAD) if dtypes[options.HEAD] == "int4" else None
         head.store(weaver, ends, dtypes[options.HEAD], weights.head_block(plan), rounded)

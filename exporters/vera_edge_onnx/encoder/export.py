@@ -15,8 +15,8 @@ import onnx_ir as ir
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime import pooling
 from vera_edge.errors import PlanError, TargetError
+from vera_edge.exporting.branch_inputs import Piece
 from vera_edge.exporting.exporter import Export, ExportRequest
-from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.merging.computed import ComputedTensors
 from vera_edge.plans import plan as plans
 from vera_edge.reference.model import open_reference
@@ -227,13 +227,12 @@ def _weave(
         for site in found:
             if all(results[part.module] == "fp16" for part in site.parts):
                 weaver.narrow_weight(site.node)
-    adapted = adapters.sizes(request) if plan.mode == "branch" else {}
     dtypes = options.beside(request, encoder=True)
     stored, vectors = weights.stored(request, found, seen), adapters.vector_dtype(request)
     shipped = ship(request, found, stored, spool)
     projections = dtypes.get(options.PROJECTIONS, "fp32")
-    pairs = adapters.pair_shapes(request)
-    branch.weave(weaver, found, stored, adapted, request.model.projections, projections, vectors, pairs)
+    inputs = adapters.inputs(request)
+    branch.weave(weaver, found, stored, inputs, request.model.projections, projections, vectors)
     by_row = any(step.activations != plans.FLOAT for step in plan.steps)
     embeddings.store(weaver, dtypes[options.HEAD], BLOCK, by_row)
     weights.set_accuracy(request, model)

@@ -16,8 +16,8 @@ import onnxruntime
 
 from vera_edge.arrays import Array, Int64
 from vera_edge.errors import DataError
+from vera_edge.exporting.branch_inputs import Piece
 from vera_edge.exporting.exporter import ExportRequest
-from vera_edge.exporting.onnx_adapter import Piece
 from vera_edge.plans.plan import FLOAT
 from vera_edge.rounding.weight_rounding import calibration_texts
 from vera_edge.text.mixture import Mixture

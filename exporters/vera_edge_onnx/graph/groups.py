@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from vera_edge.exporting.onnx_adapter import Piece
+from vera_edge.exporting.branch_inputs import Piece
 from vera_edge_onnx.graph.parts import Part
 from vera_edge_onnx.graph.sites import Site
 

@@ -14,7 +14,7 @@ import pytest
 from tests.unit.bundle.test_contents import HASH, PROJECTION, STEP, make, rewrite
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import BundleError, VeraEdgeError
-from vera_edge.exporting import onnx_adapter
+from vera_edge.exporting import adapter_fit
 from vera_edge.releasing.difference import compare_bundles
 
 DRAWN = {
@@ -53,6 +53,7 @@ def whole(folder: Path) -> Path:
         base={"digest": HASH, "architecture": "LlamaForCausalLM", "trained": {"head.weight": HASH}},
         plan=plan,
         vectors=[("m", 0, 8), ("m", 8, 16)],
+        branches={"vectors": ["m"]},
         model_version=3,
         trained_names={"m": "base.m"},
         generated={"drawn": DRAWN, "expanded": EXPANDED},
@@ -124,6 +125,11 @@ WEIGHT = ("generated", "expanded", "weights", "w")
         (_set("checked", to={}), "checked has no tokens"),
         (_set("cpu", to=[["vnni"]]), "cpu"),
         (_set("options", "head", to=None), "options"),
+        (_set("branches", "vectors", to=["n"]), "branches names"),
+        (_set("branches", "outputs", to=[]), "branches names no module"),
+        (_set("branches", to={"outputs": ["m"]}), "branches with vectors"),
+        (_set("branches", to={"vectors": ["m"], "pairs": ["m"]}), "branches with pairs"),
+        (_set("branches", "biases", to=["m"]), "branches"),
     ],
 )
 def test_every_part_is_held_against_its_shape(
@@ -141,8 +147,8 @@ def test_every_part_is_held_against_its_shape(
 
 
 def test_vectors_without_a_plan_fit_the_projections(tmp_path: Path) -> None:
-    rewrite(whole(tmp_path), lambda value: value.update(plan=None))
-    assert onnx_adapter.module_sizes(bundle.read(tmp_path)) == {}
+    rewrite(whole(tmp_path), lambda value: value.update(plan=None, branches={}))
+    assert adapter_fit.module_shapes(bundle.read(tmp_path)) == {}
     rewrite(tmp_path, lambda value: value.update(vectors=[["m", 0, 17]]))
     with pytest.raises(BundleError, match="rows 0 to 17 of m, which has 16"):
         bundle.read(tmp_path)
@@ -185,7 +191,7 @@ def test_any_place_changed_gives_a_manifest_or_a_sentence(tmp_path: Path) -> Non
         try:
             manifest = bundle.read(new)
             compare_bundles(old, new)
-            onnx_adapter.module_sizes(manifest)
+            adapter_fit.module_shapes(manifest)
             assert manifest.needs_vnni in (True, False) and manifest.size >= 0 and manifest.drawn is not None
         except VeraEdgeError as error:
             refused += 1

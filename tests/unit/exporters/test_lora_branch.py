@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, OFTConfig
 
 from tests import peft_adapters, tiny
 from tests.conftest import Cli
@@ -147,12 +147,16 @@ def test_refuses_what_has_no_place(
     for folder, message in (
         (wide, "has rank 5, and the side-branches"),
         (other, "has no side-branch for"),
-        (dora, r"trained magnitudes (DoRA)"),
+        (dora, "brings factors of outputs, and the side-branches"),
         (tiny_adapter, "is a VERA adapter, and the side-branches"),
     ):
         done = cli("adapter", "pack", folder, "--for", branch, "-o", tmp_path / "x.onnx_adapter")
         assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
-    done = cli("export", tiny_llama.nf4, dora, "-o", tmp_path / "x", "--mode", "branch")
+    turned = tmp_path / "oft"
+    peft_adapters.save(
+        tiny_llama.fp32, turned, OFTConfig(target_modules=SOME, oft_block_size=8, r=0, task_type="CAUSAL_LM")
+    )
+    done = cli("export", tiny_llama.nf4, turned, "-o", tmp_path / "x", "--mode", "branch")
     assert done.exit_code == 2 and "can't stand beside a layer" in " ".join(done.output.split())
     words = ("--mode", "branch", "--store-projections", "int8")
     done = cli("export", tiny_llama.nf4, wide, "-o", tmp_path / "x", *words)
@@ -187,7 +191,8 @@ def test_golden_vectors_are_asked_of_pefts_layers_and_held(
 def test_inspect_gives_no_price_of_a_branch_to_what_can_only_be_merged(
     tiny_llama: tiny.TinyLlama, first: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    dora = lora(tiny_llama.fp32, tmp_path / "dora", r=2, use_dora=True)
-    assert json.loads(cli("inspect", dora, "--json").stdout)["cost"] is None
-    assert "it can only be merged" in cli("inspect", dora).output
+    settings = OFTConfig(target_modules=SOME, oft_block_size=8, r=0, task_type="CAUSAL_LM")
+    turned = peft_adapters.save(tiny_llama.fp32, tmp_path / "oft", settings)
+    assert json.loads(cli("inspect", turned, "--json").stdout)["cost"] is None
+    assert "it can only be merged" in cli("inspect", turned).output
     assert json.loads(cli("inspect", first, "--json").stdout)["cost"]["vectors"]["fp32"] > 0

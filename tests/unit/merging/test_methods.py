@@ -93,7 +93,16 @@ def adapters(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 TITLES = {"fp32": "float32", "bf16": "bfloat16", "int8": "LLM.int8", "fp8": "FP8"}
-BRANCH = {"VERA": "ONNX, GGUF", "LORA": "ONNX, GGUF"}
+AS_PAIRS = "ONNX, as a LoRA"
+BRANCH = {
+    "VERA": "ONNX, GGUF",
+    "LORA": "ONNX, GGUF",
+    "LORA, use_dora": "ONNX",
+    "IA3": "ONNX",
+    **dict.fromkeys(
+        ("ADALORA", "DEFT", "DELORA", "GRALORA", "HRA", "LOHA", "MISS", "PVERA", "VBLORA"), AS_PAIRS
+    ),
+}
 PAGE = Path(__file__).parents[3] / "docs" / "methods.md"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 
 from vera_edge.arrays import Array
-from vera_edge.device.runtime.graph import Graph, Port, first_line
+from vera_edge.device.runtime.graph import KINDS, Graph, Port, first_line
 from vera_edge.errors import AdapterError, MismatchError
 
 Vectors = Mapping[str, Array]
@@ -23,6 +23,7 @@ _MARK = b"TORT"  # the flatbuffer's file identifier, at bytes 4 to 8
 def load(path: Path, graph: Graph, model_version: int | None = None) -> Vectors:
     """The vectors in `path` by the graph's input names, in the graph's dtypes and shapes.
 
+    A file brings all inputs of some kinds (VeRA's vectors, LoRA's pairs, factors); the others stay zeros.
     `model_version` is what the file must carry, when the bundle says. Raises AdapterError when the file can't
     be read or holds NaN or infinity, MismatchError when it doesn't fit the graph.
     """
@@ -33,14 +34,16 @@ def load(path: Path, graph: Graph, model_version: int | None = None) -> Vectors:
             f"has {model_version}); pack the adapter for this bundle"
         )
     advice = "it was made for another export; pack the adapter for this bundle"
-    if missing := sorted(graph.vectors.keys() - found.keys()):
+    ends = tuple(end for kind in KINDS if any(name.endswith(kind) for name in found) for end in kind)
+    wanted = {name: port for name, port in graph.vectors.items() if not ends or name.endswith(ends)}
+    if missing := sorted(wanted.keys() - found.keys()):
         raise MismatchError(
-            f"{path} lacks {len(missing)} of the graph's {len(graph.vectors)} vectors ({missing[0]}); "
+            f"{path} lacks {len(missing)} of the graph's {len(wanted)} vectors of its kind ({missing[0]}); "
             + advice
         )
     if extra := sorted(found.keys() - graph.vectors.keys()):
         raise MismatchError(f"{path} holds {extra[0]}, which isn't a vector of the graph; {advice}")
-    return {name: _fit(found[name], port, path, advice) for name, port in graph.vectors.items()}
+    return {name: _fit(found[name], port, path, advice) for name, port in wanted.items()}
 
 
 def version(path: Path) -> int:

@@ -1,0 +1,133 @@
+"""What an adapter makes of a layer, as what can be computed beside it.
+
+`y = outputs * (W (inputs * x)) + B A x`: LoRA is a pair; IA3 (Liu et al., 2022) a factor for each output or,
+for each input of what PEFT calls feedforward modules; DoRA (Liu et al., 2024) `m / |W + s B A|` for each
+output, with the lengths of the rows of the base's exact values, and `s B A` times that. What another method
+adds is a pair where it is of low rank, which is found out by arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from vera_edge.adapters.adapter import LORA, Adapter, LayerChange
+from vera_edge.adapters.lora import LoraPair
+from vera_edge.adapters.peft_methods import ADDING, IA3, PeftTensors
+from vera_edge.adapters.reading import method_of
+from vera_edge.adapters.vera import LambdaVectors
+from vera_edge.arrays import Float32
+from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.errors import MismatchError
+from vera_edge.exporting.exact_pair import pair_of
+from vera_edge.formats import row_chunks
+from vera_edge.merging.delta import effect
+
+
+@dataclass(frozen=True, eq=False)
+class BranchForm:
+    """One layer's: a pair, factors of outputs (out,) and of inputs (in,), float32; None where it has none."""
+
+    pair: LoraPair | None = None
+    outputs: Float32 | None = None
+    inputs: Float32 | None = None
+
+
+# Kinds of inputs that a graph takes adapters by: VeRA's vectors, pairs, factors of outputs and of inputs.
+VECTORS, PAIRS, OUTPUTS, INPUTS = KINDS = ("vectors", "pairs", "outputs", "inputs")
+Forms = Mapping[str, BranchForm]
+_known: WeakKeyDictionary[Adapter, Forms] = WeakKeyDictionary()
+
+
+def forms_of(adapter: Adapter, base: Checkpoint | None) -> Forms:
+    """By module what `adapter`, of another method than VeRA, is beside the base's layers.
+
+    base: its weights, which are read where the method needs them (`needs_base`); else it may be None.
+    Raises MismatchError where a layer's change is none of these.
+    """
+    if adapter not in _known:
+        _known[adapter] = {module: _form(adapter, module, base) for module in adapter.vectors}
+    return _known[adapter]
+
+
+def kinds_of(adapter: Adapter) -> dict[str, frozenset[str]]:
+    """The layers that an adapter brings something of each kind for, of those kinds that it has."""
+    found: dict[str, set[str]] = {}
+    for module, change in adapter.vectors.items():
+        for kind in _kinds(adapter, change):
+            found.setdefault(kind, set()).add(module)
+    return {kind: frozenset(modules) for kind, modules in found.items()}
+
+
+def _kinds(adapter: Adapter, change: LayerChange) -> tuple[str, ...]:
+    if isinstance(change, LambdaVectors):
+        return (VECTORS,)
+    if adapter.method == IA3:
+        return (OUTPUTS,) if _scales_outputs(change) else (INPUTS,)
+    return (PAIRS, OUTPUTS) if isinstance(change, LoraPair) and not change.adds else (PAIRS,)
+
+
+def _scales_outputs(change: LayerChange) -> bool:
+    """Whether IA3 trained a column, as it does for layers that it doesn't call feedforward."""
+    (factors,) = change.arrays.values()
+    return factors.shape[1] == 1
+
+
+def needs_base(adapter: Adapter) -> bool:
+    """Whether what stands beside the base depends on values of the base: its weights, or for IA3 biases."""
+    return not adapter.adds and adapter.method not in ADDING
+
+
+def _form(adapter: Adapter, module: str, base: Checkpoint | None) -> BranchForm:
+    change = adapter.vectors[module]
+    if isinstance(change, LoraPair) and change.adds:
+        return BranchForm(change)
+    if adapter.method == IA3:
+        (factors,) = change.arrays.values()
+        flat: Float32 = factors.reshape(-1)
+        return BranchForm(outputs=flat) if _scales_outputs(change) else BranchForm(inputs=flat)
+    if isinstance(change, LoraPair):
+        assert base is not None
+        return _normed(change, base, module)
+    return BranchForm(_found_pair(adapter, module, base))
+
+
+def title_of(adapter: Adapter) -> str:
+    """What people call the adapter's method."""
+    title = method_of(adapter.method, adapter.path).title
+    return "DoRA" if adapter.method == LORA and not adapter.adds else title
+
+
+def _normed(pair: LoraPair, base: Checkpoint, module: str) -> BranchForm:
+    """DoRA's factor of each row, in float64 as a merge has it, and the pair with it."""
+    assert pair.magnitude is not None
+    weight = base.load(module)
+    factors = np.zeros(pair.out_features, np.float32)
+    for start, stop in row_chunks(weight.shape):
+        rows = np.float32(pair.scale) * pair.b[start:stop] @ pair.a
+        rows += weight.rows(start, stop)
+        norm = np.sqrt(np.einsum("ij,ij->i", rows, rows, dtype=np.float64))
+        np.divide(pair.magnitude[start:stop], norm, out=factors[start:stop], where=norm > 0, casting="unsafe")
+    return BranchForm(LoraPair(pair.a, factors[:, None] * pair.b, pair.scale), factors)
+
+
+def _found_pair(adapter: Adapter, module: str, base: Checkpoint | None) -> LoraPair:
+    change = adapter.vectors[module]
+    assert isinstance(change, PeftTensors)
+    shape = change.shape
+    if shape is None:
+        raise MismatchError(f"{adapter.path} adapts {module}, which isn't a linear layer of the base")
+    weight = np.zeros(shape, np.float32)
+    if needs_base(adapter):
+        assert base is not None
+        weight = base.dequantize(module)
+    pair = pair_of(effect(module, weight, [(adapter, 1.0)], None))
+    if pair is None:
+        raise MismatchError(
+            f"what {adapter.path} ({title_of(adapter)}) makes of {module} isn't of low rank, so it "
+            "can't stand beside the layer; use --mode merged"
+        )
+    return pair
