@@ -23,15 +23,16 @@ from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 
 _A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
-_OWN = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", _MAGNITUDE})
+_VELORA = "lora_velora_embed"  # what VeLoRA keeps activations by as it trains; no output has a part of it
+_OWN = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", _MAGNITUDE, _VELORA})
 _BIASES = ("all", "lora_only")
 # Initialisations that leave the base what it was.
-_HARMLESS = (True, False, None, "gaussian", "eva", "orthogonal")
+_HARMLESS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Settings that make another layer of it, or adapt what isn't a linear layer, by what PEFT calls them.
 _OTHER_LAYERS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
-    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config"),
+    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
     "ensure_weight_tying",
 )
 # Settings that say how it was trained or where, and nothing of what it computes.
@@ -42,7 +43,7 @@ _KNOWN = frozenset(
         *("fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_pattern"),
         *("layers_to_transform", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "qalora_group_size"),
-        *("runtime_config", "lora_bias"),
+        *("runtime_config", "lora_bias", "velora_config"),
     }
 )
 
@@ -157,13 +158,15 @@ def _read(folder: AdapterFolder) -> Adapter:
     for name in folder.tensors:
         if (place := _place(name)) is not None:
             module, end = place
+            own.add(name)
+            if end == _VELORA:
+                continue
             if end.startswith("lora_embedding"):
                 raise AdapterError(
                     f"{folder.path} adapts the embedding {module}, which vera-edge doesn't merge; train "
                     "without embeddings in target_modules, or with them in modules_to_save"
                 )
             found.setdefault(module, {})[end] = folder.floats(name, 1 if end in (_BIAS, _MAGNITUDE) else 2)
-            own.add(name)
     others = folder.others(own.__contains__, "LoRA", _BIASES)
     vectors = {module: _pair(module, parts, settings) for module, parts in sorted(found.items())}
     if not vectors:
@@ -202,7 +205,7 @@ def _place(name: str) -> tuple[str, str] | None:
     if at is None:
         return None
     end = ".".join(parts[at:])
-    known = (_A, _B, _BIAS, _MAGNITUDE, "lora_embedding_A", "lora_embedding_B")
+    known = (_A, _B, _BIAS, _MAGNITUDE, _VELORA, "lora_embedding_A", "lora_embedding_B")
     end = end.removesuffix(".weight") if end.startswith(_MAGNITUDE) else end
     return (".".join(parts[:at]), end) if end in known else None
 

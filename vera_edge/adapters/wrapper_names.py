@@ -84,11 +84,13 @@ def _check(name: str, key: str, bare: Mapping[str, str], path: Path) -> None:
 def _adapter_name(name: str, own: Callable[[str], bool]) -> str | None:
     """The adapter's name behind the method's own part of an unwrapped name, or None.
 
-    As in `q_proj.vera_lambda_b.default` and `q_proj.lora_A.default.weight`.
+    As in `q_proj.vera_lambda_b.default` and `q_proj.lora_A.default.weight`; a number counts a method's own
+    layers.
     """
     parts = name.split(".")
     parts = parts[:-1] if parts[-1] in _ENDS else parts
-    return parts[-1] if len(parts) > 1 and own(parts[-2]) and not own(parts[-1]) else None
+    last = parts[-1]
+    return last if len(parts) > 1 and own(parts[-2]) and not own(last) and not last.isdecimal() else None
 
 
 def _without_adapter(name: str, adapter: str, own: Callable[[str], bool]) -> str:

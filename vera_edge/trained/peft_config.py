@@ -28,6 +28,7 @@ _LORA = {
     "eva_config": None,
     "corda_config": None,
     "lora_ga_config": None,
+    "velora_config": None,
 }
 
 
