@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vera_edge.api.arguments import StrPath
 from vera_edge.api.open_bundle import open_bundle
 from vera_edge.device.runtime.conversation import Conversation
 from vera_edge.device.runtime.encoder import Encoder
 from vera_edge.errors import BundleError
+from vera_edge.progress import Tell, unheard
+
+if TYPE_CHECKING:
+    from vera_edge.device.runtime.four_bit_graph import FourBit
 
 __all__ = ["Conversation", "chat"]
 
@@ -31,11 +35,13 @@ def chat(
     template_args: Mapping[str, Any] | None = None,
     threads: int | None = None,
     fast: bool = False,
+    four_bit: FourBit | None = None,
+    tell: Tell = unheard,
 ) -> Conversation:
     """Open a bundle for a conversation, which keeps what was said.
 
     Args:
-        bundle, adapter, threads, fast: as in `open_bundle`.
+        bundle, adapter, threads, fast, four_bit, tell: as in `open_bundle`.
         system: a message before all others, which says how to answer.
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, template_args: how
             answers are generated; as in `Session.generate`.
@@ -53,7 +59,7 @@ def chat(
         >>> [message["role"] for message in talk.messages]
         ['user', 'assistant']
     """
-    model = open_bundle(bundle, adapter=adapter, threads=threads, fast=fast)
+    model = open_bundle(bundle, adapter=adapter, threads=threads, fast=fast, four_bit=four_bit, tell=tell)
     if isinstance(model, Encoder):
         raise BundleError(f"{bundle} holds an encoder, which generates no text; `vera-edge run` asks it")
     return Conversation(

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 from vera_edge.api.arguments import StrPath
 from vera_edge.bundle import contents
+from vera_edge.progress import Tell, unheard
 
 if TYPE_CHECKING:
     from vera_edge.device.runtime.encoder import Encoder
+    from vera_edge.device.runtime.four_bit_graph import FourBit
     from vera_edge.device.runtime.session import Session
 
 __all__ = ["open_bundle"]
@@ -21,6 +23,8 @@ def open_bundle(
     adapter: str | Path | None = "default",
     threads: int | None = None,
     fast: bool = False,
+    four_bit: FourBit | None = None,
+    tell: Tell = unheard,
 ) -> Session | Encoder:
     """Verify a bundle and open it: a Session for a model that gives text, an Encoder for another.
 
@@ -30,6 +34,10 @@ def open_bundle(
             base alone.
         threads: threads per operator; None: all cores.
         fast: don't read files over 64 MiB before they run.
+        four_bit: how NF4 and FP4 weights run: "expanded" to int8 blocks in memory, "int8", the same with
+            activations rounded to int8, or "kept" as they are, exactly and slowly; None: kept where the
+            bundle's own limit on the mean KL is under 0.001, else expanded.
+        tell: given a sentence: what the expanding took.
 
     Returns:
         What `Session.open` or `Encoder.open` gives.
@@ -37,6 +45,7 @@ def open_bundle(
     Raises:
         BundleError: the bundle is damaged, foreign, or needs more memory than there is.
         AdapterError, MismatchError: the adapter can't be used.
+        PlanError: 4-bit weights can't run so.
 
     Example:
         >>> session = vera_edge.open_bundle("bundle", adapter=None)
@@ -51,7 +60,13 @@ def open_bundle(
     if manifest.kind == "encoder":
         from vera_edge.device.runtime.encoder import Encoder
 
-        return Encoder.open(folder, chosen, threads=threads, deep=not fast)
-    from vera_edge.device.runtime.session import Session
+        opened: Session | Encoder = Encoder.open(
+            folder, chosen, threads=threads, deep=not fast, four_bit=four_bit
+        )
+    else:
+        from vera_edge.device.runtime.session import Session
 
-    return Session.open(folder, chosen, threads=threads, deep=not fast)
+        opened = Session.open(folder, chosen, threads=threads, deep=not fast, four_bit=four_bit)
+    if opened.graph.rewritten is not None:
+        tell(opened.graph.rewritten.told)
+    return opened

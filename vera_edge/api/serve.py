@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vera_edge.api.arguments import StrPath, path_or_none, size_or_none
 from vera_edge.api.open_bundle import open_bundle
 from vera_edge.api.trust import check_signature, trust_in
 from vera_edge.errors import PlanError
 from vera_edge.progress import Tell, unheard
+
+if TYPE_CHECKING:
+    from vera_edge.device.runtime.four_bit_graph import FourBit
 
 __all__ = ["serve"]
 
@@ -30,6 +34,7 @@ def serve(
     adapters_from: StrPath | None = None,
     threads: int | None = None,
     fast: bool = False,
+    four_bit: FourBit | None = None,
     trusted_keys: StrPath | None = None,
     trusted_identity: tuple[str, str] | None = None,
     require_signature: bool = False,
@@ -52,6 +57,7 @@ def serve(
         adapters_from: a folder that clients may add adapters from while it runs; None: they can't.
         threads: threads per operator; None: all cores.
         fast: don't read files over 64 MiB before they run.
+        four_bit: how NF4 and FP4 weights run; as in `open_bundle`.
         trusted_keys, trusted_identity, require_signature, allow_unsigned: as in `verify`, of the bundle and
             of adapters that are added.
         tell: given sentences: who signed the bundle, and where it is served.
@@ -85,7 +91,7 @@ def serve(
     )
     with server.listen(host, port, settings.api_key) as listening:
         check_signature(Path(bundle), trust, tell)
-        opened = open_bundle(bundle, threads=threads, fast=fast)
+        opened = open_bundle(bundle, threads=threads, fast=fast, four_bit=four_bit, tell=tell)
         server.run(opened, name or server.model_name(Path(bundle)), listening, settings, tell)
 
 

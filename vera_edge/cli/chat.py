@@ -14,7 +14,7 @@ import click
 import vera_edge
 from vera_edge import printable
 from vera_edge.cli.generation_options import takes_generation
-from vera_edge.cli.show import FOLDER, note, tell
+from vera_edge.cli.show import FOLDER, four_bit_option, note, tell
 
 if TYPE_CHECKING:
     from vera_edge.api.chat import Conversation
@@ -30,13 +30,14 @@ _PROMPT = "> "
 @takes_generation(max_tokens=1024)
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
 @click.option("--fast", is_flag=True, help="Don't read files over 64 MiB before they run.")
+@four_bit_option
 def chat(bundle: Path, **options: Any) -> None:
     """Talk with the model in BUNDLE, without torch; /help lists what can be changed on the way.
 
     Ctrl-C stops an answer; twice, or Ctrl-D, leaves. Where the standard input isn't a terminal each of
     its lines is said, and answered on a line of the standard output.
     """
-    conversation = vera_edge.chat(bundle, **options)
+    conversation = vera_edge.chat(bundle, tell=tell, **options)
     if sys.stdin is None or not sys.stdin.isatty():
         for line in sys.stdin or ():
             _show(conversation, conversation.take(line.rstrip("\r\n")))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 from click.core import ParameterSource
 
 import vera_edge
 from vera_edge.cli.generation_options import takes_generation
-from vera_edge.cli.show import FOLDER, json_option, out, print_json
+from vera_edge.cli.show import FOLDER, four_bit_option, json_option, out, print_json, tell
 
-_FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "as_json"}
+_FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "four_bit", "as_json"}
 
 
 @click.command()
@@ -25,6 +26,7 @@ _FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "as_json"}
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
 @click.option("--fast", is_flag=True, help="Don't read files over 64 MiB before they run.")
+@four_bit_option
 @json_option
 def run(
     bundle: Path,
@@ -34,6 +36,7 @@ def run(
     threads: int | None,
     raw: bool,
     fast: bool,
+    four_bit: Literal["expanded", "int8", "kept"] | None,
     as_json: bool,
     **sampling: object,
 ) -> None:
@@ -47,7 +50,9 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     if vera_edge.read_manifest(bundle).kind == "encoder":
         _refuse_sampling(click.get_current_context())
-    model = vera_edge.open_bundle(bundle, adapter=adapter, threads=threads, fast=fast)
+    model = vera_edge.open_bundle(
+        bundle, adapter=adapter, threads=threads, fast=fast, four_bit=four_bit, tell=tell
+    )
     if not isinstance(model, vera_edge.Session):
         _encode(model, text, as_json)
         return

@@ -31,7 +31,7 @@ class ExportedEncoder:
             self._rows = _Rows(folder, adapter, _ROWS[self.gives])
             self.context = _positions(config)
         else:
-            self._encoder = Encoder.open(folder, adapter)
+            self._encoder = Encoder.open(folder, adapter, four_bit="kept")
             self.context = self._encoder.longest
             self.gives = tasks.CLASSES if self._encoder.gives == CLASSES else tasks.EMBEDDINGS
 

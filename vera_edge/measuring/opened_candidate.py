@@ -125,7 +125,7 @@ def _candidate_export(path: Path, trained: Sequence[str], later: bool) -> Opened
         return OpenedCandidate(encoder, *facts, gives=encoder.gives, tokenizer=exported_tokenizer(path))
     from vera_edge.device.runtime.session import Session
 
-    session = Session.open(path, adapter)
+    session = Session.open(path, adapter, four_bit="kept")
     facts = (artefact(path, kind), path, session.decoder.context, notes)
     runner: Runner = session
     if later:
@@ -146,7 +146,7 @@ class _OpenedLater:
     def _session(self) -> Runner:
         from vera_edge.device.runtime.session import Session
 
-        return Session.open(self.path, self.adapter, deep=False)
+        return Session.open(self.path, self.adapter, deep=False, four_bit="kept")
 
     def logits(self, tokens: Int64) -> Float32:
         return self._session.logits(tokens)

@@ -184,7 +184,7 @@ def _trained_export(path: Path) -> OpenedReference:
             f"{path} isn't the model as trained: {fault}; give the adapter folder, or a branch export with "
             "fp32 weights, or with those of an NF4 or FP4 base as they are"
         )
-    session = Session.open(path)
+    session = Session.open(path, four_bit="kept")
     kind = f"branch export, {manifest.weights} weights, adapter on"
     return OpenedReference(
         runner=session,

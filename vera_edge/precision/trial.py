@@ -50,7 +50,7 @@ class Trials:
         grid = targets.head_grid(targets.find(self.target), self._request(plan, {}, out, progress))
         with rounding.codes(ready.model, plan, out, progress, head=grid) as rounded:
             self._export(plan, rounded.codes, out, progress)
-        return MeasuredTrial(out, _size(out), replay.kl_of(Session.open(out), progress))
+        return MeasuredTrial(out, _size(out), replay.kl_of(Session.open(out, four_bit="kept"), progress))
 
     def _export(self, plan: Plan, codes: Mapping[str, Codes], out: Path, progress: Progress) -> Path:
         targets.find(self.target).export(self._request(plan, codes, out, progress))

@@ -67,7 +67,7 @@ def test_each_adapter_and_none_is_pefts_unmerged_forward(
 ) -> None:
     manifest = bundle.read(branch)
     assert (manifest.lora_rank, manifest.projection, manifest.exact) == (4, None, True)
-    session, base = Session.open(branch), tiny_llama.nf4
+    session, base = Session.open(branch, four_bit="kept"), tiny_llama.nf4
     for adapter, folder in (("default", first), (packed, second), (None, None), ("default", first)):
         session.swap(adapter)
         found = torch.from_numpy(np.array(session.logits(TOKENS)))
@@ -76,7 +76,7 @@ def test_each_adapter_and_none_is_pefts_unmerged_forward(
 
 
 def test_rows_of_one_batch_run_different_adapters(branch: Path, packed: Path) -> None:
-    session, prompt = Session.open(branch), "the adapter"
+    session, prompt = Session.open(branch, four_bit="kept"), "the adapter"
     choices: list[str | Path | None] = ["default", packed, None]
     alone = []
     for adapter in choices:
@@ -120,7 +120,7 @@ def test_onnxruntime_swaps_the_file_by_itself(
 def test_genai_swaps_it(branch: Path, packed: Path) -> None:
     import onnxruntime_genai as genai
 
-    session = Session.open(branch)
+    session = Session.open(branch, four_bit="kept")
     session.swap(packed)
     expected = list(TOKENS)
     for _ in range(5):

@@ -54,7 +54,7 @@ def distance(bases: Bases, base: str, out: Path) -> float:
     projections = provenance.resolve(adapter, checkpoint).projections
     ids = exported.tokens()
     trained = open_reference(checkpoint, [(adapter, 1.0)], projections)
-    return exported.divergence(trained.logits(ids), Session.open(out).logits(ids))
+    return exported.divergence(trained.logits(ids), Session.open(out, four_bit="kept").logits(ids))
 
 
 EXACT: list[tuple[str, str, dict[str, str]]] = [
@@ -126,7 +126,7 @@ def test_a_base_of_integers_is_exact_only_without_rounded_inputs(
         projections = provenance.resolve(read, checkpoint, "float32").projections
         ids = exported.tokens()
         trained = open_reference(checkpoint, [(read, 1.0)], projections).logits(ids)
-        assert (exported.divergence(trained, Session.open(out).logits(ids)) < 1e-9) is exact
+        assert (exported.divergence(trained, Session.open(out, four_bit="kept").logits(ids)) < 1e-9) is exact
 
 
 def test_the_manifest_says_how_everything_beside_the_linears_is_stored(bases: Bases, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from vera_edge.device.check import answers
 from vera_edge.device.runtime import pooling
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.chat import BundleText
+from vera_edge.device.runtime.four_bit_graph import FourBit
 from vera_edge.device.runtime.graph import Graph, first_line
 from vera_edge.device.runtime.opened import AdapterChoice, Opened, open_graph
 from vera_edge.device.runtime.pooling import Pooling
@@ -78,9 +79,10 @@ class Encoder(Opened):
         *,
         threads: int | None = None,
         deep: bool = True,
+        four_bit: FourBit | None = None,
     ) -> Encoder:
         """Verify the bundle in `folder` and open it; all as `Session.open`."""
-        manifest, graph = open_graph(Path(folder), "encoder", threads, deep)
+        manifest, graph = open_graph(Path(folder), "encoder", threads, deep, four_bit)
         encoder = cls(manifest, graph, BundleText(manifest.folder))
         encoder.swap(adapter)
         return encoder

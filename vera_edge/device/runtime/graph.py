@@ -13,6 +13,7 @@ import onnxruntime
 
 from vera_edge.arrays import Array
 from vera_edge.cores import available_cores
+from vera_edge.device.runtime.four_bit_graph import Rewritten
 from vera_edge.errors import BundleError
 
 Shape = tuple[int | str | None, ...]  # a name or None where the size isn't fixed
@@ -46,25 +47,34 @@ class Graph:
         threads: int | None = None,
         held: Mapping[str, Array] | None = None,
         exact_int8: bool = True,
+        rewritten: Rewritten | None = None,
     ) -> None:
         """Open `path`; `threads` within an operator, by default one for each of `available_cores`.
 
         held: initializers whose values aren't in the files, by name; kept as long as the graph is.
+        rewritten: what to open instead of the bytes in `path`, beside which its other weights lie.
         exact_int8: multiply int8 weights as uint8 where their products can overflow (int8_products.py).
         Raises BundleError when ONNX Runtime refuses the graph or its weights.
         """
-        self.path = path
+        self.path, self.rewritten = path, rewritten
         self.threads = threads or available_cores()
         options = _options(self.threads, exact_int8)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
         self._held = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in (held or {}).items()
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
+            for name, array in {**(held or {}), **(rewritten.held if rewritten else {})}.items()
         }
         if self._held:
             options.add_external_initializers(list(self._held), list(self._held.values()))
         try:
             # Without a fallback: it would print, and try the same provider again.
             self.session = onnxruntime.InferenceSession(
-                path, options, providers=["CPUExecutionProvider"], enable_fallback=0
+                path if rewritten is None else rewritten.model,
+                options,
+                providers=["CPUExecutionProvider"],
+                enable_fallback=0,
             )
         except Exception as cause:  # onnxruntime's classes share no base but Exception
             raise BundleError(f"ONNX Runtime can't open {path}: {first_line(cause)}") from None

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from vera_edge.bundle.manifest import VNNI, Manifest
+from vera_edge.device.runtime import onnx_message as message
 from vera_edge.device.runtime.graph import release
 from vera_edge.device.runtime.onnx_file import INT8, Initializer, Node, OnnxFile
 from vera_edge.errors import BundleError, BundleWarning
@@ -171,28 +172,13 @@ def warn(manifest: Manifest) -> None:
 def _probe(width: int, out: int) -> bytes:
     """An ONNX model: x (rows, width) of uint8 times int8 weights that are all 127."""
 
-    def field(number: int, value: int | bytes) -> bytes:
-        if isinstance(value, int):
-            return bytes([number << 3]) + _varint(value)
-        return bytes([number << 3 | 2]) + _varint(len(value)) + value
+    def port(name: str, kind: int, sizes: tuple[int | None, ...]) -> bytes:
+        axes = b"".join(message.field(1, b"" if size is None else message.field(1, size)) for size in sizes)
+        return message.field(1, name) + message.field(
+            2, message.field(1, message.field(1, kind) + message.field(2, axes))
+        )
 
-    def tensor_type(kind: int, sizes: tuple[int | None, ...]) -> bytes:
-        axes = b"".join(field(1, b"" if size is None else field(1, size)) for size in sizes)
-        return field(2, field(1, field(1, kind) + field(2, axes)))
-
-    node = field(1, b"x") + field(1, b"w") + field(2, b"y") + field(4, b"MatMulInteger")
-    weight = (
-        field(1, width) + field(1, out) + field(2, INT8) + field(8, b"w") + field(9, b"\x7f" * width * out)
-    )
-    graph = field(1, node) + field(2, b"probe") + field(5, weight)
-    graph += field(11, field(1, b"x") + tensor_type(2, (None, width)))
-    graph += field(12, field(1, b"y") + tensor_type(6, (None, out)))
-    return field(1, 8) + field(7, graph) + field(8, field(2, 13))
-
-
-def _varint(value: int) -> bytes:
-    found = bytearray()
-    while value > 0x7F:
-        found.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*found, value])
+    graph = message.field(1, message.node("MatMulInteger", ["x", "w"], "y")) + message.field(2, "probe")
+    graph += message.field(5, message.constant("w", np.full((width, out), 127, np.int8)))
+    graph += message.field(11, port("x", 2, (None, width))) + message.field(12, port("y", 6, (None, out)))
+    return message.field(1, 8) + message.field(7, graph) + message.field(8, message.field(2, 13))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from vera_edge.errors import BundleError
 from vera_edge.storage.files import safe_join
 
 INT8 = 3  # TensorProto.DataType
+Value = TypeVar("Value", bound=np.generic)
 _EXTERNAL = 1  # TensorProto.DataLocation
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
@@ -56,7 +57,7 @@ class OnnxFile:
         found = cls(path)
         try:
             whole: Any = memoryview(np.memmap(path, np.uint8, "r").data)
-            for number, value in _fields(whole):
+            for number, value in fields(whole):
                 if number == 7:  # ModelProto.graph
                     found._add_graph(value)
         except (ValueError, IndexError, TypeError) as cause:
@@ -64,28 +65,34 @@ class OnnxFile:
         return found
 
     def int8(self, name: str) -> npt.NDArray[np.int8] | None:
-        """The values of an int8 initializer; None when the file they are in isn't there.
+        """The values of an int8 initializer; None and raises as `values`."""
+        return self.values(name, np.int8)
+
+    def values(self, name: str, dtype: type[Value]) -> npt.NDArray[Value] | None:
+        """The values of an initializer, which has this dtype; None when the file they are in isn't there.
 
         Raises BundleError when they aren't as many as its shape says.
         """
         one = self.initializers[name]
         try:
-            values = self._values(one)
+            values = self._values(one, np.dtype(dtype))
             return None if values is None else values.reshape(one.shape)
         except (ValueError, OverflowError, TypeError) as cause:
             raise BundleError(f"{self.path} holds no sound {name} ({cause}); copy the bundle again") from None
 
-    def _values(self, one: Initializer) -> npt.NDArray[np.int8] | None:
+    def _values(self, one: Initializer, dtype: np.dtype[Value]) -> npt.NDArray[Value] | None:
         if not one.place:
-            return np.frombuffer(one.raw, np.int8)
+            return np.frombuffer(one.raw, dtype)
         path = safe_join(self.path.parent, one.place.get("location", ""))
         if not path.is_file():
             return None
         start = int(one.place.get("offset", 0))
-        return np.memmap(path, np.int8, "r")[start : start + math.prod(one.shape)]
+        return np.memmap(path, np.uint8, "r")[start : start + math.prod(one.shape) * dtype.itemsize].view(
+            dtype
+        )
 
     def _add_graph(self, graph: Any) -> None:
-        for number, value in _fields(graph):
+        for number, value in fields(graph):
             if number == 1:  # GraphProto.node
                 self._add_node(value)
             elif number == 5:  # GraphProto.initializer
@@ -94,11 +101,11 @@ class OnnxFile:
 
     def _add_node(self, data: Any) -> None:
         texts: dict[int, list[str]] = {1: [], 2: [], 4: [""]}  # NodeProto.input, output, op_type
-        for number, value in _fields(data):
+        for number, value in fields(data):
             if number in texts:
-                texts[number].append(_text(value))
+                texts[number].append(text(value))
             elif number == 5:  # NodeProto.attribute
-                for part, inner in _fields(value):
+                for part, inner in fields(value):
                     if part in (6, 11):  # AttributeProto.g, graphs
                         self._add_graph(inner)
         self.nodes.append(Node(texts[4][-1], tuple(texts[1]), tuple(texts[2])))
@@ -109,7 +116,7 @@ def _initializer(data: Any) -> tuple[str, Initializer]:
     shape: list[int] = []
     values: list[int] = []
     place: dict[str, str] = {}
-    for number, value in _fields(data):
+    for number, value in fields(data):
         if number == 1:  # TensorProto.dims
             shape += _numbers(value)
         elif number == 2:  # data_type
@@ -117,11 +124,11 @@ def _initializer(data: Any) -> tuple[str, Initializer]:
         elif number == 5:  # int32_data, which holds int8 too
             values += _numbers(value)
         elif number == 8:  # name
-            name = _text(value)
+            name = text(value)
         elif number == 9:  # raw_data
             raw = value
         elif number == 13:  # external_data
-            entry = {part: _text(inner) for part, inner in _fields(value)}
+            entry = {part: text(inner) for part, inner in fields(value)}
             place[entry[1]] = entry[2]
         elif number == 14:  # data_location
             external = value == _EXTERNAL
@@ -130,10 +137,18 @@ def _initializer(data: Any) -> tuple[str, Initializer]:
     return name, Initializer(dtype, tuple(shape), raw, place if external else {})
 
 
-def _fields(data: Any) -> Iterator[tuple[int, Any]]:
+def fields(data: Any) -> Iterator[tuple[int, Any]]:
     """Number and value of each field: an int, or the bytes of a string, a message or packed numbers."""
+    for number, value, _ in spans(data):
+        if value is not None:
+            yield number, value
+
+
+def spans(data: Any) -> Iterator[tuple[int, Any, Any]]:
+    """Each field as `fields` has it, and its own bytes with its key; a number of fixed width is None."""
     at = 0
     while at < len(data):
+        begin = at
         key, at = _varint(data, at)
         wire, value = key & 7, None
         if wire == _VARINT:
@@ -147,8 +162,7 @@ def _fields(data: Any) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"a field of wire type {wire}")
         if at > len(data):
             raise ValueError("it ends within a field")
-        if value is not None:
-            yield key >> 3, value
+        yield key >> 3, value, data[begin:at]
 
 
 def _varint(data: Any, at: int) -> tuple[int, int]:
@@ -176,5 +190,27 @@ def _numbers(value: Any) -> list[int]:
     return found
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """The string that a field holds."""
     return bytes(value).decode("utf-8", "replace")
+
+
+def attributes(node: Any) -> dict[str, int]:
+    """The integer attributes of a NodeProto, by name."""
+    found = {}
+    for number, value in fields(node):
+        if number == 5:  # NodeProto.attribute
+            parts = dict(fields(value))
+            if isinstance(parts.get(3), int):  # AttributeProto.i
+                found[text(parts[1])] = parts[3]
+    return found
+
+
+def opset(model: Any) -> int:
+    """The version of ONNX's own operators that a ModelProto is written for; 0 when it doesn't say."""
+    for number, value in fields(model):
+        if number == 8:  # ModelProto.opset_import
+            parts = dict(fields(value))
+            if not text(parts.get(1, b"")):
+                return int(parts.get(2, 0))
+    return 0

@@ -9,8 +9,9 @@ import onnxruntime
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.bundle.manifest import GGUF
-from vera_edge.device.runtime import adapters, generated, int8_products
+from vera_edge.device.runtime import adapters, four_bit_graph, generated, int8_products
 from vera_edge.device.runtime.adapters import Vectors
+from vera_edge.device.runtime.four_bit_graph import FourBit
 from vera_edge.device.runtime.graph import Graph, release
 from vera_edge.errors import BundleError, MismatchError
 from vera_edge.memory import free_memory
@@ -91,13 +92,18 @@ class Opened:
 
 
 def open_graph(
-    folder: Path, kind: str, threads: int | None = None, deep: bool = True
+    folder: Path,
+    kind: str,
+    threads: int | None = None,
+    deep: bool = True,
+    four_bit: FourBit | None = "kept",
 ) -> tuple[Manifest, Graph]:
     """Verify a bundle of this `kind` and open its graph. What it leaves to be generated is made in memory.
 
-    deep: read every byte first, as `vera-edge verify` does, and not only of files up to 64 MiB. Raises
-    BundleError when the bundle is damaged, foreign, of another kind, or needs a newer runtime or more memory.
-    Warns (BundleWarning) when other programs would get wrong values from it on this processor.
+    deep: read every byte first, as `vera-edge verify` does, and not only of files up to 64 MiB. four_bit: as
+    in `Session.open`. Raises PlanError for a `four_bit` that isn't known, BundleError when the bundle is
+    damaged, foreign, of another kind, or needs a newer runtime or more memory. Warns (BundleWarning) when
+    other programs would get wrong values from it on this processor.
     """
     manifest = bundle.verify(folder, deep=deep)
     if manifest.model.endswith(GGUF):
@@ -109,9 +115,15 @@ def open_graph(
         }[manifest.kind]
         raise BundleError(f"{folder} holds {hint}")
     _check_runtime(manifest)
-    _check_memory(manifest)
+    model = manifest.path(manifest.model)
+    if four_bit is None:
+        four_bit = "kept" if manifest.limits.get("max_kl", 1) < four_bit_graph.LOSS else "expanded"
+    four_bit_graph.check(four_bit)
+    found = [] if four_bit == "kept" else four_bit_graph.products(model)
+    _check_memory(manifest, four_bit_graph.added_bytes(found))
     exact = int8_products.must_be_exact(manifest)
-    return manifest, Graph(manifest.path(manifest.model), threads, generated.in_memory(manifest), exact)
+    rewritten = four_bit_graph.rewrite(model, found, four_bit) if found else None
+    return manifest, Graph(model, threads, generated.in_memory(manifest), exact, rewritten)
 
 
 def llama_command(manifest: Manifest) -> str:
@@ -122,12 +134,21 @@ def llama_command(manifest: Manifest) -> str:
     return command if file is None else f"{command} --lora {manifest.path(file)}"
 
 
-def _check_memory(manifest: Manifest) -> None:
-    """Refuse what can't fit: libraries in C++ and Rust end the process when memory runs out."""
+def _check_memory(manifest: Manifest, expanded: int) -> None:
+    """Refuse what can't fit: libraries in C++ and Rust end the process when memory runs out.
+
+    expanded: bytes that 4-bit weights take besides, as what they run as.
+    """
     within = Path(manifest.model).parent
     sizes = {name: entry.size for name, entry in (*manifest.files.items(), *manifest.drawn.items())}
     needed = sum(size for name, size in sizes.items() if Path(name).parent == within)
     free = free_memory()
+    if free is not None and needed <= free < needed + expanded:
+        raise BundleError(
+            f"{manifest.folder} holds 4-bit weights that take {expanded / 1e6:.1f} MB more as int8 blocks, "
+            f"{(needed + expanded) / 1e6:.1f} MB in all, and this process may take {free / 1e6:.1f} MB of "
+            "memory; free some, or run them as they are, slowly: --four-bit kept"
+        )
     if free is not None and free < needed:
         raise BundleError(
             f"{manifest.folder} holds a model of {needed / 1e6:.1f} MB and this process may take "

@@ -15,6 +15,7 @@ from vera_edge.bundle.contents import Manifest
 from vera_edge.device.runtime.batch import Batch
 from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.decoding import Decoder, Steps
+from vera_edge.device.runtime.four_bit_graph import FourBit
 from vera_edge.device.runtime.generate import Generation
 from vera_edge.device.runtime.graph import Graph
 from vera_edge.device.runtime.opened import AdapterChoice, Opened, open_graph
@@ -49,15 +50,19 @@ class Session(Opened):
         *,
         threads: int | None = None,
         deep: bool = True,
+        four_bit: FourBit | None = None,
     ) -> Session:
         """Verify the bundle in `folder` and open it. Projections it doesn't bring are drawn in memory.
 
         adapter: "default" is the one the bundle names, another string a name of the bundle, a Path an
         .onnx_adapter file, None the base alone. deep: read every byte first, as `vera-edge verify` does;
-        without it the content of files over 64 MiB isn't looked at. Raises BundleError when the bundle is
-        damaged or foreign, AdapterError or MismatchError when the adapter can't be used.
+        without it the content of files over 64 MiB isn't looked at. four_bit: how NF4 and FP4 weights run:
+        "expanded" to int8 blocks in memory, to a thousandth of an adapter's effect; "int8", the same with
+        activations rounded as in any int8 export; "kept", exactly and slowly; None is "kept" where the
+        bundle's own limit on the mean KL is under 0.001, else "expanded". Raises BundleError when the
+        bundle is damaged or foreign, AdapterError or MismatchError when the adapter can't be used.
         """
-        manifest, graph = open_graph(Path(folder), "decoder", threads, deep)
+        manifest, graph = open_graph(Path(folder), "decoder", threads, deep, four_bit)
         session = cls(manifest, graph, Decoder.open(manifest.folder, graph), BundleText(manifest.folder))
         session.swap(adapter)
         return session

@@ -1,0 +1,90 @@
+"""NF4 and FP4 weights as int8 blocks, level by level, for a device that opens a graph of `MatMulBnb4`.
+
+A block of 32 values is 16 bytes of codes. Two bytes at a time are looked up: which four int8 codes they
+become, and what error that makes under each of eight scales, of which a block takes the one with the least.
+A scale is the absmax over one of `_STEPS`; steps above 127 serve blocks that hold no value near their absmax.
+On the weights of SmolLM2 this leaves 0.45 of the squared error that rounding their values to int8 leaves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_edge.arrays import Bytes, Float32
+from vera_edge.formats.codes4 import LEVELS
+
+BLOCK = 32
+# NF4's by a greedy search over 100 to 250 on SmolLM2; FP4's levels are twelfths, but for one.
+_STEPS = {
+    "nf4": (109.0, 113.7, 118.0, 118.9, 124.1, 126.1, 162.0, 174.8),
+    "fp4": (96.0, 108.0, 114.0, 120.0, 126.0, 144.0, 168.0, 192.0),
+}
+_HALF = 128  # the code of zero
+_USUAL, _WORST = 64, 8191  # what the mean error of four codes counts, and the most: 8 fit into 16 bits
+_CHUNK = 1 << 14  # blocks at a time
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """By two bytes, which are four codes. errors: (steps / 4, 65536), four of 16 bits each.
+
+    codes: (steps * 65536,), four int8 codes each.
+    """
+
+    errors: npt.NDArray[np.uint64]
+    codes: npt.NDArray[np.uint32]
+
+
+def can_expand(shape: tuple[int, int], blocksize: int) -> bool:
+    """Whether blocks along the rows of a weight (out, in) lie within the runs that share an absmax."""
+    whole = blocksize > 0 and shape[0] * shape[1] % blocksize == 0
+    return whole and shape[1] % BLOCK == 0 and blocksize % BLOCK == 0
+
+
+def expanded_bytes(shape: tuple[int, int]) -> int:
+    """What a weight (out, in) takes as int8 blocks: codes, and float32 scales."""
+    return shape[0] * shape[1] + shape[0] * shape[1] // BLOCK * 4
+
+
+def expand(
+    packed: Bytes, absmax: Float32, quant_type: str, shape: tuple[int, int], blocksize: int
+) -> tuple[Bytes, Float32]:
+    """Codes, uint8 (out, blocks, BLOCK) with 128 for zero, and scales, float32 (out, blocks).
+
+    packed: a weight (out, in), two codes a byte, the first in the high bits; absmax: one for each run of
+    `blocksize` values.
+    """
+    tables, parts = _tables(quant_type), packed.view(np.uint16).reshape(-1, BLOCK // 4)
+    codes = np.empty(parts.shape, np.uint32)
+    steps = np.empty(len(parts), np.float32)
+    for start, stop in pairwise([*range(0, len(parts), _CHUNK), len(parts)]):
+        part = parts[start:stop].astype(np.intp)
+        errors = [np.take(four, part, mode="clip").sum(axis=1) for four in tables.errors]
+        chosen = np.stack(errors, axis=1).view(np.uint16).argmin(axis=1)
+        steps[start:stop] = np.take(np.array(_STEPS[quant_type], np.float32), chosen)
+        part += chosen[:, None] << 16
+        np.take(tables.codes, part, mode="clip", out=codes[start:stop])
+    scales = np.repeat(absmax, blocksize // BLOCK)[: len(parts)] / steps
+    count = shape[1] // BLOCK
+    return codes.view(np.uint8).reshape(shape[0], count, BLOCK), scales.reshape(shape[0], count)
+
+
+@cache
+def _tables(quant_type: str) -> _Tables:
+    levels = LEVELS[quant_type].astype(np.float64)
+    both = np.arange(1 << 16).astype(np.uint16).view(np.uint8)
+    four = np.stack([both >> 4, both & 15], axis=1).reshape(-1, 4)
+    codes, wrong = [], []
+    for step in _STEPS[quant_type]:
+        code = np.rint(levels * step)
+        fits = np.abs(code) < _HALF
+        codes.append(np.where(fits, code + _HALF, 0).astype(np.uint8)[four].view(np.uint32)[:, 0])
+        wrong.append(np.where(fits, (code / step - levels) ** 2, np.inf)[four].sum(axis=1))
+    usual = np.mean(wrong[0])
+    errors = np.minimum(np.rint(np.stack(wrong, axis=1) / usual * _USUAL), _WORST).astype(np.uint16)
+    return _Tables(errors.view(np.uint64).T.copy(), np.concatenate(codes))

@@ -1,0 +1,64 @@
+"""Parts of an ONNX file as bytes, written without the onnx package, which no device has.
+
+Field numbers as in onnx_file.py, which reads what is written here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from vera_edge.arrays import Array
+
+_KINDS = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7}  # TensorProto.DataType
+_INT = 2  # AttributeProto.AttributeType
+
+
+def field(number: int, value: int | bytes | str) -> bytes:
+    """A field of a message: a number that isn't negative, or the bytes of a string or of a message."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def node(
+    op: str,
+    inputs: Sequence[str],
+    output: str,
+    attributes: Mapping[str, int] = MappingProxyType({}),
+    name: str = "",
+    domain: str = "",
+) -> bytes:
+    """A NodeProto of one output, whose attributes are integers; called as its output unless it has a name."""
+    made = b"".join(field(1, one) for one in inputs) + field(2, output)
+    made += field(3, name or output) + field(4, op)
+    for key, value in attributes.items():
+        made += field(5, field(1, key) + field(3, value) + field(20, _INT))
+    return made + (field(7, domain) if domain else b"")
+
+
+def constant(name: str, array: Array) -> bytes:
+    """A TensorProto with its values."""
+    return _tensor(name, array) + field(9, np.ascontiguousarray(array).tobytes())
+
+
+def held(name: str, array: Array) -> bytes:
+    """A TensorProto whose values `Graph` hands over: it stands for a file that is never opened."""
+    return _tensor(name, array) + field(13, field(1, "location") + field(2, "held")) + field(14, 1)
+
+
+def _tensor(name: str, array: Any) -> bytes:
+    sizes = b"".join(field(1, size) for size in array.shape)
+    return sizes + field(2, _KINDS[array.dtype.name]) + field(8, name)
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])
