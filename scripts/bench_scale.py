@@ -24,7 +24,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -207,7 +206,7 @@ def main() -> None:
 
 
 def _measure(given: argparse.Namespace, results: Results) -> Iterator[Result]:
-    known = rows(efforts=has_option("export", "--effort"))
+    known = rows()
     pairs = wanted_rows(given, known)
     if any(name.startswith("llama-") for name, _ in pairs):
         bench_llama_cpp.environment(llama_cpp_folder())
@@ -230,12 +229,6 @@ def _measure(given: argparse.Namespace, results: Results) -> Iterator[Result]:
             yield from sitting.measure(pairs, given.again)
             if not given.keep:
                 shutil.rmtree(place)
-
-
-def has_option(command: str, option: str) -> bool:
-    """Whether a command of vera-edge knows an option."""
-    words = [sys.executable, "-m", "vera_edge", command, "--help"]
-    return option in subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
 def _tokenizer(given: Path | None, size: Size) -> Path | None:

@@ -50,7 +50,7 @@ def _between(page: str, name: str, lines: Sequence[str]) -> str:
 
 def _tables(results: Sequence[Result]) -> Iterator[str]:
     """A table for each row of ours, its peers in it."""
-    known = rows(efforts=True)
+    known = rows()
     for name, row in known.items():
         if row.beside is not None:
             continue

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from scripts import bench_llama_cpp
 from scripts.bench_models import Size
-from scripts.bench_scale_flops import EFFORTS, calibrated_export, merge
+from scripts.bench_scale_flops import calibrated_export, merge
+from vera_edge.requantize.effort import EFFORTS, Effort
 
 Command = list[str | Path]
 _DRIFT_TOKENS = 4000
@@ -104,21 +105,15 @@ def _llama_quantize(at: Place) -> Command:
     return [python, script, at.other / "model.gguf", "--quantize", at.out / "model.gguf"]
 
 
-def _int4(effort: str | None) -> Row:
-    words = ("--weights", "int4", *(("--effort", effort) if effort else ()))
-    name = effort or "default"
-    known = EFFORTS.get(name)
-
+def _int4(effort: str) -> Row:
     def flops(size: Size, rank: int) -> float:
-        assert known is not None
-        return sum(calibrated_export(size, known).values()) + merge(size, rank)
+        return sum(calibrated_export(size, Effort.named(effort)).values()) + merge(size, rank)
 
-    return Row(f"export int4, {name} effort", _export(*words), flops=flops if known else None)
+    return Row(f"export int4, {effort} effort", _export("--weights", "int4", "--effort", effort), flops=flops)
 
 
-def rows(efforts: bool) -> dict[str, Row]:
-    """All rows by name, in the order in which they are measured. efforts: whether `export` has --effort."""
-    by_effort = {f"int4-{name}": _int4(name) for name in ("quick", "default", "thorough")}
+def rows() -> dict[str, Row]:
+    """All rows by name, in the order in which they are measured."""
     return {
         "merge": Row("merge, rounded to nearest", _merge, ("nf4", "bf16"), flops=merge),
         "peft": Row("PEFT's merge", _peft, ("nf4", "bf16"), beside="merge"),
@@ -143,6 +138,6 @@ def rows(efforts: bool) -> dict[str, Row]:
             beside="int4-default",
             opened=True,
         ),
-        **(by_effort if efforts else {"int4-default": _int4(None)}),
+        **{f"int4-{effort}": _int4(effort) for effort in EFFORTS},
         "plan": Row("plan", _plan, opened=True),
     }

@@ -13,13 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from scripts import (
     bench_llama_cpp,
     bench_models,
-    bench_scale,
-    bench_scale_flops,
     bench_scale_goals,
     bench_scale_page,
 )
@@ -136,36 +133,6 @@ def test_fewer_layers_are_known_as_fewer() -> None:
     assert SIZES["8b"].of_layers(40) == SIZES["8b"]
 
 
-def test_operations_of_the_forward_passes_are_those_torch_counts() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers import LlamaConfig, LlamaModel
-
-    size = SIZES["tiny"]
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        intermediate_size=size.inner,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        vocab_size=size.vocabulary,
-        attn_implementation="eager",
-    )
-    with FlopCounterMode(display=False) as counted, torch.inference_mode():
-        LlamaModel(config)(torch.arange(256)[None] % size.vocabulary)
-    rotary = 2 * 256 * size.hidden // size.heads // 2  # the angles, by a product
-    ours = bench_scale_flops.calibrated_export(size, bench_scale_flops.Effort(tokens=256))["forward"]
-    # It runs twice, and torch counts the masked half of attention as well.
-    masked = 2 * size.layers * 2 * 256 * 256 * size.hidden
-    assert ours + masked == pytest.approx(2 * (counted.get_total_flops() - rotary), rel=1e-3)
-
-
-def test_operations_of_today_are_those_of_a_billion_weights_by_hand() -> None:
-    parts = bench_scale_flops.calibrated_export(SIZES["1.2b"], bench_scale_flops.EFFORTS["default"])
-    assert sum(parts.values()) == pytest.approx(207e12, rel=0.02)
-    quick = bench_scale_flops.calibrated_export(SIZES["1.2b"], bench_scale_flops.EFFORTS["quick"])
-    assert sum(quick.values()) == pytest.approx(66.9e12, rel=0.02)
-
-
 def test_results_are_kept_by_row_and_replaced(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "results.json"
     results = Results(file)
@@ -262,9 +229,6 @@ def test_the_converter_is_what_the_source_brings_and_nothing_else(tmp_path: Path
 
 
 def test_every_row_names_rows_that_are_there() -> None:
-    for efforts in (False, True):
-        known = rows(efforts)
-        assert all(row.needs is None or row.needs in known for row in known.values())
-        assert all(row.beside is None or row.beside in known for row in known.values())
-    assert not bench_scale.has_option("export", "--no-such-option")
-    assert bench_scale.has_option("export", "--weights")
+    known = rows()
+    assert all(row.needs is None or row.needs in known for row in known.values())
+    assert all(row.beside is None or row.beside in known for row in known.values())
