@@ -21,9 +21,9 @@ def dense_tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
         weight = checkpoint.dequantize(module)
         conv1d = checkpoint.is_conv1d(module)
         return torch.from_numpy(np.ascontiguousarray(weight.T) if conv1d else weight)
-    raw = checkpoint.tensors.read(name)
-    is_float = raw.dtype in FLOATS
-    return torch.from_numpy(raw.float32() if is_float else raw.array())
+    if checkpoint.tensors[name].dtype in FLOATS:
+        return torch.from_numpy(checkpoint.tensors.float32(name))
+    return torch.from_numpy(checkpoint.tensors.read(name).array())
 
 
 def matrices_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:

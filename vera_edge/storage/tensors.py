@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,17 +88,29 @@ class RawTensor:
 
         What of a float64 is too large for float32 becomes infinite.
         """
-        if self.dtype == "BF16":
-            return bf16_to_float32(self.array())
-        if self.dtype in ("F16", "F32", "F64"):
-            with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite
-                return self.array().astype(np.float32)
-        raise CheckpointError(f"a {self.dtype} tensor of shape {list(self.shape)} stands where floats belong")
+        return float32_of(self.dtype, self.shape, [self.data])
 
 
 _NUMPY_NAMES = {"b1": "BOOL", "u1": "U8", "i1": "I8", "u2": "U16", "i2": "I16", "f2": "F16"} | {
     f"{kind}{size}": f"{kind.upper()}{size * 8}" for kind in "uif" for size in (4, 8)
 }
+
+
+def float32_of(dtype: str, shape: tuple[int, ...], pieces: Iterable[Bytes]) -> Float32:
+    """A tensor as float32, of its bytes in pieces of whole values; see `RawTensor.float32`."""
+    if dtype not in FLOATS:
+        raise CheckpointError(f"a {dtype} tensor of shape {list(shape)} stands where floats belong")
+    found, start = np.empty(math.prod(shape), np.float32), 0
+    for piece in pieces:
+        values = piece.view(DTYPES[dtype][1])
+        here = found[start : start + values.size]
+        start += values.size
+        if dtype == "BF16":
+            np.left_shift(values, np.uint32(16), out=here.view(np.uint32), dtype=np.uint32)
+            continue
+        with np.errstate(over="ignore"):  # what float32 can't hold becomes infinite
+            here[...] = values
+    return found.reshape(shape)
 
 
 def bf16_to_float32(bits: npt.NDArray[np.uint16]) -> Float32:
@@ -239,8 +251,12 @@ class TensorFolder(Mapping[str, TensorInfo]):
         return byte_ranges.read(info.file, info.start, sizes, f"tensor {name}")
 
     def float32(self, name: str) -> Float32:
-        """One tensor as float32; raises CheckpointError when it isn't a float tensor."""
-        return self.read(name).float32()
+        """One tensor as float32, its stored bytes never whole in memory where they are read piece by piece.
+
+        Raises CheckpointError when it isn't a float tensor.
+        """
+        info = self._infos[name]
+        return float32_of(info.dtype, info.shape, self.pieces(name))
 
 
 class WitnessedFolder(TensorFolder):
