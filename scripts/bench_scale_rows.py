@@ -69,7 +69,8 @@ def _decode(at: Place) -> Command:
 
 
 def _drift(at: Place) -> Command:
-    return _ours("drift", at.adapter, at.other, "--base", at.base, "--tokens", str(_DRIFT_TOKENS))
+    words = ("--tokens", str(_DRIFT_TOKENS), "--max-memory", "6GB")
+    return _ours("drift", at.adapter, at.other, "--base", at.base, *words)
 
 
 def _plan(at: Place) -> Command:
