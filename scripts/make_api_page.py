@@ -47,7 +47,7 @@ GROUPS = {
     ),
     "Merge": ("merge", "merge_each", "plan_merge", "plan_merge_each"),
     "Export": ("export", "plan_export", "plan", "golden", "pack_adapter", "freeze_adapter"),
-    "Drift": ("drift",),
+    "Drift": ("drift", "drift_each"),
     "Bundles": ("verify", "read_manifest", "sign", "diff"),
     "On the device": (
         *("open_bundle", "Session", "Encoder"),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vera_edge.api.drift import EncoderReport as EncoderReport
     from vera_edge.api.drift import Interval as Interval
     from vera_edge.api.drift import drift as drift
+    from vera_edge.api.drift import drift_each as drift_each
     from vera_edge.api.export import Export as Export
     from vera_edge.api.export import PlannedExport as PlannedExport
     from vera_edge.api.export import export as export
@@ -97,7 +98,7 @@ _PUBLIC = {
     "api.chat": ("Conversation", "chat"),
     "api.diff": ("Difference", "diff", "diff_adapters"),
     "api.doctor": ("Diagnosis", "doctor"),
-    "api.drift": ("DriftReport", "EncoderReport", "Interval", "drift"),
+    "api.drift": ("DriftReport", "EncoderReport", "Interval", "drift", "drift_each"),
     "api.export": ("Export", "PlannedExport", "export", "plan_export"),
     "api.fetch": ("Fetched", "fetch"),
     "api.golden": ("golden",),

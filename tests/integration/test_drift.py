@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from tests import exported, tiny, tiny_bundle
 from tests.conftest import Cli
 from vera_edge.adapters import reading as adapters
 from vera_edge.adapters.vera import vectors_of
+from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.measuring import opened_candidate
+from vera_edge.reference.model import TorchReference
 from vera_edge.trained import provenance
 
 torch.set_num_threads(1)
@@ -67,6 +70,63 @@ def test_an_exact_merge_is_faithful_and_the_base_is_lost(
     assert report["verdict"]["level"] == "lost"
     assert report["fidelity"]["kl"]["mean"] == report["effect"]["kl"]["mean"]
     assert "min_retained (broken)" in lost.stderr
+
+
+def test_several_artefacts_are_measured_as_each_alone(
+    cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same reports, of one run of the reference; a lost one fails all, and the sentence names it."""
+    runs: list[int] = []
+    together = TorchReference.logits_together
+
+    def counted(views: Sequence[TorchReference], *rest: Any) -> Iterator[tuple[Float32, ...]]:
+        runs.append(len(views))
+        return together(views, *rest)
+
+    monkeypatch.setattr(TorchReference, "logits_together", staticmethod(counted))
+    both = cli("drift", tiny_adapter, merged, tiny_llama.nf4, "--base", tiny_llama.nf4, *QUICK, "--json")
+    assert both.exit_code == 3, both.stderr
+    assert runs == [3, 1, 1]  # adapter on, off and in bfloat16; then the artefacts
+    assert f"not kept for {tiny_llama.nf4}: min_retained (broken)" in both.stderr
+    alone = [
+        cli("drift", tiny_adapter, one, "--base", tiny_llama.nf4, *QUICK, "--json")
+        for one in (merged, tiny_llama.nf4)
+    ]
+    assert json.loads(both.stdout) == [json.loads(one.stdout) for one in alone]
+    shown = cli("drift", tiny_adapter, merged, tiny_llama.nf4, "--base", tiny_llama.nf4, *QUICK)
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    assert any(line[:1] == [str(merged)] and line[-1] == "faithful" for line in lines)
+    assert any(line[:1] == [str(tiny_llama.nf4)] and line[-1] == "lost" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("artefacts", "words", "said"),
+    [
+        (2, ("--report", "out.html"), "--report is for one artefact"),
+        (2, ("--by-layer",), "--by-layer is for one artefact"),
+        (1, ("--engine", "cloud"), "engine 'cloud' isn't known"),
+        (1, ("--ray-address", "x:1"), "it needs --engine ray"),
+        ("twice", (), "is given more than once"),
+        ("missing", (), "nowhere"),
+    ],
+)
+def test_what_several_artefacts_cannot_have(
+    cli: Cli,
+    tiny_adapter: Path,
+    tiny_llama: tiny.TinyLlama,
+    merged: Path,
+    artefacts: Any,
+    words: Any,
+    said: str,
+) -> None:
+    given: dict[Any, list[Path]] = {
+        1: [merged],
+        2: [merged, tiny_llama.nf4],
+        "twice": [merged, merged],
+        "missing": [merged, Path("nowhere")],
+    }
+    refused = cli("drift", tiny_adapter, *given[artefacts], "--base", tiny_llama.nf4, *words)
+    assert refused.exit_code == 2 and said in refused.stderr and not refused.stdout
 
 
 def test_every_output_of_one_run(cli: Cli, tiny_adapter: Path, merged: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.integration.test_release_faults import recipe
 from vera_edge import merging as merge
 from vera_edge.errors import PlanError, VeraEdgeError
 from vera_edge.measuring.assess import DriftRequest, assess_any
-from vera_edge.measuring.assess_each import assess_each
+from vera_edge.measuring.assess_each import assess_each, assess_several
 from vera_edge.parallel import Engine
 from vera_edge.rounding.weight_rounding import Rounding, merge_to_folders
 
@@ -170,7 +170,10 @@ def test_drift_of_many_artefacts_on_a_cluster(
 
     here = {number: assess_any(request) for number, request in enumerate(requests(tmp_path))}
     on_ray = Engine("ray", address=cluster.address)
-    assert dict(assess_each(requests(Path()), on_ray)) == here
+    names = [Path("fp32"), Path("int8"), Path("nf4")]
+    found = assess_several(requests(Path())[1], names, on_ray)
+    assert dict(enumerate(found)) == here
+    assert assess_several(requests(tmp_path)[1], [tmp_path / name for name in names], Engine()) == list(found)
     with pytest.raises(VeraEdgeError, match="nowhere"):
         list(assess_each([replace(requests(Path())[0], candidate=Path("nowhere"))], on_ray))
 

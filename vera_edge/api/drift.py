@@ -1,4 +1,4 @@
-"""`vera_edge.drift`: how far an artefact is from the model as trained."""
+"""`vera_edge.drift`, and `drift_each` of several: how far artefacts are from the model as trained."""
 
 from __future__ import annotations
 
@@ -7,16 +7,27 @@ from pathlib import Path
 
 from vera_edge.api.arguments import BUILT_IN, Adapters, StrPath, loading, path_or_none, size_or_none, weighted
 from vera_edge.base.trained_as import TrainedAs
+from vera_edge.errors import PlanError
 from vera_edge.measuring import baseline as baselines
 from vera_edge.measuring import limits as bounds
 from vera_edge.measuring import outputs
 from vera_edge.measuring.assess import DriftRequest, assess_any
+from vera_edge.measuring.assess_each import assess_several
 from vera_edge.measuring.comparison import Comparison, Interval
 from vera_edge.measuring.encoder_report import EncoderReport
-from vera_edge.measuring.result import DriftReport
+from vera_edge.measuring.result import DriftReport, raise_when_any_exceeded
+from vera_edge.parallel import Engine
 from vera_edge.progress import Progress, silent
 
-__all__ = ["Comparison", "DriftReport", "EncoderReport", "Interval", "drift"]
+__all__ = [
+    "Comparison",
+    "DriftReport",
+    "EncoderReport",
+    "Interval",
+    "drift",
+    "drift_each",
+    "raise_when_exceeded",
+]
 
 
 def drift(
@@ -93,10 +104,7 @@ def drift(
         ('faithful', True)
     """
     named = {"max_kl": max_kl, "min_top1": min_top1, "max_flips": max_flips, "min_retained": min_retained}
-    if isinstance(limits, Mapping):
-        named = {**limits, **{name: bound for name, bound in named.items() if bound is not None}}
-        limits = None
-    held = bounds.gather(path_or_none(limits), named)
+    held = _held(limits, named)
     earlier = None if baseline is None else baselines.read(Path(baseline))
     others = [baselines.read(Path(path)) for path in beside]
     files = (path_or_none(report), path_or_none(junit), path_or_none(plots))
@@ -124,3 +132,88 @@ def drift(
         found = baselines.hold(found, earlier)
     outputs.write(found, *files, others)
     return found
+
+
+def drift_each(
+    reference: StrPath,
+    artefacts: Sequence[StrPath],
+    *,
+    data: StrPath = BUILT_IN,
+    base: StrPath | None = None,
+    adapter: Adapters = (),
+    projection_rounding: str | None = None,
+    trained_as: str | TrainedAs | None = None,
+    tokenizer: StrPath | None = None,
+    tokens: int = DriftRequest.tokens,
+    window: int = DriftRequest.window,
+    exact: bool = False,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    max_flips: float | None = None,
+    min_retained: float | None = None,
+    limits: StrPath | Mapping[str, float] | None = None,
+    max_memory: int | str | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
+    progress: Progress = silent,
+) -> list[DriftReport | EncoderReport]:
+    """Measure each of several artefacts (`vera-edge drift` with more than one); the reference is run once.
+
+    Args:
+        reference: as in `drift`.
+        artefacts: merged or exported folders; all are open at once.
+        data, base, ...: all as in `drift`, limits too: each artefact is held to them.
+        engine: "local", or "ray" for a cluster that shares the disk, where each artefact is a task that runs
+            the reference as well.
+        ray_address: of the Ray cluster; None starts one on this machine.
+
+    Returns:
+        A report for each artefact, in their order, as `drift` gives it.
+
+    Raises:
+        PlanError: no artefact is given, or one twice. All else as `drift`.
+
+    Example:
+        >>> reports = vera_edge.drift_each("adapter", ["bundle"], base="base", tokens=1024, window=64)
+        >>> [report.verdict.level for report in reports]
+        ['faithful']
+    """
+    paths = [Path(artefact) for artefact in artefacts]
+    if not paths:
+        raise PlanError("there is no artefact to measure; give one folder or more")
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise PlanError(f"{twice} is given more than once; give each artefact once")
+    named = {"max_kl": max_kl, "min_top1": min_top1, "max_flips": max_flips, "min_retained": min_retained}
+    held = _held(limits, named)
+    request = DriftRequest(
+        Path(reference),
+        paths[0],
+        data=str(data),
+        base=path_or_none(base),
+        adapters=tuple(weighted(adapter)),
+        projection_rounding=projection_rounding,
+        tokenizer=path_or_none(tokenizer),
+        tokens=tokens,
+        window=window,
+        exact=exact,
+        trained_as=loading(trained_as),
+        limits=tuple(held),
+        max_memory=size_or_none(max_memory),
+    )
+    found = assess_several(request, paths, Engine(engine, address=ray_address), progress)
+    return [bounds.hold(report, held) for report in found]
+
+
+def raise_when_exceeded(reports: Sequence[DriftReport | EncoderReport]) -> None:
+    """Raise DriftExceeded when any limit was broken or can't be decided; the sentence names all of them."""
+    raise_when_any_exceeded({report.candidate.path: report.outcomes for report in reports})
+
+
+def _held(
+    limits: StrPath | Mapping[str, float] | None, named: Mapping[str, float | None]
+) -> dict[str, float]:
+    """All limits by name; `named` go over the others."""
+    if isinstance(limits, Mapping):
+        given = {name: bound for name, bound in named.items() if bound is not None}
+        return bounds.gather(None, {**limits, **given})
+    return bounds.gather(path_or_none(limits), named)

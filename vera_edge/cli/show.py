@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -155,8 +155,8 @@ def note(sentence: object) -> None:
     click.echo(f"note: {printable.line(sentence)}", err=True)
 
 
-def print_json(value: Mapping[str, Any]) -> None:
-    """Print one JSON object on stdout."""
+def print_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """Print one JSON object, or a list of them, on stdout."""
     click.echo(json.dumps(value, indent=2, sort_keys=True, allow_nan=False))
 
 
@@ -167,13 +167,20 @@ def tell(sentence: str) -> None:
 
 def refuse_beside_plan(*names: str) -> None:
     """Raise a usage error when options that the plan decides are given beside --plan."""
-    context = click.get_current_context()
-    if context.params.get("plan_file") is None:
+    if click.get_current_context().params.get("plan_file") is None:
         return
+    if option := given_on_line(*names):
+        raise click.UsageError(f"the plan decides {option}; leave it out beside --plan")
+
+
+def given_on_line(*names: str) -> str | None:
+    """The first of these options that the command line has, as it is written there."""
+    context = click.get_current_context()
     for parameter in context.command.params:
-        given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
-        if parameter.name in names and given:
-            raise click.UsageError(f"the plan decides {parameter.opts[0]}; leave it out beside --plan")
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source == ParameterSource.COMMANDLINE:
+            return parameter.opts[0]
+    return None
 
 
 def needs_base(base: Path | None, trained_as: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,12 @@ from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import DataError, MismatchError
 from vera_edge.measuring import limits, opened_candidate, opened_reference
 from vera_edge.measuring.continuations import continue_both, runs_by_layer
-from vera_edge.measuring.encoder_assess import assess_encoder
+from vera_edge.measuring.encoder_assess import assess_encoders
 from vera_edge.measuring.encoder_report import EncoderReport
-from vera_edge.measuring.evaluate import Measurement, check_vocabularies, measure
+from vera_edge.measuring.evaluate import Measurement, check_vocabularies, measure_all
 from vera_edge.measuring.opened_candidate import OpenedCandidate
 from vera_edge.measuring.opened_reference import OpenedReference
-from vera_edge.measuring.result import DriftReport, TextFacts, WorstText
+from vera_edge.measuring.result import DriftReport, LayerDrift, TextFacts, WorstText
 from vera_edge.measuring.verdict import judge
 from vera_edge.progress import Progress, silent
 from vera_edge.tasks import task as tasks
@@ -63,10 +64,10 @@ class DriftRequest:
 
 @dataclass(frozen=True)
 class _Opened:
-    """Both sides, the text, and the tokenizer that reads it for both."""
+    """All sides, the text, and the tokenizer that reads it for them."""
 
     trained: OpenedReference
-    candidate: OpenedCandidate
+    candidates: tuple[OpenedCandidate, ...]
     text: SourceText
     tokenizer: Tokenizer
 
@@ -76,12 +77,22 @@ def assess(request: DriftRequest, progress: Progress = silent) -> DriftReport:
 
     Raises a VeraEdgeError in one sentence when an input is at fault.
     """
-    return _assess_text(request, _open(request, progress), progress)
+    return _assess_text(request, _open(request, (request.candidate,), progress), progress)[0]
 
 
 def assess_any(request: DriftRequest, progress: Progress = silent) -> DriftReport | EncoderReport:
     """`assess`, and for models that give embeddings or classes what is measured of those."""
-    opened = _open(request, progress)
+    return assess_together(request, (request.candidate,), progress)[0]
+
+
+def assess_together(
+    request: DriftRequest, artefacts: Sequence[Path], progress: Progress = silent
+) -> Sequence[DriftReport | EncoderReport]:
+    """`assess_any` of each artefact in the place of `request.candidate`; the reference is run once for all.
+
+    All are open at once.
+    """
+    opened = _open(request, artefacts, progress)
     if _gives_text(opened.trained):
         return _assess_text(request, opened, progress)
     if request.by_layer or request.text_only:
@@ -89,8 +100,8 @@ def assess_any(request: DriftRequest, progress: Progress = silent) -> DriftRepor
             f"{request.reference} gives no text: layers, HTML report, plots and baselines are for models "
             "that do; use --json or --junit"
         )
-    return assess_encoder(
-        opened.trained, opened.candidate, opened.text, opened.tokenizer, versions.installed(_TOOLS), progress
+    return assess_encoders(
+        opened.trained, opened.candidates, opened.text, opened.tokenizer, versions.installed(_TOOLS), progress
     )
 
 
@@ -98,48 +109,77 @@ def _gives_text(trained: OpenedReference) -> bool:
     return trained.task.gives == tasks.TEXT
 
 
-def _open(request: DriftRequest, progress: Progress) -> _Opened:
-    text = windows.read_text(request.data)
-    progress("opening the models", 0, 2)
+def _open(request: DriftRequest, artefacts: Sequence[Path], progress: Progress) -> _Opened:
+    text, count = windows.read_text(request.data), 1 + len(artefacts)
+    progress("opening the models", 0, count)
     given = (request.base, request.adapters, request.projection_rounding)
-    memory = request.max_memory
     trained = opened_reference.open_trained(
-        request.reference, *given, request.trained_as, request.tokenizer, memory
+        request.reference, *given, request.trained_as, request.tokenizer, request.max_memory
     )
-    progress("opening the models", 1, 2)
-    candidate = opened_candidate.open_candidate(
-        request.candidate, request.exact, trained.digests, memory, later=runs_by_layer(trained.runner)
-    )
-    progress("opening the models", 2, 2)
-    if _gives_text(trained) and candidate.gives != tasks.TEXT:
-        raise MismatchError(f"{request.candidate} gives no text, and {request.reference} does")
-    check_vocabularies(trained.runner, candidate.runner)
-    sides = ((trained.folder, trained.tokenizer), (candidate.folder, candidate.tokenizer))
-    having = [(folder, tokenizer) for folder, tokenizer in sides if tokenizer is not None]
+    candidates: list[OpenedCandidate] = []
+    for artefact in artefacts:
+        progress("opening the models", 1 + len(candidates), count)
+        candidates.append(_open_candidate(request, artefact, trained))
+    progress("opening the models", count, count)
+    sides: list[OpenedReference | OpenedCandidate] = [trained, *candidates]
+    having = [(side.folder, side.tokenizer) for side in sides if side.tokenizer is not None]
     windows.check_alike(text, having)
-    # The reference's, or the artefact's where the reference's folder has none.
+    # The reference's, or an artefact's where the reference's folder has none.
     tokenizer = having[0][1] if having else windows.open_tokenizer(trained.folder)
-    return _Opened(trained, candidate, text, tokenizer)
+    return _Opened(trained, tuple(candidates), text, tokenizer)
 
 
-def _assess_text(request: DriftRequest, opened: _Opened, progress: Progress) -> DriftReport:
-    trained, candidate, text = opened.trained, opened.candidate, opened.text
+def _open_candidate(request: DriftRequest, artefact: Path, trained: OpenedReference) -> OpenedCandidate:
+    later = runs_by_layer(trained.runner)
+    found = opened_candidate.open_candidate(
+        artefact, request.exact, trained.digests, request.max_memory, later
+    )
+    if _gives_text(trained) and found.gives != tasks.TEXT:
+        raise MismatchError(f"{artefact} gives no text, and {request.reference} does")
+    check_vocabularies(trained.runner, found.runner)
+    return found
+
+
+def _assess_text(request: DriftRequest, opened: _Opened, progress: Progress) -> list[DriftReport]:
+    trained, candidates = opened.trained, opened.candidates
     limits.check_text(request.limits)
     if request.by_layer:
         # torch is only there when the models' layers are.
         from vera_edge.measuring import layers
 
-        layers.check(trained, candidate)
+        for candidate in candidates:
+            layers.check(trained, candidate)
     vocabulary = trained.runner.vocab_size
-    cut = windows.make(text, opened.tokenizer, vocabulary, request.tokens, request.window)
-    _check_context(cut, trained, candidate)
-    found = measure(
-        trained.runner, candidate.runner, cut, base=trained.base, noise=trained.noise, progress=progress
+    cut = windows.make(opened.text, opened.tokenizer, vocabulary, request.tokens, request.window)
+    _check_context(cut, trained, *candidates)
+    names = [f"artefact {one.artefact.path}" if len(candidates) > 1 else "artefact" for one in candidates]
+    runners = {name: one.runner for name, one in zip(names, candidates, strict=True)}
+    found = measure_all(
+        trained.runner, runners, cut, base=trained.base, noise=trained.noise, progress=progress
     )
-    by_layer = layers.by_layer(trained, candidate, cut, progress) if request.by_layer else ()
-    samples = continue_both(
-        trained.runner, candidate.runner, cut, opened.tokenizer, request.samples, progress
-    )
+    return [
+        _report(request, opened, candidate, cut, found[name], progress)
+        for name, candidate in zip(names, candidates, strict=True)
+    ]
+
+
+def _report(
+    request: DriftRequest,
+    opened: _Opened,
+    candidate: OpenedCandidate,
+    cut: Windows,
+    found: Measurement,
+    progress: Progress,
+) -> DriftReport:
+    """What was measured of one artefact, and what is measured of it alone."""
+    trained, text, tokenizer = opened.trained, opened.text, opened.tokenizer
+    by_layer: tuple[LayerDrift, ...] = ()
+    if request.by_layer:
+        from vera_edge.measuring import layers
+
+        by_layer = layers.by_layer(trained, candidate, cut, progress)
+    vocabulary = trained.runner.vocab_size
+    samples = continue_both(trained.runner, candidate.runner, cut, tokenizer, request.samples, progress)
     return DriftReport(
         reference=trained.artefact,
         candidate=candidate.artefact,
@@ -153,18 +193,18 @@ def _assess_text(request: DriftRequest, opened: _Opened, progress: Progress) -> 
         notes=(
             *trained.notes,
             *candidate.notes,
-            *windows.beyond(opened.tokenizer, vocabulary),
+            *windows.beyond(tokenizer, vocabulary),
             *_text_notes(found, vocabulary),
         ),
-        worst=_worst(found, cut, opened.tokenizer),
+        worst=_worst(found, cut, tokenizer),
         generations=samples,
         layers=by_layer,
         tools=versions.installed(_TOOLS),
     )
 
 
-def _check_context(cut: Windows, trained: OpenedReference, candidate: OpenedCandidate) -> None:
-    for context in (trained.context, candidate.context):
+def _check_context(cut: Windows, *sides: OpenedReference | OpenedCandidate) -> None:
+    for context in (side.context for side in sides):
         if context is not None and cut.window > context:
             raise DataError(
                 f"a window of {cut.window} tokens is longer than the model's context of {context}"

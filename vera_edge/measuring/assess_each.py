@@ -1,4 +1,4 @@
-"""Drift of many artefacts, each measured on any worker: one after the other here, or on a cluster."""
+"""Drift of many artefacts: here beside each other, or each by itself on any machine of a cluster."""
 
 from __future__ import annotations
 
@@ -6,11 +6,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vera_edge.measuring.assess import DriftRequest, assess_any
+from vera_edge.measuring.assess import DriftRequest, assess_any, assess_together
 from vera_edge.measuring.encoder_report import EncoderReport
 from vera_edge.measuring.result import DriftReport
 from vera_edge.parallel import Engine
+from vera_edge.progress import Progress, silent
 from vera_edge.text import windows
+
+
+def assess_several(
+    request: DriftRequest, artefacts: Sequence[Path], engine: Engine, progress: Progress = silent
+) -> Sequence[DriftReport | EncoderReport]:
+    """The reports of artefacts of one model, in their order; `request.candidate` is any of them.
+
+    Here the reference is run once for all. On a cluster every artefact is a task that runs the reference too,
+    so that a machine that is lost costs its own alone. The reports are the same.
+    """
+    if engine.kind != "ray":
+        return assess_together(request, artefacts, progress)
+    requests, found = [replace(request, candidate=path) for path in artefacts], {}
+    progress("measuring on the cluster", 0, len(requests))
+    for index, report in assess_each(requests, engine):
+        found[index] = report
+        progress("measuring on the cluster", len(found), len(requests))
+    return [found[index] for index in range(len(requests))]
 
 
 def assess_each(

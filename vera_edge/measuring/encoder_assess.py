@@ -8,7 +8,8 @@ puts around it, cut at the model's longest input.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -37,44 +38,88 @@ _TEXTS = 500
 _LONGEST = 256
 
 
-def assess_encoder(
+def assess_encoders(
     trained: OpenedReference,
-    candidate: OpenedCandidate,
+    candidates: Sequence[OpenedCandidate],
     text: SourceText,
     tokenizer: Tokenizer,
     tools: dict[str, str],
     progress: Progress,
-) -> EncoderReport:
-    """Measure an artefact that gives embeddings, classes or spans.
+) -> list[EncoderReport]:
+    """Measure artefacts that give embeddings, classes or spans; the reference is run once.
 
-    Raises DataError when there are too few texts, MismatchError when the two models do different things.
+    Raises DataError when there are too few texts, MismatchError when two models do different things.
     """
+    for candidate in candidates:
+        if candidate.gives != trained.task.gives:
+            raise MismatchError(
+                f"{candidate.artefact.path} isn't a model of the kind of {trained.artefact.path}; "
+                "give a merged or exported folder of it"
+            )
+    known: dict[int, _Truth] = {}  # by the longest text
+    reports = []
+    for candidate in candidates:
+        bounds = [_LONGEST, trained.context, candidate.context]
+        longest = min(bound for bound in bounds if bound)
+        if longest not in known:
+            known[longest] = _Truth.of(trained, text, tokenizer, longest, progress)
+        reports.append(_report(trained, candidate, text, tokenizer, known[longest], tools, progress))
+    return reports
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """The texts, and what the model as trained gives for them, and without its adapter."""
+
+    texts: list[Int64]
+    reference: list[Float32]
+    base: list[Float32] | None
+
+    @classmethod
+    def of(
+        cls,
+        trained: OpenedReference,
+        text: SourceText,
+        tokenizer: Tokenizer,
+        longest: int,
+        progress: Progress,
+    ) -> _Truth:
+        texts = cut_texts(text, tokenizer, longest)
+        rows = _rows(trained)
+        for ids in texts if rows else ():
+            check_ids(ids, tokenizer, rows, f"{text.source} text")
+
+        def outputs(runner: object, who: str) -> list[Float32]:
+            return _outputs(_encoder(runner, trained.task.gives, trained.pooling), texts, who, progress)
+
+        reference = outputs(trained.runner, "the reference")
+        return cls(texts, reference, None if trained.base is None else outputs(trained.base, "the base"))
+
+
+def _rows(trained: OpenedReference) -> int:
+    """Of the table of embeddings; 0 where that isn't known."""
     assert trained.checkpoint is not None
-    gives = trained.task.gives
-    if candidate.gives != gives:
-        raise MismatchError(
-            f"{candidate.artefact.path} isn't a model of the kind of {trained.artefact.path}; "
-            "give a merged or exported folder of it"
-        )
-    bounds = [_LONGEST, trained.context, candidate.context]
-    texts = cut_texts(text, tokenizer, min(bound for bound in bounds if bound))
-    rows = trained.checkpoint and vocabulary_size(trained.checkpoint.config)
-    for ids in texts if rows else ():
-        check_ids(ids, tokenizer, rows or 0, f"{text.source} text")
+    return vocabulary_size(trained.checkpoint.config) or 0
 
-    def outputs(runner: object, pooling: Pooling | None, who: str) -> list[Float32]:
-        return _outputs(_encoder(runner, gives, pooling), texts, who, progress)
 
-    reference = outputs(trained.runner, trained.pooling, "the reference")
-    found = outputs(candidate.runner, candidate.pooling, "the artefact")
-    base = outputs(trained.base, trained.pooling, "the base") if trained.base is not None else None
+def _report(
+    trained: OpenedReference,
+    candidate: OpenedCandidate,
+    text: SourceText,
+    tokenizer: Tokenizer,
+    truth: _Truth,
+    tools: dict[str, str],
+    progress: Progress,
+) -> EncoderReport:
+    texts, reference, base, gives = truth.texts, truth.reference, truth.base, trained.task.gives
+    found = _outputs(_encoder(candidate.runner, gives, candidate.pooling), texts, "the artefact", progress)
     kind = _kind(trained, candidate, reference[0].shape[-1]) if gives == tasks.CLASSES else gives
     compare, distances = _MEASURES[kind]
     measured = compare(reference, found)
     lost = distances(reference, found)
     effect = distances(reference, base) if base is not None else None
     kept = encoders.retained(lost, effect) if effect is not None else None
-    tokens = sum(len(ids) for ids in texts)
+    tokens, rows = sum(len(ids) for ids in texts), _rows(trained)
     return EncoderReport(
         reference=trained.artefact,
         candidate=candidate.artefact,

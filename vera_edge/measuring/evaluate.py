@@ -1,8 +1,8 @@
-"""Runs reference, artefact and their yardsticks over the same windows, one window at a time."""
+"""Runs reference, artefacts and their yardsticks over the same windows, one window at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -62,31 +62,53 @@ def measure(
     noise: Runner | None = None,
     progress: Progress = silent,
 ) -> Measurement:
-    """Compare `candidate` with `reference` on every window; `base` and `noise` are the yardsticks.
+    """Compare `candidate` with `reference` on every window; see `measure_all`."""
+    only = {"artefact": candidate}
+    return measure_all(reference, only, windows, base=base, noise=noise, progress=progress)["artefact"]
 
-    Holds one window's logits of each model. The reference's weights, and its yardsticks', are through with
-    when the artefact's are first asked for, where they aren't all in memory. Raises MismatchError on
-    different vocabularies, DataError on logits that aren't finite and when there is too little text.
+
+def measure_all(
+    reference: Runner,
+    candidates: Mapping[str, Runner],
+    windows: Windows,
+    *,
+    base: Runner | None = None,
+    noise: Runner | None = None,
+    progress: Progress = silent,
+) -> dict[str, Measurement]:
+    """Compare candidates with `reference` on every window, by name; `base` and `noise` are the yardsticks.
+
+    Holds one window's logits of each model. The reference and its yardsticks are run once for all; their
+    weights are through with when an artefact's are first asked for, where they aren't all in memory. Raises
+    MismatchError on different vocabularies, DataError on logits that aren't finite and when there is too
+    little text.
     """
-    check_vocabularies(reference, candidate)
+    for candidate in candidates.values():
+        check_vocabularies(reference, candidate)
     yardsticks = {name: one for name, one in (("base", base), ("noise", noise)) if one is not None}
-    gathered = {name: Aggregate() for name in ("artefact", *yardsticks)}
+    gathered = {name: Aggregate() for name in (*candidates, *yardsticks)}
     counts = [None, *(NOISE_WINDOWS if name == "noise" else None for name in yardsticks)]
     ours = _together([reference, *yardsticks.values()], windows.tokens, counts, progress)
-    theirs = _each(candidate, windows.tokens, progress)
+    theirs = [_each(candidate, windows.tokens, progress) for candidate in candidates.values()]
     for index, tokens in enumerate(windows.tokens):
         progress("measuring drift", index, len(windows.tokens))
         truth, *others = next(ours)
         # The last position has no true token to be judged by.
-        names = ("artefact", *yardsticks)
-        logits = {name: found[:-1] for name, found in zip(names, (next(theirs), *others), strict=False)}
-        compared = compare_all(truth[:-1], logits, tokens[1:])
-        for name, metrics in compared.items():
+        found = [*(next(own) for own in theirs), *others]
+        logits = {name: values[:-1] for name, values in zip(gathered, found, strict=False)}
+        for name, metrics in compare_all(truth[:-1], logits, tokens[1:]).items():
             gathered[name].add(metrics)
     progress("measuring drift", len(windows.tokens), len(windows.tokens))
-    found = {name: aggregate.finish() for name, aggregate in gathered.items()}
-    retained = _retained(gathered["artefact"], gathered["base"]) if base is not None else None
-    return Measurement(found["artefact"], found.get("base"), found.get("noise"), retained)
+    effect, floor = (gathered[name].finish() if name in gathered else None for name in ("base", "noise"))
+    return {
+        name: Measurement(
+            gathered[name].finish(),
+            effect,
+            floor,
+            _retained(gathered[name], gathered["base"]) if base is not None else None,
+        )
+        for name in candidates
+    }
 
 
 def _together(

@@ -57,10 +57,17 @@ class Outcome:
 
 def raise_when_exceeded(outcomes: Sequence[Outcome], path: str) -> None:
     """Raise DriftExceeded when a limit on the artefact in `path` was broken or can't be decided."""
-    failed = [outcome for outcome in outcomes if outcome.state != "kept"]
-    if failed:
-        names = ", ".join(f"{outcome.limit} ({outcome.state})" for outcome in failed)
-        raise DriftExceeded(f"drift limits not kept for {path}: {names}")
+    raise_when_any_exceeded({path: outcomes})
+
+
+def raise_when_any_exceeded(outcomes: Mapping[str, Sequence[Outcome]]) -> None:
+    """The same of several artefacts, by their paths: one sentence for all."""
+    failed = {
+        path: ", ".join(f"{outcome.limit} ({outcome.state})" for outcome in own if outcome.state != "kept")
+        for path, own in outcomes.items()
+    }
+    if said := "; ".join(f"{path}: {names}" for path, names in failed.items() if names):
+        raise DriftExceeded(f"drift limits not kept for {said}")
 
 
 @dataclass(frozen=True)

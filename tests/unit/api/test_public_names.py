@@ -22,6 +22,7 @@ POSITIONAL = {
     "adapters",
     "reference",
     "artefact",
+    "artefacts",
     "bundle",
     "src",
     "dst",
@@ -47,6 +48,8 @@ FUNCTIONS = {
 }
 # Options that are something else in Python, and why.
 OTHERWISE = {
+    ("drift", "engine"): "of a function of its own, drift_each, as it gives several reports",
+    ("drift", "ray_address"): "likewise",
     ("merge", "each"): "a function of its own, merge_each, as it gives several reports",
     ("export", "dry_run"): "a function of its own, plan_export, as it gives a plan",
     ("merge", "dry_run"): "functions of their own, plan_merge and plan_merge_each, as they give plans",
