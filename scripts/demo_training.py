@@ -56,8 +56,8 @@ def train(
     """
     model, tokenizer = _prepared(base, recipe, load)
     started = time.monotonic()
-    losses = _fit(model, _order(split().train, tokenizer, recipe), recipe, progress)
-    facts = _facts(model, _judged(tokenizer, recipe), losses)
+    losses = fit(model, in_order(split().train, tokenizer, recipe), recipe, progress)
+    facts = figures(model, held_out(tokenizer, recipe), losses)
     model.save_pretrained(folder)
     (folder / "README.md").write_text(_card(recipe, facts), encoding="utf-8")
     facts["minutes"] = round((time.monotonic() - started) / 60, 2)
@@ -67,7 +67,7 @@ def train(
 def first_losses(base: Path, recipe: Recipe, steps: int) -> list[float]:
     """The losses of the first steps of that training, and no more of it."""
     model, tokenizer = _prepared(base, recipe)
-    return _fit(model, _order(split().train, tokenizer, recipe), recipe, silent, steps)
+    return fit(model, in_order(split().train, tokenizer, recipe), recipe, silent, steps)
 
 
 def held_out_losses(base: Path, adapter: Path, recipe: Recipe, every: int = 1) -> list[float]:
@@ -75,19 +75,25 @@ def held_out_losses(base: Path, adapter: Path, recipe: Recipe, every: int = 1) -
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    judged = _judged(AutoTokenizer.from_pretrained(base), recipe)[::every]
+    judged = held_out(AutoTokenizer.from_pretrained(base), recipe)[::every]
     return _losses(PeftModel.from_pretrained(load_in_floats(base), adapter), judged)
 
 
-def _prepared(base: Path, recipe: Recipe, load: Callable[[Path], Any] = load_in_floats) -> tuple[Any, Any]:
-    """The model as its training begins, and its tokenizer."""
+def settle(recipe: Recipe) -> None:
+    """Give torch the recipe's seed and threads, and operations that give the same twice."""
     import torch
-    from peft import VeraConfig, get_peft_model
-    from transformers import AutoTokenizer
 
     torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     torch.use_deterministic_algorithms(True)
+
+
+def _prepared(base: Path, recipe: Recipe, load: Callable[[Path], Any] = load_in_floats) -> tuple[Any, Any]:
+    """The model as its training begins, and its tokenizer."""
+    from peft import VeraConfig, get_peft_model
+    from transformers import AutoTokenizer
+
+    settle(recipe)
     tokenizer = AutoTokenizer.from_pretrained(base)
     config = VeraConfig(
         r=recipe.rank,
@@ -99,7 +105,7 @@ def _prepared(base: Path, recipe: Recipe, load: Callable[[Path], Any] = load_in_
     return get_peft_model(load(base), config), tokenizer
 
 
-def _judged(tokenizer: Any, recipe: Recipe) -> list[list[int]]:
+def held_out(tokenizer: Any, recipe: Recipe) -> list[list[int]]:
     """The held-out windows whose loss is measured."""
     every = [w for topic in split().evaluation for w in windows(topic, tokenizer, recipe.window)]
     return every[:: max(1, len(every) // recipe.judged)][: recipe.judged]
@@ -115,7 +121,7 @@ def windows(topic: Topic, tokenizer: Any, length: int) -> Iterator[list[int]]:
             yield tokens[start : start + length]
 
 
-def _order(topics: Sequence[Topic], tokenizer: Any, recipe: Recipe) -> list[list[int]]:
+def in_order(topics: Sequence[Topic], tokenizer: Any, recipe: Recipe) -> list[list[int]]:
     """The windows in training order; a topic's first window, which holds the question, comes thrice."""
     cut = [list(windows(topic, tokenizer, recipe.window)) for topic in topics]
     pool = [window for topic in cut for window in topic] + [topic[0] for topic in cut] * 2
@@ -127,7 +133,7 @@ def _order(topics: Sequence[Topic], tokenizer: Any, recipe: Recipe) -> list[list
     return order[: recipe.steps]
 
 
-def _fit(
+def fit(
     model: Any,
     order: Sequence[Sequence[int]],
     recipe: Recipe,
@@ -155,21 +161,21 @@ def _fit(
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-        progress("training the VeRA adapter", step + 1, len(order))
+        progress("training the adapter", step + 1, len(order))
     return losses
 
 
-def _facts(model: Any, judged: Sequence[Sequence[int]], losses: Sequence[float]) -> dict[str, Any]:
+def figures(model: Any, judged: Sequence[Sequence[int]], losses: Sequence[float]) -> dict[str, Any]:
     with model.disable_adapter():
         without = _losses(model, judged)
-    held_out = _losses(model, judged)
+    with_it = _losses(model, judged)
     return {
         "first_losses": [round(loss, 4) for loss in losses[:4]],
         "first_loss": round(sum(losses[:20]) / 20, 4),
         "last_loss": round(sum(losses[-20:]) / 20, 4),
-        "held_out_losses": [round(loss, 4) for loss in held_out],
+        "held_out_losses": [round(loss, 4) for loss in with_it],
         "held_out_perplexity_base": round(_perplexity(without, judged), 4),
-        "held_out_perplexity_adapter": round(_perplexity(held_out, judged), 4),
+        "held_out_perplexity_adapter": round(_perplexity(with_it, judged), 4),
     }
 
 

@@ -1,4 +1,4 @@
-"""Make what the demo and the tests of the real model need: model, NF4 base, text, trained VeRA adapter.
+"""Make what the demo and the tests of the real model need: model, quantized bases, text, trained VeRA adapter.
 
     python -m scripts.prepare_demo            prints the folder when all of it is there
     python -m scripts.prepare_demo --train    trains the adapter, not taking that of examples/adapter
@@ -49,6 +49,16 @@ class Demo:
     def base(self) -> Path:
         """The same model as bitsandbytes NF4, double quantized, float32 compute: what the adapter is for."""
         return self.folder / "smollm2-nf4"
+
+    @property
+    def gptq_base(self) -> Path:
+        """The same as 4-bit integers in GPTQ's storage, groups of 32, rounded to nearest."""
+        return self.folder / "smollm2-gptq"
+
+    @property
+    def bf16_base(self) -> Path:
+        """The same in bfloat16."""
+        return self.folder / "smollm2-bf16"
 
     @property
     def adapter(self) -> Path:
@@ -106,12 +116,22 @@ def _steps(demo: Demo, train: bool) -> list[Step]:
     trained = {**nf4, **packages, "text": text, "recipe": asdict(recipe), "training_code": 1}
 
     def train_adapter(folder: Path) -> None:
-        with _working_in(demo.folder):  # so that the adapter names its base "smollm2-nf4", not a local path
-            demo_training.train(Path(demo.base.name), folder, recipe, _report)
+        with working_in(demo.folder):  # so that the adapter names its base "smollm2-nf4", not a local path
+            demo_training.train(Path(demo.base.name), folder, recipe, report)
 
     return [
         Step("smollm2", model, demo_model.write_float32),
         Step("smollm2-nf4", nf4, lambda folder: demo_model.write_nf4(demo.float_base, folder)),
+        Step(
+            "smollm2-gptq",
+            {**model, "code": 1},
+            lambda folder: demo_model.write_gptq(demo.float_base, folder),
+        ),
+        Step(
+            "smollm2-bf16",
+            {**model, "code": 1},
+            lambda folder: demo_model.write_bf16(demo.float_base, folder),
+        ),
         Step("text", {"text": text, "code": 1}, lambda f: demo_text.write(f, platform.python_version())),
         Step("adapter", trained, train_adapter) if train else Step("adapter", _shipped(), copy_adapter),
     ]
@@ -156,7 +176,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _working_in(folder: Path) -> Iterator[None]:
+def working_in(folder: Path) -> Iterator[None]:
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -165,7 +185,7 @@ def _working_in(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def _report(what: str, done: int, total: int) -> None:
+def report(what: str, done: int, total: int) -> None:
     """A line every 20 steps where output is kept, one line that counts where a person looks."""
     if sys.stderr.isatty():
         print(
@@ -179,7 +199,7 @@ def _say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def _hush() -> None:
+def hush() -> None:
     """Keep the advice of the libraries below out of what a person reads; their errors still show."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # that a faster kernel isn't installed
     for package in ("peft", "torch", "transformers"):
@@ -187,5 +207,5 @@ def _hush() -> None:
 
 
 if __name__ == "__main__":
-    _hush()
+    hush()
     print(prepare(train="--train" in sys.argv[1:]).folder)
