@@ -2,6 +2,7 @@
 
     scripts/bench_drift [--tokens 4096] [--only NAME ...] [--again NAME ...]      the README's table
     scripts/bench_drift --all                                                     and docs/drift-table.md
+    scripts/bench_drift --lora                     that page's section on a LoRA adapter
     scripts/bench_drift --kept                     that page alone, from the rows that were measured already
 
 All rows are measured on the same windows of the demo's held-out text (with --all on code too), against logits
@@ -19,6 +20,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from scripts import bench_drift_lora as lora
 from scripts import bench_drift_table as tables
 from scripts.bench_drift_encoder import encoder_table
 from scripts.bench_drift_peers import peers
@@ -41,8 +43,12 @@ def main() -> None:
     options.add_argument("--kept", action="store_true", help="write the page from the rows that are there")
     options.add_argument("--only", nargs="*", help="these rows alone, shown and not written")
     options.add_argument("--again", nargs="*", default=[], help="measure these rows again")
+    options.add_argument("--lora", action="store_true", help="the ways to ship a LoRA adapter")
     chosen = options.parse_args()
     demo, out = prepare(), cache_folder() / "drift-bench"
+    if chosen.lora:
+        _lora(lora.LoraDemo(demo.folder), out / "lora", chosen)
+        return
     bench = replace(
         _bench(demo, out, chosen.tokens), again=frozenset(chosen.again), with_speed=not chosen.only
     )
@@ -64,6 +70,16 @@ def main() -> None:
     tables.write(readme, below)
 
 
+def _lora(demo: Demo, out: Path, chosen: argparse.Namespace) -> None:
+    bench = replace(_bench(demo, out, chosen.tokens), again=frozenset(chosen.again))
+    rows = _rows(bench, list(lora.ways(demo, out)), chosen.only)
+    if chosen.only:
+        print(tables.long_table(rows))
+        return
+    scored = {name: cut.scored for name, cut in bench.texts.items()}
+    tables.write_lora(lora.section([*rows, bench.bare], scored))
+
+
 def _bench(demo: Demo, out: Path, tokens: int) -> Bench:
     checkpoint, trained = Checkpoint.open(demo.base), adapter.read(demo.adapter)
     tokenizer, size = windows.open_tokenizer(demo.base), int(checkpoint.config["vocab_size"])
@@ -75,7 +91,7 @@ def _bench(demo: Demo, out: Path, tokens: int) -> Bench:
 
     @cache
     def model() -> reference.TorchReference:
-        projections = provenance.resolve(trained, checkpoint).projections
+        projections = provenance.source_of(trained, checkpoint).projections
         return reference.open_reference(checkpoint, [(trained, 1.0)], projections)
 
     known = out / "logits" / f"{checkpoint.digest[:16]}-{trained.digest[:16]}"

@@ -7,46 +7,32 @@ vera-edge doesn't (hqq, llama-cpp-python); a peer whose package isn't there is l
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnxruntime as ort
 import torch
 
+from scripts.bench_drift_genai import GENAI, built, made
 from scripts.bench_drift_rows import Made, Way
 from scripts.prepare_demo import Demo
 from vera_edge import merging as merge
-from vera_edge.measuring.artefact import folder_bytes
 from vera_edge.precision.trained import trained_model
 from vera_edge.reference.model import TorchReference
 
-Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 # Of a weight (out, in): what a quantizer makes of it, and how many bytes it stores.
 Rounded = Callable[[Float32], tuple[Float32, float]]
-_BUILDER = (
-    ("ONNX Runtime GenAI builder, int4 rtn", "rtn_last"),
-    ("ONNX Runtime GenAI builder, int4 k_quant", "k_quant_last"),
-    ("ONNX Runtime GenAI builder, int4 k_quant_mixed", "k_quant_mixed"),
-)
+ALGORITHMS = {"rtn": "rtn_last", "k_quant": "k_quant_last", "k_quant_mixed": "k_quant_mixed"}
 
 
 def peers(demo: Demo, out: Path) -> Iterator[Way]:
     """Every peer whose packages are there."""
-    genai = f"onnxruntime-genai {version('onnxruntime-genai')}"
-    for name, algorithm in _BUILDER:
-        yield Way(name, partial(_builder, demo, out, algorithm), genai)
+    yield from builders(demo, out, ALGORITHMS)
     if find_spec("hqq"):
         facts = f"hqq {version('hqq')}"
         for group in (64, 32):
@@ -63,58 +49,20 @@ def peers(demo: Demo, out: Path) -> Iterator[Way]:
         yield Way("llama.cpp Q4_K_M", partial(quantized, demo, out, "Q4_K_M"), facts)
 
 
+def builders(demo: Demo, out: Path, names: Iterable[str]) -> Iterator[Way]:
+    """GenAI's builder on the merged model, by each of ALGORITHMS that is named."""
+    for name in names:
+        make = partial(_builder, demo, out, ALGORITHMS[name])
+        yield Way(f"ONNX Runtime GenAI builder, int4 {name}", make, GENAI)
+
+
 def _builder(demo: Demo, out: Path, algorithm: str) -> Made:
-    """The builder's own int4 of the merged float model: blocks of 32, the head in int8, as ours."""
-    merged, folder = out / "merged-fp32", out / f"builder-{algorithm}"
+    """GenAI's builder's own int4 of the merged float model."""
+    merged = out / "merged-fp32"
     if not merged.is_dir():
         ready = merge.prepare(demo.base, [(demo.adapter, 1.0)], "fp32")
         merge.perform(ready, merged)
-    options = (f"algo_config={algorithm}", "block_size=32", "accuracy_level=4")
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", merged, "-o", folder]
-    command += ["-p", "int4", "-e", "cpu", "-c", out / "cache", "--extra_options", *options]
-    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
-    return Made(_Graph.open(folder), _bits(folder / "model.onnx"), folder_bytes(folder))
-
-
-def _bits(path: Path) -> float:
-    """Bits of a weight of the layers' MatMulNBits, scales and zero points included."""
-    graph = onnx.load(path, load_external_data=False).graph
-    width = {onnx.TensorProto.FLOAT: 32, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.UINT8: 8}
-    stored = {t.name: int(np.prod(t.dims)) * width[t.data_type] for t in graph.initializer if t.dims}
-    bits = weights = 0
-    for node in graph.node:
-        if node.op_type == "MatMulNBits" and "lm_head" not in node.name:
-            size = {one.name: one.i for one in node.attribute}
-            weights += size["K"] * size["N"]
-            bits += sum(stored[name] for name in node.input[1:] if name in stored)
-    return bits / weights
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A decoder graph of the builder in plain ONNX Runtime, the cache empty."""
-
-    session: ort.InferenceSession
-    vocab_size: int
-    cache: tuple[int, int]  # heads and their size
-
-    @classmethod
-    def open(cls, folder: Path) -> _Graph:
-        session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-        model = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
-        decoder = model["decoder"]
-        return cls(session, model["vocab_size"], (decoder["num_key_value_heads"], decoder["head_size"]))
-
-    def logits(self, tokens: Int64) -> Float32:
-        feeds: dict[str, npt.NDArray[Any]] = {
-            "input_ids": tokens[None],
-            "attention_mask": np.ones((1, len(tokens)), np.int64),
-        }
-        for value in self.session.get_inputs():
-            if value.name.startswith("past_key_values."):
-                feeds[value.name] = np.zeros((1, self.cache[0], 0, self.cache[1]), np.float32)
-        found: Float32 = self.session.run(["logits"], feeds)[0][0]
-        return found
+    return made(built(merged, out / f"builder-{algorithm}", algorithm))
 
 
 def _weights_alone(demo: Demo, layers: Rounded, ends: Rounded | None = None) -> Made:

@@ -21,6 +21,7 @@ from vera_edge.text.windows import Windows
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 
+PEFT = "PEFT merge_and_unload into NF4"
 BARE = "*the base without the adapter*"
 
 

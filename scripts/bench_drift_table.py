@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
-from scripts.bench_drift_rows import BARE, Row
+from scripts.bench_drift_rows import BARE, PEFT, Row
 from scripts.prepare_demo import ROOT
 from vera_edge.device.check.hardware import processor
 
@@ -15,6 +15,7 @@ PAGE = ROOT / "docs" / "drift-table.md"
 MARKS = ("<!-- drift-table: written by scripts/bench_drift -->", "<!-- end of drift-table -->")
 MEASURED, OTHER = "reference", "code"  # the held-out text of the adapter's own kind, and another kind
 _REST = "## What each bit buys"
+_LORA = "## A LoRA adapter"  # the last section
 _INTRO = """
 Every method, and other tools', at the bytes they take: the same model and adapter as above, on
 {measured} tokens of the Python reference that neither training nor calibration saw, and on {other} of
@@ -70,7 +71,7 @@ def long_table(rows: Sequence[Row]) -> str:
 
 def _size(row: Row) -> str:
     if row.size is None:
-        return "can't be saved" if row.speed is not None else ""
+        return "can't be saved" if row.name == PEFT else ""
     return f"{row.size / 1e6:.0f}"
 
 
@@ -98,16 +99,24 @@ def write(short: str | None, below: str | None) -> None:
 
     What is None stays as it is.
     """
-    above, found, kept = PAGE.read_text(encoding="utf-8").partition(_REST)
+    page, *lora = PAGE.read_text(encoding="utf-8").partition(_LORA)
+    above, found, kept = page.partition(_REST)
     if short is not None:
         above = f"# Drift, size and speed of each way to ship\n\n{short}\n"
-    PAGE.write_text(above.rstrip() + "\n\n" + (below or found + kept), encoding="utf-8")
+    parts = (above.rstrip(), (below or found + kept).rstrip(), "".join(lora))
+    PAGE.write_text("\n\n".join(part for part in parts if part).rstrip() + "\n", encoding="utf-8")
     if short is None:
         return
     readme = ROOT / "README.md"
     before, after = readme.read_text(encoding="utf-8").split(MARKS[0])
     after = after.split(MARKS[1])[1]
     readme.write_text(f"{before}{MARKS[0]}\n{short}{MARKS[1]}{after}", encoding="utf-8")
+
+
+def write_lora(section: str) -> None:
+    """Put the section on LoRA at the end of docs/drift-table.md."""
+    page = PAGE.read_text(encoding="utf-8").partition(_LORA)[0].rstrip()
+    PAGE.write_text(f"{page}\n\n{_LORA}\n\n{section.rstrip()}\n", encoding="utf-8")
 
 
 def _filled(text: str) -> str:

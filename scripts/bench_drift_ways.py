@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from scripts.bench_drift_rows import Bench, Made, Way
+from scripts.bench_drift_rows import PEFT, Bench, Made, Way
 from scripts.prepare_demo import ROOT, Demo
 from vera_edge import merging as merge
 from vera_edge.base.checkpoint import Checkpoint
@@ -41,7 +41,6 @@ _CALIBRATED = (
     "rounding/weight_rounding",
     "text/mixture",
 )
-PEFT = "PEFT merge_and_unload into NF4"
 SHORT = (
     ("fp32 merged", "merged", "fp32", None),
     ("int8 merged", "merged", "int8", None),

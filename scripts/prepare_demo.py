@@ -1,4 +1,4 @@
-"""Make what the demo and the tests of the real model need: model, quantized bases, text, trained VeRA adapter.
+"""Make what the demo and the tests of the real model need: model, quantized bases, text, a trained adapter.
 
     python -m scripts.prepare_demo            prints the folder when all of it is there
     python -m scripts.prepare_demo --train    trains the adapter, not taking that of examples/adapter
