@@ -95,6 +95,7 @@ def test_blocks_multiply_as_they_dequantize(
     bits: int, symmetric: bool, width: int, block: int, tmp_path: Path
 ) -> None:
     form = quantize(drawn(24, width), bits, block, symmetric)
+    assert (form.scales < 0).any() == symmetric  # the end with one code more is the largest weight's
     x = drawn(3, width, seed=1)
     weight = form.dequantize()
     found = apply(Blocks(form), tmp_path, x, 24)
