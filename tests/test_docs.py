@@ -252,20 +252,17 @@ def test_no_system_call_is_used_that_only_posix_has() -> None:
                 assert not used, f"{path}:{node.lineno}"
 
 
-def test_the_recipes_run(tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_the_recipes_run(
+    tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
+) -> None:
     """Every `vera-edge` command of the README, in order, in one folder; exit 3 (a broken limit) is fine."""
     shutil.copytree(tiny_llama.bf16, tmp_path / "model")
     shutil.copytree(tiny_adapter, tmp_path / "adapter")
     (tmp_path / "text.txt").write_text(tiny.TEXT * 30)
+    monkeypatch.chdir(tmp_path)
     for command in commands(ROOT / "README.md"):
-        run = subprocess.run(
-            [sys.executable, "-m", *("vera_edge", *command.words[1:])],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode in (0, 3), f"{command}\n{run.stdout}\n{run.stderr}"
+        done = cli(*command.words[1:])
+        assert done.exit_code in (0, 3), f"{command}\n{done.output}"
 
 
 # The folder that a page calls `base`; `model` is the float model, `adapter` was trained on the base.
