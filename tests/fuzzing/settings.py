@@ -79,6 +79,16 @@ base = "tiny"
 path = "adapters/a"
 projection_dtype = "float32"
 
+[[adapter]]
+id = "mixed"
+base = "tiny"
+combine = [{ path = "adapters/a", weight = 0.7 }, { path = "adapters/b" }]
+combination = "dare_ties_svd"
+density = 0.5
+majority_sign = "frequency"
+rank = 16
+seed = 1
+
 [[variant]]
 target = "onnx"
 mode = "branch"

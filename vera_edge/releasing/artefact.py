@@ -35,7 +35,7 @@ def export(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progr
     facts = inputs.facts | {"stage": "export"}
     if not job.variant.shares_graph:
         plan = _plan(job, store, inputs, progress)
-        folder, _ = store.build(facts, lambda stage: _export(job, stage, progress, plan))
+        folder, _ = store.build(facts, lambda stage: _export(job, inputs, stage, progress, plan))
         return bundle.read(folder)
     # The graph of a branch is the same for every adapter that touches the same layers.
     shared = {key: value for key, value in facts.items() if key != "adapter"}
@@ -44,7 +44,7 @@ def export(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progr
         kinds = {kind: sorted(modules) for kind, modules in kinds_of(inputs.adapter).items()}
         rank = rank_of(forms_of(inputs.adapter, inputs.checkpoint))
         shared |= {"method": inputs.adapter.method, "rank": rank, "kinds": kinds}
-    graph, _ = store.build(shared, lambda stage: _export(job, stage, progress, None))
+    graph, _ = store.build(shared, lambda stage: _export(job, inputs, stage, progress, None))
     folder, _ = store.build(facts, lambda stage: _swap_in(graph, stage, inputs))
     return bundle.read(folder)
 
@@ -60,7 +60,7 @@ def _plan(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progre
     def make(stage: Path) -> None:
         from vera_edge.precision.choose import choose  # imports torch
 
-        adapters = [(job.recipe.path(job.adapter.path), 1.0)]
+        adapters = [(inputs.trained.path, 1.0)]
         base = job.recipe.base(job.adapter.base)
         request = variant.request(job.recipe.mixture(variant.calibration))
         found = choose(
@@ -68,7 +68,7 @@ def _plan(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progre
             adapters,
             request,
             stage,
-            job.adapter.projection_dtype,
+            inputs.trained.rounding,
             progress,
             trained_as=base.spec,
         )
@@ -78,17 +78,19 @@ def _plan(job: ReleaseJob, store: Store, inputs: ReleaseInputs, progress: Progre
     return plans.read(folder / _PLAN_FILE)
 
 
-def _export(job: ReleaseJob, stage: Path, progress: Progress, plan: Plan | None) -> None:
+def _export(
+    job: ReleaseJob, inputs: ReleaseInputs, stage: Path, progress: Progress, plan: Plan | None
+) -> None:
     variant, base = job.variant, job.recipe.base(job.adapter.base)
     target.export(
         base=job.recipe.path(base.path),
-        adapter_paths=[(job.recipe.path(job.adapter.path), 1.0)],
+        adapter_paths=[(inputs.trained.path, 1.0)],
         out=stage,
         target=variant.target,
         mode=variant.mode,
         weights=variant.weights,
         options=variant.options,
-        projection_rounding=job.adapter.projection_dtype,
+        projection_rounding=inputs.trained.rounding,
         progress=progress,
         rounding=Rounding(
             variant.method,

@@ -96,6 +96,8 @@ def _statements(job: ReleaseJob, parts: Parts) -> dict[str, bytes]:
         "variant": inputs.facts["variant"],
         "projections": inputs.facts["projections"],
     }
+    if inputs.trained.combination is not None:
+        parameters["combination"] = inputs.trained.combination
     if "trained_as" in inputs.facts:
         parameters["trained_as"] = inputs.facts["trained_as"]
     made_with = tools()
@@ -123,10 +125,13 @@ def own_recipe(job: ReleaseJob) -> dict[str, Any]:
     variant = {"adapters": None, "calibration": calibration if len(texts) > 1 else calibration[0]}
     if job.variant.plan is not None:
         variant["plan"] = portable(job.variant.plan)
+    parts, path = job.adapter.combine or (), job.adapter.path
+    combined = tuple(part.model_copy(update={"path": portable(part.path)}) for part in parts)
+    adapter = {"combine": combined} if path is None else {"path": portable(path)}
     own = file.model_copy(
         update={
             "base": (base.model_copy(update={"path": portable(base.path)}),),
-            "adapter": (job.adapter.model_copy(update={"path": portable(job.adapter.path)}),),
+            "adapter": (job.adapter.model_copy(update=adapter),),
             "variant": (job.variant.model_copy(update=variant),),
             "limits": file.limits.model_copy(update={"data": portable(file.limits.data)}),
             "sign": None,

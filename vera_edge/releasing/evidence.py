@@ -22,6 +22,7 @@ from vera_edge.progress import Progress
 from vera_edge.releasing.cache import Store, key_of, link
 from vera_edge.releasing.inputs import ReleaseInputs
 from vera_edge.releasing.job import ReleaseJob
+from vera_edge.releasing.trained import TrainedFolder
 from vera_edge.storage.json_text import canonical_json, read_json
 from vera_edge.text import windows
 
@@ -54,9 +55,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be measured of a job's export. `key` names all that determines the answer."""
+    """What is to be measured of a job's export, beside what was trained. `key` names all that decides it."""
 
     job: ReleaseJob
+    trained: TrainedFolder
     text: str
     bounds: Mapping[str, float]
     facts: Mapping[str, Any]
@@ -79,7 +81,7 @@ def question(job: ReleaseJob, inputs: ReleaseInputs) -> Question:
         "tokens": entry.tokens,
         "window": entry.window,
     }
-    return Question(job, text, bounds, facts)
+    return Question(job, inputs.trained, text, bounds, facts)
 
 
 def check(asked: Question) -> None:
@@ -95,11 +97,11 @@ def measure(asked: Question, store: Store, folder: Path, progress: Progress) -> 
 
     def make(stage: Path) -> None:
         request = assess.DriftRequest(
-            reference=recipe.path(adapter.path),
+            reference=asked.trained.path,
             candidate=folder,
             data=asked.text,
             base=recipe.path(recipe.base(adapter.base).path),
-            projection_rounding=adapter.projection_dtype,
+            projection_rounding=asked.trained.rounding,
             tokens=entry.tokens,
             window=entry.window,
             trained_as=recipe.base(adapter.base).spec,
@@ -125,13 +127,13 @@ def golden(asked: Question, store: Store, folder: Path, progress: Progress) -> P
         copy = stage / "bundle"
         for name in [*bundle.read(folder).files, bundle.MANIFEST]:
             link(folder / name, copy / name)
-        base, trained = recipe.base(adapter.base), [(recipe.path(adapter.path), None)]
+        base, trained = recipe.base(adapter.base), [(asked.trained.path, None)]
         with _one_thread():
             golden_vectors.ask(
                 copy,
                 recipe.path(base.path),
                 trained,
-                projection_rounding=adapter.projection_dtype,
+                projection_rounding=asked.trained.rounding,
                 progress=progress,
                 trained_as=base.spec,
             )

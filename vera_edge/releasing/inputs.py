@@ -16,6 +16,7 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import MismatchError
 from vera_edge.releasing.cache import Store
 from vera_edge.releasing.job import ReleaseJob
+from vera_edge.releasing.trained import TrainedFolder, folder_of
 from vera_edge.requantize import devices
 from vera_edge.trained import model as trained_base
 from vera_edge.trained import provenance
@@ -46,7 +47,7 @@ def tools() -> Mapping[str, str]:
 class ReleaseInputs:
     """The adapter as read, its base, VeRA's projections' spec, and what determines the export, as JSON.
 
-    notes: sentences for a person to read.
+    trained: the folder that the adapter was read from. notes: sentences for a person to read.
     """
 
     adapter: Adapter
@@ -54,6 +55,7 @@ class ReleaseInputs:
     spec: ProjectionSpec | None
     base_digest: str
     facts: dict[str, Any]
+    trained: TrainedFolder
     notes: tuple[str, ...] = ()
 
 
@@ -61,9 +63,9 @@ def read(job: ReleaseJob, store: Store) -> ReleaseInputs:
     """What a job is made from. Raises a VeraEdgeError when something of it can't be read or doesn't fit."""
     base = job.recipe.base(job.adapter.base)
     base_path = job.recipe.path(base.path)
-    adapter_path = job.recipe.path(job.adapter.path)
-    checkpoint, ((adapter, _),) = trained_base.read(base_path, [(adapter_path, 1.0)], None, base.spec)
-    found = provenance.source_of(adapter, checkpoint, job.adapter.projection_dtype)
+    trained = folder_of(job, store, dict(tools()))
+    checkpoint, ((adapter, _),) = trained_base.read(base_path, [(trained.path, 1.0)], None, base.spec)
+    found = provenance.source_of(adapter, checkpoint, trained.rounding)
     spec = None if found.projections is None else found.projections.spec
     base_digest = store.folder_digest(base_path)
     facts = {
@@ -81,7 +83,7 @@ def read(job: ReleaseJob, store: Store) -> ReleaseInputs:
         facts["compute_device"] = device
     if job.variant.plan is not None:
         facts["plan"] = store.file_digest(job.recipe.path(job.variant.plan))
-    return ReleaseInputs(adapter, checkpoint, spec, base_digest, facts, found.notes)
+    return ReleaseInputs(adapter, checkpoint, spec, base_digest, facts, trained, found.notes)
 
 
 def _trained(checkpoint: Checkpoint) -> dict[str, Any]:

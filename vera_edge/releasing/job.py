@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vera_edge.releasing.recipe import AdapterEntry, Recipe
+from vera_edge.releasing.adapter_entry import AdapterEntry
+from vera_edge.releasing.recipe import Recipe
 from vera_edge.releasing.variant import Variant
 
 

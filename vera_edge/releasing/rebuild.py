@@ -85,7 +85,7 @@ def _recipe(folder: Path, inputs: Path) -> Recipe:
     # What was released keeps these to itself, and a stranger's bundle doesn't say what is read here.
     (base,), (adapter,), (variant,) = file.base, file.adapter, file.variant
     texts = (split(word)[0] for word in variant.texts)
-    paths = (base.path, adapter.path, variant.plan, *texts, file.limits.data)
+    paths = (base.path, *adapter.paths, variant.plan, *texts, file.limits.data)
     if file.sign is not None or any(leaves(one) for one in paths if one is not None):
         raise BundleError(f"{path} names a key, or files outside of the inputs; it was changed")
     return Recipe(file, inputs.absolute(), confined=True)

@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from vera_edge.adapters.projection import ProjectionDtype
 from vera_edge.base.trained_as import TrainedAs, parse
 from vera_edge.bundle.signing import Signer, Trust
 from vera_edge.errors import PlanError
 from vera_edge.exporting import target
+from vera_edge.releasing.adapter_entry import AdapterEntry
 from vera_edge.releasing.names import Id, Line, RecipeTable
 from vera_edge.releasing.variant import Variant
 from vera_edge.text import windows
@@ -56,16 +56,6 @@ class Base(RecipeTable):
     def spec(self) -> TrainedAs | None:
         """What `trained_as` says."""
         return None if self.trained_as is None else parse(self.trained_as)
-
-
-class AdapterEntry(RecipeTable):
-    """[[adapter]]: a VeRA adapter and the base it was trained on."""
-
-    id: Id
-    base: Id
-    path: Line
-    projection_dtype: ProjectionDtype | None = None
-    licence: Line | None = None
 
 
 class LimitsEntry(RecipeTable):

@@ -79,7 +79,8 @@ def plan(
 
 def _check_apart(recipe: Recipe, jobs: tuple[ReleaseJob, ...], out: Path) -> None:
     """Raise OutputError when what is published would come to lie in an input, or in its place."""
-    paths = [*(base.path for base in recipe.file.base), *(adapter.path for adapter in recipe.file.adapter)]
+    paths = [base.path for base in recipe.file.base]
+    paths += [path for adapter in recipe.file.adapter for path in adapter.paths]
     inputs = [recipe.path(path).resolve() for path in paths]
     places = [(out / job.name).resolve() for job in jobs]
     for source in inputs:

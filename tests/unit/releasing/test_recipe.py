@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vera_edge.combining.combination import Combination
 from vera_edge.errors import PlanError
 from vera_edge.releasing import recipe as recipes
+from vera_edge.releasing.adapter_entry import AdapterEntry
 from vera_edge.releasing.variant import Variant
 
 BASE: dict[str, Any] = {"id": "tiny", "path": "nf4"}
@@ -25,11 +27,14 @@ RECIPE: dict[str, Any] = {
 KEYS = [
     *[("release", key) for key in recipes.ReleaseTable.model_fields],
     *[("base", key) for key in recipes.Base.model_fields],
-    *[("adapter", key) for key in recipes.AdapterEntry.model_fields],
+    *[("adapter", key) for key in AdapterEntry.model_fields],
     *[("variant", key) for key in Variant.model_fields],
     *[("limits", key) for key in recipes.LimitsEntry.model_fields],
     *[("sign", key) for key in recipes.Signing.model_fields],
 ]
+
+
+PAIR = [{"path": "a", "weight": 0.7}, {"path": "b", "weight": -1}]
 
 
 def as_toml(value: Any) -> str:
@@ -71,6 +76,16 @@ def test_a_recipe_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert found.file.limits.max_kl == 0.05
 
 
+def test_an_adapter_can_be_a_combination(tmp_path: Path) -> None:
+    ties = {"id": "mix", "base": "tiny", "combine": PAIR, "combination": "ties", "density": 0.5}
+    (entry,) = recipes.read(write(tmp_path, {**RECIPE, "adapter": [ties]})).file.adapter
+    assert entry.paths == ("a", "b") and [part.weight for part in entry.combine or ()] == [0.7, -1.0]
+    assert entry.asked == Combination("ties", 0.5)
+    del ties["density"]
+    assert "adapter[0] ties needs a density" in fault(tmp_path, {**RECIPE, "adapter": [ties]})
+    assert "adapter[0].combine" in fault(tmp_path, {**RECIPE, "adapter": [{**ties, "combine": PAIR[:1]}]})
+
+
 @pytest.mark.parametrize(
     ("table", "values", "sentence"),
     [
@@ -82,6 +97,8 @@ def test_a_recipe_comes_back_as_it_was_written(tmp_path: Path) -> None:
         ("adapter", {"id": "Rejected"}, "adapter[0].id can't be 'Rejected', which is the name of something"),
         ("adapter", {"id": "release.json"}, "which is the name of something else"),
         ("adapter", {"id": "nul.txt"}, "which is the name of something else"),
+        ("adapter", {"combine": PAIR}, "adapter[0] needs a path, or combine with several"),
+        ("adapter", {"density": 0.5}, "adapter[0] has density, which belongs to combine"),
         ("adapter", {"base": "other"}, "adapter 'a' names base 'other', which isn't there"),
         ("variant", {"weights": "int3"}, "variant[0] has weights 'int3'; choose from same, fp32, fp16"),
         ("variant", {"block": 48}, "variant[0].block input should be 16, 32, 64, 128 or 256"),

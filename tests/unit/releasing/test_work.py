@@ -102,3 +102,50 @@ def test_from_python_it_is_a_result_that_says_where(recipe: Path, tmp_path: Path
     assert "in _lookup" in failed.trace and built.trace == ""
     with pytest.raises(VeraEdgeError, match="1 of 2 bundles failed"):
         made.raise_when_incomplete()
+
+
+COMBINED = """
+[release]
+name = "tiny"
+golden = false
+[[base]]
+id = "tiny"
+path = "base"
+[[adapter]]
+id = "mix"
+base = "tiny"
+combine = [{ path = "a", weight = 0.7 }, { path = "b", weight = -0.4 }]
+combination = "COMBINATION"
+density = 0.5
+seed = 3
+[[variant]]
+weights = "fp32"
+mode = "MODE"
+[limits]
+data = "t.txt"
+tokens = 512
+window = 32
+min_retained = 0.99
+"""
+
+
+@pytest.mark.parametrize(("combination", "mode"), [("dare_linear", "branch"), ("dare_ties_svd", "merged")])
+def test_a_combination_is_released_and_made_again(
+    combination: str, mode: str, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, cli: Cli
+) -> None:
+    shutil.copytree(tiny_llama.nf4, tmp_path / "base")
+    shutil.copytree(tiny_adapter, tmp_path / "a")
+    tiny.make_adapter(tmp_path / "base", tmp_path / "b", vectors_seed=6)
+    (tmp_path / "t.txt").write_text(tiny.TEXT * 8)
+    text = COMBINED.replace("COMBINATION", combination).replace("MODE", mode)
+    (tmp_path / "r.toml").write_text(text)
+    made = cli("release", tmp_path / "r.toml", "-o", tmp_path / "out", "--store", tmp_path / "store")
+    assert made.exit_code == 0, made.stderr
+    found = tmp_path / "out" / "mix" / f"onnx-{mode}-fp32"
+    statement = json.loads((found / "evidence" / "provenance.json").read_text())
+    told = statement["predicate"]["buildDefinition"]["externalParameters"]["combination"]
+    assert [one["weight"] for one in told["adapters"]] == [0.7, -0.4] and told["combination"]["seed"] == 3
+    again = cli("release", tmp_path / "r.toml", "-o", tmp_path / "out", "--store", tmp_path / "other")
+    assert again.exit_code == 0 and "unchanged" in again.stdout + again.stderr
+    rebuilt = cli("release", "rebuild", found, "--inputs", tmp_path)
+    assert rebuilt.exit_code == 0, rebuilt.stderr
