@@ -12,7 +12,7 @@ from vera_edge.releasing.names import Id, Line, RecipeTable
 _OF_A_COMBINATION = ("combination", "density", "majority_sign", "rank", "seed")
 
 
-class Part(RecipeTable):
+class CombinedPart(RecipeTable):
     """One of the adapters that are combined, and its weight."""
 
     path: Line
@@ -31,7 +31,7 @@ class AdapterEntry(RecipeTable):
     path: Line | None = None
     projection_dtype: ProjectionDtype | None = None
     licence: Line | None = None
-    combine: tuple[Part, ...] | None = Field(default=None, strict=False, min_length=2)
+    combine: tuple[CombinedPart, ...] | None = Field(default=None, strict=False, min_length=2)
     combination: Line | None = None
     density: float | None = Field(default=None, strict=False)
     majority_sign: Line | None = None
