@@ -1,6 +1,7 @@
 """Make what the demo and the tests of the real model need: model, quantized bases, text, a trained adapter.
 
     python -m scripts.prepare_demo            prints the folder when all of it is there
+    python -m scripts.prepare_demo --demo     makes only what scripts/demo takes
     python -m scripts.prepare_demo --train    trains the adapter, not taking that of examples/adapter
 
 Everything lands in $VERA_EDGE_CACHE/demo (by default .cache/demo of the checkout). A step is done again only
@@ -20,7 +21,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from vera_edge.storage.json_text import canonical_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ADAPTER = ROOT / "examples" / "adapter"
+FOR_TESTS = ("smollm2-gptq", "smollm2-bf16")  # what scripts/demo doesn't take
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VERA_EDGE_CACHE") or ROOT / ".cache").resolve()
 
 
-def prepare(train: bool = False) -> Demo:
-    """Make what is missing or out of date, in order. train: the adapter by training, which takes minutes."""
+def prepare(train: bool = False, leave_out: Collection[str] = ()) -> Demo:
+    """Make what is missing or out of date, in order.
+
+    train: the adapter by training, which takes minutes. leave_out: the names of steps that aren't needed.
+    """
     demo = Demo(cache_folder() / "demo")
     demo.folder.mkdir(parents=True, exist_ok=True)
     with _lock(demo.folder / ".lock"):
         for step in _steps(demo, train):
-            _perform(step, demo.folder)
+            if step.name not in leave_out:
+                _perform(step, demo.folder)
     return demo
 
 
@@ -208,4 +214,5 @@ def hush() -> None:
 
 if __name__ == "__main__":
     hush()
-    print(prepare(train="--train" in sys.argv[1:]).folder)
+    unneeded = FOR_TESTS if "--demo" in sys.argv[1:] else ()
+    print(prepare("--train" in sys.argv[1:], unneeded).folder)
