@@ -1,10 +1,12 @@
-"""Measure decoding speed of the demo's model: our exports beside what else runs it on a CPU.
+"""Measure decoding speed: our exports beside what else runs the same model on a CPU.
 
-    scripts/bench_decode [--tokens 48] [--rounds 3] [--loads 4] [--threads N ...] [--llama-cpp]
-                         [--only WAY ...] [--write]
+    scripts/bench_decode [--model demo|1.2b] [--tokens 48] [--rounds 3] [--loads 4] [--threads N ...]
+                         [--llama-cpp] [--only WAY ...] [--keep] [--prepare] [--write]
 
-Beside them run the int4 of ONNX Runtime GenAI's own builder, torch with PEFT, and, when asked for, Q4_0 of
-llama.cpp, which is compiled from the registry's source first. `--write` puts the table into docs/speed.md.
+The model is the demo's, or a Llama of 1.2 billion random weights, which are rounded to nearest: speed doesn't
+ask what they say. Beside ours run the int4 of ONNX Runtime GenAI's own builder, torch with PEFT (the demo's
+model alone), and, when asked for, Q4_0 of llama.cpp, which is compiled from the registry's source first. What
+the libraries say goes into a log. `--write` puts the demo's tables into docs/speed.md.
 """
 
 from __future__ import annotations
@@ -13,115 +15,186 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from scripts import bench_llama_cpp, demo_model
-from scripts.bench_turns import Row, Worker, footnote, genai, measure, say, table, write_section
-from scripts.prepare_demo import ROOT, Demo, cache_folder, prepare
+from scripts import bench_llama_cpp, bench_models, demo_model
+from scripts.bench_decode_rows import BUILDER, LLAMA_CPP, PEFT, WAYS, Way, lost, read_bytes
+from scripts.bench_machine import read_speed
+from scripts.bench_turns import (
+    LONG,
+    Row,
+    Worker,
+    footnote,
+    genai,
+    measure,
+    quietly,
+    say,
+    table,
+    write_section,
+)
+from scripts.prepare_demo import ROOT, cache_folder, prepare
 from vera_edge.cores import available_cores
 from vera_edge.exporting import target
 from vera_edge.measuring.artefact import folder_bytes
+from vera_edge.rounding.weight_rounding import Rounding
 
-BUILDER, LLAMA_CPP, PEFT = "GenAI's builder, int4", "llama.cpp, Q4_0", "torch, PEFT on NF4"
+DEMO, LARGE = "demo", "1.2b"
+_RANK = 256
 
 
 @dataclass(frozen=True)
-class Way:
-    """One of our exports. `against`: the way its ratio is taken to."""
+class Model:
+    """What is measured. `own_loss`: whether docs/drift-table.md speaks of it."""
 
     name: str
-    mode: str
-    weights: str
-    against: str
-    options: Mapping[str, str] = field(default_factory=dict)
-
-
-WAYS = (
-    Way("merged int4, int4 head", "merged", "int4", BUILDER, {"head": "int4"}),
-    Way("merged int4", "merged", "int4", LLAMA_CPP),
-    Way("merged int4, blocks of 64", "merged", "int4", LLAMA_CPP, {"block": "64"}),
-    Way("merged int4, blocks of 64, int4 head", "merged", "int4", LLAMA_CPP, {"block": "64", "head": "int4"}),
-    Way("branch int4", "branch", "int4", "merged int4"),
-    Way("branch int4, int4 projections", "branch", "int4", "merged int4", {"projections": "int4"}),
-    Way("merged int8", "merged", "int8", "merged int4"),
-    Way("merged int8, blocks of 64", "merged", "int8", "merged int8", {"block": "64"}),
-    Way("branch int8", "branch", "int8", "merged int8"),
-    Way("branch int8, fp32 projections", "branch", "int8", "merged int8", {"projections": "fp32"}),
-    Way("branch nf4", "branch", "nf4", "merged int8"),
-)
+    base: Path
+    float_base: Path
+    adapter: Path
+    rounding: Rounding | None = None
+    own_loss: bool = False
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=48, help="tokens generated in a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--loads", type=int, default=4, help="how often models are loaded anew")
-    parser.add_argument(
-        "--threads", type=int, nargs="+", default=[available_cores()], help="a table for each"
-    )
-    parser.add_argument("--llama-cpp", action="store_true", help="compile and run llama.cpp too")
-    parser.add_argument("--only", nargs="*", help="these ways alone")
-    parser.add_argument("--keep", action="store_true", help="take exports that are there from an earlier run")
-    parser.add_argument("--prepare", action="store_true", help="make what is measured, and stop")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/speed.md")
-    given = parser.parse_args()
-    demo, out = prepare(), cache_folder() / "bench-decode"
-    folders = _folders(demo, out, given.only, given.keep)
-    gguf = _gguf(out) if given.llama_cpp else None
+    given = _arguments()
+    out = cache_folder() / ("bench-decode" if given.model == DEMO else f"bench-decode-{given.model}")
+    out.mkdir(parents=True, exist_ok=True)
+    with quietly(out / "log"):
+        model = _model(given.model, out)
+        folders = _folders(model, out, given.only, given.keep)
+        gguf = _gguf(out) if given.llama_cpp and model.own_loss else None
     if given.prepare:
         return
-    sizes = {name: folder_bytes(folder) for name, folder in folders.items()}
-    if gguf is not None:
-        sizes[LLAMA_CPP] = gguf.stat().st_size
-    if not given.only or PEFT in given.only:
-        sizes[PEFT] = folder_bytes(demo.base) + folder_bytes(demo.adapter)
-    against = {way.name: way.against for way in WAYS} | {PEFT: "merged int4", LLAMA_CPP: "merged int4"}
-    rows = [Row(name, size, against.get(name)) for name, size in sizes.items()]
+    rows = _rows(model, folders, gguf, given.only)
     more = (bench_llama_cpp.PACKAGE.replace("==", " "),) if gguf is not None else ()
     lines: list[str] = []
     for threads in given.threads:
-        load = partial(_workers, demo, folders, gguf, PEFT in sizes, threads)
+        load = partial(_workers, model, folders, gguf, any(row.name == PEFT for row in rows), threads)
+        before = read_speed(threads)
         speeds = measure(load, given.tokens, given.rounds, given.loads)
-        lines += [*table(rows, speeds), "", footnote(given.rounds, given.loads, threads, *more), ""]
+        bandwidth = max(before, read_speed(threads))
+        lines += [*table(rows, speeds, bandwidth), "", footnote(given.rounds, given.loads, threads, *more)]
+        lines += [_explained(model, bandwidth), ""]
     say("\n".join(lines))
     if given.write:
         write_section("decode", lines[:-1])
 
 
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", choices=(DEMO, LARGE), default=DEMO)
+    parser.add_argument("--tokens", type=int, default=48, help="tokens generated in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--loads", type=int, default=4, help="how often models are loaded anew")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=sorted({1, available_cores()}), help="a table for each"
+    )
+    parser.add_argument("--llama-cpp", action="store_true", help="compile and run llama.cpp too")
+    parser.add_argument("--only", nargs="*", help="these ways alone")
+    parser.add_argument("--keep", action="store_true", help="take exports that are there from an earlier run")
+    parser.add_argument("--prepare", action="store_true", help="make what is measured, and stop")
+    parser.add_argument("--write", action="store_true", help="write the tables into docs/speed.md")
+    given = parser.parse_args()
+    if given.write and given.model != DEMO:
+        parser.error("docs/speed.md has the demo's tables; --write is for them")
+    return given
+
+
+def _model(name: str, out: Path) -> Model:
+    if name == DEMO:
+        demo = prepare()
+        return Model("SmolLM2-135M", demo.base, demo.float_base, demo.adapter, own_loss=True)
+    say(f"{name}: making a base of random weights")
+    bench_models.make(bench_models.SIZES[name], _RANK, out, ("bf16", "nf4"))
+    return Model(
+        f"A random Llama, {name}", out / "nf4", out / "bf16", out / "adapter", Rounding(method="rtn")
+    )
+
+
+def _rows(
+    model: Model, folders: Mapping[str, Path], gguf: Path | None, only: Sequence[str] | None
+) -> list[Row]:
+    losses = lost() if model.own_loss else {}
+    ways = {way.name: way for way in WAYS}
+    against = {name: way.against for name, way in ways.items()}
+    rows = []
+    for name, folder in folders.items():
+        graph = next(
+            path for path in (folder / "onnx" / "model.onnx", folder / "model.onnx") if path.is_file()
+        )
+        read = read_bytes(graph, ways[name].four_bit is not None if name in ways else False)
+        rows.append(Row(name, folder_bytes(folder), against.get(name), read, losses.get(name, "")))
+    if gguf is not None:
+        size = gguf.stat().st_size
+        rows.append(Row(LLAMA_CPP, size, "merged int4", size, losses.get(LLAMA_CPP, "")))
+    if model.own_loss and (not only or PEFT in only):
+        rows.append(Row(PEFT, folder_bytes(model.base) + folder_bytes(model.adapter), "merged int4"))
+    return rows
+
+
+def _explained(model: Model, bandwidth: float) -> str:
+    """What the columns of a table are."""
+    text = (
+        f"{model.name}. *prompt*: tokens/s of a prompt of {LONG}, before decoding. *limit*: tokens/s were "
+        f"the weights read once for each token, and no more, at {bandwidth / 1e9:.1f} GB/s, the "
+        "best that so many threads read before and after (a cache that holds part of them goes above it)."
+    )
+    return text + (
+        " *lost*: of the adapter's effect, from [drift-table.md](drift-table.md)." * model.own_loss
+    )
+
+
 def _workers(
-    demo: Demo, folders: Mapping[str, Path], gguf: Path | None, with_peft: bool, threads: int
+    model: Model, folders: Mapping[str, Path], gguf: Path | None, with_peft: bool, threads: int
 ) -> dict[str, Worker]:
-    workers = {name: genai(folder, threads) for name, folder in folders.items()}
+    ways = {way.name: way for way in WAYS}
+    workers = {name: _worker(folder, ways.get(name), threads) for name, folder in folders.items()}
     if gguf is not None:
         command = [str(_python()), bench_llama_cpp.__file__, str(gguf), "--threads", str(threads)]
         workers[LLAMA_CPP] = Worker(command)
     if with_peft:
-        command = [sys.executable, "-m", "scripts.bench_peft", str(demo.base), str(demo.adapter)]
+        command = [sys.executable, "-m", "scripts.bench_peft", str(model.base), str(model.adapter)]
         workers[PEFT] = Worker([*command, "--threads", str(threads)], OMP_NUM_THREADS=str(threads))
     return workers
 
 
-def _folders(demo: Demo, out: Path, only: list[str] | None, keep: bool) -> dict[str, Path]:
+def _worker(folder: Path, way: Way | None, threads: int) -> Worker:
+    if way is None or way.four_bit is None:
+        return genai(folder, threads)
+    command = [sys.executable, "-m", "scripts.bench_session", str(folder), "--threads", str(threads)]
+    return Worker([*command, "--four-bit", way.four_bit])
+
+
+def _folders(model: Model, out: Path, only: list[str] | None, keep: bool) -> dict[str, Path]:
     """The exports by name, made where they aren't to be kept or aren't there."""
-    folders = {BUILDER: out / "builder"}
-    folders |= {way.name: out / way.name.replace(", ", "-").replace(" ", "-") for way in WAYS}
+    folders = {BUILDER: out / "builder"} | {way.name: out / way.folder for way in WAYS}
     folders = {name: folder for name, folder in folders.items() if not only or name in only}
-    ways = {way.name: way for way in WAYS}
+    ways, made = {way.name: way for way in WAYS}, set[Path]()
     for name, folder in folders.items():
-        if keep and (folder / "genai_config.json").is_file():
+        if folder in made or (keep and (folder / "genai_config.json").is_file()):
             continue
         say(f"{name}: exporting")
+        made.add(folder)
         if (way := ways.get(name)) is None:
-            build(demo.float_base, folder)
-            continue
-        adapters = [(demo.adapter, 1.0)]
-        target.export(
-            demo.base, adapters, folder, mode=way.mode, weights=way.weights, options=way.options, force=True
-        )
+            build(model.float_base, folder)
+        else:
+            _export(model, way, folder)
     return folders
+
+
+def _export(model: Model, way: Way, folder: Path) -> None:
+    target.export(
+        model.base,
+        [(model.adapter, 1.0)],
+        folder,
+        mode=way.mode,
+        weights=way.weights,
+        options=way.options,
+        rounding=model.rounding if way.weights != "nf4" else None,
+        force=True,
+    )
 
 
 def build(source: Path, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """A folder in ONNX Runtime GenAI, as a worker of the speed benches: see bench_turns.Worker.
 
-python -m scripts.bench_genai FOLDER --threads N   one line in: tokens; one line out: tokens per second
+python -m scripts.bench_genai FOLDER --threads N   one line in: tokens; one line out: two speeds
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 
-from scripts.bench_turns import PROMPT
+from scripts.bench_turns import LONG
 
 
 def main() -> None:
@@ -34,18 +34,19 @@ def main() -> None:
         print(_decode(model, adapters if file.is_file() else None, int(line)), flush=True)
 
 
-def _decode(model: og.Model, adapters: og.Adapters | None, tokens: int) -> float:
-    params, length = og.GeneratorParams(model), PROMPT + tokens + 1
+def _decode(model: og.Model, adapters: og.Adapters | None, tokens: int) -> str:
+    params, length = og.GeneratorParams(model), LONG + tokens + 1
     params.set_search_options(do_sample=False, max_length=length, min_length=length)
     generator = og.Generator(model, params)
     if adapters is not None:
         generator.set_active_adapter(adapters, "default")
-    generator.append_tokens(np.arange(100, 100 + PROMPT, dtype=np.int32)[None])
+    begun = time.perf_counter()
+    generator.append_tokens(np.arange(100, 100 + LONG, dtype=np.int32)[None])
     generator.generate_next_token()
     started = time.perf_counter()
     for _ in range(tokens):
         generator.generate_next_token()
-    return tokens / (time.perf_counter() - started)
+    return f"{LONG / (started - begun)} {tokens / (time.perf_counter() - started)}"
 
 
 if __name__ == "__main__":

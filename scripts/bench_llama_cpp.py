@@ -1,6 +1,6 @@
 """llama.cpp through llama-cpp-python, as a worker of the speed benches: see bench_turns.Worker.
 
-    python bench_llama_cpp.py MODEL.gguf --threads N     tokens on a line in, tokens per second on a line out
+    python bench_llama_cpp.py MODEL.gguf --threads N     tokens on a line in, two speeds on a line out
     python bench_llama_cpp.py SOURCE.gguf --quantize OUT.gguf    Q4_0, as llama.cpp's own quantizer does
 
 Run by the interpreter of an environment of its own, which `environment` makes; so it imports nothing of ours.
@@ -23,7 +23,7 @@ from typing import Any
 PACKAGE = "llama-cpp-python==0.3.36"
 # The parts that aren't used here take as long to compile as those that are.
 _CMAKE = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
-PROMPT = 32
+PROMPT = 512  # as bench_turns.LONG
 # llama.cpp's converter, in the environment's folder: it comes with the source, not with what is compiled.
 CONVERTER = Path("llama.cpp") / "convert_hf_to_gguf.py"
 _CONVERTER_PARTS = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
@@ -91,10 +91,10 @@ def quantize(llama_cpp: Any, source: str, out: str, kind: str) -> None:
 
 
 def serve(llama_cpp: Any, path: str, threads: int) -> None:
-    """Answer each number of tokens with the speed of decoding that many after the prompt."""
+    """Answer each number of tokens with the speeds of the prompt, and of decoding that many after it."""
     model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
     options = llama_cpp.llama_context_default_params()
-    options.n_ctx, options.n_threads, options.n_threads_batch = 512, threads, threads
+    options.n_ctx, options.n_threads, options.n_threads_batch = 1024, threads, threads
     context = llama_cpp.llama_init_from_model(model, options)
     vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     print("ready", flush=True)
@@ -102,12 +102,12 @@ def serve(llama_cpp: Any, path: str, threads: int) -> None:
         print(_decode(llama_cpp, context, vocabulary, int(line)), flush=True)
 
 
-def _decode(llama_cpp: Any, context: Any, vocabulary: int, tokens: int) -> float:
+def _decode(llama_cpp: Any, context: Any, vocabulary: int, tokens: int) -> str:
     import numpy as np
 
     llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
     feed = list(range(100, 100 + PROMPT))
-    started = 0.0
+    begun = started = time.perf_counter()
     for step in range(tokens + 1):
         array = (llama_cpp.llama_token * len(feed))(*feed)
         if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(feed))):
@@ -116,7 +116,7 @@ def _decode(llama_cpp: Any, context: Any, vocabulary: int, tokens: int) -> float
         feed = [int(logits.argmax())]
         if step == 0:
             started = time.perf_counter()
-    return tokens / (time.perf_counter() - started)
+    return f"{PROMPT / (started - begun)} {tokens / (time.perf_counter() - started)}"
 
 
 def _silent(level: int, text: bytes, data: Any) -> None:

@@ -2,7 +2,7 @@
 
     python -m scripts.bench_machine FOLDER     JSON: gflops, copied (bytes a second), cores, processor
 
-Both are the best of several tries, since another program's load makes a try slower and never faster.
+All are the best of several tries, since another program's load makes a try slower and never faster.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 from scripts.bench_process import forget
+from vera_edge.arrays import Array
 from vera_edge.cores import available_cores
 from vera_edge.device.check.hardware import processor
 
 _SIDE = 3072
 _FILE = 512 << 20
+_READ = 256 << 20  # bytes for each thread, more than caches hold
 _TRIES = 5
 
 
@@ -42,6 +47,22 @@ def product_speed(threads: int) -> float:
         torch.mm(left, right, out=out)
         best = min(best, time.perf_counter() - begun)
     return float(2 * _SIDE**3 / best / 1e9)
+
+
+def read_speed(threads: int) -> float:
+    """Bytes a second that so many threads read from memory, each its own array."""
+    arrays = [np.ones(_READ // 8, np.uint64) for _ in range(threads)]
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(_TRIES):
+            begun = time.perf_counter()
+            list(pool.map(_read, arrays))  # numpy lets go of the interpreter meanwhile
+            best = min(best, time.perf_counter() - begun)
+    return _READ * threads / best
+
+
+def _read(array: Array) -> int:
+    return int(array.max())
 
 
 def copy_speed(folder: Path) -> float:

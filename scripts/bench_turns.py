@@ -12,25 +12,32 @@ import statistics
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scripts.prepare_demo import ROOT
 from vera_edge.device.check.bench import ratio_of_medians
 from vera_edge.device.check.hardware import processor
 
+_TERMINAL = os.fdopen(os.dup(1), "w")  # also while `quietly` sends other things elsewhere
 PAGE = ROOT / "docs" / "speed.md"
-PROMPT = 32  # tokens before the clock starts
+PROMPT = 32  # tokens of a short prompt
+LONG = 512  # tokens of the prompt whose speed is measured too
+
+
+class Speed(NamedTuple):
+    """Tokens per second: of a prompt of LONG tokens, and of greedy decoding after it."""
+
+    prompt: float
+    decode: float
 
 
 class Worker:
-    """A model in a process of its own: it gets a number of tokens on a line, and answers with its speed.
-
-    That is tokens per second of greedy decoding after a prompt of PROMPT tokens.
-    """
+    """A model in a process of its own: it gets a number of tokens on a line, and answers with its Speed."""
 
     def __init__(self, command: Sequence[str], **environment: str) -> None:
         self._command = " ".join(command)
@@ -45,11 +52,12 @@ class Worker:
         )
         self._answer()  # when the model is loaded
 
-    def round(self, tokens: int) -> float:
-        """Tokens per second."""
+    def round(self, tokens: int) -> Speed:
+        """Feed a prompt, and decode `tokens` more."""
         assert self._process.stdin is not None
         print(tokens, file=self._process.stdin, flush=True)
-        return float(self._answer())
+        prompt, decode = self._answer().split()
+        return Speed(float(prompt), float(decode))
 
     def close(self) -> None:
         """End the process."""
@@ -67,11 +75,17 @@ class Worker:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table of speeds. `against`: the row its ratio is taken to."""
+    """A line of a table of speeds.
+
+    against: the row its ratio is taken to. read: bytes that a decoded token reads at least. lost: of the
+    adapter's effect, as words.
+    """
 
     name: str
     size: int
     against: str | None
+    read: int | None = None
+    lost: str = ""
 
 
 def genai(folder: Path, threads: int) -> Worker:
@@ -81,9 +95,9 @@ def genai(folder: Path, threads: int) -> Worker:
 
 def measure(
     load: Callable[[], Mapping[str, Worker]], tokens: int, rounds: int, loads: int
-) -> dict[str, list[float]]:
-    """Tokens per second by worker, by load and round; a round more at each start warms up."""
-    speeds: defaultdict[str, list[float]] = defaultdict(list)
+) -> dict[str, list[Speed]]:
+    """The speeds by worker, by load and round; a round more at each start warms up."""
+    speeds: defaultdict[str, list[Speed]] = defaultdict(list)
     for _ in range(loads):
         workers = load()
         for number in range(rounds + 1):
@@ -96,27 +110,44 @@ def measure(
     return speeds
 
 
-def table(rows: Sequence[Row], speeds: Mapping[str, list[float]]) -> list[str]:
-    """Lines of Markdown: median speed, its spread, and the ratio with its 95 % interval."""
-    lines = [
-        "| way | MB | tokens/s, median | lowest to highest | ratio | 95 % | to |",
-        "|---|--:|--:|---|--:|---|---|",
-    ]
+def table(
+    rows: Sequence[Row], speeds: Mapping[str, Sequence[Speed]], bandwidth: float | None = None
+) -> list[str]:
+    """Lines of Markdown: median speeds, the ratio of decoding with its 95 % interval, the limit, the loss.
+
+    bandwidth: bytes a second that this many threads read; without it there is no limit to show.
+    """
+    heads = ["way", "MB", "prompt", "tokens/s, median", "lowest to highest", "ratio", "95 %", "to"]
+    marks = ["---", "--:", "--:", "--:", "---", "--:", "---", "---"]
+    if bandwidth is not None:
+        heads, marks = [*heads, "limit", "of it", "lost"], [*marks, "--:", "--:", "--:"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'|'.join(marks)}|"]
     for row in rows:
-        found = speeds[row.name]
+        found = [speed.decode for speed in speeds[row.name]]
         cells = [
             row.name,
             f"{row.size / 1e6:,.0f}",
+            f"{statistics.median(speed.prompt for speed in speeds[row.name]):.0f}",
             f"{statistics.median(found):.1f}",
             f"{min(found):.1f} to {max(found):.1f}",
         ]
         if row.against is not None and row.against in speeds:
-            ratio, low, high = ratio_of_medians(found, speeds[row.against])
+            ratio, low, high = ratio_of_medians(found, [speed.decode for speed in speeds[row.against]])
             cells += [f"**{ratio:.2f}**", f"{low:.2f} to {high:.2f}", row.against]
         else:
             cells += ["", "", ""]
+        if bandwidth is not None:
+            cells += [*_limit(row, found, bandwidth), row.lost]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _limit(row: Row, found: Sequence[float], bandwidth: float) -> tuple[str, str]:
+    """Tokens per second that the memory allows, and what part of it was reached."""
+    if row.read is None:
+        return "", ""
+    most = bandwidth / row.read
+    return f"{most:.0f}", f"{statistics.median(found) / most:.2f}"
 
 
 def footnote(rounds: int, loads: int, threads: int, *more: str) -> str:
@@ -140,4 +171,26 @@ def write_section(name: str, lines: Sequence[str], file: Path = PAGE) -> None:
 
 def say(text: Any) -> None:
     """Tell how far it is."""
-    print(text, flush=True)
+    print(text, file=_TERMINAL, flush=True)
+
+
+@contextmanager
+def quietly(log: Path) -> Iterator[None]:
+    """Send what libraries write meanwhile to `log`, from Python or not; `say` still reaches the terminal."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    before = [os.dup(number) for number in (1, 2)]
+    try:
+        with log.open("ab") as stream:
+            for number in (1, 2):
+                os.dup2(stream.fileno(), number)
+            yield
+    except BaseException:
+        say(f"what was said before it failed is in {log}")
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, kept in zip((1, 2), before, strict=True):
+            os.dup2(kept, number)
+            os.close(kept)

@@ -1,0 +1,128 @@
+"""What scripts/bench_decode compares: our exports and peers, what each loses, what a token reads of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scripts.prepare_demo import ROOT
+from vera_edge.device.runtime import four_bit_graph
+from vera_edge.device.runtime.four_bit import expanded_bytes
+from vera_edge.device.runtime.onnx_file import OnnxFile
+
+BUILDER, LLAMA_CPP, PEFT = "GenAI's builder, int4", "llama.cpp, Q4_0", "torch, PEFT on NF4"
+_DRIFT = ROOT / "docs" / "drift-table.md"
+_BYTES = {1: 4, 2: 1, 3: 1, 7: 8, 10: 2}  # of a value, by TensorProto.DataType
+_LOOKED_UP = ("Gather", "GatherBlockQuantized")  # which read a row of a table, not all of it
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of our exports.
+
+    against: the way its ratio is taken to. drift: its row of docs/drift-table.md, or `lost` what stands
+    elsewhere. four_bit: it runs in vera_edge.device, with 4-bit weights so; else in ONNX Runtime GenAI.
+    """
+
+    name: str
+    mode: str
+    weights: str
+    against: str
+    drift: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    four_bit: str | None = None
+    lost: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Ways that differ in nothing but how they run share an export."""
+        settings = "-".join(f"{key}-{value}" for key, value in sorted(self.options.items()))
+        return "-".join(part for part in (self.mode, self.weights, settings) if part)
+
+
+WAYS = (
+    Way("merged int4, int4 head", "merged", "int4", BUILDER, options={"head": "int4"}),
+    Way("merged int4", "merged", "int4", LLAMA_CPP, "int4 merged"),
+    Way(
+        "merged int4, blocks of 64", "merged", "int4", LLAMA_CPP, "int4 merged, blocks of 64", {"block": "64"}
+    ),
+    Way(
+        "merged int4, blocks of 64, int4 head",
+        "merged",
+        "int4",
+        LLAMA_CPP,
+        "int4 merged, blocks of 64, int4 head",
+        {"block": "64", "head": "int4"},
+    ),
+    Way("branch int4", "branch", "int4", "merged int4", "int4 branch"),
+    Way("branch int4, int4 projections", "branch", "int4", "merged int4", options={"projections": "int4"}),
+    Way("merged int8", "merged", "int8", "merged int4", "int8 merged"),
+    Way(
+        "merged int8, blocks of 64",
+        "merged",
+        "int8",
+        "merged int8",
+        "int8 merged, blocks of 64",
+        {"block": "64"},
+    ),
+    Way("branch int8", "branch", "int8", "merged int8", "int8 branch"),
+    Way("branch int8, fp32 projections", "branch", "int8", "merged int8", options={"projections": "fp32"}),
+    Way("branch nf4", "branch", "nf4", "merged int8", "nf4 branch"),
+    Way(
+        "branch nf4 in vera_edge.device",
+        "branch",
+        "nf4",
+        "merged int8",
+        four_bit="expanded",
+        lost="0.08% ([device.md](device.md#running))",
+    ),
+    Way(
+        "the same, int8 activations",
+        "branch",
+        "nf4",
+        "merged int8",
+        four_bit="int8",
+        lost="0.57% (there too)",
+    ),
+)
+_PEERS = {BUILDER: "ONNX Runtime GenAI builder, int4 rtn", LLAMA_CPP: "llama.cpp Q4_0"}
+
+
+def lost() -> dict[str, str]:
+    """What each way loses of the adapter's effect, by docs/drift-table.md; only those that stand there."""
+    shares = {}
+    for line in _DRIFT.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
+        if len(cells) > 7 and cells[4].endswith("%"):
+            shares[cells[0]] = cells[4]
+    rows = _PEERS | {way.name: way.drift for way in WAYS}
+    elsewhere = {way.name: way.lost for way in WAYS if way.lost}
+    return elsewhere | {name: shares[row] for name, row in rows.items() if row in shares}
+
+
+def read_bytes(graph: Path, expanded: bool = False) -> int:
+    """Bytes of weights that a token reads at least: each once, and no tables that are looked up in.
+
+    expanded: of a graph whose 4-bit products vera_edge.device runs as int8 blocks.
+    """
+    file = OnnxFile.read(graph)
+    names = {name for node in file.nodes if node.op not in _LOOKED_UP for name in node.inputs}
+    places: dict[tuple[str | None, str | None], int] = {}
+    for name in names & file.initializers.keys():
+        one, size = file.initializers[name], _size(file, name)
+        place = (one.place.get("location"), one.place.get("offset")) if one.place else (name, None)
+        places[place] = max(size, places.get(place, 0))
+    products = four_bit_graph.products(graph) if expanded else []
+    more = sum(expanded_bytes(one.shape) for one in products)
+    return (
+        more
+        + sum(places.values())
+        - sum(_size(file, name) for one in products for name in (one.packed, one.absmax))
+    )
+
+
+def _size(file: OnnxFile, name: str) -> int:
+    one = file.initializers[name]
+    return math.prod(one.shape) * _BYTES.get(one.dtype, 1)
