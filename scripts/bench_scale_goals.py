@@ -67,6 +67,7 @@ GOALS: Sequence[Goal] = (
     Goal("int4 export, quick, time", "1.2b", "nf4", "int4-quick", _minutes, 15, "min"),
     Goal("int4 export, quick, over its products", "1.2b", "nf4", "int4-quick", _to_products, 1.5, "times"),
     Goal("drift of the int8 export, memory", "8b", "nf4", "drift", _memory, 6, "GB"),
+    Goal("drift of the merge, memory", "8b", "nf4", "drift-merge", _memory, 6, "GB"),
     Goal("merge, over the slower of copy and products", "8b", "nf4", "merge", merge_limit, 1.5, "times"),
     Goal("merge, over PEFT's time", "1.2b", "bf16", "merge", lambda r: r.wall, 1 / 3, "times", peer="peft"),
 )

@@ -68,9 +68,10 @@ def _decode(at: Place) -> Command:
     return [sys.executable, "-m", "scripts.bench_scale_workers", "decode", at.other]
 
 
-def _drift(at: Place) -> Command:
-    words = ("--tokens", str(_DRIFT_TOKENS), "--max-memory", "6GB")
-    return _ours("drift", at.adapter, at.other, "--base", at.base, *words)
+def _drift(*words: str) -> Callable[[Place], Command]:
+    # Models of more than half of it in float32 are read layer by layer, as where there isn't any more.
+    words = ("--tokens", str(_DRIFT_TOKENS), "--max-memory", "6GB", *words)
+    return lambda at: _ours("drift", at.adapter, at.other, "--base", at.base, *words)
 
 
 def _plan(at: Place) -> Command:
@@ -120,7 +121,10 @@ def rows() -> dict[str, Row]:
         "peft": Row("PEFT's merge", _peft, ("nf4", "bf16"), beside="merge"),
         "int8": Row("export int8", _export("--weights", "int8")),
         "decode": Row("the int8 export in ONNX Runtime GenAI", _decode, needs="int8"),
-        "drift": Row("drift of the int8 export", _drift, needs="int8", exits=(0, 3)),
+        "drift": Row("drift of the int8 export", _drift(), needs="int8", exits=(0, 3)),
+        "drift-merge": Row(
+            "drift of the merge, on exact values", _drift("--exact"), ("nf4",), "merge", exits=(0, 3)
+        ),
         "branch": Row("export as a branch", _export("--mode", "branch", "--weights", "same")),
         "builder": Row("GenAI's builder, int4", _builder, ("bf16",), beside="int4-default"),
         "llama-convert": Row(
