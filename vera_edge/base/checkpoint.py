@@ -135,6 +135,9 @@ class Checkpoint:
 
     def dequantize(self, module: str) -> Float32:
         """One linear's weight, exact in float32, as (out_features, in_features) however it is stored."""
+        linear = self.linear(module)
+        if linear.format in DTYPES and not linear.transposed:  # not whole in memory as it is stored, too
+            return self.tensors.float32(linear.tensors["weight"])
         return formats.dequantize(self.load(module))
 
     def float32(self, name: str) -> Float32:
