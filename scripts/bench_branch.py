@@ -1,8 +1,10 @@
 """Measure what a side-branch costs, and where: the demo's model and a larger Llama with random weights.
 
-    scripts/bench_branch [--tokens 24] [--rounds 3] [--loads 4] [--threads N] [--layers 16] [--keep] [--write]
+    scripts/bench_branch [--tokens 24] [--rounds 3] [--loads 4] [--threads N] [--layers 16] [--only TEXT]
+                         [--keep] [--write]
 
-The Llama has a hidden size of 2048, and adapters of rank 256 on its seven linears; its base is int8. The
+The Llama has a hidden size of 2048, and adapters on its seven linears: VeRA's of rank 256 beside int8, LoRA's
+of rank 16 beside int4. The
 profile tells what part of a step each kind of node takes; ONNX Runtime's profiler slows small nodes down, so
 shares of the branch are upper bounds. `--write` puts both tables into docs/speed.md.
 """
@@ -14,6 +16,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ LLAMA = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
 }
+LORA_RANK = 16
 PAST, STEPS = 64, 30  # tokens in the cache, steps that are profiled
 _KINDS = (
     "base products",
@@ -53,11 +57,12 @@ def main() -> None:
     parser.add_argument("--loads", type=int, default=4, help="how often models are loaded anew")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--layers", type=int, default=16, help="of the random Llama")
+    parser.add_argument("--only", default="", help="measure ways whose names hold this")
     parser.add_argument("--keep", action="store_true", help="take exports that are there from an earlier run")
     parser.add_argument("--prepare", action="store_true", help="make what is measured, and stop")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/speed.md")
     given = parser.parse_args()
-    folders, against = _folders(given.layers, given.keep)
+    folders, against = _folders(given.layers, given.keep, given.only)
     if given.prepare:
         return
     lines = []
@@ -76,42 +81,75 @@ def _workers(ways: Mapping[str, Path], threads: int) -> dict[str, Worker]:
     return {name: genai(folder, threads) for name, folder in ways.items()}
 
 
-def _folders(layers: int, keep: bool) -> tuple[dict[str, dict[str, Path]], dict[str, str]]:
+@dataclass(frozen=True)
+class _Way:
+    """A way to run a model. note: what is said of it beside mode and weights."""
+
+    model: str
+    base: Path
+    adapter: Path
+    mode: str
+    weights: str
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode} {self.weights}{self.note}"
+
+
+def _ways(layers: int) -> list[_Way]:
+    """What there is to measure, merged before branch."""
+    demo, llama = prepare(), cache_folder() / "bench-branch" / f"llama-{layers}"
+    small = "SmolLM2-135M (hidden 576, 30 layers)"
+    large = f"A random Llama (hidden 2048, {layers} layers)"
+    base, vera, lora = _llama(llama, layers)
+    cases = [
+        (small, demo.base, demo.adapter, "int4", ""),
+        (small, demo.base, demo.adapter, "int8", ""),
+        (large, base, vera, "int8", ""),
+        (large, base, lora, "int4", f", LoRA of rank {LORA_RANK}"),
+    ]
+    return [_Way(*case[:3], mode, *case[3:]) for case in cases for mode in ("merged", "branch")]
+
+
+def _folders(layers: int, keep: bool, only: str) -> tuple[dict[str, dict[str, Path]], dict[str, str]]:
     """The exports by model and name, and which name a ratio is taken to."""
-    out, demo = cache_folder() / "bench-branch", prepare()
-    base, adapter = _llama(out / f"llama-{layers}", layers)
-    models = {
-        "SmolLM2-135M (hidden 576, 30 layers)": (demo.base, demo.adapter, ("int4", "int8")),
-        f"A random Llama (hidden 2048, {layers} layers)": (base, adapter, ("int8",)),
-    }
     folders: dict[str, dict[str, Path]] = {}
-    for number, (model, (base, adapter, kinds)) in enumerate(models.items()):
-        folders[model] = {}
-        for weights in kinds:
-            for mode in ("merged", "branch"):
-                folder = out / f"{'demo' if number == 0 else f'llama-{layers}'}-{mode}-{weights}"
-                folders[model][f"{mode} {weights}"] = folder
-                if keep and (folder / "genai_config.json").is_file():
-                    continue
-                say(f"{model}, {mode} {weights}: exporting")
-                target.export(base, [(adapter, 1.0)], folder, mode=mode, weights=weights, force=True)
-    return folders, {f"branch {weights}": f"merged {weights}" for weights in ("int4", "int8")}
+    against = {}
+    for way in _ways(layers):
+        if only not in way.name:
+            continue
+        words = way.name.replace(",", "").replace(" ", "-").lower()
+        folder = cache_folder() / "bench-branch" / f"{way.base.parent.name}-{words}"
+        folders.setdefault(way.model, {})[way.name] = folder
+        if way.mode == "branch":
+            against[way.name] = f"merged {way.weights}{way.note}"
+        if keep and (folder / "genai_config.json").is_file():
+            continue
+        say(f"{way.model}, {way.name}: exporting")
+        one = [(way.adapter, 1.0)]
+        target.export(way.base, one, folder, mode=way.mode, weights=way.weights, force=True)
+    return folders, against
 
 
-def _llama(out: Path, layers: int) -> tuple[Path, Path]:
-    """A Llama with random weights and a VeRA adapter of rank 256 on its seven linears."""
+def _llama(out: Path, layers: int) -> tuple[Path, Path, Path]:
+    """A Llama with random weights, and a VeRA and a LoRA adapter on its seven linears."""
     import torch
+    from peft import LoraConfig
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tests import tiny
+    from tests import peft_adapters, tiny
 
-    base, adapter = out / "base", out / "adapter"
+    base, vera, lora = out / "base", out / "adapter", out / "lora"
     if not (base / "config.json").is_file():
         torch.manual_seed(0)
         tiny.save(LlamaForCausalLM(LlamaConfig(**LLAMA, num_hidden_layers=layers)), base)
-    if not (adapter / "adapter_config.json").is_file():
-        tiny.make_adapter(base, adapter, rank=256)
-    return base, adapter
+    if not (vera / "adapter_config.json").is_file():
+        tiny.make_adapter(base, vera, rank=256)
+    if not (lora / "adapter_config.json").is_file():
+        settings = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft_adapters.save(base, lora, settings, strength=0.01)
+    return base, vera, lora
 
 
 def _profiles(folders: Mapping[str, Mapping[str, Path]], threads: int) -> Iterator[str]:
@@ -154,7 +192,7 @@ def _profile(folder: Path, threads: int) -> tuple[Counter[str], Counter[str]]:
 
 
 def _kind(node: str, op: str) -> str:
-    if "/vera/" in node:
+    if "/vera/" in node or "/lora/" in node:
         for matrix in ("A", "B"):
             if f"/{matrix}/" in node:
                 return matrix

@@ -58,6 +58,7 @@ def is_exact(request: ExportRequest, encoder: bool = False) -> bool:
     plan = request.plan
     return (
         plan.mode == "branch"
+        and all(adapter.adds for adapter, _ in request.model.adapters)  # what others trained is computed with
         and not request.requantized
         and not request.corrections
         and weights.runs_as(request) == weights.kind(plan)

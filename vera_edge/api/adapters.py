@@ -32,7 +32,7 @@ def pack_adapter(
     In float32 or float16, as the bundle was exported.
 
     Args:
-        adapter: the PEFT folder.
+        adapter: the PEFT folder, or a LoRA that Microsoft Olive wrote as an .onnx_adapter.
         bundle: the branch bundle that will run it.
         out: the .onnx_adapter to write.
         weight: scales the adapter's delta.

@@ -52,6 +52,7 @@ def pack(
 ) -> None:
     """Pack the PEFT folder ADAPTER for a bundle that was exported with --mode branch.
 
+    ADAPTER may be a LoRA that Olive wrote as an .onnx_adapter, too.
     In float32 or float16, as the bundle was exported (--vectors).
     Refused when rank, seed, projections, layers or shapes aren't the bundle's: ONNX Runtime would run such a
     file without a word.

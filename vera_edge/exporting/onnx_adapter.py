@@ -25,7 +25,7 @@ from vera_edge.base.trained_as import TrainedAs
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.errors import MismatchError, OutputError, PlanError
-from vera_edge.exporting import branch_inputs
+from vera_edge.exporting import branch_inputs, olive
 from vera_edge.exporting.adapter_fit import check, inputs_of, module_shapes
 from vera_edge.exporting.branch_form import VECTORS, forms_of, needs_base, title_of
 from vera_edge.exporting.branch_inputs import BranchInputs, Piece
@@ -179,7 +179,7 @@ def pack_folder(
     base: Path | None = None,
     trained_as: TrainedAs | None = None,
 ) -> Packed:
-    """`pack` for a PEFT folder and a bundle's folder; base: its folder, where it is needed.
+    """`pack` for a PEFT folder, or a file of Olive's, and a bundle's folder; base: its folder, if needed.
 
     trained_as: how the base was loaded in training. Raises OutputError when `path` is taken or in there.
     """
@@ -191,7 +191,7 @@ def pack_folder(
             f"{path} is in the bundle {folder}, which holds what its manifest lists and no more; choose "
             "a place outside of it"
         )
-    read, checkpoint = adapters.read(adapter), None
+    checkpoint, read = None, olive.read(adapter) if adapter.is_file() else adapters.read(adapter)
     if base is not None and needs_base(read):
         checkpoint, ((read, _),) = trained_base.read(base, [(adapter, 1.0)], None, trained_as)
     return pack(read, bundle.read(folder), path, weight, base=checkpoint)

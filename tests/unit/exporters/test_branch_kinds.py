@@ -109,6 +109,10 @@ def test_a_file_brings_only_its_kinds(mixed: Path) -> None:
     }
 
 
+def test_it_stands_for_the_model_where_nothing_was_computed(mixed: Path) -> None:
+    assert bundle.read(mixed).exact is False
+
+
 def test_rows_of_one_batch_run_several_methods(mixed: Path) -> None:
     session, prompt = Session.open(mixed), "the adapter"
     choices = [*map(named, SOME), None]
@@ -144,6 +148,37 @@ def test_packed_afterwards_it_is_the_file_of_the_export(
     assert cli(*words).exit_code == 0
     file = mixed / bundle.read(mixed).adapters[named(name)]["file"]
     assert (tmp_path / "again.onnx_adapter").read_bytes() == file.read_bytes()
+
+
+def olives(folder: Path, path: Path) -> Path:
+    """A LoRA as `olive convert-adapters` writes it, by what its source says."""
+    config = peft.LoraConfig.from_pretrained(str(folder))
+    form, arrays = onnxruntime.AdapterFormat(), {}
+    for name, value in peft.load_peft_weights(str(folder), device="cpu").items():
+        array = value.numpy().T.copy()
+        array *= config.lora_alpha / config.r if "lora_B" in name else 1
+        arrays[name.replace("base_model.model.model", "model")] = array
+    form.set_adapter_version(1)
+    form.set_model_version(1)
+    form.set_parameters({k: onnxruntime.OrtValue.ortvalue_from_numpy(array) for k, array in arrays.items()})
+    form.export_adapter(str(path))
+    return path
+
+
+def test_a_lora_of_olives_is_packed(
+    mixed: Path, tiny_llama: tiny.TinyLlama, tmp_path: Path, cli: Cli
+) -> None:
+    settings = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    folder = peft_adapters.save(tiny_llama.fp32, tmp_path / "lora", settings)
+    file, packed = olives(folder, tmp_path / "olive.onnx_adapter"), tmp_path / "packed.onnx_adapter"
+    done = cli("run", mixed, "the adapter", "--adapter", file)
+    assert done.exit_code == 2 and "pack the adapter for this bundle" in " ".join(done.output.split())
+    done = cli("adapter", "pack", file, "--for", mixed, "-o", packed)
+    assert done.exit_code == 0, done.output
+    found = torch.from_numpy(np.array(Session.open(mixed, packed).logits(TOKENS)))
+    assert peft_adapters.close(found, truth(tiny_llama.nf4, folder))
+    done = cli("adapter", "pack", packed, "--for", mixed, "-o", tmp_path / "again.onnx_adapter")
+    assert done.exit_code == 2 and "a LoRA of Olive's holds pairs" in " ".join(done.output.split())
 
 
 def test_genai_swaps_them_by_name(mixed: Path) -> None:

@@ -27,7 +27,7 @@ def load(path: Path, graph: Graph, model_version: int | None = None) -> Vectors:
     `model_version` is what the file must carry, when the bundle says. Raises AdapterError when the file can't
     be read or holds NaN or infinity, MismatchError when it doesn't fit the graph.
     """
-    found, version = _read(path)
+    found, version = read_file(path)
     if model_version is not None and version != model_version:
         raise MismatchError(
             f"{path} was made for another base or another projection (model version {version}, this bundle "
@@ -48,10 +48,14 @@ def load(path: Path, graph: Graph, model_version: int | None = None) -> Vectors:
 
 def version(path: Path) -> int:
     """The model version that `path` carries. Raises AdapterError when the file can't be read."""
-    return _read(path)[1]
+    return read_file(path)[1]
 
 
-def _read(path: Path) -> tuple[dict[str, Array], int]:
+def read_file(path: Path) -> tuple[dict[str, Array], int]:
+    """What an `.onnx_adapter` holds, by name, and its model version.
+
+    Raises AdapterError when it can't be read.
+    """
     try:
         with path.open("rb") as stream:
             mark = stream.read(8)[4:]
