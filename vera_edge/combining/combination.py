@@ -8,9 +8,10 @@ from typing import Any
 
 from vera_edge.errors import PlanError
 
-# As `add_weighted_adapter` calls them. Without "_svd" they work on the factors of a LoRA, but for "cat".
+# As `add_weighted_adapter` calls them: what works on the factors of a LoRA, on dense deltas, on their sum.
 ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-ON_DELTAS = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+DENSE = ("ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+ON_DELTAS = ("svd", *DENSE)
 EXACT = "cat"
 KINDS = (EXACT, *ON_DELTAS, *ON_FACTORS)
 SIGNS = ("total", "frequency")

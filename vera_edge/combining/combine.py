@@ -22,7 +22,7 @@ from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.combining.arithmetic import combined
-from vera_edge.combining.combination import EXACT, ON_DELTAS, ON_FACTORS, Combination
+from vera_edge.combining.combination import DENSE, EXACT, ON_DELTAS, ON_FACTORS, Combination
 from vera_edge.combining.folder import Share, Writing
 from vera_edge.combining.low_rank import LowRank, Nearest, nearest_to, nearest_to_product
 from vera_edge.combining.made import MadeAdapter
@@ -33,8 +33,8 @@ from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import check_output
 
 RECORD = "combination.json"
-# What combines dense deltas, where there are no factors to combine.
-_DENSE = {EXACT: "svd", "linear": "svd"} | {kind: f"{kind}_svd" for kind in ON_FACTORS if kind != "linear"}
+# What to take instead, where there are no factors to combine.
+_INSTEAD = {EXACT: "svd", "linear": "svd"} | {kind: f"{kind}_svd" for kind in ON_FACTORS if kind != "linear"}
 
 
 def combine(
@@ -95,10 +95,10 @@ class _Combining:
         """The rank of the LoRA. Raises where it has to be given, or where factors differ in theirs."""
         kind, ranks = self.asked.kind, [source.adapter.rank for source in self.sources.each]
         full = next((one.adapter for one in self.sources.each if self._is_full(one)), None)
-        if full is not None and kind in _DENSE:
+        if full is not None and kind in _INSTEAD:
             raise PlanError(
                 f"{full.path} ({full.method}) makes another weight of a weight, so it has no factors for "
-                f"{kind}; take {_DENSE[kind]}, with a rank"
+                f"{kind}; take {_INSTEAD[kind]}, with a rank"
             )
         if kind in ON_DELTAS:
             if self.asked.rank is None and full is not None:
@@ -125,7 +125,7 @@ class _Combining:
     def layer(self, module: str) -> Nearest | LowRank:
         """A layer's pair, and where something had to be left out, how much."""
         products = products_of(self.sources, module)
-        if products is None or self.asked.kind in ON_DELTAS[1:]:
+        if products is None or self.asked.kind in DENSE:
             return self._dense(module)
         whole = sum_of(self.sources, module, products)
         if self.asked.kind == EXACT:

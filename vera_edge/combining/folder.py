@@ -130,6 +130,7 @@ class Writing:
                     _put(stream, RawTensor.of(array))
                 for _, tensor in tensors:
                     _put(stream, tensor)
+            sources.files.copy(stage)
             for name, facts in self.record.items():
                 write_atomic(stage / name, canonical_json(facts))
             write_atomic(stage / CONFIG_NAME, canonical_json(config))

@@ -17,6 +17,7 @@ from vera_edge.base.trained_as import TrainedAs
 from vera_edge.combining.low_rank import LowRank
 from vera_edge.errors import AdapterError, MismatchError, PlanError
 from vera_edge.merging.delta import effect
+from vera_edge.storage.side_files import SideFiles
 from vera_edge.trained import model, provenance
 
 
@@ -78,6 +79,12 @@ class Sources:
             all(one.projections is not None for one in self.each)
             and len({one.projections.digest for one in self.each if one.projections is not None}) == 1
         )
+
+    @property
+    def files(self) -> SideFiles:
+        """The tokenizer, templates and settings that lie beside the adapters."""
+        own, files = {source.adapter.path for source in self.each}, self.checkpoint.files
+        return SideFiles({name: folder for name, folder in files.folders.items() if folder in own})
 
     def of(self, module: str) -> list[DeltaSource]:
         """Those that change a layer."""

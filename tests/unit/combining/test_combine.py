@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,6 +254,16 @@ def test_the_command_says_how_far_it_is_from_the_sum(made: Made, tmp_path: Path,
     # A folder like any other: the merge takes it.
     merged = merging.to_folder(made.base, [(tmp_path / "mixed", 1.0)], tmp_path / "merged", "fp32")
     assert len(merged.layers) == 8
+
+
+def test_what_was_trained_with_goes_along(made: Made, tmp_path: Path) -> None:
+    one = shutil.copytree(made.folders["one"], tmp_path / "one")
+    (one / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    both = combine(made.base, [(one, 1.0), (made.folders["two"], 1.0)], tmp_path / "out").folder
+    assert (both / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    assert not (both / "tokenizer.json").exists()  # which is the base's
+    cut = to_lora(one, tmp_path / "cut", made.base, rank=2).folder
+    assert (cut / "chat_template.jinja").exists()
 
 
 @pytest.mark.parametrize(
