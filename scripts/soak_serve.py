@@ -88,7 +88,8 @@ class Soak:
             "temperature": number % 2,
             "seed": number,
         }
-        text = f"Request {number}: " + "the adapter scales each row " * (number % 5)
+        # Few words: the tokenizer keeps how 10,000 were split, which looks like growth until it has them.
+        text = f"Request {number % 97}: " + "the adapter scales each row " * (number % 5)
         chat = number % 3 == 0
         create = client.chat.completions.create if chat else client.completions.create
         said: dict[str, Any] = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
