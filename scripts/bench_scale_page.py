@@ -14,6 +14,7 @@ from scripts.prepare_demo import ROOT
 from vera_edge.storage.files import write_atomic
 
 PAGE = ROOT / "docs" / "scale.md"
+_COSTS = ("wall", "CPU", "memory", "of float32", "disk", "of float32", "output", "limit", "load")
 _MARKS = "<!-- {}: written by scripts/bench_scale -->", "<!-- end of {} -->"
 
 
@@ -58,8 +59,8 @@ def _tables(results: Sequence[Result]) -> Iterator[str]:
         lines = list(_lines(results, [name, *peers], known))
         if lines:
             yield from ("", f"### {row.title[0].upper()}{row.title[1:]}", "")
-            yield "| model | what | wall | CPU | memory | of float32 | disk | of float32 | output | limit |"
-            yield "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+            yield f"| model | what | {' | '.join(_COSTS)} |"
+            yield f"|---|---|{'--:|' * len(_COSTS)}"
             yield from lines
     yield ""
 
@@ -83,7 +84,11 @@ def _model(one: Result) -> str:
 def _numbers(one: Result) -> list[str]:
     if not one.done:
         why = {"over the time": f"over {one.limit:g} min", "over the memory": "over the memory"}
-        return [why.get(one.end, f"failed: {one.note}".replace("|", "\\|")), *[""] * 7]
+        return [
+            why.get(one.end, f"failed: {one.note}".replace("|", "\\|")),
+            *[""] * (len(_COSTS) - 2),
+            f"{one.load:.1f}",
+        ]
     return [
         seconds(one.wall),
         seconds(one.cpu),
@@ -93,6 +98,7 @@ def _numbers(one: Result) -> list[str]:
         f"{one.disk / one.float32:.2f}",
         f"{one.output / GB:.2f} GB",
         _limit(one),
+        f"{one.load:.1f}",
     ]
 
 

@@ -181,7 +181,10 @@ def test_the_page_holds_rows_beside_their_peers_and_plots(
     for _ in range(2):  # again into the page that it made
         bench_scale_page.write(results)
     text = page.read_text(encoding="utf-8")
-    assert "| 1.2b, nf4 | vera-edge | 150 s | 200 s | 2.00 GB | 0.40 | 3.00 GB | 0.60 | 2.90 GB |  |" in text
+    assert (
+        "| 1.2b, nf4 | vera-edge | 150 s | 200 s | 2.00 GB | 0.40 | 3.00 GB | 0.60 | 2.90 GB |  | 0.5 |"
+        in text
+    )
     assert (
         text.index("### Merge") < text.index("| 1.2b, bf16 | PEFT's merge | 300 s") < text.index("### Export")
     )
