@@ -29,6 +29,7 @@ from vera_edge.combining.made import MadeAdapter
 from vera_edge.combining.sources import DeltaSource, Sources, open_sources
 from vera_edge.combining.sums import distance, products_of, sum_of
 from vera_edge.errors import MismatchError, PlanError
+from vera_edge.merging.terms import quiet
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import check_output
 
@@ -62,7 +63,9 @@ def combine(
     work = _Combining(sources, asked)
     writing = Writing(out, force, {RECORD: _record(sources, asked)}, progress)
     if asked.kind in ON_FACTORS and sources.shares_projections:
-        made = writing.vectors(sources, work.vectors(), _saved(sources))
+        with quiet():
+            pairs = work.vectors()
+        made = writing.vectors(sources, pairs, _saved(sources))
     else:
         made = writing.lora(sources, work.rank, work.layer)
     return replace(made, from_sum=work.from_sum.value)
@@ -97,8 +100,8 @@ class _Combining:
         full = next((one.adapter for one in self.sources.each if self._is_full(one)), None)
         if full is not None and kind in _INSTEAD:
             raise PlanError(
-                f"{full.path} ({full.method}) makes another weight of a weight, so it has no factors for "
-                f"{kind}; take {_INSTEAD[kind]}, with a rank"
+                f"{full.path} ({full.method}) is read as what it makes of whole weights, so it has no "
+                f"factors for {kind}; take {_INSTEAD[kind]}, with a rank"
             )
         if kind in ON_DELTAS:
             if self.asked.rank is None and full is not None:

@@ -11,10 +11,11 @@ from typing import Any, BinaryIO
 from vera_edge.adapters.adapter import LORA
 from vera_edge.adapters.folder import CONFIG_NAME
 from vera_edge.arrays import Float32
-from vera_edge.combining.low_rank import LowRank, Nearest
+from vera_edge.combining.low_rank import LowRank, Nearest, check_finite
 from vera_edge.combining.made import MadeAdapter
 from vera_edge.combining.sources import Sources
 from vera_edge.errors import DriftExceeded
+from vera_edge.merging.terms import quiet
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import staged_folder, write_atomic
 from vera_edge.storage.json_text import canonical_json
@@ -74,10 +75,12 @@ class Writing:
         def values() -> Iterator[Float32]:
             for done, module in enumerate(sources.modules):
                 self.progress("layers", done, len(sources.modules))
-                found = layer(module)
+                with quiet():
+                    found = layer(module)
                 if isinstance(found, Nearest):
                     errors[module] = share.add(found.error, found.norm)
                 pair = (found.product if isinstance(found, Nearest) else found).padded(rank)
+                check_finite(pair.right, pair.left)
                 yield from (pair.right, pair.left)
             self.progress("layers", len(sources.modules), len(sources.modules))
             if self.max_error is not None and share.value > self.max_error:
@@ -102,6 +105,7 @@ class Writing:
         arrays = {f"base_model.{name}": values for name, values in sorted(saved.items())}
         for module, ends in pairs.items():
             arrays |= {f"{_PREFIX}{names[module]}.{end}": values for end, values in sorted(ends.items())}
+        check_finite(*arrays.values())
         shapes = {name: ("F32", values.shape) for name, values in arrays.items()}
         config = {key: value for key, value in first.config.items() if key not in _CHOOSING}
         config |= {"target_modules": sorted(names.values()), "modules_to_save": _whole(sources)}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vera_edge.arrays import Float32
+from vera_edge.errors import AdapterError
 from vera_edge.requantize.gram import one_blas_thread
 
 
@@ -60,6 +61,7 @@ class Nearest:
 
 def nearest_to_product(whole: LowRank, rank: int) -> Nearest:
     """The nearest product of rank `rank`, by the QR decompositions of both factors, and the SVD between."""
+    check_finite(whole.left, whole.right)
     with one_blas_thread():
         left, upper = np.linalg.qr(np.float64(whole.scale) * whole.left.astype(np.float64))
         right, lower = np.linalg.qr(whole.right.T.astype(np.float64))
@@ -78,6 +80,7 @@ def nearest_to(matrix: Float32, rank: int) -> Nearest:
     By the eigenvectors of its smaller Gram matrix in float64, which loses only what is 1e-8 of the largest
     singular value; the error is that of the product itself.
     """
+    check_finite(matrix)
     with one_blas_thread():
         tall = matrix.shape[0] > matrix.shape[1]
         wide = (matrix.T if tall else matrix).astype(np.float64)
@@ -90,3 +93,12 @@ def nearest_to(matrix: Float32, rank: int) -> Nearest:
         product = LowRank(left.astype(np.float32), right.astype(np.float32))
         error = float(np.linalg.norm(matrix - product.left @ product.right))
     return Nearest(product, error, float(np.linalg.norm(matrix)))
+
+
+def check_finite(*arrays: Float32) -> None:
+    """Raise AdapterError for infinite values, which no decomposition takes."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise AdapterError(
+            "what the adapters add is beyond float32; their vectors or weights are too large for anything "
+            "sound"
+        )

@@ -256,6 +256,20 @@ def test_the_command_says_how_far_it_is_from_the_sum(made: Made, tmp_path: Path,
     assert len(merged.layers) == 8
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear", "ties_svd"])
+def test_weights_beyond_float32(kind: str, made: Made, veras: dict[str, Path], tmp_path: Path) -> None:
+    pairs = [(made.folders["one"], 1e39), (made.folders["three"], 1.0)]
+    with pytest.raises(AdapterError, match="beyond float32"):
+        combine(made.base, pairs, tmp_path / "out", asked_of(kind))
+    if kind == "linear":
+        with pytest.raises(AdapterError, match="beyond float32"):
+            combine(
+                made.base, [(veras["first"], 1e80), (veras["second"], 1.0)], tmp_path / "out", asked_of(kind)
+            )
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_was_trained_with_goes_along(made: Made, tmp_path: Path) -> None:
     one = shutil.copytree(made.folders["one"], tmp_path / "one")
     (one / "chat_template.jinja").write_text("{{ messages[0].content }}")
