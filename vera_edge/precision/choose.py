@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from vera_edge import merging as merge
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import PlanError
@@ -31,7 +33,7 @@ from vera_edge.precision.units import Sensitivities, as_it_is, bytes_of, heads_o
 from vera_edge.progress import Progress, silent
 from vera_edge.reference import room
 from vera_edge.reference.streamed import LayerStream
-from vera_edge.requantize import CALIBRATED, CodesFolder, Effort, devices
+from vera_edge.requantize import CALIBRATED, CodesFolder, devices
 from vera_edge.requantize.effort import DEFAULT
 from vera_edge.storage.files import staged_folder
 from vera_edge.storage.scratch import scratch_folder
@@ -115,10 +117,11 @@ class _Search:
             steps,
             self.request.method,
             stores,
-            effort=Effort.named(self.request.effort),
+            effort=self.request.unit_effort,
             device=devices.chosen(self.request.device),
         )
-        calibration, sensitivity, check = self._windows()
+        sensitivity, check = self._windows()
+        calibration = self._calibration(self.request.trial_tokens)
         start = targets.told(start, calibration.to_list() if self.request.method in CALIBRATED else ())
         trials, heads = Trials(self.ready, self.request.target, self.work), heads_of(self.request.formats)
         with self._timed("weighing"):
@@ -128,7 +131,8 @@ class _Search:
         values = as_it_is if stream is None else stream.weights.values
         enough = devices.enough_memory(rounded.device, "a layer and its statistics")
         with self._timed("calibration and rounding"), enough:
-            rounded.calibrate(model, calibration.windows, self.progress, stream)
+            own = self._calibration(self.request.unit_tokens)
+            rounded.calibrate(model, own.windows, self.progress, stream)
         modules = [module for group in rounded.groups for module in group]
         with self._timed("sensitivities"):
             timed = self.request.max_latency is not None
@@ -161,20 +165,25 @@ class _Search:
             return StreamedReplay(stream, text.tokens)
         return Replay(model, modules, text.tokens)
 
-    def _windows(self) -> tuple[Cut, windows.Windows, windows.Windows]:
-        request, checkpoint = self.request, self.ready.model.checkpoint
-        config = checkpoint.config.get("text_config") or checkpoint.config
-        tokenizer, size = (
-            tokenizers.read(checkpoint.files, checkpoint.config),
-            int(config.get("vocab_size", 0)),
-        )
+    def _windows(self) -> tuple[windows.Windows, windows.Windows]:
+        """The text that units are measured on, and the longer one for plans."""
+        request, (tokenizer, size) = self.request, self._tokenizer()
         texts = Mixture.either(request.calibration)
         data = windows.read_text(texts.names[0] if request.data is None else request.data)
         width = min(windows.WINDOW, request.tokens)
         counts = (request.tokens, request.check_tokens)
         few, more = (windows.make(data, tokenizer, size, count, width) for count in counts)
-        calibrated = request.calibration_tokens or Effort.named(request.effort).tokens
-        return mixture.cut(texts, tokenizer, size, calibrated, windows.WINDOW), few, more
+        return few, more
+
+    def _calibration(self, tokens: int) -> Cut:
+        tokenizer, size = self._tokenizer()
+        return mixture.cut(Mixture.either(self.request.calibration), tokenizer, size, tokens, windows.WINDOW)
+
+    def _tokenizer(self) -> tuple[Tokenizer, int]:
+        """It, and how many tokens the model knows."""
+        checkpoint = self.ready.model.checkpoint
+        config = checkpoint.config.get("text_config") or checkpoint.config
+        return tokenizers.read(checkpoint.files, checkpoint.config), int(config.get("vocab_size", 0))
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

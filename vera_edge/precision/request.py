@@ -10,7 +10,7 @@ from vera_edge.errors import PlanError
 from vera_edge.exporting.target import OLD_NAMES
 from vera_edge.plans.plan import Mode
 from vera_edge.requantize import METHODS, Effort, devices
-from vera_edge.requantize.effort import DEFAULT
+from vera_edge.requantize.effort import DEFAULT, QUICK
 from vera_edge.rounding.weight_rounding import BUILT_IN
 from vera_edge.text.mixture import Mixture
 
@@ -49,6 +49,27 @@ class PlanRequest:
     effort: str = DEFAULT
     max_memory: int | None = None
     device: str = devices.CPU
+
+    @property
+    def trial_tokens(self) -> int:
+        """How many tokens a trial is calibrated on."""
+        return self.calibration_tokens or Effort.named(self.effort).tokens
+
+    @property
+    def unit_effort(self) -> Effort:
+        """What rounding each unit by itself spends; trials are rounded with the effort that was asked for.
+
+        A limit of KL needs what units lose. Within a size or a latency they are only ranked, and the quickest
+        effort ranks them nearly alike: all lose more by it, and linears of one kind by the same factor.
+        """
+        return Effort.named(self.effort if self.max_kl is not None else QUICK)
+
+    @property
+    def unit_tokens(self) -> int:
+        """How many tokens units are calibrated on."""
+        return (
+            self.trial_tokens if self.max_kl is not None else min(self.trial_tokens, self.unit_effort.tokens)
+        )
 
     @property
     def check_tokens(self) -> int:

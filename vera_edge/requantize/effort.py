@@ -31,9 +31,9 @@ class Effort:
         return _NAMED[name]
 
 
-DEFAULT = "default"
+DEFAULT, QUICK = "default", "quick"
 _NAMED = {
-    "quick": Effort(rounds=0, sweeps=0, tokens=4096),
+    QUICK: Effort(rounds=0, sweeps=0, tokens=4096),
     DEFAULT: Effort(),
     "thorough": Effort(rounds=3, tokens=32768),
 }
