@@ -84,45 +84,37 @@ def _least_held(value: Mapping[str, Any], taken: Mapping[str, int], need: Need) 
 
     taken: rows by module that `vectors` asks for.
     """
-    plan, spec, rank, kinds = (
-        value["plan"],
-        value["projection"],
-        value.get("lora_rank"),
-        value.get("branches"),
-    )
-    if not kinds:
-        need(
-            rank is None or (plan is not None and spec is None),
-            "lora_rank beside a projection, or without a plan",
-        )
-        kinds = {"vectors" if rank is None else "pairs": list(taken)}
-    else:
-        need(plan is not None, "branches without a plan")
-        need(("pairs" in kinds) == (rank is not None), "branches with pairs and no lora_rank, or the reverse")
-        need(
-            ("vectors" in kinds) == (spec is not None),
-            "branches with vectors and no projection, or the reverse",
-        )
+    plan, spec, rank = value["plan"], value["projection"], value.get("lora_rank") or 0
+    kinds = _kinds(value, taken, need)
     widths = {} if plan is None else {step["module"]: step["shape"][1] for step in plan["steps"]}
     counts = []
     for kind, modules in kinds.items():
-        strange = [module for module in modules if module not in taken]
-        need(
-            not strange and modules,
-            f"branches names {strange[:1] or 'no module'} for {kind}, which vectors doesn't",
-        )
-        rows = sum(taken[module] for module in modules)
-        inside = sum(widths.get(module, 0) for module in modules)
-        beside = spec["rank"] * len(modules) if spec is not None else 0
+        rows, inside = sum(map(taken.__getitem__, modules)), sum(widths.get(module, 0) for module in modules)
+        scales = spec["rank"] * len(modules) if spec is not None else 0
         counts.append(
-            {
-                "vectors": rows + beside,
-                "pairs": (rank or 0) * (rows + inside),
-                "outputs": rows,
-                "inputs": inside,
-            }[kind]
+            {"vectors": rows + scales, "pairs": rank * (rows + inside), "outputs": rows, "inputs": inside}[
+                kind
+            ]
         )
     return min(counts)
+
+
+def _kinds(value: Mapping[str, Any], taken: Mapping[str, int], need: Need) -> Mapping[str, list[str]]:
+    """The modules that have inputs of each kind, which have to be among those `taken`."""
+    plan, spec, rank = value["plan"], value["projection"], value.get("lora_rank")
+    kinds: Mapping[str, list[str]] = value.get("branches") or {}
+    if not kinds:
+        sound = rank is None or (plan is not None and spec is None)
+        need(sound, "lora_rank beside a projection, or without a plan")
+        return {"vectors" if rank is None else "pairs": list(taken)}
+    need(plan is not None, "branches without a plan")
+    for kind, beside, what in (("pairs", rank, "lora_rank"), ("vectors", spec, "projection")):
+        need((kind in kinds) == (beside is not None), f"branches with {kind} and no {what}, or the reverse")
+    for kind, modules in kinds.items():
+        strange = [module for module in modules if module not in taken][:1] or "no module"
+        sound = bool(modules) and strange == "no module"
+        need(sound, f"branches names {strange} for {kind}, which vectors doesn't")
+    return kinds
 
 
 def _check_drawn(name: str, entry: Mapping[str, Any], spec: Mapping[str, Any], need: Need) -> int:

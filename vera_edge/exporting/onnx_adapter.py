@@ -138,10 +138,20 @@ def pack(
         )
     if not adapter.adds and weight != 1:
         raise PlanError(f"{adapter.path} makes another weight of a weight; give it weight 1")
-    inputs, layout = inputs_of(manifest), [(module, start, stop) for module, start, stop in manifest.vectors]
+    layout = [(module, start, stop) for module, start, stop in manifest.vectors]
     if adapter.is_vera:
-        arrays = vectors(adapter, inputs.pieces(VECTORS, layout), weight, manifest.vector_dtype)
-        return write(path, arrays, manifest.model_version)
+        pieces = inputs_of(manifest).pieces(VECTORS, layout)
+        arrays = vectors(adapter, pieces, weight, manifest.vector_dtype)
+    else:
+        arrays = _others_arrays(adapter, manifest, layout, weight, base)
+    return write(path, arrays, manifest.model_version)
+
+
+def _others_arrays(
+    adapter: Adapter, manifest: Manifest, layout: Sequence[Piece], weight: float, base: Checkpoint | None
+) -> dict[str, Floats]:
+    """What another method than VeRA brings for a bundle's graph; raises as `pack`."""
+    inputs = inputs_of(manifest)
     if base is not None and base.digest != manifest.base["digest"]:
         raise MismatchError(f"{manifest.folder} was made of another base than {base.path}; name its own")
     if base is None and needs_base(adapter):
@@ -156,8 +166,7 @@ def pack(
             f"{adapter.path} has rank {rank}, and the side-branches of the bundle {manifest.folder} take "
             f"LoRA up to rank {inputs.rank}"
         )
-    found = branch_inputs.arrays(adapter, forms, inputs, layout, weight, manifest.vector_dtype)
-    return write(path, found, manifest.model_version)
+    return branch_inputs.arrays(adapter, forms, inputs, layout, weight, manifest.vector_dtype)
 
 
 def _with_shapes(adapter: Adapter, inputs: BranchInputs) -> Adapter:
