@@ -3,7 +3,8 @@
     scripts/bench_drift [--tokens 4096] [--only NAME ...] [--again NAME ...]      the README's table
     scripts/bench_drift --all                                                     and docs/drift-table.md
     scripts/bench_drift --lora                     that page's section on a LoRA adapter
-    scripts/bench_drift --kept                     that page alone, from the rows that were measured already
+    scripts/bench_drift --kept                     that page alone, from the rows that were measured already,
+                                                   or with --lora that section alone
 
 All rows are measured on the same windows of the demo's held-out text (with --all on code too), against logits
 the reference gave once. Rows are kept in the cache and measured again when what they depend on changes, so a
@@ -72,12 +73,11 @@ def main() -> None:
 
 def _lora(demo: Demo, out: Path, chosen: argparse.Namespace) -> None:
     bench = replace(_bench(demo, out, chosen.tokens), again=frozenset(chosen.again))
-    rows = _rows(bench, list(lora.ways(demo, out)), chosen.only)
     if chosen.only:
-        print(tables.long_table(rows))
+        print(tables.long_table(_rows(bench, list(lora.ways(demo, out)), chosen.only)))
         return
-    scored = {name: cut.scored for name, cut in bench.texts.items()}
-    tables.write_lora(lora.section([*rows, bench.bare], scored))
+    rows = bench.kept() if chosen.kept else [*_rows(bench, list(lora.ways(demo, out)), None), bench.bare]
+    tables.write_lora(lora.section(rows, {name: cut.scored for name, cut in bench.texts.items()}))
 
 
 def _bench(demo: Demo, out: Path, tokens: int) -> Bench:
