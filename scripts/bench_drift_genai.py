@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,9 @@ def built(source: Path, folder: Path, algorithm: str, *options: str) -> Path:
     return folder
 
 
-def made(folder: Path, adapter: Path | None = None) -> Made:
-    """A folder of the builder's to measure. adapter: an .onnx_adapter to run it with."""
-    return Made(Graph.open(folder, adapter), _bits(folder / "model.onnx"), folder_bytes(folder))
+def made(folder: Path) -> Made:
+    """A folder of the builder's to measure."""
+    return Made(Graph.open(folder), _bits(folder / "model.onnx"), folder_bytes(folder))
 
 
 def _bits(path: Path) -> float:
@@ -54,30 +53,23 @@ def _bits(path: Path) -> float:
 
 @dataclass(frozen=True)
 class Graph:
-    """A decoder graph of the builder in plain ONNX Runtime, the cache empty.
-
-    trained: what an adapter gives to the graph's inputs.
-    """
+    """A decoder graph of the builder in plain ONNX Runtime, the cache empty."""
 
     session: ort.InferenceSession
     vocab_size: int
     cache: tuple[int, int]  # heads and their size
-    trained: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path, adapter: Path | None = None) -> Graph:
+    def open(cls, folder: Path) -> Graph:
         session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
         model = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         cache = (model["decoder"]["num_key_value_heads"], model["decoder"]["head_size"])
-        parameters = ort.AdapterFormat.read_adapter(str(adapter)).get_parameters() if adapter else {}
-        trained = {name: value.numpy() for name, value in parameters.items()}
-        return cls(session, model["vocab_size"], cache, trained)
+        return cls(session, model["vocab_size"], cache)
 
     def logits(self, tokens: Int64) -> Float32:
         feeds: dict[str, npt.NDArray[Any]] = {
             "input_ids": tokens[None],
             "attention_mask": np.ones((1, len(tokens)), np.int64),
-            **self.trained,
         }
         for value in self.session.get_inputs():
             if value.name.startswith("past_key_values."):

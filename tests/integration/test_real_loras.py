@@ -34,7 +34,7 @@ RELEASE = """
 name = "real"
 [[base]]
 id = "base"
-path = "smollm2-nf4"
+path = "{base}"
 [[adapter]]
 id = "style"
 base = "base"
@@ -105,7 +105,7 @@ def trained(request: pytest.FixtureRequest, demo: Demo, tmp_path_factory: pytest
     side_files.copy(base, found.base)
     found.text.write_text(demo.eval_text.read_text()[:6000])
     make_key(found.folder, "publisher")
-    (found.folder / "release.toml").write_text(RELEASE)
+    (found.folder / "release.toml").write_text(RELEASE.format(base=found.base.name))
     return found
 
 
