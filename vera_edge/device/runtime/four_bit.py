@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.arrays import Bytes, Float32
-from vera_edge.formats.codes4 import LEVELS
 
 BLOCK = 32
 # NF4's by a greedy search over 100 to 250 on SmolLM2; FP4's levels are twelfths, but for one.
@@ -76,6 +75,8 @@ def expand(
 
 @cache
 def _tables(quant_type: str) -> _Tables:
+    from vera_edge.formats.codes4 import LEVELS  # a tenth of a start that few bundles need
+
     levels = LEVELS[quant_type].astype(np.float64)
     both = np.arange(1 << 16).astype(np.uint16).view(np.uint8)
     four = np.stack([both >> 4, both & 15], axis=1).reshape(-1, 4)
