@@ -85,7 +85,7 @@ def section(rows: Sequence[Row], scored: Mapping[str, int]) -> str:
     )
     absent = {"int4 merged", "nf4 merged back (vera-edge merge)"} - {row.name for row in rows}
     if absent:
-        intro += f"Not measured: {', '.join(sorted(absent))}, which take calibration."
+        intro += f"Not measured: {', '.join(sorted(absent))}, for want of the time that calibration takes."
     parts = (_filled(intro), tables.long_table(rows).rstrip(), _filled(_OLIVE))
     return "\n\n".join(parts)
 
