@@ -36,7 +36,7 @@ def open_bundle(
         fast: don't read files over 64 MiB before they run.
         four_bit: how NF4 and FP4 weights run: "expanded" to int8 blocks in memory, "int8", the same with
             activations rounded to int8, or "kept" as they are, exactly and slowly; None: kept where the
-            bundle's own limit on the mean KL is under 0.001, else expanded.
+            bundle's own limit on the mean KL is under 0.005, else expanded.
         tell: given a sentence: what the expanding took.
 
     Returns:

@@ -38,7 +38,7 @@ four_bit_option: Callable[[F], F] = click.option(
     "--four-bit",
     type=click.Choice(["expanded", "int8", "kept"]),
     help="How NF4 and FP4 weights run: expanded to int8 blocks in memory, the same with activations rounded "
-    "to int8, or kept, exactly and slowly: the default where the bundle's max_kl is under 0.001.",
+    "to int8, or kept, exactly and slowly: the default where the bundle's max_kl is under 0.005.",
 )
 force_option: Callable[[F], F] = click.option("--force", is_flag=True, help="Replace an existing output.")
 projection_rounding_option: Callable[[F], F] = click.option(

@@ -59,7 +59,7 @@ class Session(Opened):
         without it the content of files over 64 MiB isn't looked at. four_bit: how NF4 and FP4 weights run:
         "expanded" to int8 blocks in memory, to a thousandth of an adapter's effect; "int8", the same with
         activations rounded as in any int8 export; "kept", exactly and slowly; None is "kept" where the
-        bundle's own limit on the mean KL is under 0.001, else "expanded". Raises BundleError when the
+        bundle's own limit on the mean KL is under 0.005, else "expanded". Raises BundleError when the
         bundle is damaged or foreign, AdapterError or MismatchError when the adapter can't be used.
         """
         manifest, graph = open_graph(Path(folder), "decoder", threads, deep, four_bit)
