@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from vera_edge.api.adapt import Adapted as Adapted
     from vera_edge.api.adapt import adapt as adapt
-    from vera_edge.api.adapters import MadeAdapter as MadeAdapter
+    from vera_edge.api.adapters import WrittenAdapter as WrittenAdapter
     from vera_edge.api.adapters import combine_adapters as combine_adapters
     from vera_edge.api.adapters import freeze_adapter as freeze_adapter
     from vera_edge.api.adapters import pack_adapter as pack_adapter
@@ -93,7 +93,7 @@ if TYPE_CHECKING:
 # module -> what of it is public; the imports above say the same to type checkers, which a test holds
 _PUBLIC = {
     "api.adapt": ("Adapted", "adapt"),
-    "api.adapters": ("MadeAdapter", "combine_adapters", "freeze_adapter", "pack_adapter", "to_lora"),
+    "api.adapters": ("WrittenAdapter", "combine_adapters", "freeze_adapter", "pack_adapter", "to_lora"),
     "api.bench": ("Bench", "bench"),
     "api.chat": ("Conversation", "chat"),
     "api.diff": ("Difference", "diff", "diff_adapters"),

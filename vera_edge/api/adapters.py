@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vera_edge.api.arguments import Adapters, StrPath, loading, path_or_none, weighted
-from vera_edge.combining.made import MadeAdapter
+from vera_edge.combining.written import WrittenAdapter
 from vera_edge.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vera_edge.exporting.frozen_graph import Frozen
     from vera_edge.exporting.onnx_adapter import Packed
 
-__all__ = ["MadeAdapter", "combine_adapters", "freeze_adapter", "pack_adapter", "to_lora"]
+__all__ = ["WrittenAdapter", "combine_adapters", "freeze_adapter", "pack_adapter", "to_lora"]
 
 
 def pack_adapter(
@@ -104,7 +104,7 @@ def to_lora(
     trained_as: str | TrainedAs | None = None,
     force: bool = False,
     progress: Progress = silent,
-) -> MadeAdapter:
+) -> WrittenAdapter:
     """Write an adapter of any method as a LoRA adapter, for tools that know only LoRA.
 
     Exact where what the method adds is of low rank, as VeRA's is; else the best approximation of a rank.
@@ -121,7 +121,7 @@ def to_lora(
         progress: called with how many layers are done.
 
     Returns:
-        A MadeAdapter: the folder, its layers, its rank, the bytes of its weights (float32); `error`, the
+        A WrittenAdapter: the folder, its layers, its rank, the bytes of its weights (float32); `error`, the
         share of the change (Frobenius norm) that the rank had no room for, in all, and `layer_errors`.
 
     Raises:
@@ -155,7 +155,7 @@ def combine_adapters(
     trained_as: str | TrainedAs | None = None,
     force: bool = False,
     progress: Progress = silent,
-) -> MadeAdapter:
+) -> WrittenAdapter:
     """Combine adapters of one base into one adapter, as PEFT's `add_weighted_adapter` does for LoRA.
 
     Args:
@@ -174,7 +174,7 @@ def combine_adapters(
         progress: called with how many layers are done.
 
     Returns:
-        A MadeAdapter: LoRA, or VeRA where vectors were combined; `from_sum` says how far it is from the
+        A WrittenAdapter: LoRA, or VeRA where vectors were combined; `from_sum` says how far it is from the
         weighted sum of the deltas, `error` what an SVD left out.
 
     Raises:

@@ -23,7 +23,7 @@ from vera_edge.cli.show import (
 )
 
 if TYPE_CHECKING:
-    from vera_edge.api.adapters import MadeAdapter
+    from vera_edge.api.adapters import WrittenAdapter
 
 
 @click.group()
@@ -222,7 +222,7 @@ def to_lora(
     _show(made, as_json)
 
 
-def _show(made: MadeAdapter, as_json: bool) -> None:
+def _show(made: WrittenAdapter, as_json: bool) -> None:
     for sentence in made.notes:
         note(sentence)
     if as_json:

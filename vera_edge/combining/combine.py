@@ -25,9 +25,9 @@ from vera_edge.combining.arithmetic import combined
 from vera_edge.combining.combination import DENSE, EXACT, ON_DELTAS, ON_FACTORS, Combination
 from vera_edge.combining.folder import Share, Writing
 from vera_edge.combining.low_rank import LowRank, Nearest, nearest_to, nearest_to_product
-from vera_edge.combining.made import MadeAdapter
 from vera_edge.combining.sources import DeltaSource, Sources, open_sources
 from vera_edge.combining.sums import distance, products_of, sum_of
+from vera_edge.combining.written import WrittenAdapter
 from vera_edge.errors import MismatchError, PlanError
 from vera_edge.merging.terms import quiet
 from vera_edge.progress import Progress, silent
@@ -47,7 +47,7 @@ def combine(
     trained_as: TrainedAs | None = None,
     force: bool = False,
     progress: Progress = silent,
-) -> MadeAdapter:
+) -> WrittenAdapter:
     """Combine adapters (folders, each with its weight) of one base into the PEFT folder `out`.
 
     asked: how; None for their sum. projection_rounding, trained_as: as a merge takes them.

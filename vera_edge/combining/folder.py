@@ -12,8 +12,8 @@ from vera_edge.adapters.adapter import LORA
 from vera_edge.adapters.folder import CONFIG_NAME
 from vera_edge.arrays import Float32
 from vera_edge.combining.low_rank import LowRank, Nearest, check_finite
-from vera_edge.combining.made import MadeAdapter
 from vera_edge.combining.sources import Sources
+from vera_edge.combining.written import WrittenAdapter
 from vera_edge.errors import DriftExceeded
 from vera_edge.merging.terms import quiet
 from vera_edge.progress import Progress, silent
@@ -59,7 +59,7 @@ class Writing:
     progress: Progress = silent
     max_error: float | None = None
 
-    def lora(self, sources: Sources, rank: int, layer: Callable[[str], Nearest | LowRank]) -> MadeAdapter:
+    def lora(self, sources: Sources, rank: int, layer: Callable[[str], Nearest | LowRank]) -> WrittenAdapter:
         """Write a LoRA folder of one rank and scale 1. layer: gives a module's pair, of that rank or less.
 
         Raises DriftExceeded above `max_error`.
@@ -91,13 +91,13 @@ class Writing:
 
         size = self._write(sources, shapes, values(), _lora_config(sources, rank))
         error = share.value if errors else None
-        return MadeAdapter(
+        return WrittenAdapter(
             self.out, LORA, len(sources.modules), rank, size, error, errors, notes=sources.notes
         )
 
     def vectors(
         self, sources: Sources, pairs: Mapping[str, Mapping[str, Float32]], saved: Mapping[str, Float32]
-    ) -> MadeAdapter:
+    ) -> WrittenAdapter:
         """Write a folder of the first adapter's method and settings. pairs: arrays by module and PEFT's end
         of a name; saved: what all layers share.
         """
@@ -111,7 +111,7 @@ class Writing:
         config |= {"target_modules": sorted(names.values()), "modules_to_save": _whole(sources)}
         config |= {"inference_mode": True, "bias": "none", "save_projection": bool(saved)}
         size = self._write(sources, shapes, iter(arrays.values()), config)
-        return MadeAdapter(self.out, first.method, len(pairs), first.rank, size, notes=sources.notes)
+        return WrittenAdapter(self.out, first.method, len(pairs), first.rank, size, notes=sources.notes)
 
     def _write(
         self,

@@ -15,8 +15,8 @@ from vera_edge.adapters.adapter import Adapter
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.combining.folder import Writing
 from vera_edge.combining.low_rank import LowRank, Nearest, nearest_to, nearest_to_product
-from vera_edge.combining.made import MadeAdapter
 from vera_edge.combining.sources import DeltaSource, open_sources
+from vera_edge.combining.written import WrittenAdapter
 from vera_edge.errors import AdapterError, PlanError
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.files import check_output
@@ -35,7 +35,7 @@ def to_lora(
     rank: int | None = None,
     max_error: float | None = None,
     progress: Progress = silent,
-) -> MadeAdapter:
+) -> WrittenAdapter:
     """Write the adapter in `adapter_path` as a PEFT LoRA folder, in float32.
 
     base: the base model's folder; without it the base named in the adapter's config is looked for, as a path.

@@ -1,4 +1,4 @@
-"""What making an adapter of adapters gives."""
+"""An adapter that was written: what a combination or a conversion gives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class MadeAdapter:
+class WrittenAdapter:
     """An adapter that was written: its folder, PEFT's name of its method, layers, rank, bytes of weights.
 
     error: how far it is from what was asked for, of all layers: the Frobenius norm of what is missing, by
