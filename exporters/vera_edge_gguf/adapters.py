@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.lora import LoraPair
+from vera_edge.adapters.reading import title_of
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting.exported_adapters import names, trained_whole
@@ -41,7 +42,7 @@ def check(request: ExportRequest) -> None:
     for adapter, _ in request.model.adapters:
         if not adapter.adds:
             raise TargetError(
-                f"{adapter.path} ({adapter.method}) doesn't only add to weights, which a GGUF LoRA can't "
+                f"{adapter.path} ({title_of(adapter)}) doesn't only add to weights, which a GGUF LoRA can't "
                 "carry; use --mode merged"
             )
         if more := trained_whole(request, adapter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vera_edge.adapters.reading import title_of
 from vera_edge.errors import PlanError
 from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.plans.plan import FLOAT
@@ -29,7 +30,7 @@ def check(request: ExportRequest, target: str) -> None:
         )
     if PROJECTIONS in request.options and not adapters.has_vectors(request):
         raise PlanError(
-            f"a {request.model.adapters[0].adapter.method} adapter has no projections to store; leave "
+            f"an adapter of {title_of(request.model.adapters[0].adapter)} has no projections to store; leave "
             "--store-projections out"
         )
     if weights.ACCURACY in request.options and not _has_integer_products(request):

@@ -18,7 +18,7 @@ from vera_edge.adapters.folder import CONFIG_NAME, open_folder, read_config
 from vera_edge.adapters.method import Method
 from vera_edge.errors import AdapterError
 
-__all__ = ["CONFIG_NAME", "GROUP", "METHODS", "can_branch", "described", "method_of", "read"]
+__all__ = ["CONFIG_NAME", "GROUP", "METHODS", "can_branch", "described", "method_of", "read", "title_of"]
 
 GROUP = "vera_edge.adapter_methods"
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -63,6 +63,11 @@ def can_branch(adapter: Adapter) -> bool:
     """Whether it can be computed beside an untouched layer at run time."""
     method = method_of(adapter.method, adapter.path)
     return method.branches or method.low_rank
+
+
+def title_of(adapter: Adapter) -> str:
+    """What people call the adapter's method."""
+    return described(adapter)[0]
 
 
 def described(adapter: Adapter) -> tuple[str, str]:

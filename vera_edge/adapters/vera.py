@@ -47,7 +47,7 @@ def vectors_of(adapter: Adapter) -> dict[str, LambdaVectors]:
     """A VeRA adapter's vectors by layer. Raises PlanError for another method's."""
     found = {name: pair for name, pair in adapter.vectors.items() if isinstance(pair, LambdaVectors)}
     if len(found) != len(adapter.vectors):
-        raise PlanError(f"{adapter.path} is a {adapter.method} adapter, and this is for VeRA's vectors")
+        raise PlanError(f"{adapter.path} isn't a VeRA adapter, and this is for VeRA's vectors")
     return found
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from vera_edge.adapters.reading import title_of
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32
 from vera_edge.base.trained_as import TrainedAs
@@ -100,13 +101,13 @@ class _Combining:
         full = next((one.adapter for one in self.sources.each if self._is_full(one)), None)
         if full is not None and kind in _INSTEAD:
             raise PlanError(
-                f"{full.path} ({full.method}) is read as what it makes of whole weights, so it has no "
+                f"{full.path} ({title_of(full)}) is read as what it makes of whole weights, so it has no "
                 f"factors for {kind}; take {_INSTEAD[kind]}, with a rank"
             )
         if kind in ON_DELTAS:
             if self.asked.rank is None and full is not None:
                 raise PlanError(
-                    f"{full.path} ({full.method}) has no rank to go by; give the combination's (--rank)"
+                    f"{full.path} ({title_of(full)}) has no rank to go by; give the combination's (--rank)"
                 )
             return self.asked.rank or max(ranks)
         if kind == EXACT:

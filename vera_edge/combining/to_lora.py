@@ -55,8 +55,8 @@ def to_lora(
     (source,) = sources.each
     if rank is None and not adapter.rank:
         raise AdapterError(
-            f"{adapter_path} is a {adapter.method} adapter, which has no rank; give --rank, for the best "
-            "approximation of that rank and its error"
+            f"{adapter_path} is an adapter of {adapters.title_of(adapter)}, which has no rank; give "
+            "--rank, for the best approximation of that rank and its error"
         )
 
     def layer(module: str) -> Nearest | LowRank:
@@ -86,9 +86,9 @@ def _written_out(product: LowRank, adapter: Adapter) -> LowRank:
 def _not_low_rank(source: DeltaSource, module: str, found: Nearest) -> AdapterError:
     adapter = source.adapter
     return AdapterError(
-        f"what {adapter.path} ({adapter.method}) changes of {module} isn't of rank {adapter.rank}, which "
-        f"would lose {found.error / found.norm:.1%} of it; give --rank, for the best approximation of that "
-        "rank and its error"
+        f"what {adapter.path} ({adapters.title_of(adapter)}) changes of {module} isn't of rank "
+        f"{adapter.rank}, which would lose {found.error / found.norm:.1%} of it; give --rank, for the best "
+        "approximation of that rank and its error"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.lora import LoraPair
 from vera_edge.adapters.projection import Projections, ProjectionSpec, stream_digest
-from vera_edge.adapters.reading import can_branch
+from vera_edge.adapters.reading import can_branch, title_of
 from vera_edge.arrays import Float32
 from vera_edge.base.overlay import digest_of
 from vera_edge.bundle.contents import Manifest
@@ -19,7 +19,7 @@ from vera_edge.errors import MismatchError
 from vera_edge.exporting.branch_form import INPUTS, OUTPUTS, PAIRS, VECTORS, kinds_of
 from vera_edge.exporting.branch_inputs import BranchInputs
 
-_NAMES = {VECTORS: "VERA", PAIRS: "LORA", OUTPUTS: "factors of outputs", INPUTS: "factors of inputs"}
+_NAMES = {VECTORS: "VeRA", PAIRS: "LoRA", OUTPUTS: "factors of outputs", INPUTS: "factors of inputs"}
 
 
 def inputs_of(manifest: Manifest) -> BranchInputs:
@@ -47,11 +47,12 @@ def check(adapter: Adapter, manifest: Manifest, spec: ProjectionSpec | None = No
     if manifest.mode != "branch" or not (manifest.projection or manifest.lora_rank or manifest.branches):
         raise MismatchError(f"{where} has its adapter merged; export it with --mode branch to swap adapters")
     if not can_branch(adapter):
-        raise MismatchError(f"{adapter.path} is a {adapter.method} adapter, which can only be merged")
+        raise MismatchError(f"{adapter.path} is an adapter of {title_of(adapter)}, which can only be merged")
     kinds = kinds_of(adapter)
     for kind in kinds:
         if kind not in inputs.modules:
-            what = f"is a {adapter.method} adapter" if kind in (VECTORS, PAIRS) else f"brings {_NAMES[kind]}"
+            whole = kind in (VECTORS, PAIRS)
+            what = f"is an adapter of {title_of(adapter)}" if whole else f"brings {_NAMES[kind]}"
             others = " and ".join(_NAMES[other] for other in inputs.modules)
             raise MismatchError(
                 f"{adapter.path} {what}, and the side-branches of {where} are for {others}; export it with "

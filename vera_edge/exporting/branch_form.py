@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from vera_edge.adapters.adapter import LORA, Adapter, LayerChange
+from vera_edge.adapters.adapter import Adapter, LayerChange
 from vera_edge.adapters.lora import LoraPair
 from vera_edge.adapters.peft_methods import ADDING, IA3, PeftTensors
-from vera_edge.adapters.reading import method_of
+from vera_edge.adapters.reading import title_of
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import Checkpoint
@@ -93,12 +93,6 @@ def _form(adapter: Adapter, module: str, base: Checkpoint | None) -> BranchForm:
         assert base is not None
         return _normed(change, base, module)
     return BranchForm(_found_pair(adapter, module, base))
-
-
-def title_of(adapter: Adapter) -> str:
-    """What people call the adapter's method."""
-    title = method_of(adapter.method, adapter.path).title
-    return "DoRA" if adapter.method == LORA and not adapter.adds else title
 
 
 def _normed(pair: LoraPair, base: Checkpoint, module: str) -> BranchForm:

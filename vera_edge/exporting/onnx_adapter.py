@@ -27,7 +27,7 @@ from vera_edge.bundle.contents import Manifest
 from vera_edge.errors import MismatchError, OutputError, PlanError
 from vera_edge.exporting import branch_inputs, olive
 from vera_edge.exporting.adapter_fit import check, inputs_of, module_shapes
-from vera_edge.exporting.branch_form import VECTORS, forms_of, needs_base, title_of
+from vera_edge.exporting.branch_form import VECTORS, forms_of, needs_base
 from vera_edge.exporting.branch_inputs import BranchInputs, Piece
 from vera_edge.exporting.float_range import stored
 from vera_edge.storage.files import check_output, sha256_bytes, write_atomic
@@ -156,8 +156,8 @@ def _others_arrays(
         raise MismatchError(f"{manifest.folder} was made of another base than {base.path}; name its own")
     if base is None and needs_base(adapter):
         raise MismatchError(
-            f"{adapter.path} ({title_of(adapter)}) says what becomes of the base's own values, so they are "
-            "needed to put it beside them; give --base"
+            f"{adapter.path} ({adapters.title_of(adapter)}) says what becomes of the base's own values, so "
+            "they are needed to put it beside them; give --base"
         )
     adapter = _with_shapes(adapter, inputs)
     forms = forms_of(adapter, base)

@@ -16,6 +16,7 @@ import numpy as np
 
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.projection import Projections
+from vera_edge.adapters.reading import title_of
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32, Float64
 from vera_edge.errors import PlanError
@@ -72,7 +73,7 @@ def check(
         raise PlanError("vectors are refitted for one adapter at a time, with a weight that isn't 0")
     if asked.vectors and not adapters[0][0].is_vera:
         raise PlanError(
-            f"{adapters[0][0].path} is a {adapters[0][0].method} adapter, and only VeRA's vectors are "
+            f"{adapters[0][0].path} is an adapter of {title_of(adapters[0][0])}, and only VeRA's vectors are "
             f"refitted; recover takes {LOW_RANK}=RANK and {BIAS} for it"
         )
     return asked

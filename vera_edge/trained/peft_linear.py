@@ -16,6 +16,7 @@ import numpy as np
 
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.peft_methods import PeftTensors
+from vera_edge.adapters.reading import title_of
 from vera_edge.arrays import Float32
 from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.quiet import first_line, quiet
@@ -69,7 +70,7 @@ class _Layers:
                 check_held(wrapped, trained, _NAME)
         except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, AssertionError) as cause:
             raise MismatchError(
-                f"PEFT's layers can't take {adapter.path} ({adapter.method}): {first_line(cause)}"
+                f"PEFT's layers can't take {adapter.path} ({title_of(adapter)}): {first_line(cause)}"
             ) from None
         wrapped.eval()
         found = {module: wrapped.base_model.model.get_submodule(name) for module, name in names.items()}

@@ -78,8 +78,8 @@ def resolve(
     """
     if not adapter.is_vera:
         raise AdapterError(
-            f"{adapter.path} is a {adapter.method} adapter, which has no projections; only VeRA's are drawn "
-            "from a seed"
+            f"{adapter.path} is an adapter of {reading.title_of(adapter)}, which has no projections; only "
+            "VeRA's are drawn from a seed"
         )
     if projection_rounding is not None and projection_rounding not in NAMES:
         raise AdapterError(f"projection rounding {projection_rounding!r} isn't known; {ASK}")
@@ -131,8 +131,8 @@ def source_of(
         return AdapterSource(found.how, found.projections, found.notes)
     if projection_rounding is not None:
         raise AdapterError(
-            f"{adapter.path} is a {adapter.method} adapter, which has no projections to round; leave "
-            "--projection-rounding out"
+            f"{adapter.path} is an adapter of {reading.title_of(adapter)}, which has no projections to "
+            "round; leave --projection-rounding out"
         )
     notes = (*check_fit(adapter, checkpoint), *training_record.notes(adapter, checkpoint))
     return AdapterSource(told(adapter), None, notes)

@@ -10,6 +10,7 @@ from typing import Any
 
 from vera_edge.adapters.adapter import Adapter, WeightedAdapter
 from vera_edge.adapters.projection import Projections
+from vera_edge.adapters.reading import title_of
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.errors import MismatchError, PlanError
@@ -89,8 +90,8 @@ def check_together(adapters: Sequence[tuple[Adapter, float]], summed: bool = Tru
             raise PlanError(f"the weight of {adapter.path} is {weight}; give a finite number")
         if not adapter.adds and (weight != 1 or (summed and len(adapters) > 1)):
             raise PlanError(
-                f"{adapter.path} ({adapter.method}) is merged by what makes another weight of a weight, so "
-                "it can't be weighted or summed; give it alone, with weight 1"
+                f"{adapter.path} ({title_of(adapter)}) is merged by what makes another weight of a weight, "
+                "so it can't be weighted or summed; give it alone, with weight 1"
             )
         if weight != 1 and (adapter.biases or adapter.modules_to_save):
             raise PlanError(
@@ -101,8 +102,8 @@ def check_together(adapters: Sequence[tuple[Adapter, float]], summed: bool = Tru
     for other, _ in adapters[1:] if summed else ():
         if first is not None and first.method != other.method:
             raise MismatchError(
-                f"{first.path} is a {first.method} adapter and {other.path} a {other.method} adapter; merge "
-                "them one after the other"
+                f"{first.path} is an adapter of {title_of(first)} and {other.path} of {title_of(other)}; "
+                "merge them one after the other"
             )
     drawn = [adapter for adapter, _ in adapters if adapter.is_vera]
     for other in drawn[1:]:

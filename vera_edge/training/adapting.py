@@ -16,6 +16,7 @@ import numpy as np
 
 from vera_edge import __version__
 from vera_edge.adapters.adapter import LORA, VERA, Adapter
+from vera_edge.adapters.reading import title_of
 from vera_edge.arrays import Float32, Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
@@ -140,8 +141,8 @@ def _check_method(adapter: Adapter) -> None:
     """Raise PlanError for an adapter of a method whose values aren't trained here."""
     if adapter.method not in (VERA, LORA):
         raise PlanError(
-            f"{adapter.path} is an adapter of {adapter.method}, and those of VeRA and LoRA alone are carried "
-            "over; train it on the base that is shipped (vera_edge.training.load)"
+            f"{adapter.path} is an adapter of {title_of(adapter)}, and those of VeRA and LoRA alone are "
+            "carried over; train it on the base that is shipped (vera_edge.training.load)"
         )
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy.typing as npt
 
 from vera_edge.adapters.adapter import Adapter
-from vera_edge.adapters.reading import can_branch
+from vera_edge.adapters.reading import can_branch, title_of
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting import branch_form, branch_inputs
 from vera_edge.exporting import onnx_adapter as packing
-from vera_edge.exporting.branch_form import INPUTS, Forms, forms_of, kinds_of, title_of
+from vera_edge.exporting.branch_form import INPUTS, Forms, forms_of, kinds_of
 from vera_edge.exporting.branch_inputs import BranchInputs, Piece, rank_of, shared_of
 from vera_edge.exporting.exported_adapters import names, trained_whole
 from vera_edge.exporting.exporter import ExportRequest
@@ -51,7 +51,7 @@ def check(request: ExportRequest) -> None:
     for adapter, _ in request.model.adapters if request.plan.mode == "branch" else ():
         if not can_branch(adapter):
             raise TargetError(
-                f"{adapter.path} is a {title_of(adapter)} adapter, which can't stand beside a layer; use "
+                f"{adapter.path} is an adapter of {title_of(adapter)}, which can't stand beside a layer; use "
                 "--mode merged"
             )
         if more := trained_whole(request, adapter):

@@ -223,7 +223,7 @@ def test_refuses_what_cant_be_summed(
         merge.prepare(tiny_llama.fp32, [(dora, 0.5)])
     with pytest.raises(PlanError, match="give it alone, with weight 1"):
         merge.prepare(tiny_llama.fp32, [(plain, 1.0), (dora, 1.0)])
-    with pytest.raises(MismatchError, match=r"VERA adapter and .* a LORA adapter"):
+    with pytest.raises(MismatchError, match=r"of VeRA and .* of LoRA; merge"):
         merge.prepare(tiny_llama.nf4, [(tiny_adapter, 1.0), (plain, 1.0)])
     with pytest.raises(AdapterError, match="has no projections to round"):
         merge.prepare(tiny_llama.fp32, [(plain, 1.0)], projection_rounding="bf16")

@@ -148,7 +148,7 @@ def test_refuses_what_has_no_place(
         (wide, "has rank 5, and the side-branches"),
         (other, "has no side-branch for"),
         (dora, "brings factors of outputs, and the side-branches"),
-        (tiny_adapter, "is a VERA adapter, and the side-branches"),
+        (tiny_adapter, "is an adapter of VeRA, and the side-branches"),
     ):
         done = cli("adapter", "pack", folder, "--for", branch, "-o", tmp_path / "x.onnx_adapter")
         assert done.exit_code == 2 and message in " ".join(done.output.split()), done.output
