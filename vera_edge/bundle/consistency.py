@@ -91,11 +91,8 @@ def _least_held(value: Mapping[str, Any], taken: Mapping[str, int], need: Need) 
     for kind, modules in kinds.items():
         rows, inside = sum(map(taken.__getitem__, modules)), sum(widths.get(module, 0) for module in modules)
         scales = spec["rank"] * len(modules) if spec is not None else 0
-        counts.append(
-            {"vectors": rows + scales, "pairs": rank * (rows + inside), "outputs": rows, "inputs": inside}[
-                kind
-            ]
-        )
+        held = {"vectors": rows + scales, "pairs": rank * (rows + inside), "inputs": inside}
+        counts.append(held.get(kind, rows))
     return min(counts)
 
 

@@ -63,8 +63,9 @@ class ManifestFields:
     graph, `cpu` lists what an x86 processor must have to give the right values ("vnni"), None when that isn't
     recorded.
     `lora_rank` is the rank of LoRA's pairs where side-branches take any; None where they are VeRA's.
-    `branches` maps "vectors" (VeRA's), "pairs" (LoRA's), "outputs" and "inputs" (factors) to the modules that
-    have inputs of that kind; empty where all have the one that `lora_rank` tells.
+    `branches` maps "vectors" (VeRA's), "pairs" (LoRA's), "outputs" and "inputs" (factors) and "biases" (what
+    is added to them) to the modules that have inputs of that kind; empty where all have the one that
+    `lora_rank` tells.
     `model_version` is what every .onnx_adapter for this graph carries; None when that isn't recorded.
     `trained_names` maps a module of the base to what PEFT calls it, where that's another name.
     `vectors` lists module, start and stop of every piece of lambda_b in the graph's order (see packing.py),

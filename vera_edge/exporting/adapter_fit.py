@@ -9,17 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from vera_edge.adapters.adapter import Adapter
-from vera_edge.adapters.lora import LoraPair
 from vera_edge.adapters.projection import Projections, ProjectionSpec, stream_digest
 from vera_edge.adapters.reading import can_branch, title_of
 from vera_edge.arrays import Float32
 from vera_edge.base.overlay import digest_of
 from vera_edge.bundle.contents import Manifest
 from vera_edge.errors import MismatchError
-from vera_edge.exporting.branch_form import INPUTS, OUTPUTS, PAIRS, VECTORS, kinds_of
+from vera_edge.exporting.branch_form import BIASES, INPUTS, OUTPUTS, PAIRS, VECTORS, kinds_of
 from vera_edge.exporting.branch_inputs import BranchInputs
 
-_NAMES = {VECTORS: "VeRA", PAIRS: "LoRA", OUTPUTS: "factors of outputs", INPUTS: "factors of inputs"}
+_NAMES = {
+    VECTORS: "VeRA",
+    PAIRS: "LoRA",
+    OUTPUTS: "factors of outputs",
+    INPUTS: "factors of inputs",
+    BIASES: "biases",
+}
 
 
 def inputs_of(manifest: Manifest) -> BranchInputs:
@@ -83,14 +88,10 @@ def _check_sizes(adapter: Adapter, manifest: Manifest, where: str) -> None:
                     f"{module} has {theirs} {side} in {adapter.path} and {ours} in {where}; the adapter "
                     "belongs to another base"
                 )
-    lora_biases = [
-        module
-        for module, change in adapter.vectors.items()
-        if isinstance(change, LoraPair) and change.bias is not None
-    ]
     whole = manifest.base.get("trained", {})  # what the graph holds of the adapter it was exported with
     held = {name for name, tensor in adapter.modules_to_save.items() if whole.get(name) == digest_of(tensor)}
-    if more := sorted([*adapter.biases, *lora_biases, *(adapter.modules_to_save.keys() - held)]):
+    biases = adapter.biases.keys() - kinds_of(adapter).get(BIASES, frozenset())
+    if more := sorted([*biases, *(adapter.modules_to_save.keys() - held)]):
         raise MismatchError(
             f"{adapter.path} also trained {more[0]}, which a side-branch can't carry; merge it"
         )

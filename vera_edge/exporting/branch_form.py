@@ -1,15 +1,16 @@
 """What an adapter makes of a layer, as what can be computed beside it.
 
-`y = outputs * (W (inputs * x)) + B A x`: LoRA is a pair; IA3 (Liu et al., 2022) a factor for each output or,
-for each input of what PEFT calls feedforward modules; DoRA (Liu et al., 2024) `m / |W + s B A|` for each
-output, with the lengths of the rows of the base's exact values, and `s B A` times that. What another method
-adds is a pair where it is of low rank, which is found out by arithmetic.
+`y = outputs * (W (inputs * x)) + B A x + c + bias`: LoRA is a pair; IA3 (Liu et al., 2022) a factor for each
+output or, for each input of what PEFT calls feedforward modules; DoRA (Liu et al., 2024) `m / |W + s B A|`
+for each output, with the lengths of the rows of the base's exact values, and `s B A` times that. What another
+method adds is a pair where it is of low rank, which is found out by arithmetic. c is what the layer's bias
+grows by, where one was trained, or is scaled with the outputs as IA3's is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -29,15 +30,20 @@ from vera_edge.merging.delta import effect
 
 @dataclass(frozen=True, eq=False)
 class BranchForm:
-    """One layer's: a pair, factors of outputs (out,) and of inputs (in,), float32; None where it has none."""
+    """One layer's: a pair, factors of outputs (out,) and of inputs (in,), and what its bias (out,) grows by.
+
+    All float32, None where it has none.
+    """
 
     pair: LoraPair | None = None
     outputs: Float32 | None = None
     inputs: Float32 | None = None
+    bias: Float32 | None = None
 
 
-# Kinds of inputs that a graph takes adapters by: VeRA's vectors, pairs, factors of outputs and of inputs.
-VECTORS, PAIRS, OUTPUTS, INPUTS = KINDS = ("vectors", "pairs", "outputs", "inputs")
+# Kinds of inputs that a graph takes adapters by: VeRA's vectors, pairs, factors of outputs and of inputs, and
+# what is added to biases.
+VECTORS, PAIRS, OUTPUTS, INPUTS, BIASES = "vectors", "pairs", "outputs", "inputs", "biases"
 Forms = Mapping[str, BranchForm]
 _known: WeakKeyDictionary[Adapter, Forms] = WeakKeyDictionary()
 
@@ -49,7 +55,10 @@ def forms_of(adapter: Adapter, base: Checkpoint | None) -> Forms:
     Raises MismatchError where a layer's change is none of these.
     """
     if adapter not in _known:
-        _known[adapter] = {module: _form(adapter, module, base) for module in adapter.vectors}
+        _known[adapter] = {
+            module: replace(_form(adapter, module, base), bias=_bias(adapter, module, base))
+            for module in adapter.vectors
+        }
     return _known[adapter]
 
 
@@ -57,7 +66,8 @@ def kinds_of(adapter: Adapter) -> dict[str, frozenset[str]]:
     """The layers that an adapter brings something of each kind for, of those kinds that it has."""
     found: dict[str, set[str]] = {}
     for module, change in adapter.vectors.items():
-        for kind in _kinds(adapter, change):
+        biases = (BIASES,) if _has_bias(adapter, module) else ()
+        for kind in (*_kinds(adapter, change), *biases):
             found.setdefault(kind, set()).add(module)
     return {kind: frozenset(modules) for kind, modules in found.items()}
 
@@ -70,6 +80,13 @@ def _kinds(adapter: Adapter, change: LayerChange) -> tuple[str, ...]:
     return (PAIRS, OUTPUTS) if isinstance(change, LoraPair) and not change.adds else (PAIRS,)
 
 
+def _has_bias(adapter: Adapter, module: str) -> bool:
+    """Whether the layer's bias becomes another, beside another method's change than VeRA's."""
+    change = adapter.vectors[module]
+    own = isinstance(change, LoraPair) and change.bias is not None
+    return not adapter.is_vera and (own or module in adapter.biases)
+
+
 def _scales_outputs(change: LayerChange) -> bool:
     """Whether IA3 trained a column, as it does for layers that it doesn't call feedforward."""
     (factors,) = change.arrays.values()
@@ -78,7 +95,8 @@ def _scales_outputs(change: LayerChange) -> bool:
 
 def needs_base(adapter: Adapter) -> bool:
     """Whether what stands beside the base depends on values of the base: its weights, or for IA3 biases."""
-    return not adapter.adds and adapter.method not in ADDING
+    made_of_weights = not adapter.adds and adapter.method not in ADDING
+    return made_of_weights or any(_has_bias(adapter, module) for module in adapter.vectors)
 
 
 def _form(adapter: Adapter, module: str, base: Checkpoint | None) -> BranchForm:
@@ -93,6 +111,14 @@ def _form(adapter: Adapter, module: str, base: Checkpoint | None) -> BranchForm:
         assert base is not None
         return _normed(change, base, module)
     return BranchForm(_found_pair(adapter, module, base))
+
+
+def _bias(adapter: Adapter, module: str, base: Checkpoint | None) -> Float32 | None:
+    if not _has_bias(adapter, module):
+        return None
+    assert base is not None
+    grown: Float32 = adapter.biases[module] - base.tensors.float32(f"{module}.bias")
+    return grown
 
 
 def _normed(pair: LoraPair, base: Checkpoint, module: str) -> BranchForm:

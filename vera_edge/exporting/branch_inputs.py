@@ -15,15 +15,16 @@ import numpy.typing as npt
 from vera_edge.adapters.adapter import LORA, VERA, Adapter
 from vera_edge.adapters.lora import LoraPair
 from vera_edge.arrays import Float32
-from vera_edge.exporting.branch_form import INPUTS, OUTPUTS, PAIRS, VECTORS, Forms, kinds_of
+from vera_edge.exporting.branch_form import BIASES, INPUTS, OUTPUTS, PAIRS, VECTORS, Forms, kinds_of
 from vera_edge.exporting.float_range import stored
 
 Piece = tuple[str, int, int]  # module, start, stop: some of its outputs
 Arrays = dict[str, npt.NDArray[Any]]
 Shapes = Mapping[str, tuple[int, int]]  # (out, in) by module
 
-# Factors less one, of all layers in a row: (rows, 1, sum of outputs) and (rows, 1, sum of inputs).
-OUTPUT_GAIN, INPUT_GAIN = "branch.output_gain", "branch.input_gain"
+# Factors less one, of all layers in a row: (rows, 1, sum of outputs) and (rows, 1, sum of inputs); and what
+# biases grow by: (rows, 1, sum of outputs).
+OUTPUT_GAIN, INPUT_GAIN, OUTPUT_BIAS = "branch.output_gain", "branch.input_gain", "branch.output_bias"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,17 @@ def arrays(
         modules = dict.fromkeys(module for module, _, _ in inputs.pieces(INPUTS, layout))
         gains = [_gain(factors.get(module), inputs.shapes[module][1]) for module in modules]
         found[INPUT_GAIN] = stored(np.concatenate(gains), dtype, f"factors of inputs in {where}")[None, None]
+    if BIASES in kinds:
+        pieces = inputs.pieces(BIASES, layout)
+        added = [_part(forms, module, start, stop) for module, start, stop in pieces]
+        found[OUTPUT_BIAS] = stored(np.concatenate(added), dtype, f"biases in {where}")[None, None]
     return found
+
+
+def _part(forms: Forms, module: str, start: int, stop: int) -> Float32:
+    """What is added to some of a module's biases."""
+    bias = forms[module].bias if module in forms else None
+    return np.zeros(stop - start, np.float32) if bias is None else bias[start:stop]
 
 
 def _gain(factors: Float32 | None, stop: int, start: int = 0) -> Float32:

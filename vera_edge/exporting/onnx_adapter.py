@@ -27,7 +27,7 @@ from vera_edge.bundle.contents import Manifest
 from vera_edge.errors import MismatchError, OutputError, PlanError
 from vera_edge.exporting import branch_inputs, olive
 from vera_edge.exporting.adapter_fit import check, inputs_of, module_shapes
-from vera_edge.exporting.branch_form import VECTORS, forms_of, needs_base
+from vera_edge.exporting.branch_form import BIASES, VECTORS, forms_of, kinds_of, needs_base
 from vera_edge.exporting.branch_inputs import BranchInputs, Piece
 from vera_edge.exporting.float_range import stored
 from vera_edge.storage.files import check_output, sha256_bytes, write_atomic
@@ -138,6 +138,8 @@ def pack(
         )
     if not adapter.adds and weight != 1:
         raise PlanError(f"{adapter.path} makes another weight of a weight; give it weight 1")
+    if BIASES in kinds_of(adapter) and weight != 1:
+        raise PlanError(f"{adapter.path} also replaces biases, which can't be weighted; give it weight 1")
     layout = [(module, start, stop) for module, start, stop in manifest.vectors]
     if adapter.is_vera:
         pieces = inputs_of(manifest).pieces(VECTORS, layout)

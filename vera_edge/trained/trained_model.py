@@ -118,7 +118,8 @@ def check_together(adapters: Sequence[tuple[Adapter, float]], summed: bool = Tru
                 )
     taken: dict[str, Adapter] = {}
     for adapter, _ in adapters:
-        for name in _replaced(adapter):
+        # Beside the base each brings its own biases; whole tensors are in the graph.
+        for name in _replaced(adapter) if summed else adapter.modules_to_save:
             if name in taken:
                 raise MismatchError(
                     f"{taken[name].path} and {adapter.path} both replace {name}; merge only one"

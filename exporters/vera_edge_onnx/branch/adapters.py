@@ -13,7 +13,7 @@ from vera_edge.adapters.reading import can_branch, title_of
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting import branch_form, branch_inputs
 from vera_edge.exporting import onnx_adapter as packing
-from vera_edge.exporting.branch_form import INPUTS, Forms, forms_of, kinds_of
+from vera_edge.exporting.branch_form import BIASES, INPUTS, Forms, forms_of, kinds_of
 from vera_edge.exporting.branch_inputs import BranchInputs, Piece, rank_of, shared_of
 from vera_edge.exporting.exported_adapters import names, trained_whole
 from vera_edge.exporting.exporter import ExportRequest
@@ -54,7 +54,8 @@ def check(request: ExportRequest) -> None:
                 f"{adapter.path} is an adapter of {title_of(adapter)}, which can't stand beside a layer; use "
                 "--mode merged"
             )
-        if more := trained_whole(request, adapter):
+        carried = kinds_of(adapter).get(BIASES, frozenset())
+        if more := [name for name in trained_whole(request, adapter) if name not in carried]:
             raise TargetError(
                 f"{adapter.path} also trained {more[0]}, which a side-branch doesn't carry; use --mode merged"
             )

@@ -1,7 +1,7 @@
-"""Factors of what a layer reads and gives, as IA3 and DoRA have them: h = (1 + g) * (W ((1 + f) * x)).
+"""Factors of what a layer reads and gives, as IA3 and DoRA have them: h = (1 + g) * (W ((1 + f) * x)) + c.
 
-The gains g and f are factors less one, zeros by default, so that nothing is what changes nothing. They are
-two inputs for all layers, cut up as VeRA's vectors are.
+The gains g and f are factors less one, and c is what the layer's bias grows by: zeros by default, so that
+nothing is what changes nothing. They are three inputs for all layers, cut up as VeRA's vectors are.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from vera_edge.exporting.branch_form import INPUTS, OUTPUTS
-from vera_edge.exporting.branch_inputs import INPUT_GAIN, OUTPUT_GAIN, BranchInputs
+from vera_edge.exporting.branch_form import BIASES, INPUTS, OUTPUTS
+from vera_edge.exporting.branch_inputs import INPUT_GAIN, OUTPUT_BIAS, OUTPUT_GAIN, BranchInputs
 from vera_edge_onnx.branch.vectors import parts
 from vera_edge_onnx.graph.sites import Site
 from vera_edge_onnx.graph.weaver import Weaver, leading
@@ -20,11 +20,12 @@ from vera_edge_onnx.graph.weaver import Weaver, leading
 
 @dataclass(frozen=True)
 class Gains:
-    """The gains of one graph, by the names of its sites: (rows, 1, out) and (rows, 1, in)."""
+    """The gains of one graph, by the names of its sites: (rows, 1, out), of inputs (rows, 1, in)."""
 
     weaver: Weaver
     outputs: Mapping[str, ir.Value]
     inputs: Mapping[str, ir.Value]
+    biases: Mapping[str, ir.Value]
 
     @classmethod
     def of(cls, weaver: Weaver, sites: Sequence[Site], inputs: BranchInputs, dtype: str) -> Gains:
@@ -39,11 +40,16 @@ class Gains:
             }
             return parts(weaver, name, wanted, dtype) if wanted else {}
 
-        return cls(weaver, cut(OUTPUT_GAIN, OUTPUTS, True), cut(INPUT_GAIN, INPUTS, False))
+        return cls(
+            weaver,
+            cut(OUTPUT_GAIN, OUTPUTS, True),
+            cut(INPUT_GAIN, INPUTS, False),
+            cut(OUTPUT_BIAS, BIASES, True),
+        )
 
     def changes(self, site: Site) -> bool:
-        """Whether the site has gains."""
-        return site.name in self.outputs or site.name in self.inputs
+        """Whether the site has any."""
+        return any(site.name in each for each in (self.outputs, self.inputs, self.biases))
 
     def read(self, site: Site) -> ir.Value:
         """What the site's own product reads: x, or (1 + f) * x."""
@@ -56,9 +62,11 @@ class Gains:
         )
 
     def added(self, site: Site, base: ir.Value) -> Iterator[ir.Value]:
-        """What is added to the site's own product: g * (W x), where it has a gain."""
+        """What is added to the site's own product: g * (W x) and c, where it has them."""
         if site.name in self.outputs:
             yield self._scaled(base, self.outputs[site.name], site, "output_gain", site.out_features)
+        if site.name in self.biases:
+            yield self.biases[site.name]
 
     def _scaled(self, value: ir.Value, gain: ir.Value, site: Site, kind: str, width: int) -> ir.Value:
         shape = (*leading(site.input), width)

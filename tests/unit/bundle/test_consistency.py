@@ -129,7 +129,7 @@ WEIGHT = ("generated", "expanded", "weights", "w")
         (_set("branches", "outputs", to=[]), "branches names no module"),
         (_set("branches", to={"outputs": ["m"]}), "branches with vectors"),
         (_set("branches", to={"vectors": ["m"], "pairs": ["m"]}), "branches with pairs"),
-        (_set("branches", "biases", to=["m"]), "branches"),
+        (_set("branches", "gates", to=["m"]), "branches"),
     ],
 )
 def test_every_part_is_held_against_its_shape(

@@ -23,9 +23,9 @@ _MARK = b"TORT"  # the flatbuffer's file identifier, at bytes 4 to 8
 def load(path: Path, graph: Graph, model_version: int | None = None) -> Vectors:
     """The vectors in `path` by the graph's input names, in the graph's dtypes and shapes.
 
-    A file brings all inputs of some kinds (VeRA's vectors, LoRA's pairs, factors); the others stay zeros.
-    `model_version` is what the file must carry, when the bundle says. Raises AdapterError when the file can't
-    be read or holds NaN or infinity, MismatchError when it doesn't fit the graph.
+    A file brings all inputs of some kinds (VeRA's vectors, LoRA's pairs, factors, biases); the others stay
+    zeros. `model_version` is what the file must carry, when the bundle says. Raises AdapterError when the
+    file can't be read or holds NaN or infinity, MismatchError when it doesn't fit the graph.
     """
     found, version = read_file(path)
     if model_version is not None and version != model_version:

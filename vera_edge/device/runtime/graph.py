@@ -18,7 +18,13 @@ from vera_edge.errors import BundleError
 
 Shape = tuple[int | str | None, ...]  # a name or None where the size isn't fixed
 # How the names of an adapter's inputs end, by kind: a file brings all of a kind, or none.
-KINDS = ((".lambda_b", ".lambda_d"), (".lora_A", ".lora_B"), (".output_gain",), (".input_gain",))
+KINDS = (
+    (".lambda_b", ".lambda_d"),
+    (".lora_A", ".lora_B"),
+    (".output_gain",),
+    (".input_gain",),
+    (".output_bias",),
+)
 _VECTORS = tuple(end for kind in KINDS for end in kind)
 _NO_MEMORY = re.compile(r"bad_?alloc|allocate memory|out of memory", re.IGNORECASE)
 _TYPES: Mapping[str, type[np.generic]] = {
