@@ -37,6 +37,7 @@ from vera_edge.storage.files import check_output
 RECORD = "combination.json"
 # What to take instead, where there are no factors to combine.
 _INSTEAD = {EXACT: "svd", "linear": "svd"} | {kind: f"{kind}_svd" for kind in ON_FACTORS if kind != "linear"}
+_SUMS = (EXACT, "svd", "linear")  # what biases take part in
 
 
 def combine(
@@ -61,6 +62,7 @@ def combine(
         raise PlanError("a combination takes two adapters or more; give another one")
     check_output(out, force, (base, *(path for path, _ in adapters)))
     sources = open_sources(base, adapters, projection_rounding, trained_as)
+    _check_biases(sources, asked.kind)
     work = _Combining(sources, asked)
     writing = Writing(out, force, {RECORD: _record(sources, asked)}, progress)
     if asked.kind in ON_FACTORS and sources.shares_projections:
@@ -70,6 +72,16 @@ def combine(
     else:
         made = writing.lora(sources, work.rank, work.layer)
     return replace(made, from_sum=work.from_sum.value)
+
+
+def _check_biases(sources: Sources, kind: str) -> None:
+    """Raise PlanError where biases are to be pruned, which no combination of PEFT's says."""
+    biased = next((one.adapter for one in sources.each if one.adapter.biases), None)
+    if biased is not None and kind not in _SUMS:
+        raise PlanError(
+            f"{biased.path} trained or changes biases, which are summed and never pruned, so {kind} doesn't "
+            f"take them; choose {', '.join(_SUMS[:-1])} or {_SUMS[-1]}"
+        )
 
 
 def _record(sources: Sources, asked: Combination) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class Writing:
         shapes = {name: ("F32", values.shape) for name, values in arrays.items()}
         config = {key: value for key, value in first.config.items() if key not in _CHOOSING}
         config |= {"target_modules": sorted(names.values()), "modules_to_save": _whole(sources)}
-        config |= {"inference_mode": True, "bias": "none", "save_projection": bool(saved)}
+        config |= {"inference_mode": True, "save_projection": bool(saved)}
         size = self._write(sources, shapes, iter(arrays.values()), config)
         return WrittenAdapter(self.out, first.method, len(pairs), first.rank, size, notes=sources.notes)
 
@@ -126,7 +126,10 @@ class Writing:
             for source in sources.each
             for item in (source.adapter.as_trained or source.adapter).modules_to_save.items()
         ]
+        biases = sources.biases
+        tensors += [(name, RawTensor.of(bias)) for name, bias in sorted(biases.items())]
         whole = {f"{_PREFIX}{name}": (tensor.dtype, tensor.shape) for name, tensor in tensors}
+        config = {**config, "bias": "all" if biases else "none"}
         with staged_folder(self.out, self.force) as stage:
             with (stage / WEIGHTS).open("wb") as stream:
                 write_header(stream, {**shapes, **whole}, {"format": "pt"})
@@ -155,7 +158,6 @@ def _lora_config(sources: Sources, rank: int) -> dict[str, Any]:
     first = sources.each[0].adapter
     return {
         **{key: first.config.get(key) for key in _KEPT},
-        "bias": "none",
         "fan_in_fan_out": any(sources.checkpoint.is_conv1d(module) for module in sources.modules),
         "inference_mode": True,
         "lora_alpha": rank,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.lora import LoraPair
 from vera_edge.adapters.projection import Projections
@@ -15,7 +17,7 @@ from vera_edge.arrays import Float32
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.combining.low_rank import LowRank
-from vera_edge.errors import AdapterError, MismatchError, PlanError
+from vera_edge.errors import MismatchError, PlanError
 from vera_edge.merging.delta import effect
 from vera_edge.storage.side_files import SideFiles
 from vera_edge.trained import model, provenance
@@ -73,6 +75,28 @@ class Sources:
         return found
 
     @property
+    def biases(self) -> dict[str, Float32]:
+        """The base's biases with the weighted sum of what is trained into them or scaled, by PEFT's names."""
+        adapted, found = self.names, dict[str, Float32]()
+        for source in self.each:
+            trained = source.adapter.as_trained or source.adapter
+            plain = dict(zip(source.adapter.biases, trained.biases, strict=False))  # computed ones come last
+            for module in source.adapter.biases:
+                name = f"{adapted[module]}.base_layer" if module in adapted else plain[module]
+                found[f"{name}.bias"] = self._bias(module)
+        return found
+
+    def _bias(self, module: str) -> Float32:
+        """In float64, so that one adapter's alone is its own to the bit."""
+        base = self.checkpoint.tensors.float32(f"{module}.bias").astype(np.float64)
+        total = base.copy()
+        for source in self.each:
+            if module in source.adapter.biases:
+                total += source.weight * (source.adapter.biases[module] - base)
+        bias: Float32 = total.astype(np.float32)
+        return bias
+
+    @property
     def shares_projections(self) -> bool:
         """Whether all are VeRA's with one A and B."""
         return (
@@ -121,10 +145,6 @@ def open_sources(
 def _check(adapter: Adapter, weight: float) -> None:
     if not math.isfinite(weight):
         raise PlanError(f"the weight of {adapter.path} is {weight}; give a finite number")
-    if adapter.biases:
-        raise AdapterError(
-            f"{adapter.path} trained or changes biases, which a LoRA folder of PEFT can't carry; merge it"
-        )
     if weight != 1 and adapter.modules_to_save:
         raise PlanError(
             f"{adapter.path} also replaces whole tensors ({min(adapter.modules_to_save)}), which can't be "

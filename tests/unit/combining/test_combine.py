@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, VeraConfig
 from peft.utils import merge_utils
+from safetensors.numpy import load_file
 
 from tests import peft_adapters, tiny
 from tests.conftest import Cli
@@ -21,6 +22,7 @@ from vera_edge import merging
 from vera_edge.combining.arithmetic import combined
 from vera_edge.combining.combination import KINDS, ON_FACTORS, Combination
 from vera_edge.combining.combine import combine
+from vera_edge.combining.folder import WEIGHTS as WEIGHTS_FILE
 from vera_edge.combining.to_lora import to_lora
 from vera_edge.errors import AdapterError, MismatchError, OutputError, PlanError
 
@@ -323,5 +325,32 @@ def test_what_cant_be_combined(made: Made, tmp_path: Path, tiny_gpt2: Path) -> N
         combine(base, made.weighted, out)
     settings = LoraConfig(r=2, target_modules=["c_attn"], bias="all", fan_in_fan_out=True)
     biased = peft_adapters.save(tiny_gpt2, tmp_path / "biased", settings)
-    with pytest.raises(AdapterError, match="trained or changes biases"):
-        combine(tiny_gpt2, [(biased, 1.0), (biased, 1.0)], tmp_path / "none")
+    with pytest.raises(PlanError, match="ties doesn't take them; choose cat, svd or linear"):
+        combine(tiny_gpt2, [(biased, 1.0), (biased, 1.0)], tmp_path / "none", Combination("ties", 0.5))
+
+
+@pytest.mark.parametrize("cls", [LoraConfig, VeraConfig])
+def test_trained_biases_are_summed_as_the_deltas_are(cls: Any, tmp_path: Path, tiny_gpt2: Path) -> None:
+    folders = {}
+    for seed, (name, modules) in enumerate({"one": ["c_attn", "c_fc"], "two": ["c_attn"]}.items()):
+        settings = cls(r=4, target_modules=modules, bias="all", fan_in_fan_out=True)
+        folders[name] = peft_adapters.save(tiny_gpt2, tmp_path / name, settings, seed=seed)
+    weighted = [(folder, WEIGHTS[name]) for name, folder in folders.items()]
+    made = combine(tiny_gpt2, weighted, tmp_path / "out")
+    truth = tiny.load(tiny_gpt2)
+    base = {name: value.clone() for name, value in truth.state_dict().items()}
+    with torch.no_grad():
+        for folder, weight in weighted:
+            merged = peft_adapters.unmerged(tiny.load(tiny_gpt2), folder).merge_and_unload()
+            for name, value in truth.state_dict().items():
+                value += weight * (merged.state_dict()[name] - base[name])
+    found = peft_adapters.logits(peft_adapters.unmerged(tiny.load(tiny_gpt2), made.folder))
+    assert peft_adapters.close(found, peft_adapters.logits(truth))
+    merged = merging.to_folder(tiny_gpt2, [(made.folder, 1.0)], tmp_path / "merged", "fp32")
+    assert peft_adapters.close(peft_adapters.logits(tiny.load(merged.folder)), peft_adapters.logits(truth))
+    linear = combine(tiny_gpt2, weighted, tmp_path / "linear", Combination("linear"))
+    for name, bias in load_file(made.folder / WEIGHTS_FILE).items():
+        if name.endswith(".bias"):
+            plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+            assert torch.allclose(torch.from_numpy(bias), truth.state_dict()[plain], atol=1e-6)
+            assert np.array_equal(load_file(linear.folder / WEIGHTS_FILE)[name], bias)

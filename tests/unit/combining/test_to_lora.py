@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from tests import peft_adapters, tiny
 from tests.conftest import Cli
+from vera_edge.combining.folder import WEIGHTS
 from vera_edge.combining.to_lora import to_lora
 from vera_edge.errors import AdapterError, DriftExceeded, OutputError, PlanError
 
@@ -37,6 +39,20 @@ def test_peft_computes_the_same_with_either(
     expected, found = logits(base, adapter), logits(base, made.folder)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
     assert np.abs(expected - logits_of_base(base)).max() > 0.01 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("setting", ["vera_only", "all"])
+def test_trained_biases_go_along(setting: str, tmp_path: Path, tiny_gpt2: Path) -> None:
+    from peft import VeraConfig
+
+    settings = VeraConfig(r=8, target_modules=["c_attn"], bias=setting, fan_in_fan_out=True)
+    adapter = peft_adapters.save(tiny_gpt2, tmp_path / "vera", settings, 0.5)
+    made = to_lora(adapter, tmp_path / "lora", tiny_gpt2)
+    before, after = load_file(adapter / WEIGHTS), load_file(made.folder / WEIGHTS)
+    biases = [name for name in before if name.endswith(".bias")]
+    assert biases and all(np.array_equal(before[name], after[name]) for name in biases)
+    expected, found = logits(tiny_gpt2, adapter), logits(tiny_gpt2, made.folder)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def logits_of_base(base: Path) -> np.ndarray:
