@@ -59,10 +59,13 @@ def _unpack_converter(source: Path, folder: Path) -> None:
         wanted = []
         for member in archive.getmembers():
             _, _, inside = member.name.partition("/vendor/llama.cpp/")
-            if inside.split("/")[0] in _CONVERTER_PARTS and member.isfile():
+            parts = inside.split("/")
+            if parts[0] in _CONVERTER_PARTS and ".." not in parts and member.isfile():
                 member.name = inside
                 wanted.append(member)
-        archive.extractall(folder, wanted, filter="data")
+        # Python 3.11.4 brought filters; names and kinds of members are checked above in any case.
+        given: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(folder, wanted, **given)
 
 
 def main() -> None:

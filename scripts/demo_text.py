@@ -7,6 +7,7 @@ Licence of all of it: Python Software Foundation License Version 2.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import random
 from collections.abc import Iterable
@@ -55,6 +56,14 @@ class Split:
     train: tuple[Topic, ...]
     calibration: tuple[Topic, ...]
     evaluation: tuple[Topic, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all of it: from one Python to the next some pages differ."""
+        topics = [
+            (topic.key, topic.title, topic.text) for topic in self.train + self.calibration + self.evaluation
+        ]
+        return hashlib.sha256(repr(topics).encode()).hexdigest()
 
 
 def split() -> Split:

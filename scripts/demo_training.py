@@ -60,6 +60,7 @@ def train(
     facts = figures(model, held_out(tokenizer, recipe), losses)
     model.save_pretrained(folder)
     (folder / "README.md").write_text(_card(recipe, facts), encoding="utf-8")
+    facts["text_sha256"] = split().digest
     facts["minutes"] = round((time.monotonic() - started) / 60, 2)
     (folder / "training.json").write_text(json.dumps({**asdict(recipe), **facts}, indent=2) + "\n")
 

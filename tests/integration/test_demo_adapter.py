@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from safetensors import safe_open
 
+from scripts.demo_text import split
 from scripts.demo_training import LINEARS, Recipe, first_losses, held_out_losses
 from scripts.prepare_demo import ADAPTER, Demo
 
 pytestmark = pytest.mark.real
 RECORD = json.loads((ADAPTER / "training.json").read_text())
-# Another processor sums in another order, and a step of training makes more of that.
-STEPS, TOLERANCE = 2, 0.05
+# Another processor sums in another order, and a step of training makes more of that. Another Python brings
+# another text: some pages, and with them windows, aren't those of the record.
+SAME_TEXT = RECORD["text_sha256"] == split().digest
+STEPS, TOLERANCE = 2, 0.05 if SAME_TEXT else 0.4
 EVERY = 8  # of the 24 held-out windows that the record is of
 
 
@@ -39,6 +43,9 @@ def test_the_script_trains_it_from_the_first_step_on(demo: Demo, monkeypatch: py
 def test_it_does_on_held_out_text_what_its_record_says(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo.folder)
     measured = held_out_losses(Path(demo.base.name), demo.adapter, Recipe(), EVERY)
-    assert measured == pytest.approx(RECORD["held_out_losses"][::EVERY], abs=0.01)
+    recorded = RECORD["held_out_losses"][::EVERY]
+    if SAME_TEXT:
+        assert measured == pytest.approx(recorded, abs=0.01)
+    assert fmean(measured) == pytest.approx(fmean(recorded), abs=TOLERANCE)
     assert len(RECORD["held_out_losses"]) == Recipe().judged
     assert RECORD["held_out_perplexity_adapter"] < 0.7 * RECORD["held_out_perplexity_base"]

@@ -485,7 +485,7 @@ def test_an_adapter_that_does_not_find_its_base_asks_for_it(
 def test_the_demo_adapter_on_its_real_base(cli: Cli, demo: Demo, tmp_path: Path) -> None:
     """SmolLM2: the exact merge keeps the adapter, the untouched base has lost it."""
     exact = merge_by_numpy(demo.base, demo.adapter, tmp_path / "exact", demo.float_base)
-    words = ("--base", demo.base, "--data", demo.eval_text, "--tokens", 256, "--window", 64, "--json")
+    words = ("--base", demo.base, "--data", demo.eval_text, "--tokens", 512, "--window", 64, "--json")
     kept = cli("drift", demo.adapter, exact, *words)
     assert kept.exit_code == 0, kept.stderr
     report = json.loads(kept.stdout)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Cli
-from vera_edge.bundle.contents import MANIFEST
 
 BUNDLES = Path(__file__).parents[1] / "golden" / "bundles"
 
@@ -35,7 +34,6 @@ def test_it_verifies_installs_validates_and_runs(cli: Cli, bundle: Path, tmp_pat
 def test_it_says_what_the_model_as_trained_said_then(cli: Cli, bundle: Path, tmp_path: Path) -> None:
     assert cli("install", bundle, tmp_path / "device").exit_code == 0
     result = json.loads(cli("validate", tmp_path / "device" / "current", "--json").stdout)
-    # NF4 beside its branch is exact but for the order of sums; integer blocks of 32 are a thousandth off.
-    most = 1e-8 if not json.loads((bundle / MANIFEST).read_text())["generated"] else 1e-3
     assert {drift["adapter"] for drift in result["drift"]} == {None, "default"}
-    assert all(drift["kl"] < most for drift in result["drift"]), result
+    # Beside NF4 the branch was exact; blocks of int8, as the device makes them of NF4, are a thousandth off.
+    assert all(drift["kl"] < 1e-3 for drift in result["drift"]), result

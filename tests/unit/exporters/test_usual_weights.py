@@ -77,10 +77,10 @@ def test_an_adapter_that_can_only_be_merged_is_offered_no_branch(
 ) -> None:
     import peft
 
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
-    peft.get_peft_model(tiny.load(tiny_llama.nf4), config).save_pretrained(tmp_path / "dora")
+    config = peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"])
+    peft.get_peft_model(tiny.load(tiny_llama.nf4), config).save_pretrained(tmp_path / "oft")
     for device in (None, "laptop-8gb"):
-        planned = vera_edge.plan_export(tiny_llama.nf4, tmp_path / "dora", device=device)
+        planned = vera_edge.plan_export(tiny_llama.nf4, tmp_path / "oft", device=device)
         assert (planned.plan.mode, planned.plan.weights) == ("merged", "int8")
         assert not any("--mode branch" in note for note in planned.notes)
 
