@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from vera_edge.adapters.adapter import Adapter
+from vera_edge.adapters.adapter import Adapter, WeightedAdapter
 from vera_edge.adapters.reading import can_branch, title_of
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting import branch_form, branch_inputs
@@ -79,6 +79,15 @@ def inputs(request: ExportRequest) -> BranchInputs:
         rank = max(rank, 0 if adapter.is_vera else rank_of(_forms(request, adapter)))
     shapes = {module: request.model.checkpoint.linear(module).shape for module in sizes(request)}
     return BranchInputs(shapes, {kind: frozenset(own) for kind, own in modules.items()}, rank)
+
+
+def unlike(request: ExportRequest) -> list[WeightedAdapter]:
+    """The adapters, of those of one method with inputs of the same kinds for the same layers the first."""
+    found: dict[object, WeightedAdapter] = {}
+    for adapter, weight in request.model.adapters:
+        key = adapter.method, frozenset(kinds_of(adapter).items())
+        found.setdefault(key, WeightedAdapter(adapter, weight))
+    return list(found.values())
 
 
 def has_vectors(request: ExportRequest) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
 import transformers
 
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.reference.model import TorchReference, open_reference
@@ -31,7 +33,7 @@ def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]
     """What `drawing` was compared on. Raises TargetError, naming the first layer that differs, else.
 
     found: its linear layers. Merged, it must be the model with its adapters, unmerged in PEFT; with
-    side-branches to come, the base.
+    side-branches to come the base, and with them the model with each adapter that isn't like another.
     """
     record = drawing.folder / _RECORD
     if record.is_file():  # of an earlier export of the same graph
@@ -40,15 +42,10 @@ def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]
     bounds = parity.bounds_of(drawing.config, drawing.windows)
     shrinkable = _is_whole(drawing)
     lengths = parity.lengths_of(drawing.config, bounds, shrinkable)
-    merged = request.plan.mode == "merged"
-    adapted = request.model.adapters if merged else request.model.adapters[:1]
-    checkpoint = request.model.checkpoint
-    by_layer = float32_size(checkpoint) > _AT_ONCE
-    reference = open_reference(checkpoint, adapted, request.model.projections, layer_by_layer=by_layer)
-    _compare(drawing, reference if merged else reference.adapter_off(), lengths, found)
-    if not merged:
-        _compare_branch(request, drawing, reference, found)
-    del reference
+    if request.plan.mode == "merged":
+        _compare(drawing, _reference(request, request.model.adapters), lengths, found)
+    else:
+        _compare_branches(request, drawing, lengths, found)
     checked = Checked(lengths.longest, bounds)
     if not lengths.reached and shrinkable:
         checked = Checked(lengths.longest, bounds, _hold_replica(drawing))
@@ -56,17 +53,26 @@ def hold(request: ExportRequest, drawing: Drawing, found: tuple[sites.Site, ...]
     return checked
 
 
-def _compare_branch(
-    request: ExportRequest, drawing: Drawing, reference: TorchReference, found: tuple[sites.Site, ...]
+def _reference(request: ExportRequest, adapted: Sequence[tuple[Adapter, float]]) -> TorchReference:
+    checkpoint = request.model.checkpoint
+    by_layer = float32_size(checkpoint) > _AT_ONCE
+    return open_reference(checkpoint, adapted, request.model.projections, layer_by_layer=by_layer)
+
+
+def _compare_branches(
+    request: ExportRequest, drawing: Drawing, lengths: parity.Lengths, found: tuple[sites.Site, ...]
 ) -> None:
-    """Hold the graph with side-branches, the first adapter's vectors in them, against the model with it."""
-    graph = woven(request, drawing.model, found)
-    branched = replace(drawing, model=graph)
-    adapter, weight = request.model.adapters[0]
-    layout = groups.layout(found, adapters.sizes(request))
-    vectors = adapters.arrays(request, adapter, layout, weight)
-    lengths = parity.lengths_of(drawing.config, {})
-    _compare(branched, reference, lengths, found, " with its adapter beside it", vectors)
+    """Hold the graph against the base, and with adapters' values in its side-branches the model with each."""
+    reference = _reference(request, request.model.adapters[:1])
+    _compare(drawing, reference.adapter_off(), lengths, found)
+    branched = replace(drawing, model=woven(request, drawing.model, found))
+    layout, short = groups.layout(found, adapters.sizes(request)), parity.lengths_of(drawing.config, {})
+    for number, (adapter, weight) in enumerate(adapters.unlike(request)):
+        if number:
+            del reference  # one model in memory
+            reference = _reference(request, [(adapter, weight)])
+        vectors = adapters.arrays(request, adapter, layout, weight)
+        _compare(branched, reference, short, found, f" with {adapter.path} beside it", vectors)
 
 
 def _is_whole(drawing: Drawing) -> bool:

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.device.runtime import pooling
 from vera_edge.errors import PlanError, TargetError
@@ -19,7 +21,7 @@ from vera_edge.exporting.branch_inputs import Piece
 from vera_edge.exporting.exporter import Export, ExportRequest
 from vera_edge.merging.computed import ComputedTensors
 from vera_edge.plans import plan as plans
-from vera_edge.reference.model import open_reference
+from vera_edge.reference.model import TorchReference, open_reference
 from vera_edge.rounding.weight_rounding import BLOCK
 from vera_edge.storage import side_files
 from vera_edge.storage.files import write_atomic
@@ -180,16 +182,29 @@ def _held(
     request.progress("comparing the graph with the model", 0, 1)
     merged = request.plan.mode == "merged"
     adapted = request.model.adapters if merged else request.model.adapters[:1]
-    reference = open_reference(request.model.checkpoint, adapted, request.model.projections, task.auto_class)
-    inside = reference.model.get_encoder() if task.half else reference.model
-    held_to = (found, reference if merged else reference.adapter_off(), inside, architecture)
-    checked = encoder_parity.compare(model, *held_to, work / "compared")
-    if not merged:
-        adapter, weight = request.model.adapters[0]
-        vectors = adapters.arrays(request, adapter, groups.layout(found, adapters.sizes(request)), weight)
-        branched = (found, reference, inside, architecture, work / "branched", vectors)
-        encoder_parity.compare(parity.woven(request, model, found), *branched)
+    reference, inside = _reference(request, task, adapted)
+    held_to = reference if merged else reference.adapter_off()
+    checked = encoder_parity.compare(model, found, held_to, inside, architecture, work / "compared")
+    if merged:
+        return checked
+    del held_to
+    graph, layout = parity.woven(request, model, found), groups.layout(found, adapters.sizes(request))
+    for number, (adapter, weight) in enumerate(adapters.unlike(request)):
+        if number:
+            del reference, inside  # one model in memory
+            reference, inside = _reference(request, task, [(adapter, weight)])
+        vectors = adapters.arrays(request, adapter, layout, weight)
+        folder = work / f"branched-{number}"
+        encoder_parity.compare(graph, found, reference, inside, architecture, folder, vectors)
     return checked
+
+
+def _reference(
+    request: ExportRequest, task: drawing.EncoderTask, adapted: Sequence[tuple[Adapter, float]]
+) -> tuple[TorchReference, Any]:
+    """The model with adapters in torch, and what of it was drawn."""
+    reference = open_reference(request.model.checkpoint, adapted, request.model.projections, task.auto_class)
+    return reference, reference.model.get_encoder() if task.half else reference.model
 
 
 def _calibrated(

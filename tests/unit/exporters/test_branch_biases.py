@@ -18,6 +18,8 @@ from vera_edge.bundle import contents as bundle
 from vera_edge.device.runtime.session import Session
 from vera_edge.exporting import target
 from vera_edge.reference.model import load_dense
+from vera_edge_onnx.branch.gains import Gains
+from vera_edge_onnx.parity import NotTheModel
 
 TOKENS = peft_adapters.TOKENS[0].numpy()
 # Adapter -> PEFT's config class and settings; q, k and v of a Qwen2 have biases. The first is the default.
@@ -81,6 +83,16 @@ def test_each_is_pefts_unmerged_forward(mixed: Path, base: Path, adapters: dict[
         assert not peft_adapters.close(plain, wanted), name
         session.swap(None)
         assert peft_adapters.close(torch.from_numpy(np.array(session.logits(TOKENS))), plain), name
+
+
+def test_a_graph_that_is_wrong_for_a_later_adapter_is_refused(
+    base: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gains, which the first adapter has none of, are taken out of the graph by hand."""
+    monkeypatch.setattr(Gains, "added", lambda *_: iter(()))
+    both = [(adapters["default"], 1.0), (adapters["ia3"], 1.0)]
+    with pytest.raises(NotTheModel, match=r"Qwen2ForCausalLM computes with .*/ia3 beside it"):
+        target.export(base, both, tmp_path / "out", mode="branch")
 
 
 @pytest.mark.parametrize("name", ["ia3", "trained", "added"])
