@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
@@ -45,7 +45,8 @@ class BranchForm:
 # what is added to biases.
 VECTORS, PAIRS, OUTPUTS, INPUTS, BIASES = "vectors", "pairs", "outputs", "inputs", "biases"
 Forms = Mapping[str, BranchForm]
-_known: WeakKeyDictionary[Adapter, Forms] = WeakKeyDictionary()
+# With the base they were computed with: the same adapter may be put beside another one.
+_known: WeakKeyDictionary[Adapter, tuple[ref[Checkpoint] | None, Forms]] = WeakKeyDictionary()
 
 
 def forms_of(adapter: Adapter, base: Checkpoint | None) -> Forms:
@@ -54,12 +55,14 @@ def forms_of(adapter: Adapter, base: Checkpoint | None) -> Forms:
     base: its weights, which are read where the method needs them (`needs_base`); else it may be None.
     Raises MismatchError where a layer's change is none of these.
     """
-    if adapter not in _known:
-        _known[adapter] = {
+    of, forms = _known.get(adapter, (None, None))
+    if forms is None or (needs_base(adapter) and (of is None or of() is not base)):
+        forms = {
             module: replace(_form(adapter, module, base), bias=_bias(adapter, module, base))
             for module in adapter.vectors
         }
-    return _known[adapter]
+        _known[adapter] = (None if base is None else ref(base), forms)
+    return forms
 
 
 def kinds_of(adapter: Adapter) -> dict[str, frozenset[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from tests import peft_adapters, tiny
 from tests.conftest import Cli
 from tests.unit.merging.test_methods import BRANCH
+from vera_edge.adapters.lora import LoraPair
+from vera_edge.adapters.reading import read
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
 from vera_edge.device.runtime.session import Session
 from vera_edge.exporting import target
+from vera_edge.exporting.branch_form import forms_of
 from vera_edge.exporting.exact_pair import pair_of
 from vera_edge.reference.model import load_dense
 
@@ -225,3 +229,21 @@ def test_a_change_of_full_rank_is_no_pair() -> None:
     assert pair is not None and pair.rank == 5
     assert np.abs(pair.b @ pair.a - b @ a).max() < 1e-5
     assert pair_of(draw.standard_normal((40, 64)).astype(np.float32)) is None
+
+
+def test_an_adapter_beside_two_bases_has_the_factors_of_each(
+    tiny_llama: tiny.TinyLlama, tmp_path: Path
+) -> None:
+    """DoRA's factors are of the rows of the very base: what was known of another one isn't taken for it."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    peft.get_peft_model(tiny.load(tiny_llama.nf4), config).save_pretrained(tmp_path / "dora")
+    one = read(tmp_path / "dora")
+    module = "model.layers.0.self_attn.q_proj"
+    by_name = replace(one, vectors={module: next(iter(one.vectors.values()))})
+    for folder in (tiny_llama.nf4, tiny_llama.fp32):
+        base = Checkpoint.open(folder)
+        outputs = forms_of(by_name, base)[module].outputs
+        change = by_name.vectors[module]
+        assert isinstance(change, LoraPair) and change.magnitude is not None and outputs is not None
+        merged = base.dequantize(module) + np.float32(change.scale) * change.b @ change.a
+        np.testing.assert_allclose(outputs, change.magnitude / np.linalg.norm(merged, axis=1), rtol=1e-5)
