@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests import tiny
+from tests.peaks import peaks
 
 _FEW, _MANY = 2, 6
 _WIDTH, _INNER = 768, 2304
 _LAYER = 4 * (2 * _WIDTH**2 + 2 * _WIDTH * _WIDTH // 4 + 3 * _WIDTH * _INNER)  # bytes in float32
 
-# In forks of one process that has imported what it takes; prints their peaks in kB. A fork's peak begins
-# with what it has then, which is the same for all. Parts are of some MB at a time, or of any size.
-_START = """
-import json, os, sys
-from pathlib import Path
-exec(sys.argv[1])
-for base, adapter, out, text, at_once in json.loads(sys.argv[3]):
-    if os.fork() == 0:
-        try:
-            base, adapter, out, text = map(Path, (base, adapter, out, text))
-            adapters = [(adapter, 1.0)]
-            exec(sys.argv[2])
-            status = open("/proc/self/status")
-            print(next(line.split()[1] for line in status if line.startswith("VmHWM:")), flush=True)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-        finally:
-            os._exit(0)
-    os.wait()
+# Parts are of some MB at a time, or of any size.
+_JOB = """
+*folders, at_once = job
+base, adapter, out, text = map(Path, folders)
+adapters = [(adapter, 1.0)]
 """
 _MERGE = "merging.to_folder(base, adapters, out)\n"
 _TORCH = """
@@ -91,7 +74,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, Pa
     return found
 
 
-def peaks(way: str, jobs: list[tuple[tuple[Path, Path], int]], folder: Path) -> list[int]:
+def peaks_of(way: str, jobs: list[tuple[tuple[Path, Path], int]], folder: Path) -> list[int]:
     """Bytes that each job takes: a model, and the bytes of a part."""
     text = folder / "text.txt"
     text.write_text(tiny.TEXT * 60)
@@ -99,15 +82,8 @@ def peaks(way: str, jobs: list[tuple[tuple[Path, Path], int]], folder: Path) -> 
         [*map(str, (*model, folder / f"out{number}", text)), at_once]
         for number, (model, at_once) in enumerate(jobs)
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", _START, *_WAYS[way], json.dumps(told)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    found = [1024 * int(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(jobs), done.stderr
-    return found
+    imports, work = _WAYS[way]
+    return peaks(imports, _JOB + work, told)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
@@ -118,7 +94,7 @@ def test_it_does_not_grow_with_the_layers(
     jobs = [(models[_FEW], 1 << 23), (models[_MANY], 1 << 23)]
     if way == "export int8":  # what holds all layers would fail
         jobs.append((models[_MANY], 1 << 40))
-    few, many, *whole = peaks(way, jobs, tmp_path)
+    few, many, *whole = peaks_of(way, jobs, tmp_path)
     more = (_MANY - _FEW) * _LAYER
     assert (many - few) / more < 0.4
     assert all((one - few) / more > 0.75 for one in whole)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from tests.peaks import peaks
+
 _FEW, _MANY = 2, 8
 _WIDTH, _INNER, _VOCABULARY = 512, 2048, 512
 _LAYER = 4 * (4 * _WIDTH**2 + 3 * _WIDTH * _INNER)  # bytes in float32
 
-# In forks of one process that has imported everything, base by base; prints their peaks in kB. A
-# fork's peak begins with what it has then, which is the same for all.
-_START = """
-import json, os, sys
-from pathlib import Path
+_IMPORTS = """
 from types import SimpleNamespace
 import numpy as np
 import torch
@@ -36,18 +31,10 @@ from vera_edge.text.windows import Windows
 from vera_edge.trained.trained_model import TrainedModel
 
 windows = [np.arange(64, dtype=np.int64) * (number + 1) % 512 for number in range(4)]
-for path, kind in json.loads(sys.argv[2]):
-    if os.fork() == 0:
-        try:
-            checkpoint, light = Checkpoint.open(Path(path)), kind == "light"
-            exec(sys.argv[1])
-            status = open("/proc/self/status")
-            print(next(line.split()[1] for line in status if line.startswith("VmHWM:")), flush=True)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-        finally:
-            os._exit(0)
-    os.wait()
+"""
+_JOB = """
+path, kind = job
+checkpoint, light = Checkpoint.open(Path(path)), kind == "light"
 """
 _WAYS = {
     "logits": """
@@ -98,13 +85,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def test_the_peak_does_not_grow_with_the_layers(bases: dict[int, Path], way: str) -> None:
     kinds = ("light", "whole") if way in _HELD_WHOLE_TOO else ("light",)
     jobs = [(kind, layers) for kind in kinds for layers in bases]
-    told = json.dumps([(str(bases[layers]), kind) for kind, layers in jobs])
-    words = [sys.executable, "-c", _START, _WAYS[way], told]
-    done = subprocess.run(words, capture_output=True, text=True)
-    found = [1024 * int(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(jobs), done.stderr
-    peaks = dict(zip(jobs, found, strict=True))
+    told = [(str(bases[layers]), kind) for kind, layers in jobs]
+    found = dict(zip(jobs, peaks(_IMPORTS, _JOB + _WAYS[way], told), strict=True))
     more = (_MANY - _FEW) * _LAYER
-    grown = {kind: (peaks[kind, _MANY] - peaks[kind, _FEW]) / more for kind in kinds}
-    assert grown["light"] < 0.25, (grown, peaks)
-    assert grown.get("whole", 1) > 0.75, (grown, peaks)
+    grown = {kind: (found[kind, _MANY] - found[kind, _FEW]) / more for kind in kinds}
+    assert grown["light"] < 0.25, (grown, found)
+    assert grown.get("whole", 1) > 0.75, (grown, found)
