@@ -169,8 +169,9 @@ class _Combining:
         each = self.sources.of(module)
         weights = [source.weight for source in each]
         deltas = [source.delta(module, self.sources.checkpoint) for source in each]
-        found = nearest_to(combined(deltas, weights, self.asked, module), self.rank)
-        plain = combined(deltas, weights, Combination("svd"), module)
+        mixed = combined(deltas, weights, self.asked, module)
+        found = nearest_to(mixed, self.rank)
+        plain = mixed if self.asked.kind == "svd" else combined(deltas, weights, Combination("svd"), module)
         self.from_sum.add(float(np.linalg.norm(found.product.dense() - plain)), float(np.linalg.norm(plain)))
         return found
 
