@@ -22,6 +22,7 @@ def bench(
     rounds: int = 5,
     prompt: int = 128,
     new: int = 64,
+    products: Sequence[str] = (),
     trusted_keys: StrPath | None = None,
     trusted_identity: tuple[str, str] | None = None,
     require_signature: bool = False,
@@ -38,6 +39,8 @@ def bench(
         rounds: repetitions, each in a process of its own.
         prompt: tokens to feed.
         new: tokens to generate, 2 or more.
+        products: formats to time the layers' products in, one token each, like "int4" or "int8:128", for
+            `plan(device_times=)`.
         trusted_keys, trusted_identity, require_signature, allow_unsigned: as in `verify`.
         progress: called with what is done, how much of it, and of how much (rounds).
         tell: given a sentence: who signed it.
@@ -58,4 +61,6 @@ def bench(
     check_signature(
         Path(bundle), trust_in(trusted_keys, trusted_identity, require_signature, allow_unsigned), tell
     )
-    return measure(Path(bundle), path_or_none(against), tuple(threads), rounds, prompt, new, progress)
+    return measure(
+        Path(bundle), path_or_none(against), tuple(threads), rounds, prompt, new, progress, products
+    )

@@ -34,6 +34,7 @@ def plan(
     max_size: int | str | None = None,
     max_kl: float | None = None,
     max_latency: float | str | None = None,
+    device_times: StrPath | None = None,
     mode: str = "merged",
     target: str = "onnx",
     formats: Sequence[str] = ("int4", "int8"),
@@ -61,7 +62,9 @@ def plan(
         out: the plan to write, JSON.
         max_size: bytes of the whole export, or words like "90MB" or "90MiB". Give one limit of the three.
         max_kl: mean KL divergence in nats from the model as trained.
-        max_latency: time of the layers' products over that of the quickest choice here: 1.2 or "1.2x".
+        max_latency: time of the layers' products over that of the quickest choice: 1.2 or "1.2x".
+        device_times: the file that `vera-edge bench BUNDLE --products --json` wrote on the device whose
+            times count; None: this machine's, where `max_latency` asks for any.
         mode: "merged": the adapter in the weights. "branch": beside them, and swapped at run time.
         target: what is exported to be measured: "onnx".
         formats: what layers may be stored as, of int4, int8, nf4, fp4, fp32; integers also with a block, like
@@ -100,6 +103,7 @@ def plan(
         max_size=size_or_none(max_size),
         max_kl=max_kl,
         max_latency=parse_ratio(max_latency) if isinstance(max_latency, str) else max_latency,
+        device_times=None if device_times is None else str(device_times),
         mode=mode,
         formats=tuple(formats),
         target=target,

@@ -44,6 +44,15 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Repetitions.")
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="Tokens to feed.")
 @click.option("--new", type=click.IntRange(2), default=64, show_default=True, help="Tokens to generate.")
+@click.option(
+    "--products",
+    is_flag=False,
+    flag_value="int4,int4:64,int4:128,int8,int8:64,int8:128,fp32",
+    default="",
+    metavar="[LIST]",
+    help="Also time the layers' products in these formats, for plan --device-times; without a LIST in int4 "
+    "and int8 in blocks of 32, 64 and 128, and in fp32.",
+)
 @json_option
 @quiet_option
 @takes_trust
@@ -54,6 +63,7 @@ def bench(
     rounds: int,
     prompt: int,
     new: int,
+    products: str,
     as_json: bool,
     quiet: bool,
     **trust: Any,
@@ -67,6 +77,7 @@ def bench(
             rounds=rounds,
             prompt=prompt,
             new=new,
+            products=[name.strip() for name in products.split(",") if name.strip()],
             progress=progress,
             tell=tell,
             **trust,
@@ -87,6 +98,12 @@ def _show(result: Bench) -> None:
         shares = {share: f"{value:.2f}" for share, value in row.token_ms.items()}
         table.add_row("one token, ms", shares["50"], f"p95: {shares['95']}", f"p99: {shares['99']}")
         console.print(table)
+    if result.products:
+        times = Table("threads", "format", "block", "out x in", "microseconds")
+        for timed in result.products:
+            shape, block = f"{timed.out} x {timed.inside}", str(timed.block or "")
+            times.add_row(str(timed.threads), timed.format, block, shape, f"{timed.nanoseconds / 1e3:.1f}")
+        console.print(times)
     if result.ratios:
         ratios = Table("threads", "ratio of medians", "", "95 % interval")
         for one in result.ratios:

@@ -21,7 +21,13 @@ from vera_edge.cli import show
 @click.option(
     "--max-latency",
     metavar="RATIO",
-    help="Time of the layers' products over that of the quickest choice, on this machine, like 1.2x.",
+    help="Time of the layers' products over that of the quickest choice, like 1.2x.",
+)
+@click.option(
+    "--device-times",
+    type=show.FOLDER,
+    metavar="FILE",
+    help="Times of products on the device, from bench --products --json there; else this machine's.",
 )
 @click.option(
     "--mode",
@@ -66,6 +72,7 @@ def plan(
     max_size: str | None,
     max_kl: float | None,
     max_latency: str | None,
+    device_times: Path | None,
     mode: str,
     target: str,
     formats: str,
@@ -98,6 +105,7 @@ def plan(
             max_size=max_size,
             max_kl=max_kl,
             max_latency=max_latency,
+            device_times=device_times,
             mode=mode,
             target=target,
             formats=[name.strip() for name in formats.split(",") if name.strip()],
@@ -135,6 +143,7 @@ def _show(file: Path, found: vera_edge.ChosenPlan) -> None:
         "KL measured": f"{trial.kl:.3g}",
         "optimality gap": f"{found.gap:.2%}" if found.gap else "none",
         **({"latency, products": f"{found.latency:.2f}x the quickest"} if found.latency else {}),
+        **({"a token's products": f"{1e3 * found.token_seconds:.3g} ms"} if found.token_seconds else {}),
         "took": ", ".join(f"{what} {seconds:g} s" for what, seconds in found.seconds.items()),
     }
     for name, value in rows.items():

@@ -14,13 +14,15 @@ from vera_edge.precision.units import MeasuredUnit
 class FrontPoint:
     """A choice on the Pareto front. size: bytes of the export, computed from the measured one.
 
-    kl: predicted, the sum of the units' KLs times the correction factor. latency: see Choice.
+    kl: predicted, the sum of the units' KLs times the correction factor. latency, token_seconds: see
+    ChosenPlan.
     """
 
     size: int
     kl: float
     chosen: bool
     latency: float | None
+    token_seconds: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -29,6 +31,7 @@ class FrontPoint:
             "predicted_kl": self.kl,
             "chosen": self.chosen,
             "latency": self.latency,
+            "token_seconds": self.token_seconds,
         }
 
 
@@ -68,7 +71,8 @@ class ChosenPlan:
     its size, for a limit of KL) it can be above the best plan, by the sums, at most. picks: the format of
     each unit by name. bits: per weight of the linear layers that could be chosen for. seconds: how long each
     kind of work took. notes: how things were measured, for a person to read. latency: time of the layers'
-    products over that of the quickest choice, on this machine; None unless it was limited.
+    products over that of the quickest choice; None unless it was limited. token_seconds: seconds of one
+    token's products on the device that was named, or on this machine; None where no time was asked for.
     """
 
     plan: Plan
@@ -82,6 +86,7 @@ class ChosenPlan:
     seconds: Mapping[str, float]
     notes: tuple[str, ...]
     latency: float | None
+    token_seconds: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as a JSON object."""
@@ -92,6 +97,7 @@ class ChosenPlan:
             "bits_per_weight": self.bits,
             "optimality_gap": self.gap,
             "latency": self.latency,
+            "token_seconds": self.token_seconds,
             "front": [point.to_dict() for point in self.front],
             "units": [
                 {

@@ -23,6 +23,7 @@ from vera_edge.plans.plan import DENSE, SAME, Plan, Step
 from vera_edge.precision.changes import Replaying
 from vera_edge.precision.choice import ChosenPlan
 from vera_edge.precision.codes import UnitCodes
+from vera_edge.precision.latency import DeviceTimes, MachineTimes, ProductTimes, read_times
 from vera_edge.precision.replay import Replay
 from vera_edge.precision.request import PlanRequest, split
 from vera_edge.precision.solver import Solver, finished
@@ -61,6 +62,7 @@ def choose(
     Raises PlanError when no plan keeps the limit, other VeraEdgeErrors when an input is at fault.
     """
     request.check()
+    times = _times(request)
     targets.find(request.target)
     merged = merge.prepare(base, adapters, SAME, None, projection_rounding, trained_as=trained_as)
     if tasks.of(merged.model.checkpoint.config).gives != tasks.TEXT:
@@ -71,7 +73,17 @@ def choose(
     ready = replace(merged, plan=plans.plan_model(merged.model, request.mode))
     check_adapters(ready)
     with scratch_folder(beside, "plan") as work:
-        return _Search(ready, request, work, progress, keep).run()
+        return _Search(ready, request, work, progress, keep, times).run()
+
+
+def _times(request: PlanRequest) -> ProductTimes | None:
+    """What products take: as the device told, on this machine, or None where nobody asked."""
+    if request.device_times is not None:
+        times = read_times(Path(request.device_times))
+        blocks = (name for name in request.formats if (split(name)[1] or "1").isdigit())
+        times.require(list(dict.fromkeys((*blocks, *heads_of(request.formats)))))
+        return times
+    return None if request.max_latency is None else MachineTimes()
 
 
 def candidates(ready: Prepared, formats: Sequence[str]) -> tuple[str, Plan, dict[str, dict[str, Step]]]:
@@ -105,6 +117,7 @@ class _Search:
     work: Path
     progress: Progress
     keep: Path | None
+    times: ProductTimes | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> ChosenPlan:
@@ -135,9 +148,8 @@ class _Search:
             rounded.calibrate(model, own.windows, self.progress, stream)
         modules = [module for group in rounded.groups for module in group]
         with self._timed("sensitivities"):
-            timed = self.request.max_latency is not None
             replay = self._replay(stream, model, modules, sensitivity)
-            units = Sensitivities(model, replay, rounded, timed, values).units(heads, self.progress)
+            units = Sensitivities(model, replay, rounded, self.times, values).units(heads, self.progress)
             del replay
         fixed = float(weighed - bytes_of(units, first, heads[0]))
         with self._timed("trials"):
@@ -208,10 +220,16 @@ class _Search:
             f"sensitivities: the KL of one unit quantized alone, on {few} tokens of {source} text; plans: of "
             f"all units together, in torch (predicted) and in an export (measured), on {more} tokens"
         )
-        if request.max_latency is not None:
+        if isinstance(self.times, DeviceTimes):
             found.append(
-                "latency is this machine's, and of the layers' products alone, one token at a time; the "
-                "device's own is measured there (vera-edge bench)"
+                f"latency is that of {self.times.device} with {self.times.threads} threads, measured there, "
+                "and of the layers' products alone, one token at a time"
+            )
+        elif self.times is not None:
+            found.append(
+                "latency is this machine's, and of the layers' products alone, one token at a time; for a "
+                "device's own measure them there (vera-edge bench BUNDLE --products --json) and give the "
+                "file as --device-times"
             )
         if source in own and source != windows.BUILT_IN:
             found.append("measured on the text that weights were calibrated on, which flatters; give --data")

@@ -1,31 +1,33 @@
-"""How long a layer's product takes in each format: one token, in ONNX Runtime, on this machine.
+"""How long a layer's product takes in each format, for one token: on this machine, or as a device told.
 
-Generating text multiplies one row with every weight of the model once, so weights come from memory and not
-from a cache. Each kind of product is therefore timed over many weights of its shape, one after the other.
+A device's own times are in the file of `vera-edge bench BUNDLE --products --json`, run there.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 from vera_edge.cores import available_cores
+from vera_edge.device.check.products import DEFAULT_BLOCKS, ProductKind, nanoseconds
+from vera_edge.errors import PlanError
 from vera_edge.plans.plan import DENSE, Step
 from vera_edge.rounding.weight_rounding import BLOCK
+from vera_edge.storage.json_text import TABLE, read_json
 
-# More than the last level of most caches, and as much as a small model's layers of one shape.
-_BYTES = 64 << 20
-_COPIES = 400
-_RUNS = 9
-_MICROSOFT = "com.microsoft"
+_LONGEST = 10**12  # nanoseconds that a product may take in a file that is believed
 
-Weights = Mapping[str, npt.NDArray[Any]]
-# What decides how long a product takes: format, shape (out, in) and block.
-ProductKind = tuple[str, tuple[int, int], int]
+
+class ProductTimes(Protocol):
+    """Nanoseconds by kind of product, and whose they are."""
+
+    @property
+    def device(self) -> str: ...
+
+    def time(self, kind: ProductKind) -> int: ...
 
 
 def kind_of(step: Step) -> ProductKind:
@@ -35,76 +37,94 @@ def kind_of(step: Step) -> ProductKind:
     return (step.result, step.shape, int(step.options.get("blocksize", step.options.get("block", BLOCK))))
 
 
-def nanoseconds(kind: ProductKind) -> int:
-    """The time of one product (1, in) x (in, out) of this kind: the shortest of several runs."""
-    import onnxruntime as ort
+@dataclass(frozen=True)
+class MachineTimes:
+    """This machine's, each kind measured when it's first asked for."""
 
-    size = sum(array.nbytes for array in _weights(kind).values())
-    copies = max(1, min(_COPIES, _BYTES // size))
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = available_cores()
-    # Else equal weights become one.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(graph(kind, copies), options, providers=["CPUExecutionProvider"])
-    x = {"x": np.random.default_rng(0).standard_normal((1, kind[1][1])).astype(np.float32)}
-    session.run(None, x)
-    times = []
-    for _ in range(_RUNS):
-        begun = time.perf_counter_ns()
-        session.run(None, x)
-        times.append(time.perf_counter_ns() - begun)
-    return max(1, min(times) // copies)
+    device: str = "this machine"
+    _known: dict[ProductKind, int] = field(default_factory=dict)
+
+    def time(self, kind: ProductKind) -> int:
+        """Nanoseconds of one product of this kind."""
+        if kind not in self._known:
+            self._known[kind] = nanoseconds(kind, available_cores())
+        return self._known[kind]
 
 
-def _weights(kind: ProductKind) -> Weights:
-    """Initializers of one product, in the order of the operator's inputs; what they hold doesn't matter."""
-    name, (out, inside), block = kind
-    if name == "fp32":
-        return {"weight": np.full((inside, out), 0.01, np.float32)}
-    if name in ("nf4", "fp4"):
-        blocks = -(-out * inside // block)
-        return {
-            "packed": np.full(-(-out * inside // 2), 0x37, np.uint8),
-            "absmax": np.full(blocks, 0.01, np.float32),
-        }
-    bits, blocks = int(name.removeprefix("int")), -(-inside // block)
-    found: dict[str, npt.NDArray[Any]] = {
-        "codes": np.full((out, blocks, block * bits // 8), 0x37, np.uint8),
-        "scales": np.full((out, blocks), 0.01, np.float32),
-    }
-    if bits == 4:
-        found["zeros"] = np.full((out, -(-blocks // 2)), 0x88, np.uint8)
-    return found
+@dataclass(frozen=True)
+class DeviceTimes:
+    """A device's, by (format, block) and shape (out, in), at the number of threads that was the fastest.
+
+    A shape that wasn't measured is reckoned from the measured one whose number of weights is the nearest, in
+    proportion: one token's product takes as long as reading its weights does.
+    """
+
+    device: str
+    threads: int
+    products: Mapping[tuple[str, int], Mapping[tuple[int, int], int]]
+
+    def require(self, formats: Sequence[str]) -> None:
+        """Raise PlanError unless the device told of all these formats ("int8" or "int8:64")."""
+        missing = []
+        for name in formats:
+            kind, _, block = name.partition(":")
+            if (kind, int(block or DEFAULT_BLOCKS[kind])) not in self.products:
+                missing.append(name)
+        if missing:
+            raise PlanError(
+                f"the times of {self.device} have no {' and '.join(missing)}; measure there again (vera-edge "
+                f"bench BUNDLE --products {','.join(missing)} with the others, --json), or leave it out of "
+                "--formats"
+            )
+
+    def time(self, kind: ProductKind) -> int:
+        """Nanoseconds of one product, whose format and block were measured (`require`)."""
+        name, shape, block = kind
+        known = self.products[name, block or DEFAULT_BLOCKS[name]]
+        if shape in known:
+            return known[shape]
+        weights = shape[0] * shape[1]
+        rows, columns = min(known, key=lambda one: abs(one[0] * one[1] - weights))
+        return max(1, round(known[rows, columns] * weights / (rows * columns)))
 
 
-def graph(kind: ProductKind, copies: int) -> bytes:
-    """An ONNX model of `copies` products of x (1, in), each with weights of its own."""
-    from onnx import TensorProto, helper, numpy_helper
+def read_times(path: Path) -> DeviceTimes:
+    """The product times in what `vera-edge bench --products --json` wrote on a device.
 
-    weights, (name, (out, inside), block) = _weights(kind), kind
-    nodes, outputs, initializers = [], [], []
-    for number in range(copies):
-        names = [f"{part}{number}" for part in weights]
-        initializers += [
-            numpy_helper.from_array(array, one) for array, one in zip(weights.values(), names, strict=True)
-        ]
-        outputs.append(helper.make_tensor_value_info(f"y{number}", TensorProto.FLOAT, [1, out]))
-        operator, attributes = _operator(name, out, inside, block)
-        nodes.append(helper.make_node(operator, ["x", *names], [f"y{number}"], **attributes))
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, inside])
-    made = helper.make_graph(nodes, "products", [x], outputs, initializers)
-    versions = [helper.make_opsetid("", 17), helper.make_opsetid(_MICROSOFT, 1)]
-    model = helper.make_model(made, opset_imports=versions, ir_version=8)
-    serialized: bytes = model.SerializeToString()
-    return serialized
+    Raises PlanError when the file holds none, or is damaged.
+    """
+    told = read_json(path, PlanError, TABLE)
+    by_threads: dict[int, dict[tuple[str, int], dict[tuple[int, int], int]]] = {}
+    try:
+        for row in told["products"]:
+            threads, out, inside, spent = (
+                _count(row[name]) for name in ("threads", "out", "inside", "nanoseconds")
+            )
+            name, block = row["format"], row["block"]
+            if name not in DEFAULT_BLOCKS or type(block) is not int or block < 0:
+                raise ValueError(name)
+            by_threads.setdefault(threads, defaultdict(dict))[name, block][out, inside] = spent
+        device = str(told["device"].get("processor") or path.name)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        by_threads = {}
+    if not by_threads or len({_kinds(one) for one in by_threads.values()}) != 1:
+        raise PlanError(
+            f"{path} has no times of products as `vera-edge bench BUNDLE --products --json` of this version "
+            "writes them; measure again on the device"
+        )
+    threads = min(by_threads, key=lambda count: _total(by_threads[count]))
+    return DeviceTimes(device, threads, by_threads[threads])
 
 
-def _operator(name: str, out: int, inside: int, block: int) -> tuple[str, dict[str, Any]]:
-    """The operator that an export multiplies with, and its attributes."""
-    if name == "fp32":
-        return "MatMul", {}
-    facts = {"domain": _MICROSOFT, "K": inside, "N": out, "block_size": block}
-    if name in ("nf4", "fp4"):
-        return "MatMulBnb4", facts | {"quant_type": int(name == "nf4")}
-    return "MatMulNBits", facts | {"bits": int(name.removeprefix("int")), "accuracy_level": 4}
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 < value <= _LONGEST:
+        raise ValueError(value)
+    return value
+
+
+def _kinds(products: Mapping[tuple[str, int], Mapping[tuple[int, int], int]]) -> frozenset[object]:
+    return frozenset((kind, shape) for kind, shapes in products.items() for shape in shapes)
+
+
+def _total(products: Mapping[tuple[str, int], Mapping[tuple[int, int], int]]) -> int:
+    return sum(sum(shapes.values()) for shapes in products.values())

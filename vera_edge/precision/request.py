@@ -24,7 +24,8 @@ CHECKED = 2
 @dataclass(frozen=True)
 class PlanRequest:
     """max_size: bytes of all files of the export. max_kl: mean KL in nats on `data`. max_latency: time of the
-    layers' products over that of the quickest choice, on this machine. One of the three.
+    layers' products over that of the quickest choice, on this machine or by `device_times`, a file of
+    `vera-edge bench --products --json`. One of the three.
 
     formats: what layers may be stored as, integers also with a block ("int4:16", "int8:128"; 32 unless said);
     "int4" and "int8" or "fp32" also what embeddings and head may.
@@ -38,6 +39,7 @@ class PlanRequest:
     max_size: int | None = None
     max_kl: float | None = None
     max_latency: float | None = None
+    device_times: str | None = None
     mode: str = "merged"
     formats: tuple[str, ...] = ("int4", "int8")
     target: str = "onnx"

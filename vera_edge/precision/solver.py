@@ -239,19 +239,26 @@ class Solver:
                 float(points.losses[at]) * trial.factor,
                 at == point,
                 self._latency(at),
+                self._token_seconds(at),
             )
             for at in sorted(shown)
         )
         gap = points.loss_gap(point) if self.request.max_kl is None else points.size_gap(point)
         picks, trials = self._picks(point), tuple(self.tried.values())
         facts = (self.plan(point), trial, trials, self.units, picks, self._bits(picks), gap, line)
-        return ChosenPlan(*facts, seconds, notes, self._latency(point))
+        return ChosenPlan(*facts, seconds, notes, self._latency(point), self._token_seconds(point))
 
     def _latency(self, point: int) -> float | None:
         """Time of the layers' products over that of the quickest choice; None when it wasn't asked for."""
         if self.request.max_latency is None:
             return None
         return int(self.points.sizes[point]) / int(self.points.sizes[0])
+
+    def _token_seconds(self, point: int) -> float | None:
+        """Seconds of one token's products; None when no times were asked for."""
+        picks = self._picks(point)
+        total = sum(unit.options[picks[unit.name]].time for unit in self.units)
+        return total / 1e9 or None
 
     def _bytes(self, point: int) -> int:
         """Bytes of all units."""

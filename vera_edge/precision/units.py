@@ -9,16 +9,17 @@ the error of its output on the same text.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vera_edge.device.check.products import ProductKind
 from vera_edge.formats.blocks import quantize
 from vera_edge.precision.changes import PARTS, Change, Outside, Replaying, rounded
 from vera_edge.precision.codes import INTEGER, UnitCodes
 from vera_edge.precision.knapsack import Option
-from vera_edge.precision.latency import ProductKind, kind_of, nanoseconds
+from vera_edge.precision.latency import ProductTimes, kind_of
 from vera_edge.precision.request import split
 from vera_edge.precision.sizes import HEADS, matrix_bytes, step_bytes
 from vera_edge.progress import Progress
@@ -50,7 +51,7 @@ def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """Measures units on the text of `replay`, whose model this is. timed: how long they take, too.
+    """Measures units on the text of `replay`, whose model this is. times: of their products; None: not asked.
 
     values: gives those of a parameter that holds a stand-in, where the model is read layer by layer.
     """
@@ -58,9 +59,8 @@ class Sensitivities:
     model: Any
     replay: Replaying
     codes: UnitCodes
-    timed: bool = False
+    times: ProductTimes | None = None
     values: Values = as_it_is
-    _times: dict[ProductKind, int] = field(default_factory=dict)
 
     def units(self, heads: Sequence[str], progress: Progress) -> tuple[MeasuredUnit, ...]:
         """Every unit with its options measured, each alone; `heads`: what the ends may be stored as."""
@@ -102,9 +102,7 @@ class Sensitivities:
         }
 
     def _time(self, kind: ProductKind) -> int:
-        if self.timed and kind not in self._times:
-            self._times[kind] = nanoseconds(kind)
-        return self._times.get(kind, 0)
+        return 0 if self.times is None else self.times.time(kind)
 
     def _output_error(self, modules: Sequence[str], change: Change, x: torch.Tensor) -> float:
         """The squared error of the modules' outputs for inputs x (tokens, in)."""
@@ -141,7 +139,8 @@ class Sensitivities:
         for kind, loss in losses.items():
             size = sum(matrix_bytes(rows, columns, kind) for rows, columns in shapes)
             timed = self.model.get_output_embeddings() is not None and not shapes[0][1] % BLOCK
-            time = self._time((kind, (shapes[-1][0], shapes[-1][1]), BLOCK)) if timed else 0
+            block = BLOCK if kind in INTEGER else 0
+            time = self._time((kind, (shapes[-1][0], shapes[-1][1]), block)) if timed else 0
             options[kind] = Option(size, loss, time)
         return MeasuredUnit(ENDS, (), options)
 

@@ -19,16 +19,18 @@ from tests.unit.rounding.test_writeback import letters
 from vera_edge import merging as merge
 from vera_edge.adapters.reading import read as read_adapter
 from vera_edge.base.checkpoint import Checkpoint
+from vera_edge.device.check import products
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import MismatchError, PlanError, TargetError
 from vera_edge.exporting import target
 from vera_edge.measuring.metrics import compare
 from vera_edge.plans import plan as plans
-from vera_edge.precision import PlanRequest, latency
+from vera_edge.precision import PlanRequest
 from vera_edge.precision.changes import Change
 from vera_edge.precision.choice import ChosenPlan
 from vera_edge.precision.choose import candidates, choose
 from vera_edge.precision.codes import UnitCodes
+from vera_edge.precision.latency import read_times
 from vera_edge.precision.replay import Replay
 from vera_edge.precision.trained import trained_model
 from vera_edge.precision.units import ENDS, Sensitivities
@@ -208,6 +210,81 @@ def test_within_a_latency_the_quickest_or_the_most_precise(make: Plan) -> None:
     assert any("this machine's" in note for note in quickest.notes)
 
 
+def device_file(path: Path, nanoseconds: dict[tuple[str, int], int]) -> str:
+    """What a device's `bench --products --json` would hold, by format and block, for one shape."""
+    rows = [
+        {"format": name, "block": block, "threads": 4, "out": 64, "inside": 64, "nanoseconds": spent}
+        for (name, block), spent in nanoseconds.items()
+    ]
+    path.write_text(json.dumps({"device": {"processor": "Cortex-A76"}, "products": rows}))
+    return str(path)
+
+
+def test_a_plan_is_made_for_the_device_whose_times_are_given(make: Plan, tmp_path: Path) -> None:
+    """Where int8 in blocks of 64 is the quickest by the file, the quickest plan has it, whatever is here."""
+    blocks = {("int4", 32): 9000, ("int8", 32): 5000, ("int8", 64): 3000}
+    file = device_file(tmp_path / "device.json", blocks)
+    found = make(max_latency=1.0, device_times=file, formats=("int4", "int8", "int8:64"))
+    assert {found.picks[unit.name] for unit in found.units if unit.modules} == {"int8:64"}
+    assert any("Cortex-A76 with 4 threads" in note for note in found.notes)
+    spent = sum(unit.options[found.picks[unit.name]].time for unit in found.units)
+    assert found.token_seconds == pytest.approx(spent / 1e9) and found.latency == 1
+    weights = {step.module: step.shape[0] * step.shape[1] for step in found.plan.steps}
+    for unit in found.units:
+        if unit.modules:
+            expected = sum(round(3000 * weights[name] / 64**2) for name in unit.modules)
+            assert unit.options["int8:64"].time == pytest.approx(expected, abs=len(unit.modules))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{}", "has no times of products"),
+        ('{"device": {}, "products": []}', "has no times of products"),
+        ('{"device": {}, "products": [{"format": "int4"}]}', "has no times of products"),
+        ('{"device": 1, "products": 2}', "has no times of products"),
+        ("[1]", "device.json"),
+    ],
+)
+def test_a_file_without_times_is_refused(
+    cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path, content: str, said: str
+) -> None:
+    (tmp_path / "device.json").write_text(content)
+    words = ("--max-size", "1MB", "--device-times", tmp_path / "device.json", "-o", tmp_path / "plan.json")
+    done = cli("plan", tiny_llama.nf4, tiny_adapter, *words)
+    assert done.exit_code == 2 and said in done.stderr and "device.json" in done.stderr
+
+
+def test_a_format_that_the_device_never_timed_is_refused_before_the_work(make: Plan, tmp_path: Path) -> None:
+    file = device_file(tmp_path / "device.json", {("int4", 32): 5000})
+    with pytest.raises(PlanError, match=r"no int8:128 and int8; measure .*--products int8:128,int8 "):
+        make(max_latency=1.0, device_times=file, formats=("int4", "int8:128"))
+
+
+def test_a_bundles_products_are_timed_for_a_plan(
+    cli: Cli, tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], out, weights="int8")
+    words = ["--rounds", 1, "--prompt", 4, "--new", 2, "--threads", "1,2", "--json", "--products"]
+    result = cli("bench", out, *words, "int4,int8:128,nf4,fp32")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)["products"]
+    shapes = {(64, 64), (32, 64), (160, 64), (64, 160)}
+    kinds = {(one["threads"], one["format"], one["block"], (one["out"], one["inside"])) for one in rows}
+    formats = (("int4", 32), ("int8", 128), ("nf4", 64), ("fp32", 0))
+    assert kinds == {(count, *form, shape) for count in (1, 2) for form in formats for shape in shapes}
+    assert all(type(one["nanoseconds"]) is int and one["nanoseconds"] > 0 for one in rows)
+    (tmp_path / "device.json").write_text(result.stdout)
+    times = read_times(tmp_path / "device.json")
+    own = [one for one in rows if one["threads"] == times.threads and one["format"] == "nf4"]
+    for one in own:
+        assert times.time(("nf4", (one["out"], one["inside"]), 64)) == one["nanoseconds"]
+    # A shape that wasn't measured: in proportion to the nearest that was.
+    known = times.time(("fp32", (160, 64), 0)), times.time(("fp32", (64, 160), 0))
+    assert times.time(("fp32", (160_000, 64), 0)) in {1000 * one for one in known}
+
+
 def test_products_are_timed_as_an_export_multiplies(
     tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
 ) -> None:
@@ -215,7 +292,7 @@ def test_products_are_timed_as_an_export_multiplies(
     for weights, block in (("int4", 32), ("int8", 32), ("nf4", 64), ("fp32", 0)):
         out = tmp_path / weights
         target.export(tiny_llama.nf4, [(tiny_adapter, 1.0)], out, weights=weights)
-        timed = onnx.load_from_string(latency.graph((weights, (64, 160), block), copies=1)).graph.node[0]
+        timed = onnx.load_from_string(products.graph((weights, (64, 160), block), copies=1)).graph.node[0]
         nodes = onnx.load(out / "onnx" / "model.onnx", load_external_data=False).graph.node
         (exported,) = (node for node in nodes if "layers.0/mlp/down_proj" in node.name)
         assert (timed.op_type, timed.domain) == (exported.op_type, exported.domain)

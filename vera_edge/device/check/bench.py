@@ -20,7 +20,9 @@ import numpy as np
 from vera_edge import import_path
 from vera_edge.bundle import contents as bundles
 from vera_edge.bundle.manifest import Manifest
+from vera_edge.cores import available_cores
 from vera_edge.device.check.hardware import hardware_info
+from vera_edge.device.check.products import ProductTime, measure, parse_formats, shapes_of
 from vera_edge.errors import BundleError, DataError
 from vera_edge.progress import Progress, silent
 
@@ -83,6 +85,7 @@ class Bench:
     prompt: int
     new: int
     device: Mapping[str, Any]
+    products: tuple[ProductTime, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -100,16 +103,20 @@ def bench(
     prompt: int = 128,
     new: int = 64,
     progress: Progress = silent,
+    products: Sequence[str] = (),
 ) -> Bench:
     """Measure `bundle`, and `against` in turn with it, at each number of threads (none given: all cores).
 
-    prompt, new: tokens fed and generated in each round. Raises BundleError when a bundle can't be opened,
+    prompt, new: tokens fed and generated in each round. products: formats to time the layers' products in,
+    like "int8:128". Raises BundleError when a bundle can't be opened,
     DataError when the numbers make no sense or don't fit its context.
     """
     if rounds < 1 or prompt < 1 or new < 2 or any(count < 1 for count in threads):
         raise DataError("give 1 or more rounds, prompt tokens and threads, and 2 or more new tokens")
+    formats = parse_formats(products)
     folders = [bundle] if against is None else [bundle, against]
     manifests = [bundles.verify(folder, deep=False) for folder in folders]
+    shapes = shapes_of(manifests[0]) if formats else ()
     counts = list(threads) or [0]
     measured: list[BenchRound] = []
     ratios: list[Ratio] = []
@@ -126,7 +133,9 @@ def bench(
         measured += pairs
         if against is not None:
             ratios += _ratios(found[0], found[1])
-    return Bench(tuple(measured), tuple(ratios), rounds, prompt, new, hardware_info())
+    used = [count or available_cores() for count in counts]
+    times = measure(shapes, formats, used, progress)
+    return Bench(tuple(measured), tuple(ratios), rounds, prompt, new, hardware_info(), times)
 
 
 def _round(folder: Path, prompt: int, new: int, threads: int) -> dict[str, Any]:

@@ -94,3 +94,18 @@ def test_energy_adds_packages_and_survives_a_counter_that_wraps(tmp_path: Path) 
     assert meter.joules() == pytest.approx(450e-6)
     (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
     assert meter.joules() is None
+
+
+@pytest.mark.parametrize(
+    ("products", "said"),
+    [
+        *((name, f"'{name}'") for name in ("int3", "int8:24", "int4:512", "nf4:32", "fp32:32", "int4:x")),
+        ("int4,int4:32", "more than once"),
+        ("int4", "doesn't say the shapes"),
+    ],
+)
+def test_products_that_cannot_be_timed_are_refused(
+    products: str, said: str, tiny_bundles: TinyBundles, cli: Cli
+) -> None:
+    result = cli("bench", tiny_bundles.fp32, "--products", products)
+    assert result.exit_code == 2 and said in result.stderr
