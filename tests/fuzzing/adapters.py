@@ -22,6 +22,7 @@ from vera_edge.exporting import onnx_adapter
 from vera_edge.merging.delta import Delta, merge_rows
 from vera_edge.plans import plan as plans
 from vera_edge.trained import fit, record
+from vera_edge.trained.embeddings import with_tables
 from vera_edge.trained.inspection import inspect_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "adapters"
@@ -32,6 +33,7 @@ _IMPORTED = (
     "transformers.models.llama.modeling_llama",
 )
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_INNER = "base_model.model.model"
 
 
 @cache
@@ -74,16 +76,29 @@ def _written(folder: Path, kind: str) -> Path:
         }
         if kind == "dora":
             parts["lora_magnitude_vector"] = np.ones(160, np.float32)
+    tables: dict[str, Any] = {}
+    if kind == "rows":
+        config |= {"trainable_token_indices": {"embed_tokens": [3, 1]}}
+        tables = {"token_adapter.trainable_tokens_delta": np.ones((2, bases.WIDTH), np.float32)}
+    if kind == "table":
+        config |= {"target_modules": ["up_proj", "embed_tokens"], "ensure_weight_tying": True}
+        tables = {
+            "lora_embedding_A": draw.standard_normal((2, bases.WORDS), np.float32),
+            "lora_embedding_B": draw.standard_normal((bases.WIDTH, 2), np.float32),
+        }
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(config))
-    layer = "base_model.model.model.layers.1.mlp.up_proj"
-    save_file({f"{layer}.{end}": array for end, array in parts.items()}, folder / TENSORS, {"format": "pt"})
+    tensors = {f"{_INNER}.layers.1.mlp.up_proj.{end}": array for end, array in parts.items()}
+    tensors |= {f"{_INNER}.embed_tokens.{end}": array for end, array in tables.items()}
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
     return folder
 
 
 @cache
 def _other_methods() -> dict[str, Path]:
-    return {kind: _written(graphs.scratch() / kind, kind) for kind in ("lora", "dora", "ia3")}
+    return {
+        kind: _written(graphs.scratch() / kind, kind) for kind in ("lora", "dora", "ia3", "table", "rows")
+    }
 
 
 def _peft(
@@ -92,7 +107,7 @@ def _peft(
     """One file of a PEFT folder. whole: read with its base as one model, as before a merge or an export."""
 
     def prepare(folder: Path) -> None:
-        for module in _IMPORTED if whole else ():
+        for module in _IMPORTED if whole or cases is _other_methods else ():
             import_module(module)
         bases.write_base(folder / "base")
         for case, source in cases().items():
@@ -110,6 +125,7 @@ def _peft(
             record.notes(adapter, checkpoint)
             fit.check_fit(adapter, checkpoint)
             if cases is _other_methods:
+                adapter = with_tables(adapter, checkpoint)
                 for module in adapter.vectors:
                     weight = checkpoint.load(module)
                     merge_rows(module, weight, Delta(module, weight.shape[1], [(adapter, 1.0)], None))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vera_edge.arrays import Float32
 from vera_edge.storage.tensors import RawTensor
+
+if TYPE_CHECKING:
+    from vera_edge.adapters.embeddings import EmbeddingChange
 
 VERA, LORA = "VERA", "LORA"  # as PEFT calls them
 
@@ -65,6 +68,8 @@ class Adapter:
         computed from the base's and what the method trained, so that PEFT's own layers give them too.
     modules_to_save: tensors that replace the base's, by the name they have there.
     shared: what all layers share, by the end of PEFT's name.
+    embeddings: what was trained for tables of embeddings, by module. made: those of modules_to_save that were
+        computed from them and the base's.
     digest: hex SHA-256 of the tensors and of the settings that change what the adapter computes (VeRA: rank,
         seed, bias and PEFT version). Names and paths aren't among them.
     as_trained: the same under PEFT's names, where the base at hand has others (see `alignment`).
@@ -89,6 +94,8 @@ class Adapter:
     method: str = VERA
     computed: frozenset[str] = frozenset()
     shared: Mapping[str, RawTensor] | None = None
+    embeddings: Mapping[str, EmbeddingChange] = field(default_factory=dict)
+    made: frozenset[str] = frozenset()
 
     @property
     def is_vera(self) -> bool:

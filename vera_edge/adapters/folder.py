@@ -29,6 +29,7 @@ UNGATHERED = (
 # PEFT stores these whole when the vocabulary was resized or when they are targets themselves.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "word_embeddings", "wte", "embed_in", "embed_out"})
 _HEAD = "predictions.decoder"  # of a BERT
+_HOLDERS = (".modules_to_save.", ".token_adapter.", ".base_layer.")  # parts of PEFT's names, of its own
 
 
 @dataclass
@@ -104,7 +105,9 @@ class AdapterFolder:
         if ".original_module." in name:
             return  # the base's own tensor, which PEFT 0.21 writes beside a trained copy by mistake
         if _is_saved_module(module, self.config):
-            plain = name.replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+            plain = name
+            for part in _HOLDERS:
+                plain = plain.replace(part, ".")
             found.modules_to_save[plain] = self.tensors[name]
         elif kind == "bias" and biases:
             found.biases[module.removesuffix(".base_layer")] = self.floats(name, 1)

@@ -8,10 +8,11 @@ row by row, as `DoraLinearLayer` of peft/tuners/lora/dora.py has it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vera_edge.adapters import embeddings
 from vera_edge.adapters.adapter import LORA, Adapter, LayerChange
 from vera_edge.adapters.folder import UNGATHERED, AdapterFolder
 from vera_edge.adapters.method import Method
@@ -24,7 +25,8 @@ from vera_edge.storage.json_text import canonical_json
 
 _A, _B, _BIAS, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 _VELORA = "lora_velora_embed"  # what VeLoRA keeps activations by as it trains; no output has a part of it
-_OWN = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", _MAGNITUDE, _VELORA})
+_TABLES = (embeddings.A, embeddings.B, embeddings.ROWS)
+_OWN = frozenset({"lora_A", "lora_B", *_TABLES, _MAGNITUDE, _VELORA})
 _BIASES = ("all", "lora_only")
 # Initialisations that leave the base what it was.
 _HARMLESS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -32,8 +34,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Settings that make another layer of it, or adapt what isn't a linear layer, by what PEFT calls them.
 _OTHER_LAYERS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
-    *("target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora"),
-    "ensure_weight_tying",
+    *("target_parameters", "use_bdlora", "use_qalora"),
 )
 # Settings that say how it was trained or where, and nothing of what it computes.
 _KNOWN = frozenset(
@@ -43,7 +44,7 @@ _KNOWN = frozenset(
         *("fan_in_fan_out", "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_pattern"),
         *("layers_to_transform", "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora", "qalora_group_size"),
-        *("runtime_config", "lora_bias", "velora_config"),
+        *("runtime_config", "lora_bias", "velora_config", "trainable_token_indices", "ensure_weight_tying"),
     }
 )
 
@@ -161,26 +162,20 @@ def _read(folder: AdapterFolder) -> Adapter:
             own.add(name)
             if end == _VELORA:
                 continue
-            if end.startswith("lora_embedding"):
-                raise AdapterError(
-                    f"{folder.path} adapts the embedding {module}, which vera-edge doesn't merge; train "
-                    "without embeddings in target_modules, or with them in modules_to_save"
-                )
             found.setdefault(module, {})[end] = folder.floats(name, 1 if end in (_BIAS, _MAGNITUDE) else 2)
     others = folder.others(own.__contains__, "LoRA", _BIASES)
+    tables = [module for module, parts in sorted(found.items()) if not parts.keys().isdisjoint(_TABLES)]
+    changes = {module: _of_table(module, found.pop(module), settings) for module in tables}
+    embeddings.check_all_there(folder, changes)
     vectors = {module: _pair(module, parts, settings) for module, parts in sorted(found.items())}
     if not vectors:
-        raise AdapterError(
-            f"{folder.path} holds no LoRA matrices; it was saved before any layer was adapted, or "
-            f"{UNGATHERED}"
-        )
-    scales = [[module, pair.scale] for module, pair in vectors.items()]
-    bias = folder.config.get("bias", "none")
+        raise _nothing_for_linears(folder, changes)
     return Adapter(
         path=folder.path,
         name=folder.name,
         base_name=folder.text_or_none("base_model_name_or_path"),
         rank=max(pair.rank for pair in vectors.values()),
+        embeddings=changes,
         seed=0,
         vectors=vectors,
         saved=None,
@@ -188,10 +183,32 @@ def _read(folder: AdapterFolder) -> Adapter:
         modules_to_save=others.modules_to_save,
         config=folder.config,
         peft_version=folder.text_or_none("peft_version"),
-        digest=sha256_bytes(canonical_json([METHOD.peft_type, scales, bias, folder.digest])),
+        digest=_digest(folder, vectors, changes),
         notes=folder.notes,
         method=METHOD.peft_type,
     )
+
+
+def _nothing_for_linears(folder: AdapterFolder, tables: Collection[str]) -> AdapterError:
+    if tables:
+        return AdapterError(
+            f"{folder.path} trains {min(tables)} and no linear layer; vera-edge takes embeddings beside those"
+        )
+    return AdapterError(
+        f"{folder.path} holds no LoRA matrices; it was saved before any layer was adapted, or {UNGATHERED}"
+    )
+
+
+def _digest(
+    folder: AdapterFolder,
+    vectors: Mapping[str, LoraPair],
+    tables: Mapping[str, embeddings.EmbeddingChange],
+) -> str:
+    scales = [[module, pair.scale] for module, pair in vectors.items()]
+    facts: list[Any] = [METHOD.peft_type, scales, folder.config.get("bias", "none"), folder.digest]
+    if tables:
+        facts.append([[module, change.setting] for module, change in tables.items()])
+    return sha256_bytes(canonical_json(facts))
 
 
 _DOES = "adds scale B A to the weight, with a pair of small matrices for each layer"
@@ -205,9 +222,20 @@ def _place(name: str) -> tuple[str, str] | None:
     if at is None:
         return None
     end = ".".join(parts[at:])
-    known = (_A, _B, _BIAS, _MAGNITUDE, _VELORA, "lora_embedding_A", "lora_embedding_B")
+    known = (_A, _B, _BIAS, _MAGNITUDE, _VELORA, *_TABLES)
     end = end.removesuffix(".weight") if end.startswith(_MAGNITUDE) else end
-    return (".".join(parts[:at]), end) if end in known else None
+    return (embeddings.module_of(".".join(parts[:at])), end) if end in known else None
+
+
+def _of_table(module: str, parts: Mapping[str, Float32], settings: _Settings) -> embeddings.EmbeddingChange:
+    folder = settings.folder
+    if embeddings.ROWS in parts:
+        if len(parts) > 1:
+            raise AdapterError(
+                f"{folder.path} trains rows of {module} and adapts it by a pair; one of the two"
+            )
+        return embeddings.rows_of(folder, module, parts[embeddings.ROWS])
+    return embeddings.pair_of(folder, module, parts, settings.rank_of(module), settings.scale_of(module))
 
 
 def _pair(module: str, parts: Mapping[str, Float32], settings: _Settings) -> LoraPair:

@@ -71,6 +71,7 @@ def _facts(result: Inspection) -> Table:
         "layers": _ranges(result.layers) or "none numbered",
         "trained biases": str(result.biases),
         "whole modules": ", ".join(result.modules_to_save) or "none",
+        **({"embeddings": ", ".join(result.embeddings)} if result.embeddings else {}),
         "dead branches": ", ".join(result.dead) or _NONE_DEAD.get(result.method, "none"),
     }
     if result.spec is not None:

@@ -2,7 +2,8 @@
 
 On factors, as PEFT's `add_weighted_adapter`: A and B of LoRA adapters are combined each for itself, with
 `sqrt(weight * scale)` on either side, so that their product isn't the sum of the deltas. VeRA adapters that
-share projections are combined by their vectors, which for "linear" is the same, and stay VeRA. On deltas:
+share projections are combined by their vectors, which for "linear" is the same, and stay VeRA; the factors
+of IA3 adapters are summed by "linear", and stay IA3. On deltas:
 "cat" is the sum itself, written as a LoRA of as high a rank as it takes; what ends in "svd" combines dense
 deltas of any method and keeps the nearest product of a rank.
 """
@@ -22,6 +23,7 @@ from vera_edge.adapters.reading import title_of
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.arrays import Float32
 from vera_edge.base.trained_as import TrainedAs
+from vera_edge.combining import scalings
 from vera_edge.combining.arithmetic import combined
 from vera_edge.combining.combination import DENSE, EXACT, ON_DELTAS, ON_FACTORS, Combination
 from vera_edge.combining.folder import Share, Writing
@@ -68,7 +70,12 @@ def combine(
     if asked.kind in ON_FACTORS and sources.shares_projections:
         with quiet():
             pairs = work.vectors()
-        made = writing.vectors(sources, pairs, _saved(sources))
+        made = writing.vectors(sources, pairs, {"save_projection": bool(_saved(sources))}, _saved(sources))
+    elif asked.kind == "linear" and scalings.are_all(sources):
+        with quiet():
+            pairs = scalings.combined_factors(sources, work.from_sum)
+        inputs = [sources.names[module] for module, ends in pairs.items() if len(ends[scalings.FACTORS]) == 1]
+        made = writing.vectors(sources, pairs, {"feedforward_modules": sorted(inputs)})
     else:
         made = writing.lora(sources, work.rank, work.layer)
     return replace(made, from_sum=work.from_sum.value)

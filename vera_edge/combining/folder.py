@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from vera_edge.adapters.adapter import LORA
 from vera_edge.adapters.folder import CONFIG_NAME
+from vera_edge.adapters.peft_methods import IA3
 from vera_edge.arrays import Float32
 from vera_edge.combining.low_rank import LowRank, Nearest, check_finite
 from vera_edge.combining.sources import Sources
@@ -96,20 +97,24 @@ class Writing:
         )
 
     def vectors(
-        self, sources: Sources, pairs: Mapping[str, Mapping[str, Float32]], saved: Mapping[str, Float32]
+        self,
+        sources: Sources,
+        pairs: Mapping[str, Mapping[str, Float32]],
+        settings: Mapping[str, Any],
+        saved: Mapping[str, Float32] | None = None,
     ) -> WrittenAdapter:
-        """Write a folder of the first adapter's method and settings. pairs: arrays by module and PEFT's end
-        of a name; saved: what all layers share.
+        """Write a folder of the first adapter's method. pairs: arrays by module and PEFT's end of a name;
+        settings: of the config, beside the first adapter's; saved: what all layers share.
         """
         first, names = sources.each[0].adapter, sources.names
-        arrays = {f"base_model.{name}": values for name, values in sorted(saved.items())}
+        arrays = {f"base_model.{name}": values for name, values in sorted((saved or {}).items())}
         for module, ends in pairs.items():
             arrays |= {f"{_PREFIX}{names[module]}.{end}": values for end, values in sorted(ends.items())}
         check_finite(*arrays.values())
         shapes = {name: ("F32", values.shape) for name, values in arrays.items()}
         config = {key: value for key, value in first.config.items() if key not in _CHOOSING}
         config |= {"target_modules": sorted(names.values()), "modules_to_save": _whole(sources)}
-        config |= {"inference_mode": True, "save_projection": bool(saved)}
+        config |= {"inference_mode": True, **settings}
         size = self._write(sources, shapes, iter(arrays.values()), config)
         return WrittenAdapter(self.out, first.method, len(pairs), first.rank, size, notes=sources.notes)
 
@@ -126,10 +131,12 @@ class Writing:
             for source in sources.each
             for item in (source.adapter.as_trained or source.adapter).modules_to_save.items()
         ]
-        biases = sources.biases
+        keeps = config["peft_type"] != IA3  # IA3 scales biases with the outputs, and has none of its own
+        biases = sources.biases if keeps else {}
         tensors += [(name, RawTensor.of(bias)) for name, bias in sorted(biases.items())]
         whole = {f"{_PREFIX}{name}": (tensor.dtype, tensor.shape) for name, tensor in tensors}
-        config = {**config, "bias": "all" if biases else "none"}
+        if keeps:
+            config = {**config, "bias": "all" if biases else "none"}
         with staged_folder(self.out, self.force) as stage:
             with (stage / WEIGHTS).open("wb") as stream:
                 write_header(stream, {**shapes, **whole}, {"format": "pt"})

@@ -91,7 +91,8 @@ def _check_sizes(adapter: Adapter, manifest: Manifest, where: str) -> None:
     whole = manifest.base.get("trained", {})  # what the graph holds of the adapter it was exported with
     held = {name for name, tensor in adapter.modules_to_save.items() if whole.get(name) == digest_of(tensor)}
     biases = adapter.biases.keys() - kinds_of(adapter).get(BIASES, frozenset())
-    if more := sorted([*biases, *(adapter.modules_to_save.keys() - held)]):
+    tables = {f"{module}.weight" for module in adapter.embeddings}  # of which nothing is known without a base
+    if more := sorted([*biases, *((adapter.modules_to_save.keys() | tables) - held)]):
         raise MismatchError(
             f"{adapter.path} also trained {more[0]}, which a side-branch can't carry; merge it"
         )

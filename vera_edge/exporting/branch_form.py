@@ -97,8 +97,13 @@ def _scales_outputs(change: LayerChange) -> bool:
 
 
 def needs_base(adapter: Adapter) -> bool:
-    """Whether what stands beside the base depends on values of the base: its weights, or for IA3 biases."""
+    """Whether what stands beside the base depends on values of the base: its weights, or for IA3 biases.
+
+    So do tables of embeddings, which are held against those that the base was exported with.
+    """
     made_of_weights = not adapter.adds and adapter.method not in ADDING
+    if adapter.embeddings and not adapter.made:
+        return True
     return made_of_weights or any(_has_bias(adapter, module) for module in adapter.vectors)
 
 

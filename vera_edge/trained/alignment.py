@@ -71,6 +71,10 @@ def renamed(adapter: Adapter, found: Mapping[str, str], tensors: Collection[str]
         vectors={found[module]: vectors for module, vectors in adapter.vectors.items()},
         biases={rename(module): bias for module, bias in adapter.biases.items()},
         modules_to_save={rename(name): tensor for name, tensor in adapter.modules_to_save.items()},
+        embeddings={
+            rename(f"{module}.weight").removesuffix(".weight"): change
+            for module, change in adapter.embeddings.items()
+        },
     )
 
 

@@ -107,6 +107,7 @@ class Inspection:
     notes: tuple[str, ...]
     cost: Cost | None
     as_pairs: bool = False
+    embeddings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON object."""
@@ -174,7 +175,7 @@ def inspect(
         layers=tuple(sorted({number for module in adapter.vectors for number in _layer(module)})),
         kinds=_kinds(adapter, fitting),
         biases=len(adapter.biases),
-        modules_to_save=tuple(sorted(adapter.modules_to_save)),
+        modules_to_save=tuple(sorted(adapter.modules_to_save.keys() - _frozen(adapter))),
         dead=tuple(module for module, change in adapter.vectors.items() if change.is_zero),
         projections_saved=adapter.saved is not None,
         spec=found.spec if found else None,
@@ -188,14 +189,22 @@ def inspect(
         notes=notes,
         cost=_cost(adapter, fitting, found.spec if found else None) if method.branches else None,
         as_pairs=method.low_rank,
+        embeddings=tuple(adapter.embeddings),
     )
 
 
 def _parameters(adapter: Adapter) -> int:
     vectors = _values(adapter) + _shared_values(adapter)
     biases = sum(bias.size for bias in adapter.biases.values())
-    whole = sum(int(np.prod(tensor.shape)) for tensor in adapter.modules_to_save.values())
-    return vectors + biases + whole
+    tables = sum(array.size for change in adapter.embeddings.values() for array in change.arrays.values())
+    whole = adapter.modules_to_save.keys() - _frozen(adapter)
+    sizes = sum(math.prod(adapter.modules_to_save[name].shape) for name in whole)
+    return vectors + biases + sizes + tables
+
+
+def _frozen(adapter: Adapter) -> frozenset[str]:
+    """Tensors that aren't trained: PEFT saves the weights of adapted embeddings and heads beside what was."""
+    return adapter.made | {f"{module}.weight" for module in (*adapter.vectors, *adapter.embeddings)}
 
 
 def _values(adapter: Adapter) -> int:

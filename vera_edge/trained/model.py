@@ -26,6 +26,7 @@ from vera_edge.storage.tensors import RawTensor
 from vera_edge.tasks import task as tasks
 from vera_edge.trained.alignment import align
 from vera_edge.trained.biases import with_computed
+from vera_edge.trained.embeddings import with_tables
 from vera_edge.trained.fit import check_class
 from vera_edge.trained.text_settings import with_text_settings
 
@@ -61,6 +62,7 @@ def read(
     config = dict(checkpoint.config) if name == own else {**checkpoint.config, "architectures": [name]}
     view = checkpoint.overlaid(Overlay(config, files, notes=files.notes))
     aligned = tuple(WeightedAdapter(align(adapter, view), weight) for adapter, weight in found)
+    aligned = tuple(WeightedAdapter(with_tables(adapter, view), weight) for adapter, weight in aligned)
     if name != own or _brings_new(view, aligned):
         view, aligned = _Fitting(view, aligned, name, own).fitted()
     aligned = tuple(WeightedAdapter(with_computed(adapter, view), weight) for adapter, weight in aligned)

@@ -184,7 +184,7 @@ def change(folder: Path, **settings: Any) -> Path:
         ({"init_lora_weights": "new"}, "init_lora_weights is 'new'"),
         ({"use_dora": True}, "holds no lora_magnitude_vector"),
         ({"target_parameters": ["experts"]}, "target_parameters is set"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
         ({"sometime": 3}, "sometime is 3, a setting that vera-edge doesn't know"),
         ({"bias": "some"}, "bias is 'some', not none, all or lora_only"),
     ],
@@ -206,7 +206,7 @@ def test_refuses_half_a_pair_and_what_isnt_its_own(untied: Path, tmp_path: Path)
         (state | {key: torch.full((4, 64), float("nan"))}, "holds NaN"),
         (
             state | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 384)},
-            "adapts the embedding",
+            "holds no lora_embedding_B for model.embed_tokens",
         ),
     ):
         save_file(changed, folder / "adapter_model.safetensors")

@@ -354,3 +354,32 @@ def test_trained_biases_are_summed_as_the_deltas_are(cls: Any, tmp_path: Path, t
             plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
             assert torch.allclose(torch.from_numpy(bias), truth.state_dict()[plain], atol=1e-6)
             assert np.array_equal(load_file(linear.folder / WEIGHTS_FILE)[name], bias)
+
+
+def test_factors_of_ia3_are_pefts_own_sum_and_stay_ia3(tiny_llama: tiny.TinyLlama, tmp_path: Path) -> None:
+    base = tiny_llama.fp32
+    settings = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    weights = {"one": 0.7, "two": -0.4}
+    folders = {
+        name: peft_adapters.save(base, tmp_path / name, settings, seed=number)
+        for number, name in enumerate(weights)
+    }
+    model: Any = PeftModel.from_pretrained(tiny.load(base), str(folders["one"]), adapter_name="one")
+    model.load_adapter(str(folders["two"]), adapter_name="two")
+    model.add_weighted_adapter(list(weights), list(weights.values()), "mixed")
+    model.set_adapter("mixed")
+    given = [(folders[name], weight) for name, weight in weights.items()]
+    result = combine(base, given, tmp_path / "out", Combination("linear"))
+    made = peft_adapters.unmerged(tiny.load(base), result.folder)
+    assert peft_adapters.close(peft_adapters.logits(made), peft_adapters.logits(model))
+    assert result.method == "IA3" and result.from_sum is not None and result.from_sum > 0.5
+    even = combine(
+        base, [(folders["one"], 0.3), (folders["two"], 0.7)], tmp_path / "even", Combination("linear")
+    )
+    assert even.from_sum is not None and even.from_sum < 1e-6  # the weights' sum is 1: the sum of the changes
+    other = peft_adapters.save(
+        base, tmp_path / "other", IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    )
+    with pytest.raises(MismatchError, match=r"doesn't scale .*down_proj as"):
+        combine(base, [given[0], (other, 1.0)], tmp_path / "refused", Combination("linear"))
+    assert not (tmp_path / "refused").exists()
