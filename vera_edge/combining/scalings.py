@@ -46,11 +46,11 @@ def _of_layer(sources: Sources, module: str, from_sum: Share) -> Float32:
         )
     weights = [source.weight for source in each]
     combined = np.zeros(found[0].shape, np.float64)
-    for weight, factors in zip(weights, found, strict=True):
-        combined += weight * factors.astype(np.float64)
-    weight = sources.checkpoint.dequantize(module)
-    part = abs(math.fsum(weights) - 1) * float(np.linalg.norm(weight))
+    for share, factors in zip(weights, found, strict=True):
+        combined += share * factors.astype(np.float64)
+    base, total = sources.checkpoint.dequantize(module), math.fsum(weights)
     # (l - 1) W of each, weighted and summed: l is combined, the weights' sum is what 1 becomes.
-    from_sum.add(part, float(np.linalg.norm((combined - math.fsum(weights)).astype(np.float32) * weight)))
+    whole = (combined - total).astype(np.float32) * base
+    from_sum.add(abs(total - 1) * float(np.linalg.norm(base)), float(np.linalg.norm(whole)))
     values: Float32 = combined.astype(np.float32)
     return values
