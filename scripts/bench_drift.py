@@ -3,8 +3,9 @@
     scripts/bench_drift [--tokens 4096] [--only NAME ...] [--again NAME ...]      the README's table
     scripts/bench_drift --all                                                     and docs/drift-table.md
     scripts/bench_drift --lora                     that page's section on a LoRA adapter
+    scripts/bench_drift --llama                    its section on GGUF, run in llama.cpp (llama-cpp-python)
     scripts/bench_drift --kept                     that page alone, from the rows that were measured already,
-                                                   or with --lora that section alone
+                                                   or with --lora or --llama that section alone
 
 All rows are measured on the same windows of the demo's held-out text (with --all on code too), against logits
 the reference gave once. Rows are kept in the cache and measured again when what they depend on changes, so a
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 from scripts import bench_drift_lora as lora
 from scripts import bench_drift_table as tables
@@ -45,10 +47,16 @@ def main() -> None:
     options.add_argument("--only", nargs="*", help="these rows alone, shown and not written")
     options.add_argument("--again", nargs="*", default=[], help="measure these rows again")
     options.add_argument("--lora", action="store_true", help="the ways to ship a LoRA adapter")
+    options.add_argument("--llama", action="store_true", help="GGUF files, run in llama.cpp")
     chosen = options.parse_args()
     demo, out = prepare(), cache_folder() / "drift-bench"
     if chosen.lora:
-        _lora(lora.LoraDemo(demo.folder), out / "lora", chosen)
+        _section(lora.LoraDemo(demo.folder), out / "lora", chosen, tables.LORA, lora)
+        return
+    if chosen.llama:
+        from scripts import bench_drift_llama_rows as llama  # llama-cpp-python
+
+        _section(demo, out / "llama", chosen, tables.LLAMA, llama)
         return
     bench = replace(
         _bench(demo, out, chosen.tokens), again=frozenset(chosen.again), with_speed=not chosen.only
@@ -71,13 +79,16 @@ def main() -> None:
     tables.write(readme, below)
 
 
-def _lora(demo: Demo, out: Path, chosen: argparse.Namespace) -> None:
+def _section(demo: Demo, out: Path, chosen: argparse.Namespace, title: str, room: ModuleType) -> None:
+    """Measure and write the section of a module that has `ways` and `section`."""
+    out.mkdir(parents=True, exist_ok=True)
     bench = replace(_bench(demo, out, chosen.tokens), again=frozenset(chosen.again))
     if chosen.only:
-        print(tables.long_table(_rows(bench, list(lora.ways(demo, out)), chosen.only)))
+        print(tables.long_table(_rows(bench, list(room.ways(demo, out)), chosen.only)))
         return
-    rows = bench.kept() if chosen.kept else [*_rows(bench, list(lora.ways(demo, out)), None), bench.bare]
-    tables.write_lora(lora.section(rows, {name: cut.scored for name, cut in bench.texts.items()}))
+    rows = bench.kept() if chosen.kept else [*_rows(bench, list(room.ways(demo, out)), None), bench.bare]
+    scored = {name: cut.scored for name, cut in bench.texts.items()}
+    tables.write_section(title, room.section(rows, scored))
 
 
 def _bench(demo: Demo, out: Path, tokens: int) -> Bench:

@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "drift-table.md"
 MARKS = ("<!-- drift-table: written by scripts/bench_drift -->", "<!-- end of drift-table -->")
 MEASURED, OTHER = "reference", "code"  # the held-out text of the adapter's own kind, and another kind
 _REST = "## What each bit buys"
-_LORA = "## A LoRA adapter"  # the last section
+LLAMA, LORA = "## In llama.cpp", "## A LoRA adapter"  # the last sections, in this order
 _INTRO = """
 Every method, and other tools', at the bytes they take: the same model and adapter as above, on
 {measured} tokens of the Python reference that neither training nor calibration saw, and on {other} of
@@ -99,11 +99,11 @@ def write(short: str | None, below: str | None) -> None:
 
     What is None stays as it is.
     """
-    page, *lora = PAGE.read_text(encoding="utf-8").partition(_LORA)
+    page, sections = _sections()
     above, found, kept = page.partition(_REST)
     if short is not None:
         above = f"# Drift, size and speed of each way to ship\n\n{short}\n"
-    parts = (above.rstrip(), (below or found + kept).rstrip(), "".join(lora))
+    parts = (above.rstrip(), (below or found + kept).rstrip(), *sections.values())
     PAGE.write_text("\n\n".join(part for part in parts if part).rstrip() + "\n", encoding="utf-8")
     if short is None:
         return
@@ -113,10 +113,22 @@ def write(short: str | None, below: str | None) -> None:
     readme.write_text(f"{before}{MARKS[0]}\n{short}{MARKS[1]}{after}", encoding="utf-8")
 
 
-def write_lora(section: str) -> None:
-    """Put the section on LoRA at the end of docs/drift-table.md."""
-    page = PAGE.read_text(encoding="utf-8").partition(_LORA)[0].rstrip()
-    PAGE.write_text(f"{page}\n\n{_LORA}\n\n{section.rstrip()}\n", encoding="utf-8")
+def write_section(title: str, section: str) -> None:
+    """Put one of the last sections into docs/drift-table.md; `title`: LLAMA or LORA."""
+    page, sections = _sections()
+    sections[title] = f"{title}\n\n{section.rstrip()}"
+    parts = [page.rstrip(), *(sections[one] for one in (LLAMA, LORA) if one in sections)]
+    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _sections() -> tuple[str, dict[str, str]]:
+    """docs/drift-table.md without its last sections, and these by title."""
+    page, found = PAGE.read_text(encoding="utf-8"), dict[str, str]()
+    for title in (LORA, LLAMA):
+        page, mark, text = page.partition(title)
+        if mark:
+            found[title] = (mark + text).rstrip()
+    return page, {title: found[title] for title in (LLAMA, LORA) if title in found}
 
 
 def _filled(text: str) -> str:

@@ -68,8 +68,10 @@ VARIED = (
 
 def short(demo: Demo, out: Path) -> list[Way]:
     """The ways of the README's table."""
-    exports = [Way(row[0], partial(_exported, demo, out, *row), _code(), spoken=True) for row in SHORT]
-    merged = Way("nf4 merged back (vera-edge merge)", partial(_merged, demo, out, None), _code())
+    exports = [
+        Way(row[0], partial(_exported, demo, out, *row), rounding_code(), spoken=True) for row in SHORT
+    ]
+    merged = Way("nf4 merged back (vera-edge merge)", partial(_merged, demo, out, None), rounding_code())
     peft = Way(PEFT, partial(_peft, demo, out), f"peft {version('peft')}", spoken=True)
     return [*exports, merged, peft]
 
@@ -77,19 +79,21 @@ def short(demo: Demo, out: Path) -> list[Way]:
 def more(demo: Demo, out: Path, bench: Bench) -> Iterator[Way]:
     """Other methods on the same grids, and mixes that `plan` chooses for a share of the adapter's effect."""
     for row in MORE:
-        yield Way(row[0], partial(_exported, demo, out, *row), _code(row[3]))
-    yield Way(LOW_RANK, partial(_low_rank, demo, out), _code())
+        yield Way(row[0], partial(_exported, demo, out, *row), rounding_code(row[3]))
+    yield Way(LOW_RANK, partial(_low_rank, demo, out), rounding_code())
     for name, weights, options in VARIED:
-        yield Way(name, partial(_exported, demo, out, name, "merged", weights, None, options), _code())
+        yield Way(
+            name, partial(_exported, demo, out, name, "merged", weights, None, options), rounding_code()
+        )
     for method in ("rtn", "hqq", "search"):
         name = "rounded to nearest" if method == "rtn" else method
-        yield Way(f"nf4 merged back, {name}", partial(_merged, demo, out, method), _code(method))
+        yield Way(f"nf4 merged back, {name}", partial(_merged, demo, out, method), rounding_code(method))
     for share, mode in ((0.03, "merged"), (0.06, "merged"), (0.03, "branch")):
         name = f"plan, {share:.0%} of the effect, {mode}"
-        yield Way(name, partial(_planned, demo, out, bench, share, mode), _code())
+        yield Way(name, partial(_planned, demo, out, bench, share, mode), rounding_code())
 
 
-def _code(method: str = "") -> str:
+def rounding_code(method: str = "") -> str:
     """A digest of what decides how weights are rounded: by one of the simple methods, or at all."""
     folder = ROOT / "vera_edge" / "requantize"
     if method in _SIMPLE:

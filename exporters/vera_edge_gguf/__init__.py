@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
+from vera_edge.bundle.contents import Manifest
 from vera_edge.exporting.exporter import Export, ExportRequest
 from vera_edge.plans.plan import Plan
 from vera_edge.trained.trained_model import TrainedModel
-from vera_edge_gguf import export, tensor_types
+from vera_edge_gguf import adapters, export, tensor_types
 
 
 class GgufExporter:
@@ -40,6 +42,10 @@ class GgufExporter:
     def export(self, request: ExportRequest) -> Export:
         """Write `request.out`, whole or not at all; see `export.export` for what is raised."""
         return export.export(request, self.name)
+
+    def pack(self, model: TrainedModel, manifest: Manifest, out: Path, name: str) -> None:
+        """Write the adapter of `model` as a GGUF LoRA, stored as those of the exported branch `manifest`."""
+        adapters.pack(model, out, manifest.options.get(adapters.PROJECTIONS, "fp32"), name)
 
 
 EXPORTER = GgufExporter()

@@ -8,6 +8,7 @@ alpha over the rank of the pair it reads; alpha is written as the largest rank, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,13 @@ from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting.exported_adapters import names, trained_whole
 from vera_edge.exporting.exporter import ExportRequest
+from vera_edge.progress import Progress, silent
+from vera_edge.reference.loading import config_of
+from vera_edge.tasks import task as tasks
+from vera_edge.trained.trained_model import TrainedModel
 from vera_edge_gguf import blocks, file
-from vera_edge_gguf.families import Family
-from vera_edge_gguf.tensor_names import Named
+from vera_edge_gguf.families import Family, family_of
+from vera_edge_gguf.tensor_names import Named, by_module, named
 
 PROJECTIONS = "projections"  # the option that says what A' and B' are stored as
 _STORED = ("fp32", "fp16")
@@ -40,15 +45,23 @@ def check(request: ExportRequest) -> None:
         return
     names(request)
     for adapter, _ in request.model.adapters:
-        if not adapter.adds:
-            raise TargetError(
-                f"{adapter.path} ({title_of(adapter)}) doesn't only add to weights, which a GGUF LoRA can't "
-                "carry; use --mode merged"
-            )
+        _check_adds(adapter)
         if more := trained_whole(request, adapter):
-            raise TargetError(
-                f"{adapter.path} also trained {more[0]}, which a GGUF LoRA doesn't carry; use --mode merged"
-            )
+            raise _not_carried(adapter, more[0])
+
+
+def _check_adds(adapter: Adapter) -> None:
+    if not adapter.adds:
+        raise TargetError(
+            f"{adapter.path} ({title_of(adapter)}) doesn't only add to weights, which a GGUF LoRA can't "
+            "carry; use --mode merged"
+        )
+
+
+def _not_carried(adapter: Adapter, what: str) -> TargetError:
+    return TargetError(
+        f"{adapter.path} also trained {what}, which a GGUF LoRA doesn't carry; use --mode merged"
+    )
 
 
 def write(
@@ -59,61 +72,83 @@ def write(
     tensors: what the base's file holds, by module. Raises TargetError for a module that isn't in it.
     """
     files = {}
+    stored = request.options.get(PROJECTIONS, _STORED[0])
     (stage / "adapters").mkdir()
     for name, (adapter, weight) in zip(names(request), request.model.adapters, strict=True):
         files[name] = f"adapters/{name}.gguf"
+        lora = _Lora(request.model, adapter, weight, stored)
+        lora.write(stage / files[name], name, family, tensors, request.progress)
+    return files
+
+
+def pack(model: TrainedModel, out: Path, stored: str, name: str) -> None:
+    """Write the one adapter of `model` for an exported base; stored: "fp32" or "fp16".
+
+    Raises TargetError when no LoRA can stand for it.
+    """
+    ((adapter, weight),) = model.adapters
+    _check_adds(adapter)
+    if more := [*sorted(adapter.biases), *sorted(adapter.modules_to_save)]:
+        raise _not_carried(adapter, more[0])
+    family = family_of(tasks.architecture(model.checkpoint.config))
+    weights = (f"{module}.weight" for module in adapter.vectors)
+    tensors = by_module(named(weights, config_of(model.checkpoint), family))
+    _Lora(model, adapter, weight, stored).write(out, name, family, tensors, silent)
+
+
+@dataclass(frozen=True)
+class _Lora:
+    """An adapter on its way into a file. stored: what its factors are stored as."""
+
+    model: TrainedModel
+    adapter: Adapter
+    weight: float
+    stored: str
+
+    def write(
+        self, out: Path, name: str, family: Family, tensors: Mapping[str, Named], progress: Progress
+    ) -> None:
         metadata = {
             "general.type": "adapter",
             "general.name": name,
             "adapter.type": "lora",
-            "adapter.lora.alpha": float(adapter.rank),
-            "vera_edge.adapters": adapter.digest,
-            "vera_edge.base": request.model.checkpoint.digest,
-            "vera_edge.projections": request.model.projection_digest or "",
+            "adapter.lora.alpha": float(self.adapter.rank),
+            "vera_edge.adapters": self.adapter.digest,
+            "vera_edge.base": self.model.checkpoint.digest,
+            "vera_edge.projections": self.model.projection_digest or "",
         }
-        factors = _factors(request, adapter, weight, tensors)
-        file.write(stage / files[name], family.architecture, metadata, factors, request.progress)
-    return files
+        file.write(out, family.architecture, metadata, self._factors(tensors), progress)
 
+    def _factors(self, tensors: Mapping[str, Named]) -> Iterator[file.Tensor]:
+        for module in sorted(self.adapter.vectors):
+            if module not in tensors:
+                raise TargetError(
+                    f"{self.adapter.path} adapts {module}, no tensor of its own in llama.cpp; use "
+                    "--mode merged"
+                )
+            out, inside = self.model.checkpoint.linear(module).shape
+            named = tensors[module]
+            change = self.adapter.vectors[module]
+            rank = change.rank if isinstance(change, LoraPair) else self.adapter.rank
+            lower = partial(self._lower, module, inside)
+            yield file.Tensor(f"{named.name}.lora_a", self.stored, (rank, inside), lower)
+            upper = partial(self._upper, module, out, named)
+            yield file.Tensor(f"{named.name}.lora_b", self.stored, (out, rank), upper)
 
-def _factors(
-    request: ExportRequest, adapter: Adapter, weight: float, tensors: Mapping[str, Named]
-) -> Iterator[file.Tensor]:
-    stored = request.options.get(PROJECTIONS, _STORED[0])
-    for module in sorted(adapter.vectors):
-        if module not in tensors:
-            raise TargetError(
-                f"{adapter.path} adapts {module}, no tensor of its own in llama.cpp; use --mode merged"
-            )
-        out, inside = request.model.checkpoint.linear(module).shape
-        named = tensors[module]
-        change = adapter.vectors[module]
-        rank = change.rank if isinstance(change, LoraPair) else adapter.rank
-        lower = partial(_lower, request, adapter, module, inside, stored)
-        yield file.Tensor(f"{named.name}.lora_a", stored, (rank, inside), lower)
-        upper = partial(_upper, request, adapter, module, out, weight, named, stored)
-        yield file.Tensor(f"{named.name}.lora_b", stored, (out, rank), upper)
+    def _lower(self, module: str, inside: int) -> npt.NDArray[Any]:
+        change, projections = self.adapter.vectors[module], self.model.projections
+        if isinstance(change, LoraPair):
+            return blocks.rounded(module, change.a, self.stored)
+        assert isinstance(change, LambdaVectors) and projections is not None
+        values = change.lambda_d[:, None] * projections.a[:, :inside]
+        return blocks.rounded(module, values, self.stored)
 
-
-def _lower(
-    request: ExportRequest, adapter: Adapter, module: str, inside: int, stored: str
-) -> npt.NDArray[Any]:
-    change, projections = adapter.vectors[module], request.model.projections
-    if isinstance(change, LoraPair):
-        return blocks.rounded(module, change.a, stored)
-    assert isinstance(change, LambdaVectors) and projections is not None
-    values = change.lambda_d[:, None] * projections.a[:, :inside]
-    return blocks.rounded(module, values, stored)
-
-
-def _upper(
-    request: ExportRequest, adapter: Adapter, module: str, out: int, weight: float, named: Named, stored: str
-) -> npt.NDArray[Any]:
-    change, projections = adapter.vectors[module], request.model.projections
-    if isinstance(change, LoraPair):
-        scale = np.float32(weight * change.scale * change.rank / adapter.rank)
-        return blocks.rounded(module, named.rows(scale * change.b), stored)
-    assert isinstance(change, LambdaVectors) and projections is not None
-    lambda_b = np.float32(weight) * change.lambda_b
-    values = lambda_b[:, None] * projections.b[:out]
-    return blocks.rounded(module, named.rows(values), stored)
+    def _upper(self, module: str, out: int, named: Named) -> npt.NDArray[Any]:
+        change, projections = self.adapter.vectors[module], self.model.projections
+        if isinstance(change, LoraPair):
+            scale = np.float32(self.weight * change.scale * change.rank / self.adapter.rank)
+            return blocks.rounded(module, named.rows(scale * change.b), self.stored)
+        assert isinstance(change, LambdaVectors) and projections is not None
+        lambda_b = np.float32(self.weight) * change.lambda_b
+        values = lambda_b[:, None] * projections.b[:out]
+        return blocks.rounded(module, named.rows(values), self.stored)

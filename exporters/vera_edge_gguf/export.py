@@ -23,15 +23,15 @@ from vera_edge.storage import side_files
 from vera_edge.storage.files import staged_folder, write_atomic
 from vera_edge.storage.json_text import read_json, settings_json
 from vera_edge.tasks import task as tasks
-from vera_edge_gguf import adapters, blocks, file, tensor_types
+from vera_edge_gguf import adapters, blocks, file, imatrix, tensor_types
 from vera_edge_gguf.families import Family, family_of
 from vera_edge_gguf.hyperparameters import hyperparameters
 from vera_edge_gguf.manifest_fields import describe, manifest_fields
-from vera_edge_gguf.tensor_names import EMBEDDING, HEAD, Named, named
+from vera_edge_gguf.tensor_names import EMBEDDING, HEAD, Named, by_module, named
 from vera_edge_gguf.vocabulary import vocabulary
 
 MODEL = "model.gguf"
-_OPTIONS = ("head", adapters.PROJECTIONS)
+_OPTIONS = ("head", adapters.PROJECTIONS, imatrix.OPTION)
 _QUANTIZATION_VERSION = 2  # of the layout of blocks in ggml
 _ORIGINS = ("_name_or_path", "_model_name_or_path")
 
@@ -47,10 +47,14 @@ def export(request: ExportRequest, target: str) -> Export:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
             copy = _float_copy(request, Path(scratch) / "float")
             tensors, notes = _write(request, copy, family, stage)
+            if (form := request.options.get(imatrix.OPTION)) is not None:
+                found, note = imatrix.measure(copy, by_module(tensors), request.text, request.progress)
+                imatrix.write(stage / f"imatrix.{form}", family.architecture, found, request.progress)
+                notes = (*notes, note)
             _side_files(copy.path, stage)
         files = {}
         if request.plan.mode == "branch":
-            files = adapters.write(request, stage, family, _by_module(tensors))
+            files = adapters.write(request, stage, family, by_module(tensors))
         manifest = bundle.write(stage, manifest_fields(request, MODEL, files), request.progress)
     return Export(
         target,
@@ -67,6 +71,7 @@ def _check(request: ExportRequest, target: str) -> None:
     if unknown := sorted(set(request.options) - set(_OPTIONS)):
         raise PlanError(f"the target {target} takes no option {unknown[0]!r}; it takes {', '.join(_OPTIONS)}")
     adapters.check(request)
+    imatrix.check(request.options)
     if request.corrections:
         raise TargetError("GGUF has no place for a low-rank term or a bias of a layer's own; leave it out")
 
@@ -100,10 +105,7 @@ def _write(
         f"{family.architecture}.vocab_size": rows,
         **words.metadata,
     }
-    extra = [
-        file.Tensor(name, "fp32", values.shape, partial(_same, values))
-        for name, values in told.tensors.items()
-    ]
+    extra = [file.held(name, values) for name, values in told.tensors.items()]
     file.write(
         stage / MODEL,
         family.architecture,
@@ -114,19 +116,11 @@ def _write(
     return tensors, (*told.notes, *words.notes)
 
 
-def _by_module(tensors: tuple[Named, ...]) -> dict[str, Named]:
-    return {tensor.source.removesuffix(".weight"): tensor for tensor in tensors}
-
-
 def _sources(copy: Checkpoint, config: Any) -> Iterator[str]:
     """The tensors of the model, a tied output head left out."""
     for name in copy.tensors:
         if not (name == "lm_head.weight" and config.tie_word_embeddings):
             yield name
-
-
-def _same(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return values
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.arrays import Float32
 from vera_edge.progress import Progress
 from vera_edge.storage.files import output_error
 from vera_edge_gguf import blocks, tensor_types
@@ -24,6 +26,15 @@ class Tensor:
     stored: str
     shape: tuple[int, ...]
     data: Callable[[], npt.NDArray[Any]]
+
+
+def held(name: str, values: Float32) -> Tensor:
+    """A tensor of float32 values that are at hand."""
+    return Tensor(name, "fp32", values.shape, partial(_same, values))
+
+
+def _same(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return values
 
 
 def write(

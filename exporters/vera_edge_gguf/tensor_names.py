@@ -61,6 +61,11 @@ def named(sources: Iterable[str], config: Any, family: Family) -> tuple[Named, .
     return tuple(sorted(found, key=_order))
 
 
+def by_module(tensors: Iterable[Named]) -> dict[str, Named]:
+    """Weights by the module that they are of."""
+    return {tensor.source.removesuffix(".weight"): tensor for tensor in tensors}
+
+
 def _heads(config: Any) -> Mapping[str, int]:
     queries = int(config.num_attention_heads)
     return {"attn_q": queries, "attn_k": int(getattr(config, "num_key_value_heads", None) or queries)}

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from vera_edge.device.runtime import template
 from vera_edge.errors import TargetError
+from vera_edge.formats.gguf_header import ENDS
 from vera_edge.storage.json_text import read_json
 from vera_edge.storage.tokenizer_json import parse
 from vera_edge_gguf import pre_tokenizer
@@ -22,7 +23,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPACE = "▁"
 _UNRANKED = -1e6  # the score of a token that no merge makes
-_ENDS = ("eos", "eot", "eom")  # the tokens at which llama.cpp ends a text, beside those it knows by name
 
 
 class Vocabulary(NamedTuple):
@@ -167,9 +167,9 @@ def _special_tokens(
     ends = [token for token in (asked if isinstance(asked, list) else [asked]) if type(token) is int]
     named = _id(settings.get("eos_token"), tokenizer)
     ends = [token for token in dict.fromkeys([named, *ends]) if token is not None and 0 <= token < rows]
-    if len(ends) > len(_ENDS):
-        notes.append(f"text ends at {len(ends)} tokens, of which GGUF can name the first {len(_ENDS)}")
-    ids |= dict(zip(_ENDS, ends, strict=False))
+    if len(ends) > len(ENDS):
+        notes.append(f"text ends at {len(ends)} tokens, of which GGUF can name the first {len(ENDS)}")
+    ids |= dict(zip(ENDS, ends, strict=False))
     for name, token in ids.items():
         found[f"ggml.{name}_token_id"] = token
     around = tokenizer.encode("a").ids

@@ -10,6 +10,7 @@ from vera_edge_onnx.branch import adapters, seed
 from vera_edge_onnx.weights import stored as weights
 
 HEAD, PROJECTIONS = "head", "projections"
+_STORED = ("fp32", "fp16", "int8", "int4")
 _KNOWN = (HEAD, PROJECTIONS, weights.ACCURACY, weights.RUN, seed.OPTION, adapters.VECTORS)
 
 
@@ -41,7 +42,12 @@ def check(request: ExportRequest, target: str) -> None:
 
 
 def beside(request: ExportRequest, encoder: bool = False) -> dict[str, str]:
-    """What the ends, and of a branch the projections and vectors, are stored as, by option."""
+    """What the ends, and of a branch the projections and vectors, are stored as, by option.
+
+    Raises PlanError for a head that isn't stored so.
+    """
+    if (head := request.options.get(HEAD, _STORED[0])) not in _STORED:
+        raise PlanError(f"the head can't be stored as {head!r}; choose from {', '.join(_STORED)}")
     kind = weights.runs_as(request)
     own = weights.beside(kind, four_bit="int4" if encoder else "int8")
     found = {HEAD: request.options.get(HEAD, own)}

@@ -29,14 +29,14 @@ def pack_adapter(
 ) -> Packed:
     """Pack an adapter for a bundle that was exported as a branch (`vera-edge adapter pack --for BUNDLE`).
 
-    In float32 or float16, as the bundle was exported.
+    In float32 or float16, as the bundle was exported. For a GGUF bundle it is a GGUF LoRA.
 
     Args:
         adapter: the PEFT folder, or a LoRA that Microsoft Olive wrote as an .onnx_adapter.
         bundle: the branch bundle that will run it.
-        out: the .onnx_adapter to write.
+        out: the .onnx_adapter to write, or .gguf for llama.cpp.
         weight: scales the adapter's delta.
-        base: the base's folder, which DoRA and IA3 depend on; other methods don't need it.
+        base: the base's folder, which DoRA and IA3 depend on, and GGUF bundles; else it isn't needed.
         trained_as: how that base was loaded in training when it was never saved so, like "nf4,double".
         force: replace `out` where it exists.
 

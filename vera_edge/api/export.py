@@ -48,6 +48,7 @@ def export(
     store_projections: str | None = None,
     projections_from: str | None = None,
     vectors: str | None = None,
+    imatrix: str | None = None,
     projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
@@ -81,10 +82,12 @@ def export(
         symmetric: integers without zero points; None: int8 without, int4 and int2 with.
         accuracy_level: what activations are rounded to beside integer weights: 4: int8, 0: nothing.
         activations: encoders: what int8 linears read: float, dynamic or static (uint8).
-        head: how embeddings and output head are stored: fp32, fp16, int8, int4.
+        head: how embeddings and output head are stored: fp32, fp16, int8, int4; for gguf any of its weights.
         store_projections: how a branch stores A and B: fp32, fp16, int8, int4.
         projections_from: a branch's A and B "baked" into the files, or drawn from the "seed" on the device.
         vectors: the dtype of a branch's vectors and of every .onnx_adapter for it: fp32 or fp16.
+        imatrix: for gguf: "gguf" or "dat" also writes the importance matrix that `llama-quantize` reads, of
+            the calibration text.
         projection_rounding: what the projections were rounded to in training, where it can't be told.
         trained_as: how the base was loaded in training when it was never saved so, like "nf4,double".
         tokenizer: a folder to take tokenizer and chat template from, not from the adapter's or the base's.
@@ -133,6 +136,7 @@ def export(
         projections=store_projections,
         origin=projections_from,
         vectors=vectors,
+        imatrix=imatrix,
         projection_rounding=projection_rounding,
         trained_as=trained_as,
         tokenizer=tokenizer,
@@ -173,6 +177,7 @@ def plan_export(
     store_projections: str | None = None,
     projections_from: str | None = None,
     vectors: str | None = None,
+    imatrix: str | None = None,
     projection_rounding: str | None = None,
     trained_as: str | TrainedAs | None = None,
     tokenizer: StrPath | None = None,
@@ -210,6 +215,7 @@ def plan_export(
         projections=store_projections,
         origin=projections_from,
         vectors=vectors,
+        imatrix=imatrix,
         projection_rounding=projection_rounding,
         trained_as=trained_as,
         tokenizer=tokenizer,

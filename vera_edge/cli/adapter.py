@@ -34,9 +34,16 @@ def adapter() -> None:
 @adapter.command()
 @click.argument("adapter", type=FOLDER)
 @click.option("--for", "bundle", type=FOLDER, required=True, help="The branch bundle that will run it.")
-@click.option("-o", "--out", "output", type=FOLDER, required=True, help="The .onnx_adapter to write.")
+@click.option(
+    "-o",
+    "--out",
+    "output",
+    type=FOLDER,
+    required=True,
+    help="The .onnx_adapter or .gguf to write.",
+)
 @click.option("--weight", type=float, default=1.0, show_default=True, help="Scales the adapter's delta.")
-@click.option("--base", type=FOLDER, help="The base's folder, which DoRA and IA3 depend on.")
+@click.option("--base", type=FOLDER, help="The base's folder, which DoRA, IA3 and GGUF bundles need.")
 @trained_as_option
 @force_option
 @json_option

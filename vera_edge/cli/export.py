@@ -86,7 +86,10 @@ GGUF_WEIGHTS = "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4
     help="Encoders: what int8 linears read: float32, the default, or uint8 in ONNX's own operators, its "
     "range found at each run (dynamic) or on the calibration text (static).",
 )
-@click.option("--head", type=click.Choice(STORED), help="How embeddings and output head are stored.")
+@click.option(
+    "--head",
+    help=f"How embeddings and output head are stored: {', '.join(STORED)}; for gguf any of its weights.",
+)
 @click.option("--store-projections", type=click.Choice(STORED), help="How a branch stores A and B.")
 @click.option(
     "--projections-from",
@@ -97,6 +100,11 @@ GGUF_WEIGHTS = "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4
     "--vectors",
     type=click.Choice(["fp32", "fp16"]),
     help="Branch: the dtype of the graph's vectors and of every .onnx_adapter for it.  [default: fp32]",
+)
+@click.option(
+    "--imatrix",
+    type=click.Choice(["gguf", "dat"]),
+    help="gguf: also write the importance matrix that `llama-quantize --imatrix` reads, of --calibration.",
 )
 @projection_rounding_option
 @trained_as_option
@@ -131,6 +139,7 @@ def export(
     store_projections: str | None,
     projections_from: str | None,
     vectors: str | None,
+    imatrix: str | None,
     projection_rounding: str | None,
     trained_as: str | None,
     tokenizer: Path | None,
@@ -162,6 +171,7 @@ def export(
         "store_projections": store_projections,
         "projections_from": projections_from,
         "vectors": vectors,
+        "imatrix": imatrix,
         "projection_rounding": projection_rounding,
         "trained_as": trained_as,
         "tokenizer": tokenizer,

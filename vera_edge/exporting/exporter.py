@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.arrays import Float32
+from vera_edge.bundle.contents import Manifest
 from vera_edge.plans.plan import Plan
 from vera_edge.progress import Progress, silent
 from vera_edge.requantize import Codes, Grid
@@ -152,6 +153,17 @@ class WithFormats(Exporter, Protocol):
 
     def settle(self, plan: Plan, model: TrainedModel) -> Plan:
         """`plan` with the format that each layer really gets. Raises TargetError where there is none."""
+
+
+@runtime_checkable
+class PacksAdapters(Exporter, Protocol):
+    """A target with a file of its own for an adapter that an exported branch takes."""
+
+    def pack(self, model: TrainedModel, manifest: Manifest, out: Path, name: str) -> None:
+        """Write the one adapter of `model` to the file `out`, for the bundle of `manifest`; `name`: its own.
+
+        Raises TargetError when it can't be carried.
+        """
 
 
 @runtime_checkable

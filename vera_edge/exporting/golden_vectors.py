@@ -15,11 +15,13 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
-from vera_edge.device.check import golden, golden_encoder, validate, validate_encoder
+from vera_edge.bundle.manifest import GGUF
+from vera_edge.device.check import golden, golden_encoder, validate_decoder, validate_encoder
 from vera_edge.device.check.golden import PROMPTS, GivesLogits
 from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.encoder import CLASSES, Encoder
 from vera_edge.errors import BundleError, DataError, MismatchError, PlanError
+from vera_edge.formats import gguf_header
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.json_text import read_json
 from vera_edge.storage.side_files import VOCABULARIES
@@ -59,17 +61,26 @@ def _answers(
     new_tokens: int,
     progress: Progress,
 ) -> golden.Golden:
-    config = read_json(manifest.folder / "genai_config.json", BundleError)
-    ends = config.get("model", {}).get("eos_token_id", [])
     return golden.make(
         references,
         BundleText(manifest.folder),
         reference,
         prompts,
-        frozenset(ends if isinstance(ends, list) else [ends]),
+        _ends(manifest),
         new_tokens,
         progress=progress,
     )
+
+
+def _ends(manifest: Manifest) -> frozenset[int]:
+    """The tokens at which the bundle's own runtime ends a text."""
+    if manifest.model.endswith(GGUF):
+        told = gguf_header.read(manifest.path(manifest.model)).metadata
+        keys = (f"tokenizer.ggml.{name}_token_id" for name in gguf_header.ENDS)
+        return frozenset(told[key] for key in keys if key in told)
+    config = read_json(manifest.folder / "genai_config.json", BundleError)
+    ends = config.get("model", {}).get("eos_token_id", [])
+    return frozenset(ends if isinstance(ends, list) else [ends])
 
 
 def attach_to_encoder(
@@ -211,7 +222,7 @@ def _check_projections(manifest: Manifest, projections: Sequence[Projections | N
 
 def _check_measured(limits: Mapping[str, float], encoder: Encoder | None) -> None:
     """Raise PlanError for a limit on what isn't measured of this kind of model."""
-    held = validate.HELD if encoder is None else validate_encoder.HELD[encoder.answers]
+    held = validate_decoder.HELD if encoder is None else validate_encoder.HELD[encoder.answers]
     if unknown := sorted(set(limits) - held.here - held.elsewhere):
         raise PlanError(
             f"options: {unknown[0]} isn't measured of this kind of model; set {', '.join(sorted(held.here))}"

@@ -24,8 +24,9 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
+from vera_edge.bundle.manifest import GGUF
 from vera_edge.errors import MismatchError, OutputError, PlanError
-from vera_edge.exporting import branch_inputs, olive
+from vera_edge.exporting import branch_inputs, gguf_adapter, olive
 from vera_edge.exporting.adapter_fit import check, inputs_of, module_shapes
 from vera_edge.exporting.branch_form import BIASES, VECTORS, forms_of, kinds_of, needs_base
 from vera_edge.exporting.branch_inputs import BranchInputs, Piece
@@ -202,7 +203,11 @@ def pack_folder(
             f"{path} is in the bundle {folder}, which holds what its manifest lists and no more; choose "
             "a place outside of it"
         )
+    manifest = bundle.read(folder)
+    if manifest.model.endswith(GGUF):
+        digest = gguf_adapter.pack_folder(adapter, manifest, path, weight, base, trained_as)
+        return Packed(path, path.stat().st_size, digest)
     checkpoint, read = None, olive.read(adapter) if adapter.is_file() else adapters.read(adapter)
     if base is not None and needs_base(read):
         checkpoint, ((read, _),) = trained_base.read(base, [(adapter, 1.0)], None, trained_as)
-    return pack(read, bundle.read(folder), path, weight, base=checkpoint)
+    return pack(read, manifest, path, weight, base=checkpoint)

@@ -44,7 +44,8 @@ from vera_edge.trained.text_settings import with_fast_tokenizer
 from vera_edge.trained.trained_model import TrainedModel, open_model
 
 GROUP = "vera_edge.exporters"
-OLD_NAMES = {"genai": "onnx"}  # names of earlier versions, which go on working for a release
+ONNX = "onnx"
+OLD_NAMES = {"genai": ONNX}  # names of earlier versions, which go on working for a release
 WEIGHTS = ("same", "fp32", "fp16", "int8", "int4", "int2", "nf4", "fp4")  # what linears can be asked to be
 
 
@@ -56,6 +57,18 @@ def planned_weights(exporter: Exporter, asked: str) -> str:
             f"the target {exporter.name} stores no {asked} weights; choose from {', '.join(known)}"
         )
     return known[asked]
+
+
+def weights_of(name: str) -> tuple[str, ...]:
+    """What linears can be asked to be in the target `name`; WEIGHTS where it isn't installed.
+
+    Raises TargetError where a target's extra isn't installed.
+    """
+    name = OLD_NAMES.get(name, name)
+    if name == ONNX or name not in names():
+        return WEIGHTS  # onnx's, known without importing it
+    exporter = find(name)
+    return tuple(exporter.weights) if isinstance(exporter, WithFormats) else WEIGHTS
 
 
 def names() -> tuple[str, ...]:

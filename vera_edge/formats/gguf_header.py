@@ -25,6 +25,8 @@ _MAX_NAME, _MAX_TEXT = 1 << 16, 1 << 24  # bytes
 _MAX_VALUES = 1 << 48  # of one tensor
 _ALIGNMENT = 32
 _STRING, _ARRAY = 8, 9
+# The tokens at which llama.cpp ends a text, beside those it knows by name: `tokenizer.ggml.NAME_token_id`.
+ENDS = ("eos", "eot", "eom")
 # type of a metadata value -> how struct spells it
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 

@@ -15,7 +15,6 @@ from vera_edge.adapters import reading as adapters
 from vera_edge.arrays import Float32, Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
-from vera_edge.bundle.contents import Manifest
 from vera_edge.bundle.manifest import GGUF
 from vera_edge.errors import CheckpointError, DataError
 from vera_edge.formats import checks
@@ -115,7 +114,7 @@ def _candidate_export(path: Path, trained: Sequence[str], later: bool) -> Opened
     found = [name for name in names if own[name] in trained] if manifest.mode == "branch" else []
     adapter = found[0] if found else "default"
     if manifest.model.endswith(GGUF):
-        return _candidate_gguf(path, manifest, adapter, notes)
+        return _candidate_gguf(path, adapter, notes)
     kind = f"{manifest.mode} export, {manifest.weights} weights, ONNX Runtime"
     if manifest.kind == "encoder":
         from vera_edge.measuring.exported_encoder import ExportedEncoder
@@ -152,16 +151,13 @@ class _OpenedLater:
         return self._session.logits(tokens)
 
 
-def _candidate_gguf(path: Path, manifest: Manifest, adapter: str, notes: tuple[str, ...]) -> OpenedCandidate:
-    from vera_edge.measuring.llama_runner import LlamaRunner
+def _candidate_gguf(path: Path, adapter: str, notes: tuple[str, ...]) -> OpenedCandidate:
+    from vera_edge.device.llama.bundle import LlamaBundle
 
-    bundle.verify(path)
-    name = manifest.default_adapter if adapter == "default" else adapter
-    file = manifest.adapters[name]["file"] if name is not None else None
-    runner = LlamaRunner(manifest.path(manifest.model), None if file is None else manifest.path(file))
-    kind = f"{manifest.mode} export, {manifest.weights} weights, llama.cpp"
-    facts = (artefact(path, kind), path, runner.context, notes)
-    return OpenedCandidate(runner, *facts, tokenizer=exported_tokenizer(path))
+    opened = LlamaBundle.open(path, adapter)
+    kind = f"{opened.manifest.mode} export, {opened.manifest.weights} weights, llama.cpp"
+    facts = (artefact(path, kind), path, opened.runner.context, notes)
+    return OpenedCandidate(opened.runner, *facts, tokenizer=exported_tokenizer(path))
 
 
 def _split_blocks(checkpoint: Checkpoint) -> str | None:

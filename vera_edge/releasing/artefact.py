@@ -10,8 +10,9 @@ from pathlib import Path
 
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
+from vera_edge.bundle.manifest import GGUF
+from vera_edge.exporting import gguf_adapter, target
 from vera_edge.exporting import onnx_adapter as packing
-from vera_edge.exporting import target
 from vera_edge.exporting.branch_form import forms_of, kinds_of
 from vera_edge.exporting.branch_inputs import rank_of
 from vera_edge.plans import plan as plans
@@ -26,7 +27,6 @@ from vera_edge.storage.files import write_atomic
 from vera_edge.storage.json_text import canonical_json
 
 _NAME = "default"
-_ADAPTER_FILE = f"adapters/{_NAME}.onnx_adapter"
 _PLAN_FILE = "plan.json"
 
 
@@ -115,9 +115,14 @@ def _swap_in(graph: Path, stage: Path, inputs: ReleaseInputs) -> None:
     same = {name: entry for name, entry in manifest.files.items() if not name.startswith("adapters/")}
     for name in same:
         link(graph / name, stage / name)
-    file = stage / _ADAPTER_FILE
-    packing.pack(inputs.adapter, manifest, file, spec=inputs.spec, base=inputs.checkpoint)
-    entry = {"file": _ADAPTER_FILE, "digest": inputs.adapter.digest, "weight": 1.0}
+    in_llama = manifest.model.endswith(GGUF)
+    (stage / "adapters").mkdir(parents=True, exist_ok=True)
+    file = f"adapters/{_NAME}{GGUF if in_llama else '.onnx_adapter'}"
+    if in_llama:
+        gguf_adapter.pack(inputs.model, manifest, stage / file, _NAME)
+    else:
+        packing.pack(inputs.adapter, manifest, stage / file, spec=inputs.spec, base=inputs.checkpoint)
+    entry = {"file": file, "digest": inputs.adapter.digest, "weight": 1.0}
     plan = dict(manifest.plan or {})
     if "adapters" in plan:
         plan["adapters"] = [{"digest": inputs.adapter.digest, "weight": 1.0}]

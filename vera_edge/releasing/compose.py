@@ -100,7 +100,7 @@ def _statements(job: ReleaseJob, parts: Parts) -> dict[str, bytes]:
         parameters["combination"] = inputs.trained.combination
     if "trained_as" in inputs.facts:
         parameters["trained_as"] = inputs.facts["trained_as"]
-    made_with = tools()
+    made_with = tools(job.variant.target)
     return {
         f"{EVIDENCE}/{RECIPE}": canonical_json(own_recipe(job)),
         f"{EVIDENCE}/sbom.cdx.json": attestation.sbom(name, release.version, digest, materials, made_with),

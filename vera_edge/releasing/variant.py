@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from vera_edge.errors import PlanError
+from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting import target
 from vera_edge.precision import PlanRequest
 from vera_edge.releasing.names import Id, Line, RecipeTable
@@ -26,6 +26,7 @@ _OPTIONS = {
     "head": "head",
     "projections_dtype": "projections",
     "vectors": "vectors",
+    "imatrix": "imatrix",
 }
 _OF_A_BRANCH = ("projections_dtype", "vectors")
 _OF_A_FORMAT = ("run", "block", "symmetric", "activations")
@@ -50,10 +51,11 @@ class Variant(RecipeTable):
     symmetric: bool | None = None
     accuracy_level: Literal[0, 4] | None = None
     activations: Literal["float", "dynamic", "static"] | None = None
-    head: Stored | None = None
+    head: Line | None = None
     projections: Literal["baked", "seed"] = "baked"
     projections_dtype: Stored | None = None
     vectors: Literal["fp32", "fp16"] | None = None
+    imatrix: Literal["gguf", "dat"] | None = None
     method: Literal["rtn", "search", "hqq", "gptq"] | None = None
     effort: Literal["quick", "default", "thorough"] | None = None
     calibration: Line | Annotated[tuple[Line, ...], Field(strict=False, min_length=1)] = windows.BUILT_IN
@@ -63,14 +65,23 @@ class Variant(RecipeTable):
 
     @model_validator(mode="after")
     def _known(self) -> Variant:
-        if self.weights not in (*target.WEIGHTS, PLAN):
-            choices = ", ".join((*target.WEIGHTS, PLAN))
-            raise ValueError(f"has weights {self.weights!r}; choose from {choices}")
+        known = (*self._formats(), PLAN)
+        if self.weights not in known:
+            raise ValueError(f"has weights {self.weights!r}; choose from {', '.join(known)}")
+        heads = get_args(Stored) if self._formats() == target.WEIGHTS else self._formats()
+        if self.head not in (None, *heads):
+            raise ValueError(f"has a head of {self.head!r}; choose from {', '.join(heads)}")
         given = [name for name in _OF_A_BRANCH if getattr(self, name) is not None]
         given += ["projections"] * (self.projections == "seed")
         if self.mode == "merged" and given:
             raise ValueError(f'has {given[0]}, which belongs to mode = "branch"')
         return self
+
+    def _formats(self) -> tuple[str, ...]:
+        try:
+            return target.weights_of(self.target)
+        except TargetError as cause:
+            raise ValueError(str(cause)) from None
 
     @model_validator(mode="after")
     def _planned(self) -> Variant:

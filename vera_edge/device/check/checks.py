@@ -6,16 +6,26 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from vera_edge.bundle.contents import Manifest
 from vera_edge.device.runtime import int8_products as int8
-from vera_edge.device.runtime.opened import Opened
 from vera_edge.memory import rss
 
 Run = Callable[[], object]  # what it gives is compared by ==
 _LEAK_RUNS = 12
 _LEAK_BYTES = 8 << 20  # over all the runs; allocators keep a little slack
+
+
+class Swaps(Protocol):
+    """An open bundle whose adapter can be changed."""
+
+    @property
+    def manifest(self) -> Manifest: ...
+
+    def swap(self, adapter: str | None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ def unheld(limits: Collection[str], given: Collection[str], held: Held) -> list[
     return found
 
 
-def use(model: Opened, adapter: str | None) -> None:
+def use(model: Swaps, adapter: str | None) -> None:
     """Make `adapter` active; a merged bundle has nothing to choose."""
     model.swap("default" if model.manifest.mode == "merged" else adapter)
 
@@ -61,7 +71,7 @@ def repeats(run: Run, what: str) -> Check:
     return Check("determinism", same, detail)
 
 
-def swap(model: Opened, run: Run, what: str) -> list[Check]:
+def swap(model: Swaps, run: Run, what: str) -> list[Check]:
     """Swapping to each adapter, to none and back must change what `run` gives and restore it exactly."""
     names = [name for name, entry in model.manifest.adapters.items() if entry.get("file")]
     if model.manifest.mode != "branch" or not names:

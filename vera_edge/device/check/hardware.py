@@ -16,7 +16,7 @@ _X86 = {"avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512
 _FEATURES = (
     _X86 | {"avx512_bf16", "amx_int8"} | {"asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"}
 )
-_TOOLS = ("vera-edge", "onnxruntime", "numpy", "tokenizers", "jinja2")
+_TOOLS = ("vera-edge", "onnxruntime", "llama-cpp-python", "numpy", "tokenizers", "jinja2")
 
 
 def hardware_info() -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 from tests import tiny, tiny_bundle
 from tests.tiny_bundle import TinyBundles
 from vera_edge.bundle import contents as bundle
-from vera_edge.device.check import validate as validation
+from vera_edge.device.check import validate_decoder as validation
 from vera_edge.device.check.validate import Validation, validate
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import BundleError

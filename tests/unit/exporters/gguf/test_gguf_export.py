@@ -84,7 +84,7 @@ def test_llama_cpp_computes_what_the_model_as_trained_does(
 ) -> None:
     """Keys and values are float16 there, and GELU is a table: no more than that."""
     pytest.importorskip("llama_cpp")
-    from vera_edge.measuring.llama_runner import LlamaRunner
+    from vera_edge.device.llama.runner import LlamaRunner
     from vera_edge.measuring.opened_reference import open_trained
 
     base, adapter = trained(name)
@@ -99,7 +99,7 @@ def test_an_adapter_beside_its_base_is_swapped_in_llama_cpp(
     trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
     pytest.importorskip("llama_cpp")
-    from vera_edge.measuring.llama_runner import LlamaRunner
+    from vera_edge.device.llama.runner import LlamaRunner
     from vera_edge.measuring.opened_reference import open_trained
 
     base, adapter = trained("llama")
@@ -225,6 +225,8 @@ def test_what_llama_cpp_has_not_is_refused_in_a_sentence(
         vera_edge.export(base, adapter, out=tmp_path / "out", weights="q4_0")
     with pytest.raises(PlanError, match="takes no option 'accuracy_level'"):
         vera_edge.export(base, adapter, out=tmp_path / "out", target="gguf", accuracy_level=4)
+    with pytest.raises(PlanError, match="the head can't be stored as 'q8_0'; choose from fp32, fp16, int8"):
+        vera_edge.export(base, adapter, out=tmp_path / "out", weights="fp32", head="q8_0")
     base, adapter = trained("gpt-neox")
     with pytest.raises(TargetError, match="GPTNeoXForCausalLM isn't written as GGUF"):
         vera_edge.export(base, adapter, out=tmp_path / "out", target="gguf")

@@ -73,7 +73,7 @@ def test_a_setting_is_computed_in_llama_cpp(
     """Up to the context that the file says it has, which ends where the two would differ."""
     pytest.importorskip("llama_cpp")
     from vera_edge.base.checkpoint import Checkpoint
-    from vera_edge.measuring.llama_runner import LlamaRunner
+    from vera_edge.device.llama.runner import LlamaRunner
     from vera_edge.reference.model import open_reference
 
     file = exported(case, tmp_path, monkeypatch)

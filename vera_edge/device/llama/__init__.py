@@ -1,0 +1,1 @@
+"""A GGUF bundle in llama.cpp, by llama-cpp-python: logits, greedy text, adapters swapped."""
