@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "llama-cpp-python==0.3.36"
+_SERVER = PACKAGE.replace("==", "[server]==")
 # The parts that aren't used here take as long to compile as those that are.
 _CMAKE = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
 PROMPT = 512  # as bench_turns.LONG
@@ -32,11 +33,11 @@ _CONVERTER_PARTS = ("convert_hf_to_gguf.py", "conversion", "gguf-py", "LICENSE")
 def environment(folder: Path) -> Path:
     """The Python of an environment with llama-cpp-python, compiled here from the registry's source."""
     python = folder / "bin" / "python"
-    check = [str(python), "-c", "import llama_cpp"]
+    check = [str(python), "-c", "import llama_cpp.server.app"]
     if not python.is_file() or subprocess.run(check, capture_output=True).returncode:
         print("compiling llama.cpp, which takes some minutes", flush=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        command = [str(python), "-m", "pip", "install", "-q", "--no-binary", "llama-cpp-python", PACKAGE]
+        command = [str(python), "-m", "pip", "install", "-q", "--no-binary", "llama-cpp-python", _SERVER]
         subprocess.run(command, check=True, env=os.environ | {"CMAKE_ARGS": _CMAKE})
     return python
 

@@ -3,7 +3,7 @@
 Exports the demo's decoder (merged and as a side-branch, int8) and an encoder (float32, int8, and int8 with
 int8 activations, dynamic and static), opens each folder in vera_edge, plain ONNX Runtime, ONNX Runtime GenAI,
 Optimum and Transformers.js, the decoder with float16 ends in headless Chromium where that is installed, and
-the model as GGUF in llama.cpp, and exits 1 when one says something else.
+the model as GGUF in llama.cpp and in its server with two adapters, and exits 1 when one says something else.
 Run by scripts/test_consumers, which makes the environments.
 """
 
@@ -14,13 +14,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scripts import bench_llama_cpp, demo_encoder, prepare_demo
+from scripts import bench_llama_cpp, demo_encoder, lora_training, prepare_demo
 from scripts.consumers import with_browser
 from vera_edge.device.runtime.chat import BundleText
 from vera_edge.exporting import frozen_graph, target
@@ -28,6 +29,7 @@ from vera_edge.measuring.opened_reference import open_trained
 
 HERE = Path(__file__).resolve().parent / "consumers"
 PROMPT, COUNT = "The for statement is used to", 24
+PROMPTS = (PROMPT, "An assignment statement evaluates", "The import statement")
 SENTENCE = "An adapter of kilobytes, swapped in milliseconds."
 # Weights, activations, and the largest difference of an embedding from PEFT's, relative to its scale; int8
 # drifts by the format.
@@ -50,7 +52,7 @@ def main(environments: Path) -> int:
         failed = _decoders([*decoders, optimum, script], Path(temporary))
         failed |= _encoders([optimum, script], Path(temporary))
         failed |= _in_a_browser(decoders[0], environments / "node", Path(temporary))
-        failed |= _llama(environments.parent / "llama-cpp", Path(temporary))
+        failed |= _llama([decoders[0], decoders[2]], environments.parent / "llama-cpp", Path(temporary))
     return int(failed)
 
 
@@ -87,29 +89,57 @@ def _in_a_browser(ours: list[str], node: Path, work: Path) -> bool:
     return failed
 
 
-def _llama(environment: Path, work: Path) -> bool:
-    """GGUF files in llama.cpp against the model as trained, in torch."""
+def _llama(consumers: list[list[str]], environment: Path, work: Path) -> bool:
+    """GGUF files in llama.cpp, and float32 ONNX in `consumers`, against the model as trained in torch."""
     demo, failed = prepare_demo.prepare(), False
-    command = [str(bench_llama_cpp.environment(environment)), str(HERE / "with_llama.py")]
+    python = str(bench_llama_cpp.environment(environment))
+    llama = [python, str(HERE / "with_llama.py")]
+    onnx = work / "onnx-fp32"
+    target.export(demo.base, [(demo.adapter, 1.0)], onnx, weights="fp32")
+    for command in consumers:
+        failed |= _continues([*command, str(onnx)], onnx.name, demo.adapter)
     for mode, weights in (("merged", "fp16"), ("merged", "q8_0"), ("branch", "fp16")):
         folder = work / f"gguf-{mode}-{weights}"
         made = target.export(
             demo.base, [(demo.adapter, 1.0)], folder, target="gguf", mode=mode, weights=weights
         )
         files = [str(file) for file in made.adapters.values()]
-        one = _run([*command, str(folder), PROMPT, str(COUNT), *files])
-        wanted = _greedy(demo)
-        failed |= one["text"] != wanted
-        print(f"{folder.name}, llama.cpp: {'the same text' if one['text'] == wanted else one['text']!r}")
+        failed |= _continues([*llama, str(folder)], folder.name, demo.adapter, files)
+    return failed | _llama_server(python, work)
+
+
+def _continues(command: list[str], what: str, adapter: Path, files: Sequence[str] = ()) -> bool:
+    """Whether a consumer goes on with some prompt as the model as trained doesn't."""
+    failed = False
+    for prompt in PROMPTS:
+        one = _run([*command, prompt, str(COUNT), *files])
+        found, wanted = one["text"].removeprefix(prompt), _greedy(adapter, prompt)
+        failed |= found != wanted
+        print(f"{what}, {one['consumer']}: {'the same text as torch' if found == wanted else repr(found)}")
     return failed
 
 
+def _llama_server(python: str, work: Path) -> bool:
+    """Two adapters of one base, of two methods, swapped by requests to llama.cpp's server."""
+    demo = prepare_demo.prepare()
+    trained = (demo.adapter, lora_training.FOLDER / "qlora-nf4")
+    folder, pairs = work / "gguf-two", [(path, 1.0) for path in trained]
+    made = target.export(demo.base, pairs, folder, target="gguf", mode="branch", weights="fp16")
+    files = [str(file) for file in made.adapters.values()]
+    one = _run([python, str(HERE / "with_llama_server.py"), str(folder), PROMPT, str(COUNT), *files])
+    first, second = (_greedy(path, PROMPT) for path in trained)
+    same = one["texts"] == [first, second, first] and first != second
+    said = "the same texts as torch, swapped and swapped back" if same else repr(one["texts"])
+    print(f"{folder.name}, {one['consumer']}: {said}")
+    return not same
+
+
 @cache
-def _greedy(demo: prepare_demo.Demo) -> str:
-    """The model as trained goes on with the prompt, in torch."""
-    reference = open_trained(demo.adapter, demo.base)
+def _greedy(adapter: Path, prompt: str) -> str:
+    """The model as trained with `adapter` goes on with the prompt, in torch."""
+    reference = open_trained(adapter, prepare_demo.prepare().base)
     assert reference.tokenizer is not None
-    tokens = reference.tokenizer.encode(PROMPT).ids
+    tokens = reference.tokenizer.encode(prompt).ids
     start = len(tokens)
     for _ in range(COUNT):
         tokens.append(int(reference.runner.logits(np.array(tokens))[-1].argmax()))
