@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -69,6 +69,7 @@ NOT_ON_THE_DEVICE = {
     "optimum",
 }
 EXPORTERS = {"vera_edge_onnx", "vera_edge_gguf"}
+OVER_EXPORTERS = {"cli", "measuring", "releasing"}
 NOT_FOR_HELP = (
     NOT_ON_THE_DEVICE | EXPORTERS | {"numpy", "onnxruntime", "tokenizers", "safetensors", "rich", "jinja2"}
 )
@@ -95,12 +96,17 @@ def modules() -> Mapping[str, Path]:
 
 
 @cache
+def tree(module: str) -> ast.Module:
+    """A module's source, parsed once for all that looks at it."""
+    return ast.parse(modules()[module].read_text(encoding="utf-8"))
+
+
+@cache
 def imports(module: str) -> frozenset[str]:
     """The dotted names a module imports, anywhere in it; a name of ours is given as the module it lies in."""
-    path = modules()[module]
-    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    package = module if modules()[module].name == "__init__.py" else module.rpartition(".")[0]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -132,11 +138,14 @@ def test_every_room_has_its_place_in_the_order() -> None:
     assert not unknown, f"{sorted(unknown)}: give them a place in ORDER (and in ARCHITECTURE.md)"
 
 
-@pytest.mark.parametrize("module", sorted(core()))
-def test_a_module_imports_only_from_above(module: str) -> None:
-    place = ORDER.index(room(module))
-    wrong = [name for name in ours(module) if ORDER.index(room(name)) > place]
-    assert not wrong, f"{module} imports {wrong}, which lie below it"
+def test_a_module_imports_only_from_above() -> None:
+    place = {name: ORDER.index(room(name)) for name in core()}
+    wrong = {
+        module: below
+        for module in core()
+        if (below := [name for name in ours(module) if ORDER.index(room(name)) > place[module]])
+    }
+    assert not wrong, "these import what lies below them"
 
 
 def test_no_two_modules_import_each_other() -> None:
@@ -148,59 +157,63 @@ def test_no_two_modules_import_each_other() -> None:
         pytest.fail(f"these import each other: {' -> '.join(cycle.args[1])}")
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_only_the_command_line_imports_click(module: str) -> None:
-    if module.startswith("vera_edge.cli"):
-        return
-    assert not {name for name in imports(module) if name.split(".")[0] in ("click", "rich")}
+def importing(names: Iterable[str], packages: Collection[str]) -> dict[str, set[str]]:
+    """Those of the modules that import one of the packages, with what they import of them."""
+    found = {name: {one.split(".")[0] for one in imports(name)} & {*packages} for name in names}
+    return {name: wrong for name, wrong in found.items() if wrong}
 
 
-@pytest.mark.parametrize("module", sorted(name for name in core() if room(name) in DEVICE_ROOMS))
-def test_what_runs_on_the_device_reaches_nothing_heavy(module: str) -> None:
-    assert not {name.split(".")[0] for name in imports(module)} & NOT_ON_THE_DEVICE
-    assert not {room(name) for name in ours(module)} - DEVICE_ROOMS
+def test_only_the_command_line_imports_click() -> None:
+    others = (name for name in modules() if not name.startswith("vera_edge.cli"))
+    assert not importing(others, ("click", "rich"))
 
 
-@pytest.mark.parametrize("module", sorted(core()))
-def test_the_core_never_imports_an_exporter(module: str) -> None:
-    assert not {name.split(".")[0] for name in imports(module)} & EXPORTERS
+def test_what_runs_on_the_device_reaches_nothing_heavy() -> None:
+    device = [name for name in core() if room(name) in DEVICE_ROOMS]
+    assert not importing(device, NOT_ON_THE_DEVICE)
+    assert not {name: there for name in device if (there := {room(one) for one in ours(name)} - DEVICE_ROOMS)}
 
 
-@pytest.mark.parametrize("module", sorted(name for name in modules() if name.startswith("vera_edge_")))
-def test_an_exporter_leaves_the_command_line_and_what_measures_alone(module: str) -> None:
-    assert not {room(name) for name in ours(module)} & {"cli", "measuring", "releasing"}
+def test_the_core_never_imports_an_exporter() -> None:
+    assert not importing(core(), EXPORTERS)
 
 
-@pytest.mark.parametrize("module", sorted(name for name in core() if room(name) == "cli"))
-def test_the_command_line_calls_the_public_interface_and_nothing_else(module: str) -> None:
+def test_an_exporter_leaves_the_command_line_and_what_measures_alone() -> None:
+    exporters = [name for name in modules() if name.startswith("vera_edge_")]
+    rooms = {name: {room(one) for one in ours(name)} for name in exporters}
+    assert not {name: wrong for name, used in rooms.items() if (wrong := used & OVER_EXPORTERS)}
+
+
+def test_the_command_line_calls_the_public_interface_and_nothing_else() -> None:
     allowed = FOR_THE_COMMAND_LINE.keys() | {"vera_edge"}
-    wrong = [
-        name
+    wrong = {
+        (module, name)
+        for module in core()
+        if room(module) == "cli"
         for name in imports(module)
         if name.split(".")[0].startswith("vera_edge")
         and name not in allowed
         and not name.startswith(("vera_edge.api", "vera_edge.cli"))
-    ]
-    assert not wrong, f"{module} imports {wrong}; give the public interface what it needs of them"
+    }
+    assert not wrong, "give the public interface what these need"
 
 
-@pytest.mark.parametrize("module", sorted(name for name in modules() if "vera_edge.cli" not in name))
-def test_nothing_below_the_command_line_imports_the_public_interface(module: str) -> None:
+def test_nothing_below_the_command_line_imports_the_public_interface() -> None:
     """It is made of them; what they share with it is the version alone."""
-    tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
-    asked = [
-        alias.name
-        for node in ast.walk(tree)
+    asked = {
+        (module, alias.name)
+        for module in modules()
+        if "vera_edge.cli" not in module
+        for node in ast.walk(tree(module))
         if isinstance(node, ast.ImportFrom) and node.module == "vera_edge"
         for alias in node.names
         if f"vera_edge.{alias.name}" not in modules()
-    ]
-    assert set(asked) <= {"__version__"}
+    }
+    assert {name for _, name in asked} <= {"__version__"}, asked
 
 
-@pytest.mark.parametrize("module", sorted(modules()))
-def test_a_file_name_says_what_the_file_does(module: str) -> None:
-    assert not set(module.split(".")) & NAMES_THAT_SAY_NOTHING
+def test_a_file_name_says_what_the_file_does() -> None:
+    assert not [name for name in modules() if set(name.split(".")) & NAMES_THAT_SAY_NOTHING]
 
 
 def loaded_by(code: str) -> set[str]:
@@ -225,15 +238,19 @@ def test_help_loads_no_library_that_takes_time() -> None:
     assert not loaded_by(code) & NOT_FOR_HELP
 
 
-@pytest.mark.parametrize("module", sorted(name for name in core() if room(name) == "device"))
-def test_importing_the_device_part_loads_nothing_heavy(module: str) -> None:
-    assert not loaded_by(f"import {module}") & NOT_ON_THE_DEVICE
+def test_importing_the_device_part_loads_nothing_heavy() -> None:
+    """All of it in one process, as each module in its own would load numpy and onnxruntime again."""
+    device = sorted(name for name in core() if room(name) == "device")
+    told = "import importlib, sys\n"
+    told += f"for name in {device}:\n    importlib.import_module(name)\n"
+    told += f"    heavy = {NOT_ON_THE_DEVICE} & set(sys.modules)\n    assert not heavy, (name, heavy)"
+    assert "onnxruntime" in loaded_by(told)
 
 
 def test_a_class_has_its_name_to_itself() -> None:
     places: dict[str, list[str]] = {}
-    for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for module in modules():
+        for node in ast.walk(tree(module)):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(module)
     assert not {name: where for name, where in places.items() if len(where) > 1}
@@ -248,8 +265,12 @@ def test_the_table_of_rooms_is_what_the_rooms_say() -> None:
 PLACES = re.findall(r"`([\w/]+\.py)(?::([\w.]+))?`", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("file", "name"), sorted(set(PLACES)))
-def test_a_place_that_the_architecture_names_is_there(file: str, name: str) -> None:
+def test_the_places_that_the_architecture_names_are_there() -> None:
+    missing = [place for place in sorted(set(PLACES)) if not _is_there(*place)]
+    assert PLACES and not missing
+
+
+def _is_there(file: str, name: str) -> bool:
     body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
     for part in filter(None, name.split(".")):
         inner = [
@@ -257,5 +278,7 @@ def test_a_place_that_the_architecture_names_is_there(file: str, name: str) -> N
             for node in body
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == part
         ]
-        assert inner, f"{file} has no {name}"
+        if not inner:
+            return False
         body = inner[0].body
+    return True
