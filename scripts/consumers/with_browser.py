@@ -1,11 +1,13 @@
 """The same with Transformers.js in headless Chromium; the first word is the folder of its Node.js packages.
 
-Serves page, packages and the exported folder on the loopback address; the page posts its answer back.
+Serves page, packages and the exported folder on the loopback address; the page posts its answer back. With
+SHOT in the environment, a picture of the page with its answer is written there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -43,6 +45,15 @@ class Handler(SimpleHTTPRequestHandler):
             return str(PAGE)
         return str(self.places.get(parts[0], Path("/nowhere")).joinpath(*parts[1:]))
 
+    def do_GET(self) -> None:
+        """A file; or, for /answered, nothing, once there is an answer: the page isn't loaded before."""
+        if self.path != "/answered":
+            super().do_GET()
+            return
+        self.answered.wait(LIMIT)
+        self.send_response(204)
+        self.end_headers()
+
     def do_POST(self) -> None:
         """The page's answer."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -75,11 +86,15 @@ def main(node: Path, folder: Path, prompt: str, count: str, adapter: str | None 
     words = "&".join(f"{key}={quote(value)}" for key, value in asked.items())
     with tempfile.TemporaryDirectory() as profile:
         command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        if shot := os.environ.get("SHOT"):
+            command += [f"--screenshot={Path(shot).resolve()}", "--window-size=760,330", "--hide-scrollbars"]
         command.append(f"http://127.0.0.1:{server.server_port}/?{words}")
         running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             if not answered.wait(LIMIT):
                 raise SystemExit("the browser gave no answer")
+            if shot:  # it ends by itself
+                running.wait(LIMIT)
         finally:
             running.terminate()
             running.wait()
