@@ -62,7 +62,7 @@ class Sitting:
 
     def measure(self, wanted: Sequence[tuple[str, str]], again: bool) -> Iterator[Result]:
         """The results of the wanted (row, base)s that aren't there yet, and of those that they need."""
-        left = [pair for pair in wanted if again or not self._known(*pair)]
+        left = [pair for pair in wanted if again or not self._known(pair)]
         while left:
             name, base = left.pop(0)
             needed = self.rows[name].needs
@@ -77,13 +77,8 @@ class Sitting:
             yield self._one(name, base)
             self._remove_but(left)
 
-    def _known(self, name: str, base: str) -> bool:
-        """Whether a row was measured, or was given up on after no less time than it would have now."""
-        known = self.results.get((self.name, self.size.layers, base, name))
-        if known is None or known.done:
-            return known is not None
-        least = _minutes(self.limits)
-        return known.end == "over the time" and least is not None and (known.limit or 0) >= least
+    def _known(self, pair: tuple[str, str]) -> bool:
+        return is_known(self.results, self.name, self.size, pair, self.limits)
 
     def _one(self, name: str, base: str) -> Result:
         row, work = self.rows[name], self.folder / f"{name}-{base}"
@@ -139,6 +134,16 @@ class Sitting:
         read = {(self.rows[name].needs, base) for name, base in left}
         for pair in [pair for pair in self.outputs if pair not in read]:
             shutil.rmtree(self.outputs.pop(pair).parent)
+
+
+def is_known(results: Results, name: str, size: Size, pair: tuple[str, str], limits: Limits) -> bool:
+    """Whether a (row, base) was measured, or was given up on after no less time than it would have now."""
+    row, base = pair
+    found = results.get((name, size.layers, base, row))
+    if found is None or found.done:
+        return found is not None
+    least = _minutes(limits)
+    return found.end == "over the time" and least is not None and (found.limit or 0) >= least
 
 
 def _minutes(limits: Limits) -> float | None:
@@ -212,12 +217,19 @@ def _measure(given: argparse.Namespace, results: Results) -> Iterator[Result]:
         bench_llama_cpp.environment(llama_cpp_folder())
         bench_llama_cpp.converter(llama_cpp_folder())
     limits = Limits(given.limit * 60 if given.limit else None, int((given.memory or _most_memory()) * 1e9))
+    sizes = {
+        name: size
+        for name in given.size or TABLE_SIZES
+        for size in [SIZES[name].of_layers(given.layers)]
+        if given.again or not all(is_known(results, name, size, pair, limits) for pair in pairs)
+    }
+    if not sizes:
+        return
     with ExitStack() as held:
         folder = given.folder or Path(held.enter_context(tempfile.TemporaryDirectory(prefix="bench-scale-")))
         folder.mkdir(parents=True, exist_ok=True)
         machine = speeds(folder)
-        for name in given.size or TABLE_SIZES:
-            size = SIZES[name].of_layers(given.layers)
+        for name, size in sizes.items():
             place = folder / f"{name}-{size.layers}"
             say(f"{name}: making the models")
             needed = sorted({base for _, base in pairs})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -17,6 +18,7 @@ import pytest
 from scripts import (
     bench_llama_cpp,
     bench_models,
+    bench_scale,
     bench_scale_goals,
     bench_scale_page,
 )
@@ -195,13 +197,18 @@ def test_the_page_holds_rows_beside_their_peers_and_plots(
         assert (tmp_path / name).read_bytes().startswith(b"<svg xmlns")
 
 
-def test_the_cheap_rows_run_on_a_tiny_model(tmp_path: Path) -> None:
+def test_the_cheap_rows_run_on_a_tiny_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, which has loaded what makes the model; the rows have processes of their own."""
     file = tmp_path / "results.json"
-    command = [sys.executable, "-m", "scripts.bench_scale", "--size", "tiny", "--source", "nf4", "--json"]
-    command += ["--row", "decode", "--results", str(file), "--rank", "16"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines()]
+    words = ["--size", "tiny", "--source", "nf4", "--json", "--row", "decode", "--rank", "16"]
+    monkeypatch.setattr(sys, "argv", ["bench_scale", *words, "--results", str(file)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # what handles SIGTERM here stays
+    with pytest.raises(SystemExit) as ended:
+        bench_scale.main()
+    assert ended.value.code == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     # What decodes needs the export, which is a row of its own.
     assert [(one["row"], one["end"]) for one in told] == [("int8", "done"), ("decode", "done")]
     assert told[1]["note"] == "8 tokens decoded"
@@ -209,8 +216,10 @@ def test_the_cheap_rows_run_on_a_tiny_model(tmp_path: Path) -> None:
     weights = SIZES["tiny"].linear_weights
     assert weights * 9 / 8 < told[0]["output"] <= told[0]["disk"]
     assert {result.row for result in Results(file)} == {"int8", "decode"}
-    known = subprocess.run(command, capture_output=True, text=True)
-    assert (known.returncode, known.stdout) == (0, "")  # nothing is measured twice
+    monkeypatch.setattr(bench_models, "make", None)
+    with pytest.raises(SystemExit) as ended:
+        bench_scale.main()
+    assert (ended.value.code, capsys.readouterr().out) == (0, "")  # nothing is made or measured twice
 
 
 def test_the_converter_is_what_the_source_brings_and_nothing_else(tmp_path: Path) -> None:
