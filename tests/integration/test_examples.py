@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests import tiny
+from tests.conftest import Cli
 from vera_edge.bundle import contents as bundle
 from vera_edge.device.deploy import versions
 from vera_edge.releasing import recipe
@@ -50,11 +51,14 @@ def test_the_recipe_names_what_its_comments_say() -> None:
     assert [variant.name for _, variant in found.jobs] == ["exact", "fast"]
 
 
-def test_the_workflow_is_valid_and_its_release_step_runs(project: Path) -> None:
+def test_the_workflow_is_valid_and_its_release_step_runs(
+    project: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     workflow = yaml.safe_load((EXAMPLES / "github" / "release.yml").read_text())
     steps = {step["name"]: step["run"] for step in workflow["jobs"]["release"]["steps"] if "name" in step}
     words = steps["release"].split()
     assert words[0] == "vera-edge"
-    command = [sys.executable, "-m", "vera_edge", *words[1:], "--dry-run"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=True)
+    monkeypatch.chdir(project)
+    done = cli(*words[1:], "--dry-run")
+    assert done.exit_code == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("docs/exact")

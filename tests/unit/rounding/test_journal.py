@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
 import signal
 import subprocess
@@ -189,39 +191,84 @@ def test_anything_that_decides_the_result_makes_another_key(
     assert key_of(again, grids_of(ready), Calibration(WINDOWS[:4]), True, "AutoModelForCausalLM") == keys[0]
 
 
-def _merge(base: Path, adapter: Path, text: Path, out: Path) -> list[str]:
-    code = (
-        "import torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path\nfrom vera_edge import merging\n"
-        "from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder\n"
-        f"ready = merging.prepare(Path({str(base)!r}), [(Path({str(adapter)!r}), 1.0)])\n"
-        f"merge_to_folder(ready, Path({str(out)!r}), Rounding(None, {str(text)!r}, tokens=2048))\n"
-    )
-    return [sys.executable, "-c", code]
+# Imports once what a merge needs, then does each in a child of its own. A folder to merge to, on stdin, is
+# answered by the number of the child, and by how that ended.
+FORKS = """
+import os, sys, traceback
+from pathlib import Path
+import peft, torch
+import vera_edge.reference.model
+from vera_edge import merging
+from vera_edge.rounding.weight_rounding import Rounding, merge_to_folder
+torch.set_num_threads(1)
+base, adapter, text = sys.argv[1:]
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        try:
+            ready = merging.prepare(Path(base), [(Path(adapter), 1.0)])
+            merge_to_folder(ready, Path(line.strip()), Rounding(None, text, tokens=2048))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
+class Forks:
+    """Merges in forks of one process."""
+
+    def __init__(self, *inputs: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKS, *map(str, inputs)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        )
+
+    def start(self, out: Path) -> int:
+        """Begin a merge to `out`; its process."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{out}\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> int:
+        """The child's number once it has begun, and its exit code once it has ended."""
+        assert self.process.stdout is not None
+        return int(self.process.stdout.readline())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="merges are killed in forks")
 def test_a_merge_that_is_killed_at_any_moment_ends_in_the_same_bytes(
     tiny_llama: tiny.TinyLlama, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(letters(0))
-    inputs = (tiny_llama.nf4, tiny_adapter, text)
-    subprocess.run(_merge(*inputs, tmp_path / "whole"), check=True, capture_output=True)
+    forks = Forks(tiny_llama.nf4, tiny_adapter, text)
+    forks.start(tmp_path / "whole")
+    assert forks.answer() == 0
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     out, draw = tmp_path / "out", random.Random(4)
     kept: list[int] = []
     for _ in range(2):
-        process = subprocess.Popen(_merge(*inputs, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _until_more(process, tmp_path, kept[-1] if kept else 0)
+        child = forks.start(out)
+        _until_more(child, tmp_path, kept[-1] if kept else 0)
         time.sleep(draw.uniform(0, 0.2))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        assert forks.answer() in (0, -signal.SIGKILL)
         kept.append(_count(tmp_path))
         if out.exists():
             break
     assert any(kept), "no run was killed after it had finished something"
     if not out.exists():
-        subprocess.run(_merge(*inputs, out), check=True, capture_output=True)
+        forks.start(out)
+        assert forks.answer() == 0
+    forks.process.communicate()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
     assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "whole", "out"}
 
@@ -230,9 +277,13 @@ def _count(folder: Path) -> int:
     return len(list(folder.glob(".out.partial-rounding/*/*/done.json")))
 
 
-def _until_more(process: subprocess.Popen[bytes], folder: Path, before: int) -> None:
+def _until_more(process: int, folder: Path, before: int) -> None:
     """Wait until it has finished something more, or is through."""
-    while process.poll() is None and _count(folder) <= before:
+    while _count(folder) <= before:
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return
         time.sleep(0.01)
 
 
