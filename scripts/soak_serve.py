@@ -1,7 +1,7 @@
 """Ask a server for long from many clients at once, and watch what it holds: memory, files, threads.
 
     python -m scripts.soak_serve [BUNDLE] [--requests 8000] [--clients 8] [--minutes 10] [--tokens 24]
-        [--most 0.02]
+        [--patience 600] [--most 0.02]
 
 BUNDLE is any export; by default a two-layer model with two adapters is made, so that requests are many. The
 clients are OpenAI's own, threads of this process. They take turns with all models, chats and completions,
@@ -56,6 +56,7 @@ class Soak:
     requests: int
     until: float
     tokens: int
+    patience: float
     done: Counter[str] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -72,7 +73,7 @@ class Soak:
             return self.begun - 1
 
     def client(self) -> None:
-        client = self.server.client()
+        client = self.server.client(timeout=self.patience)
         while (number := self.next()) is not None:
             kind = self.ask(client, number)
             with self.lock:
@@ -134,10 +135,11 @@ def growth(memory: Sequence[int]) -> float:
 
 def soak(bundle: Path, given: argparse.Namespace) -> int:
     """Serve and ask; the exit code."""
-    with served(bundle, "--rows", given.clients) as server:
+    with served(bundle, "--rows", given.clients, "--timeout", given.patience) as server:
         models = [model.id for model in server.client().models.list()]
         started = time.monotonic()
-        job = Soak(server, models, given.requests, started + 60 * given.minutes, given.tokens)
+        until = started + 60 * given.minutes
+        job = Soak(server, models, given.requests, until, given.tokens, given.patience)
         clients = [threading.Thread(target=job.client) for _ in range(given.clients)]
         for one in clients:
             one.start()
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=10, help="the most that it may take")
     parser.add_argument("--tokens", type=int, default=24, help="the longest answer")
+    parser.add_argument("--patience", type=float, default=600, help="seconds that an answer may take")
     parser.add_argument("--most", type=float, default=0.02, help="the growth of memory that is let pass")
     given = parser.parse_args()
     logging.disable(logging.INFO)  # each client's every request
