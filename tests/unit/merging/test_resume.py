@@ -409,8 +409,9 @@ def test_kills_at_random_moments_lose_nothing(
 ) -> None:
     """The command's own process, by SIGKILL; workers end with it."""
     made = Merge(tiny_llama.sharded, tiny_adapter, tmp_path, ("--to", "bf16"), workers)
-    found = soak(made, kills=14 if workers == 1 else 6, seed=workers)
-    assert found.kills >= (14 if workers == 1 else 6)
+    kills = 8 if workers == 1 else 4  # scripts/soak_merge.py makes more of them
+    found = soak(made, kills, seed=workers)
+    assert found.kills >= kills
     assert found.resumed > 0, "no kill fell while units were being written"
     assert found.strays == 0
 
