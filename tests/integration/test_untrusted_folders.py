@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,25 @@ QUICK = "--tokens 512 --window 32"
 PROMPTS = ("The adapter", "Merge the two")
 
 
+# What the interpreter itself imports from a folder would leave compiled files there, which no manifest lists.
+CLEAN = {"PYTHONDONTWRITEBYTECODE": "1"}
+# Several commands in one process that looks for modules where `python -m vera_edge` does: what they share is
+# loaded once, and there. It imports only what an interpreter has loaded, and says how each command ended.
+SEVERAL = """
+import os, sys
+if __name__ == "__main__":
+    sys.path[0] = os.getcwd()
+    from vera_edge.__main__ import main
+    for line in sys.argv[1:]:
+        sys.argv[1:], code = line.split(), 0
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        print(f"== {code}", file=sys.stderr, flush=True)
+"""
+
+
 @dataclass(frozen=True)
 class Hostile:
     """A base, an adapter and a branch bundle of theirs, each with foreign Python files in it."""
@@ -74,6 +94,21 @@ class Hostile:
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"import sys\nfrom {module} import {name}\nsys.exit({name}())\n")
         return path
+
+    def several(self, folder: Path, lines: Sequence[str]) -> list[tuple[int, str]]:
+        """Commands in one process that stands in `folder`: how each ended, and what it said on stderr."""
+        path = self.root / "bin" / "several.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(SEVERAL)
+        # Were a question asked, this would be a yes to it.
+        done = subprocess.run(
+            [sys.executable, str(path), *lines], cwd=folder, env={**os.environ, **CLEAN}, input="y\n" * 8,
+            capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert "[y/N]" not in done.stdout + done.stderr
+        *parts, rest = re.split(r"^== (\d+)\n", done.stderr, flags=re.MULTILINE)
+        assert done.returncode == 0 and not rest and len(parts) == 2 * len(lines), done.stderr
+        return [(int(code), said) for said, code in zip(parts[::2], parts[1::2], strict=True)]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +142,7 @@ def hostile(
 
 
 # By command: the folder that one stands in, and the words. "copy" is a copy of the bundle; a word with braces
-# is the path of something else.
+# is the path of something else. What stands in one folder is run in this order.
 COMMAND_LINES: Mapping[str, tuple[str, str]] = {
     "inspect": ("adapter", ". --base {root}/base"),
     "projections": ("adapter", ". --base {root}/base"),
@@ -124,7 +159,6 @@ COMMAND_LINES: Mapping[str, tuple[str, str]] = {
     "chat": ("bundle", ". --max-tokens 2"),
     "serve": ("bundle", ". --port 0"),
     "verify": ("bundle", "."),
-    "sign": ("copy", ". --key {root}/key.key"),
     "install": ("bundle", ". {new} --validate"),
     "update": ("patch", ". {own}/installed"),
     "rollback": ("bundle", "{own}/twice"),
@@ -134,6 +168,7 @@ COMMAND_LINES: Mapping[str, tuple[str, str]] = {
     "bench": ("bundle", ". --rounds 1 --prompt 2 --new 2"),
     "adapter pack": ("bundle", "{root}/adapter --for . -o {new}.onnx_adapter"),
     "adapter freeze": ("copy", "default --for . --name frozen"),
+    "sign": ("copy", ". --key {root}/key.key"),
     "adapter list": ("bundle", "."),
     "adapter diff": ("adapter", ". ."),
     "adapter to-lora": ("adapter", ". --base {root}/base -o {new}"),
@@ -145,22 +180,24 @@ COMMAND_LINES: Mapping[str, tuple[str, str]] = {
 }
 
 
-# What the interpreter itself imports from a folder would leave compiled files there, which no manifest lists.
-CLEAN = {"PYTHONDONTWRITEBYTECODE": "1"}
+def words_of(hostile: Hostile, command: str, own: Path) -> tuple[Path, list[str]]:
+    """The folder that a command stands in, and its words; `own` is what it may write to."""
+    folder, words = COMMAND_LINES[command]
+    own.mkdir(exist_ok=True)
+    stands = hostile.root / folder
+    if folder == "copy":
+        stands = shutil.copytree(hostile.root / "bundle", own / "copy")
+    if "{own}" in words:
+        for name in ("installed", "twice"):
+            shutil.copytree(hostile.root / name, own / name, symlinks=True)
+    return stands, words.format(root=hostile.root, new=own / "new", own=own).split()
 
 
 def run(
     hostile: Hostile, command: str, tmp_path: Path, launcher: str, environment: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
     """One command as a process of its own, from within the folder that holds foreign code."""
-    folder, words = COMMAND_LINES[command]
-    stands = hostile.root / folder
-    if folder == "copy":
-        stands = shutil.copytree(hostile.root / "bundle", tmp_path / "copy")
-    if "{own}" in words:
-        for name in ("installed", "twice"):
-            shutil.copytree(hostile.root / name, tmp_path / name, symlinks=True)
-    filled = words.format(root=hostile.root, new=tmp_path / "new", own=tmp_path).split()
+    stands, filled = words_of(hostile, command, tmp_path)
     launch = {"script": [sys.executable, str(hostile.script)], "module": [sys.executable, "-m", "vera_edge"]}
     whole, every = [*launch[launcher], *command.split(), *filled], {**os.environ, **CLEAN, **environment}
     if command == "serve":
@@ -190,13 +227,14 @@ def test_every_command_is_among_them() -> None:
 
 
 # With -m Python looks in the working folder before anything else. As the installed script it doesn't, but the
-# processes that some commands start might.
+# processes that some commands start might. These have a process each; a release as a module is below.
 AS_SCRIPT = ("verify", "merge", "bench", "release")
+AS_MODULE = ("verify", "bench", "chat", "serve")
 
 
 @pytest.mark.parametrize(
     ("launcher", "command"),
-    [*(("module", one) for one in COMMAND_LINES), *(("script", one) for one in AS_SCRIPT)],
+    [*(("module", one) for one in AS_MODULE), *(("script", one) for one in AS_SCRIPT)],
 )
 def test_no_command_runs_code_of_the_folder_it_stands_in(
     hostile: Hostile, tmp_path: Path, launcher: str, command: str
@@ -204,6 +242,20 @@ def test_no_command_runs_code_of_the_folder_it_stands_in(
     done = run(hostile, command, tmp_path, launcher, {})
     assert foreign_code.marks_in(hostile.marks) == []
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+TOGETHER = [name for name in COMMAND_LINES if name not in (*AS_MODULE, "release")]
+
+
+@pytest.mark.parametrize("folder", sorted({COMMAND_LINES[name][0] for name in TOGETHER}))
+def test_no_other_command_of_a_folder_runs_its_code(hostile: Hostile, tmp_path: Path, folder: str) -> None:
+    names = [name for name in TOGETHER if COMMAND_LINES[name][0] == folder]
+    filled = [words_of(hostile, name, tmp_path / str(at)) for at, name in enumerate(names)]
+    found = hostile.several(
+        filled[0][0], [" ".join([name, *words]) for name, (_, words) in zip(names, filled, strict=True)]
+    )
+    assert foreign_code.marks_in(hostile.marks) == []
+    assert {name: said for name, (code, said) in zip(names, found, strict=True) if code} == {}
 
 
 @pytest.mark.parametrize("command", ["bench", "adapter freeze"])
@@ -223,6 +275,7 @@ def test_an_entry_of_pythonpath_that_leads_here_is_left_out(
 
 def test_a_release_is_made_again_without_code_of_its_bundle(hostile: Hostile, tmp_path: Path) -> None:
     made = run(hostile, "release", tmp_path, "module", {})
+    assert foreign_code.marks_in(hostile.marks) == []
     assert made.returncode == 0, made.stdout + made.stderr
     released = shutil.copytree(tmp_path / "new" / "a" / "onnx-branch-nf4", tmp_path / "released")
     foreign_code.plant(released, hostile.marks)
@@ -235,32 +288,27 @@ def test_a_release_is_made_again_without_code_of_its_bundle(hostile: Hostile, tm
     assert done.returncode == 3 and "click.py" in done.stderr, done.stderr  # what was planted is told
 
 
-@pytest.mark.parametrize("case", ["merge", "export", "drift of its exact values", "drift as it is stored"])
+@pytest.mark.parametrize("stored", [False, True])
 def test_a_model_that_is_its_own_code_is_refused_without_a_question(
-    hostile: Hostile, tiny_llama: tiny.TinyLlama, tmp_path: Path, case: str
+    hostile: Hostile, tiny_llama: tiny.TinyLlama, tmp_path: Path, stored: bool
 ) -> None:
-    stored = case == "drift as it is stored"
+    """stored: as drift runs a base in its own kernels, and not its exact values."""
     base = shutil.copytree(tiny_llama.int8 if stored else hostile.root / "base", tmp_path / "base")
     foreign_code.plant(foreign_code.name_own_code(base), hostile.marks)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "x", "architectures": ["XModel"]}))
     adapter, out = hostile.root / "adapter", tmp_path / "out"
-    lines: dict[str, list[object]] = {
-        "merge": ["merge", ".", adapter, "-o", out, "--to", "int8"],
-        "export": ["export", ".", adapter, "-o", out],
-        "drift of its exact values": ["drift", ".", "."],
-        "drift as it is stored": ["drift", adapter, ".", "--base", hostile.root / "base"],
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "vera_edge", *map(str, lines[case])],
-        cwd=base, input="y\n" * 8, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert foreign_code.marks_in(hostile.marks) == []
-    assert "[y/N]" not in done.stdout + done.stderr
-    if case == "merge":  # weights alone, of which all is known
-        assert done.returncode == 0 and not list(out.glob("*.py")), done.stderr
+    lines = [f"export . {adapter} -o {tmp_path / 'graph'}", "drift . ."]
+    if stored:
+        lines = [f"drift {adapter} . --base {hostile.root / 'base'}"]
     else:
-        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        lines.append(f"merge . {adapter} -o {out} --to int8")
+    found = hostile.several(base, lines)
+    assert foreign_code.marks_in(hostile.marks) == []
+    if not stored:  # weights alone, of which all is known
+        assert found.pop()[0] == 0 and out.is_dir() and not list(out.glob("*.py"))
+    for code, said in found:
+        assert code == 2 and said.count("\n") == 1, said
 
 
 def test_a_model_that_asks_for_kernels_of_a_repository_runs_without_them(
@@ -271,16 +319,14 @@ def test_a_model_that_asks_for_kernels_of_a_repository_runs_without_them(
     config = json.loads((base / "config.json").read_text())
     asked = config | {"attn_implementation": "kernels-community/x", "_attn_implementation": "x/y"}
     (base / "config.json").write_text(json.dumps(asked))
-    adapter, text = hostile.root / "adapter", hostile.root / "text.txt"
-    for words in (
-        ["export", ".", adapter, "-o", tmp_path / "out", "--mode", "branch", "--weights", "fp32"],
-        ["drift", adapter, tmp_path / "out", "--base", ".", "--data", text, *QUICK.split()],
-        ["drift", ".", ".", "--data", text, *QUICK.split()],
-    ):
-        command = [sys.executable, "-m", "vera_edge", *map(str, words)]
-        done = subprocess.run(command, cwd=base, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert "implementation" not in (tmp_path / "out" / "config.json").read_text()
+    adapter, text, out = hostile.root / "adapter", hostile.root / "text.txt", tmp_path / "out"
+    lines = [
+        f"export . {adapter} -o {out} --mode branch --weights fp32",
+        f"drift {adapter} {out} --base . --data {text} {QUICK}",
+        f"drift . . --data {text} {QUICK}",
+    ]
+    assert [said for code, said in hostile.several(base, lines) if code] == []
+    assert "implementation" not in (out / "config.json").read_text()
 
 
 NO_NETWORK = """
