@@ -143,8 +143,12 @@ def make(
     Raises DataError when the text is too short or the request senseless, MismatchError when a token of it is
     beyond a model of `vocab_size` tokens.
     """
-    if window < MIN_WINDOW or tokens < window:
-        raise DataError(f"a window of {window} in {tokens} tokens is too small; use at least {MIN_WINDOW}")
+    if window < MIN_WINDOW:
+        raise DataError(f"a window of {window} tokens is too small; use at least {MIN_WINDOW}")
+    if tokens < window:
+        raise DataError(
+            f"{tokens} tokens don't fill a window of {window}; measure on more, or take a shorter window"
+        )
     ids = np.asarray(_ids(tokenizer, text.content), np.int64)
     start = _prefix(tokenizer)
     check_ids(np.concatenate([start, ids]), tokenizer, vocab_size, f"{text.source} text")

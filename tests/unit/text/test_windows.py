@@ -124,6 +124,8 @@ def test_too_few_tokens_are_refused(tokenizer: Tokenizer) -> None:
 def test_a_window_that_is_too_small_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="too small"):
         windows.make(_text(tiny.TEXT), tokenizer, tiny.VOCABULARY, window=4)
+    with pytest.raises(DataError, match="252 tokens don't fill a window of 256"):
+        windows.make(_text(tiny.TEXT), tokenizer, tiny.VOCABULARY, 252, 256)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer: Tokenizer) -> None:
