@@ -1,9 +1,10 @@
 """Measure swaps and memory of 1, 10 and 1000 adapters on one bundle of the demo's model.
 
-    scripts/bench_adapters [--counts 1 10 1000] [--swaps 200] [--write]
+    scripts/bench_adapters [--counts 1 10 1000] [--swaps 200] [--lora] [--write]
 
 In ONNX Runtime GenAI all adapters are loaded, and each swap makes another one active in a running generator.
 In vera_edge.device each swap reads and checks another file. After every swap one token is computed, untimed.
+`--lora`: pairs like those of the QLoRA of examples/lora in the place of the demo's vectors.
 `--write` puts the table into docs/speed.md.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from scripts.bench_drift_lora import LoraDemo
 from scripts.bench_turns import PROMPT, say, write_section
 from scripts.prepare_demo import cache_folder, prepare
 from vera_edge.bundle import contents as bundle
@@ -38,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 10, 1000])
     parser.add_argument("--swaps", type=int, default=200)
+    parser.add_argument("--lora", action="store_true", help="a LoRA's pairs in the place of VeRA's vectors")
     parser.add_argument("--write", action="store_true", help="write the table into docs/speed.md")
     parser.add_argument("--one", nargs=3, metavar=("RUNTIME", "BUNDLE", "ADAPTERS"), help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -45,8 +48,11 @@ def main() -> None:
         runtime, folder, files = given.one
         print(json.dumps(RUNTIMES[runtime](Path(folder), sorted(Path(files).iterdir()), given.swaps)))
         return
-    folder, demo = cache_folder() / "bench-adapters", prepare()
-    target.export(demo.base, [(demo.adapter, 1.0)], folder, mode="branch", weights="int8", force=True)
+    demo, name = prepare(), "lora-adapters" if given.lora else "adapters"
+    folder, adapter = cache_folder() / f"bench-{name}", demo.adapter
+    if given.lora:
+        adapter = LoraDemo(demo.folder).adapter
+    target.export(demo.base, [(adapter, 1.0)], folder, mode="branch", weights="int8", force=True)
     lines = [
         "| runtime | adapters | swap, ms, median | 99th percentile | memory they take, MB | each |",
         "|---|--:|--:|--:|--:|--:|",
@@ -59,11 +65,11 @@ def main() -> None:
                 say(lines[-1])
     lines += [
         "",
-        f"{size / 1e6:.2f} MB of vectors each; {given.swaps} swaps on {available_cores()} cores of "
-        f"{processor()[0]}.",
+        f"{size / 1e6:.2f} MB of {'pairs' if given.lora else 'vectors'} each; {given.swaps} swaps on "
+        f"{available_cores()} cores of {processor()[0]}.",
     ]
     if given.write:
-        write_section("adapters", lines)
+        write_section(name, lines, bench="adapters")
 
 
 def write_adapters(folder: Path, files: Path, count: int) -> int:

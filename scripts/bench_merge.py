@@ -1,10 +1,10 @@
 """What a merge costs in time, processor, memory and bytes, beside PEFT's and beside what the machine allows.
 
     scripts/bench_merge [--size tiny|0.13b|0.5b|1.2b|1.5b|3b|7b|8b] [--layers N] [--source nf4]
-        [--source bf16] [--rank 256] [--workers N] [--without-peft] [--folder DIR] [--make] [--json]
+        [--source bf16] [--rank 256] [--lora] [--workers N] [--without-peft] [--folder DIR] [--make] [--json]
 
 The base is a Llama of that size with random weights, in shards, made by code; the adapter a VeRA adapter on
-all of its linears. Each row runs in a process of its own, to the base's own format, rounded to nearest, and
+all of its linears, or with --lora a LoRA. Each row runs in a process of its own, to the base's own format, rounded to nearest, and
 begins with nothing of the base in the system's memory. PEFT loads the model, merges in its weights and saves
 it where it can. The limits: the base's files copied and flushed, and the products B A alone, on one thread
 and on all.
@@ -139,8 +139,8 @@ def product_limit(size: Size, rank: int) -> dict[str, float]:
 
 def bench(words: argparse.Namespace, size: Size, folder: Path) -> Iterator[dict[str, Any]]:
     """The rows, one measured thing each."""
-    adapter, sources = folder / "adapter", words.source or ["nf4", "bf16"]
-    make(size, words.rank, folder, sources)
+    adapter, sources = folder / ("lora" if words.lora else "adapter"), words.source or ["nf4", "bf16"]
+    make(size, words.rank, folder, sources, lora=words.lora)
     if words.make:
         return
     yield {"what": "products, all threads"} | product_limit(size, words.rank)
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--source", action="append", choices=["nf4", "bf16"])
     parser.add_argument("--rank", type=int, default=256)
+    parser.add_argument("--lora", action="store_true", help="a LoRA adapter in the place of VeRA's")
     parser.add_argument("--workers", type=int, action="append")
     parser.add_argument("--without-peft", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the models are made, and stay")

@@ -106,20 +106,26 @@ SIZES = {
 
 
 def make(
-    size: Size, rank: int, folder: Path, sources: Collection[str], tokenizer: Path | None = None
+    size: Size,
+    rank: int,
+    folder: Path,
+    sources: Collection[str],
+    tokenizer: Path | None = None,
+    lora: bool = False,
 ) -> None:
-    """`adapter` and the bases of `sources` ("bf16", "nf4") in `folder`, those that aren't there yet.
+    """`adapter` (a VeRA's, or `lora`'s) and the bases of `sources` ("bf16", "nf4") in `folder`, those that
+    aren't there yet.
 
     Each is put in its place when it is whole. tokenizer: a folder with one whose tokens the vocabulary holds;
     without it one is trained on the built-in text.
     """
-    dense, adapter = folder / "bf16", folder / "adapter"
+    dense, adapter = folder / "bf16", folder / ("lora" if lora else "adapter")
     folder.mkdir(parents=True, exist_ok=True)
     if not all((folder / source).exists() for source in sources) and not dense.exists():
         make_base(size, _begin(folder), tokenizer)
         (folder / "making").rename(dense)
     if not adapter.exists():
-        make_adapter(size, rank, dense, _begin(folder))
+        (make_lora if lora else make_adapter)(size, rank, dense, _begin(folder))
         (folder / "making").rename(adapter)
     if "nf4" in sources and not (folder / "nf4").exists():
         # With a weight of 0 the adapter adds nothing: a merge is then the way to quantize layer by layer.
@@ -180,6 +186,28 @@ def make_adapter(size: Size, rank: int, base: Path, folder: Path) -> None:
         projection_prng_key=3,
         target_modules=list(LINEARS),
         save_projection=False,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=str(base),
+        inference_mode=True,
+    )
+    settings.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def make_lora(size: Size, rank: int, base: Path, folder: Path) -> None:
+    """Write a LoRA adapter on all linears as PEFT does, with random pairs."""
+    from peft import LoraConfig
+
+    rng = np.random.default_rng(1)
+    tensors: dict[str, Float32] = {}
+    for module, (out, inside) in size.linears().items():
+        for name, shape in (("lora_A", (rank, inside)), ("lora_B", (out, rank))):
+            values = rng.standard_normal(shape, np.float32) * np.float32(0.01)
+            tensors[f"base_model.model.{module}.{name}.weight"] = values
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(LINEARS),
         task_type="CAUSAL_LM",
         base_model_name_or_path=str(base),
         inference_mode=True,

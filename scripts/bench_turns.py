@@ -160,10 +160,13 @@ def footnote(rounds: int, loads: int, threads: int, *more: str) -> str:
     )
 
 
-def write_section(name: str, lines: Sequence[str], file: Path = PAGE) -> None:
-    """Put lines between the marks of a section of docs/speed.md, or of another page."""
+def write_section(name: str, lines: Sequence[str], file: Path = PAGE, bench: str = "") -> None:
+    """Put lines between the marks of a section of docs/speed.md, or of another page.
+
+    bench: the script that writes it, where the section has another name.
+    """
     page = file.read_text(encoding="utf-8")
-    first, last = f"<!-- {name}: written by scripts/bench_{name} -->", f"<!-- end of {name} -->"
+    first, last = f"<!-- {name}: written by scripts/bench_{bench or name} -->", f"<!-- end of {name} -->"
     before, rest = page.split(first)
     after = rest.split(last)[1]
     file.write_text("\n".join([before + first, *lines, last]) + after, encoding="utf-8")
