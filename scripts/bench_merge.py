@@ -4,10 +4,10 @@
         [--source bf16] [--rank 256] [--lora] [--workers N] [--without-peft] [--folder DIR] [--make] [--json]
 
 The base is a Llama of that size with random weights, in shards, made by code; the adapter a VeRA adapter on
-all of its linears, or with --lora a LoRA. Each row runs in a process of its own, to the base's own format, rounded to nearest, and
-begins with nothing of the base in the system's memory. PEFT loads the model, merges in its weights and saves
-it where it can. The limits: the base's files copied and flushed, and the products B A alone, on one thread
-and on all.
+all of its linears, or with --lora a LoRA. Each row runs in a process of its own, to the base's own format,
+rounded to nearest, and begins with nothing of the base in the system's memory. PEFT loads the model, merges
+in its weights and saves it where it can. The limits: the base's files copied and flushed, and the products
+B A alone, on one thread and on all.
 
 `wall` is from a process's start to its end, `seconds` without the interpreter's start. `user` and `system`
 are seconds of processor time, `ns` that time in ns per weight of the linears: on a machine that does other
