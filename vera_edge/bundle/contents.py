@@ -109,14 +109,19 @@ def _write(
     return manifest
 
 
+def check_folder(folder: Path) -> None:
+    """Raise BundleError where there is none."""
+    if not folder.is_dir():
+        raise BundleError(f"{folder} isn't a folder; give the folder that `vera-edge export` wrote")
+
+
 def read(folder: Path) -> Manifest:
     """The manifest of `folder`, checked in itself; whether the files match is `verify`'s question.
 
     Raises BundleError when it is missing, damaged, of a newer format, or names a path outside the folder.
     """
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise BundleError(f"{folder} isn't a folder; give the folder that `vera-edge export` wrote")
+    check_folder(folder)
     if not path.exists() and (folder / "current").is_dir():
         raise BundleError(f"{folder} is where bundles are installed; give {folder}/current, which runs")
     if path.is_symlink() or (path.exists() and not path.is_file()):

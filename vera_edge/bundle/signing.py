@@ -141,6 +141,7 @@ def check(folder: Path, trust: Trust) -> Signature | None:
     was signed.
     """
     path = folder / SIGNATURE
+    bundle.check_folder(folder)  # before it is said to have no signature
     if trust.keys is not None:
         _trusted_files(trust.keys)  # a mistyped path is told, signature or not
     if not path.is_file():

@@ -167,6 +167,8 @@ def test_no_signature_is_refused_only_when_one_is_required(signed: Path, keys: t
     assert signing.check(signed, Trust(keys[1])) is None
     with pytest.raises(BundleError, match="isn't signed"):
         signing.check(signed, Trust(keys[1], required=True))
+    with pytest.raises(BundleError, match="none isn't a folder"):
+        signing.check(signed.parent / "none", Trust(keys[1], required=True))
 
 
 def test_a_certificate_is_trusted_by_its_issuer(
