@@ -16,6 +16,7 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 HOST = "127.0.0.1"
 _SECONDS = 300  # until the server answers; a busy machine takes its time
@@ -80,7 +81,7 @@ def _ask_binary(port: int, index: int, prompt: str, count: int) -> str:
     return str(found["content"])
 
 
-def _post(port: int, path: str, value: object) -> dict:
+def _post(port: int, path: str, value: object) -> Any:
     head = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"http://{HOST}:{port}{path}", json.dumps(value).encode(), head)
     with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
