@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.device.runtime.session import Session
+from vera_edge.measuring.exported_parts import PartedExport
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -54,6 +55,17 @@ def assert_same_logits(whole: Path, shipped: Path, installed: Path) -> None:
     expected = Session.open(whole, threads=1).logits(ids)
     for folder in (shipped, installed):  # in memory, and from the file
         np.testing.assert_array_equal(Session.open(folder, threads=1).logits(ids), expected)
+        assert_same_in_parts(folder, ids)
+
+
+def assert_same_in_parts(folder: Path, *texts: Int64) -> PartedExport:
+    """Hold an export that is run in as many parts as it can be to the same in one graph, to the bit."""
+    parts = PartedExport.open(folder, most=1)
+    assert len(parts.parts) == 2 + len(parts.facts.caches) // 2  # embeddings, layers, the head
+    whole = Session.open(folder, four_bit="kept")
+    for text, found in zip(texts, parts.logits_of(texts), strict=True):
+        np.testing.assert_array_equal(found, whole.logits(text))
+    return parts
 
 
 def decoder_feeds(running: Any, ids: Int64) -> dict[str, npt.NDArray[Any]]:

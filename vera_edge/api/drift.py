@@ -83,7 +83,8 @@ def drift(
         junit: a JUnit XML file to write, with a case for each limit.
         plots: a folder to write PNG plots to.
         max_memory: bytes, or words like "6GB": a model that takes more than half of them in float32, or of
-            what is free, is run layer by layer.
+            what is free, is run layer by layer; an ONNX export that would take more than half of them in ONNX
+            Runtime, which is twice its size, is run in parts.
         progress: called with what is done, how much of it, and of how much.
 
     Returns:

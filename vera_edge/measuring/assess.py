@@ -41,7 +41,8 @@ class DriftRequest:
     text_only: refuse a model that gives embeddings or classes, before it is measured. limits: names of those
          that the report will be held to; what isn't measured of the model is refused before it is measured.
     trained_as: how the reference's base was loaded in training.
-    max_memory: bytes; a model that takes more than half of them in float32 is run layer by layer.
+    max_memory: bytes; a model that takes more than half of them in float32 is run layer by layer, an export
+        that does in ONNX Runtime in parts.
     """
 
     reference: Path

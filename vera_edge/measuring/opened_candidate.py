@@ -67,11 +67,12 @@ def open_candidate(
     trained: digests of the reference's adapters; of a branch export's own, the one among them runs.
 
     A bitsandbytes checkpoint runs as its users run it, in bitsandbytes' kernels; with `exact`, on the exact
-    values of its weights in float32. max_memory: bytes, for a model in float32 (see `room.fits`). later: an
-    export of a decoder is closed again until it is first run.
+    values of its weights in float32. max_memory: bytes, for a model in float32 (see `room.fits`), and for an
+    export of a decoder, which is run in parts where it doesn't fit (`exported_parts.fits`). later: one that
+    fits is closed again until it is first run.
     """
     if (path / bundle.MANIFEST).is_file():
-        return _candidate_export(path, trained, later)
+        return _candidate_export(path, trained, later, max_memory)
     if (path / adapters.CONFIG_NAME).is_file():
         raise DataError(f"{path} is an adapter, not an artefact; give a merged or exported folder to measure")
     checkpoint, _ = trained_base.read(path)
@@ -103,7 +104,9 @@ def open_candidate(
     return OpenedCandidate(runner, *facts, tokenizer=tokenizer_of(checkpoint), pooling=pooling_of(checkpoint))
 
 
-def _candidate_export(path: Path, trained: Sequence[str], later: bool) -> OpenedCandidate:
+def _candidate_export(
+    path: Path, trained: Sequence[str], later: bool, max_memory: int | None
+) -> OpenedCandidate:
     manifest = bundle.read(path)
     own = {name: entry["digest"] for name, entry in manifest.adapters.items()}
     notes: tuple[str, ...] = ()
@@ -123,7 +126,12 @@ def _candidate_export(path: Path, trained: Sequence[str], later: bool) -> Opened
         facts = (artefact(path, kind), path, encoder.context, notes)
         return OpenedCandidate(encoder, *facts, gives=encoder.gives, tokenizer=exported_tokenizer(path))
     from vera_edge.device.runtime.session import Session
+    from vera_edge.measuring import exported_parts
 
+    if not exported_parts.fits(manifest, max_memory):
+        parts = exported_parts.PartedExport.open(path, adapter, max_memory)
+        facts = (artefact(path, kind), path, parts.facts.context, (*notes, parts.note))
+        return OpenedCandidate(parts, *facts, tokenizer=exported_tokenizer(path))
     session = Session.open(path, adapter, four_bit="kept")
     facts = (artefact(path, kind), path, session.decoder.context, notes)
     runner: Runner = session

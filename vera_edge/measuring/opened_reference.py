@@ -85,8 +85,9 @@ def open_trained(
     """The model as trained from an adapter folder, a base folder (with `adapter_paths`), or a branch export.
 
     trained_as: how the base was loaded in training. tokenizer: a folder whose tokenizer reads the text,
-    instead of the adapters' or the base's. max_memory: bytes, see `room.fits`. An export has its base,
-    adapter and projections in it, and takes no others. Raises a VeraEdgeError of the part that is at fault.
+    instead of the adapters' or the base's. max_memory: bytes, see `room.fits` and `exported_parts.fits`. An
+    export has its base, adapter and projections in it, and takes no others. Raises a VeraEdgeError of the
+    part that is at fault.
     """
     if (path / bundle.MANIFEST).is_file():
         given = {
@@ -100,7 +101,7 @@ def open_trained(
                 f"the reference {path} is an export, which has its own base, adapter and projections in it; "
                 f"leave --{named[0]} out, or give the adapter or base folder as the reference"
             )
-        return _trained_export(path)
+        return _trained_export(path, max_memory)
     if (path / adapters.CONFIG_NAME).is_file():
         adapter_paths = [(path, 1.0), *adapter_paths]
     elif base is not None:
@@ -173,8 +174,9 @@ def _how(source: provenance.AdapterSource) -> str:
     return f"projections: {source.how}" if source.projections is not None else source.how
 
 
-def _trained_export(path: Path) -> OpenedReference:
+def _trained_export(path: Path, max_memory: int | None) -> OpenedReference:
     from vera_edge.device.runtime.session import Session
+    from vera_edge.measuring import exported_parts
 
     manifest = bundle.read(path)
     if manifest.kind == "encoder":
@@ -184,16 +186,26 @@ def _trained_export(path: Path) -> OpenedReference:
             f"{path} isn't the model as trained: {fault}; give the adapter folder, or a branch export with "
             "fp32 weights, or with those of an NF4 or FP4 base as they are"
         )
-    session = Session.open(path, four_bit="kept")
+    runner: Runner
+    base: Runner
+    notes: tuple[str, ...] = ()
+    if exported_parts.fits(manifest, max_memory):
+        session = Session.open(path, four_bit="kept")
+        runner, base, context = session, _Swapped(session, None, session.adapter), session.decoder.context
+    else:
+        parts = exported_parts.PartedExport.open(path, max_memory=max_memory)
+        runner, base, context = parts, parts.without_adapter(), parts.facts.context
+        notes = (parts.note,)
     kind = f"branch export, {manifest.weights} weights, adapter on"
     return OpenedReference(
-        runner=session,
-        base=_Swapped(session, None, session.adapter),
+        runner=runner,
+        base=base,
         noise=None,
         artefact=artefact(path, kind),
         base_artefact=artefact(path, f"branch export, {manifest.weights} weights, adapter off"),
         folder=path,
-        context=session.decoder.context,
+        context=context,
+        notes=notes,
         digests=(manifest.adapters[manifest.default_adapter or ""]["digest"],),
         tokenizer=exported_tokenizer(path),
     )

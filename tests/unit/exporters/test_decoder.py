@@ -444,6 +444,7 @@ def test_families_in_integers_whose_products_are_joined(family: str, mode: str, 
     found = exported.error(exported.logits(result.folder, ids, result.adapters.get("default")), truth)
     lost = exported.error(exported.peft_logits(base, adapter, ids, active=False), truth)
     assert found < 0.06 and found < lost / 4  # docs/agreement.md has each one's
+    exported.assert_same_in_parts(result.folder, ids, ids[:7])
 
 
 def refused(

@@ -89,6 +89,7 @@ def test_an_export_is_what_peft_computes(
     truth = exported.peft_logits(base, adapter, ids)
     assert exported.error(exported.logits(result.folder, ids, result.adapters.get("default")), truth) < 1e-4
     assert exported.error(Session.open(result.folder).logits(ids), truth) < 1e-4
+    exported.assert_same_in_parts(result.folder, ids)
     checked = bundle.read(result.folder).checked
     assert checked is not None and checked["tokens"] >= 48
     assert all(checked["tokens"] > bound for bound in checked["bounds"].values())
@@ -211,6 +212,7 @@ def test_a_prompt_across_the_switch_may_be_fed_in_chunks(
     ids = exported.tokens(count)
     truth = exported.peft_logits(base, adapter, ids)
     assert exported.error(session.logits(ids), truth) < 1e-4
+    exported.assert_same_in_parts(result.folder, ids)
 
 
 def greedy(base: Path, adapter: Path, ids: exported.Int64, count: int) -> list[int]:

@@ -23,6 +23,7 @@ from vera_edge.reference.layers import Changed
 from vera_edge.reference.model import TorchReference, load_dense, load_light
 from vera_edge.reference.products import Mean, MeanProduct
 from vera_edge.reference.streamed import LayerStream
+from vera_edge.storage.spill import SpillFile
 
 WINDOWS = [np.random.default_rng(seed).integers(3, VOCABULARY, size) for seed, size in enumerate((12, 12, 7))]
 DECODERS = ("llama", "gemma2", "phi3", "gpt2", "gpt-neox", "opt")
@@ -122,13 +123,13 @@ def test_hidden_states_on_disk_change_nothing(tmp_path: Path, monkeypatch: pytes
     names = frozenset(linears(load_dense(checkpoint, task)))
     found = walked(load_dense(checkpoint, task).eval(), names)
     written: list[int] = []
-    own = HiddenStates._write
+    own = SpillFile.write
 
-    def write(self: HiddenStates, row: int, states: torch.Tensor) -> None:
+    def write(self: SpillFile, row: int, data: memoryview) -> None:
         written.append(row)
-        own(self, row, states)
+        own(self, row, data)
 
-    monkeypatch.setattr(HiddenStates, "_write", write)
+    monkeypatch.setattr(SpillFile, "write", write)
     again = walked(load_dense(checkpoint, task).eval(), names, room=3000)
     assert len(written) > 20
     for one, two in zip(found, again, strict=True):

@@ -192,6 +192,6 @@ def test_hidden_states_beyond_the_budget_come_back_from_disk(dtype: torch.dtype)
         for row, length in enumerate((5, 9, 30, 4, 30)):
             expected[row] = torch.randn(1, length + (turn == 2), 8, generator=draw).to(dtype)
             states[row] = expected[row]
-        assert states._places and states._held  # some of each
+        assert states._kinds and states._held  # some of each
         assert all(torch.equal(states[row], values) for row, values in expected.items())
     assert len(states) == 5

@@ -13,14 +13,14 @@ import numpy as np
 import onnxruntime
 
 from vera_edge.arrays import Array
-from vera_edge.device.runtime.graph import KINDS, Graph, Port, first_line
+from vera_edge.device.runtime.graph import KINDS, GraphPorts, Port, first_line
 from vera_edge.errors import AdapterError, MismatchError
 
 Vectors = Mapping[str, Array]
 _MARK = b"TORT"  # the flatbuffer's file identifier, at bytes 4 to 8
 
 
-def load(path: Path, graph: Graph, model_version: int | None = None) -> Vectors:
+def load(path: Path, graph: GraphPorts, model_version: int | None = None) -> Vectors:
     """The vectors in `path` by the graph's input names, in the graph's dtypes and shapes.
 
     A file brings all inputs of some kinds (VeRA's vectors, LoRA's pairs, factors, biases); the others stay

@@ -16,7 +16,7 @@ import numpy as np
 
 from vera_edge.arrays import Array, Tokens
 from vera_edge.device.runtime.adapters import Vectors
-from vera_edge.device.runtime.graph import Graph, Port, bind, first_line
+from vera_edge.device.runtime.graph import Graph, GraphPorts, Port, bind, first_line
 from vera_edge.errors import BundleError
 from vera_edge.storage.json_text import read_json
 
@@ -41,7 +41,7 @@ class RopeSwitch:
     recompute: bool
 
     @classmethod
-    def of(cls, graph: Graph) -> RopeSwitch | None:
+    def of(cls, graph: GraphPorts) -> RopeSwitch | None:
         """What the graph says; None when the length changes nothing. Raises BundleError when it's garbled."""
         if ROPE_LENGTH not in graph.options:
             return None
@@ -54,22 +54,21 @@ class RopeSwitch:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderFacts:
     """What a decoder's folder and graph say: sizes, the longest context, the tokens that end a text.
 
     rope: how the length of a sequence changes its rotary embedding; None where it doesn't.
     """
 
-    graph: Graph
     vocab_size: int
     context: int
     ends: frozenset[int]
     caches: tuple[tuple[Port, Port], ...]  # (past input, present output), keys and values of every layer
     kv_shape: tuple[int, int]  # (heads, head size)
-    rope: RopeSwitch | None = None
+    rope: RopeSwitch | None
 
-    @classmethod
-    def open(cls, folder: Path, graph: Graph) -> Decoder:
+    @staticmethod
+    def read(folder: Path, graph: GraphPorts) -> DecoderFacts:
         """Read genai_config.json and match it with the graph. Raises BundleError when they disagree."""
         path = folder / "genai_config.json"
         config = read_json(path, BundleError)
@@ -91,14 +90,14 @@ class Decoder:
         except (KeyError, TypeError, ValueError, AttributeError) as cause:
             raise BundleError(f"{path} lacks or garbles {cause}; export the bundle again") from None
         ports, rope = _cache_ports(graph, layers), RopeSwitch.of(graph)
-        decoder = cls(graph, vocab, context, end_ids, ports, (heads, size), rope)
+        facts = DecoderFacts(vocab, context, end_ids, ports, (heads, size), rope)
         held = {side for past, _ in ports for side in zip(past.shape[1::2], (heads, size), strict=True)}
         if wrong := [side for side in held if isinstance(side[0], int) and side[0] != side[1]]:
             raise BundleError(f"{graph.path} keeps {wrong[0][0]} where {path.name} says {wrong[0][1]}")
         logits = graph.outputs.get("logits")
         if logits is None or logits.shape[-1] != vocab:
             raise BundleError(f"{graph.path} has no logits over the {vocab} tokens that {path.name} promises")
-        return decoder
+        return facts
 
     @property
     def chunk(self) -> int:
@@ -111,6 +110,18 @@ class Decoder:
         return [np.zeros((rows, heads, capacity, size), past.dtype) for past, _ in self.caches]
 
 
+@dataclass(frozen=True)
+class Decoder(DecoderFacts):
+    """The same, with the graph open."""
+
+    graph: Graph
+
+    @classmethod
+    def open(cls, folder: Path, graph: Graph) -> Decoder:
+        """Raises BundleError as `read`."""
+        return cls(**vars(cls.read(folder, graph)), graph=graph)
+
+
 def _count(facts: Mapping[str, Any], key: str) -> int:
     """A whole number of 1 or more; raises ValueError that names it."""
     value = facts[key]
@@ -119,7 +130,7 @@ def _count(facts: Mapping[str, Any], key: str) -> int:
     return value
 
 
-def _cache_ports(graph: Graph, layers: int) -> tuple[tuple[Port, Port], ...]:
+def _cache_ports(graph: GraphPorts, layers: int) -> tuple[tuple[Port, Port], ...]:
     pairs = []
     for layer in range(layers):
         for part in ("key", "value"):

@@ -13,7 +13,7 @@ them; bytes between are zero. Each step is one float32 operation, so every machi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,15 @@ def names(weight: str) -> tuple[str, str]:
     return f"{weight}.int{_BITS}", f"{weight}.scales"
 
 
-def in_memory(manifest: Manifest) -> dict[str, Array]:
-    """By initializer of the graph, what the expanded files that aren't there would hold; often nothing."""
+def in_memory(manifest: Manifest, only: Collection[str] | None = None) -> dict[str, Array]:
+    """By initializer of the graph, what the expanded files that aren't there would hold; often nothing.
+
+    only: of these initializers.
+    """
     found: dict[str, Array] = {}
     for file, entry in manifest.expanded.items():
         if not manifest.path(file).is_file():
-            for weight, _, codes, scales in _weights(manifest, file, entry, manifest.folder):
+            for weight, _, codes, scales in _weights(manifest, file, entry, manifest.folder, only):
                 found |= zip(names(weight), (codes, scales), strict=True)
     return found
 
@@ -84,15 +87,21 @@ def write(manifest: Manifest, folder: Path, progress: Progress = silent) -> None
 
 
 def _weights(
-    manifest: Manifest, file: str, entry: Mapping[str, Any], folder: Path
+    manifest: Manifest,
+    file: str,
+    entry: Mapping[str, Any],
+    folder: Path,
+    only: Collection[str] | None = None,
 ) -> Iterator[tuple[str, _Place, Array, Array]]:
-    """Every weight of a file with its place, codes and scales."""
+    """Every weight of a file with its place, codes and scales; or those which `only` names one of."""
     places, block = _layout(manifest, file, entry)
     source = safe_join(folder, entry["source"])
     tensors = TensorFolder.open(source.parent, source.name.removesuffix(".safetensors"), BundleError)
     stored = {module: one for kind in _FORMATS for module, one in formats.get(kind).find(tensors, {}).items()}
     left = entry["size"]
     for weight, place in places.items():
+        if only is not None and not any(name in only for name in names(weight)):
+            continue
         parts = []
         for module, start, stop in place.rows:
             if module not in stored or stop > stored[module].out_features:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,18 @@ from vera_edge.device.runtime import projections
 from vera_edge.progress import Progress, silent
 
 
-def in_memory(manifest: Manifest) -> dict[str, npt.NDArray[Any]]:
+def in_memory(manifest: Manifest, only: Collection[str] | None = None) -> dict[str, npt.NDArray[Any]]:
     """By initializer of the graph, what the generated files that aren't there would hold; often nothing.
 
-    Raises a VeraEdgeError when the manifest doesn't say soundly how to make them.
+    only: of these initializers. Raises a VeraEdgeError when the manifest doesn't say soundly how to make
+    them.
     """
-    found = projections.in_memory(manifest)
+    drawn = projections.in_memory(manifest)
+    found = {name: array for name, array in drawn.items() if only is None or name in only}
     if manifest.expanded:
         from vera_edge.device.runtime import expansion
 
-        found |= expansion.in_memory(manifest)
+        found |= expansion.in_memory(manifest, only)
     return found
 
 

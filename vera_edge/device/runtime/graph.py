@@ -44,7 +44,35 @@ class Port:
     dtype: np.dtype[Any]
 
 
-class Graph:
+@dataclass
+class GraphPorts:
+    """What a graph's inputs and outputs say. vectors, options: inputs with a value of their own, an adapter's
+    and others. metadata: the file's own properties."""
+
+    path: Path
+    inputs: Mapping[str, Port]
+    outputs: Mapping[str, Port]
+    vectors: Mapping[str, Port]
+    options: Mapping[str, Port]
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        inputs: Mapping[str, Port],
+        outputs: Mapping[str, Port],
+        overridable: Mapping[str, Port],
+        metadata: Mapping[str, str],
+    ) -> GraphPorts:
+        """Those of a graph in `path`; overridable: the inputs that have a value of their own."""
+        # vera.A and vera.B may be overridable too; they belong to the graph, not to an adapter.
+        vectors = {name: port for name, port in overridable.items() if name.endswith(_VECTORS)}
+        options = {name: port for name, port in overridable.items() if name not in vectors}
+        return cls(path, inputs, outputs, vectors, options, metadata)
+
+
+class Graph(GraphPorts):
     """An ONNX Runtime session on the CPU, with its ports. Running it is safe from several threads at once."""
 
     def __init__(
@@ -54,16 +82,17 @@ class Graph:
         held: Mapping[str, Array] | None = None,
         exact_int8: bool = True,
         rewritten: Rewritten | None = None,
+        part: bytes | None = None,
     ) -> None:
         """Open `path`; `threads` within an operator, by default one for each of `available_cores`.
 
         held: initializers whose values aren't in the files, by name; kept as long as the graph is.
-        rewritten: what to open instead of the bytes in `path`, beside which its other weights lie.
+        rewritten: what to open instead of the bytes in `path`, beside which its other weights lie; part: the
+        same of a graph that is some of it.
         exact_int8: multiply int8 weights as uint8 where their products can overflow (int8_products.py).
         Raises BundleError when ONNX Runtime refuses the graph or its weights.
         """
-        self.path, self.rewritten = path, rewritten
-        self.threads = threads or available_cores()
+        self.rewritten, self.threads = rewritten, threads or available_cores()
         options = _options(self.threads, exact_int8)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)
@@ -77,20 +106,22 @@ class Graph:
         try:
             # Without a fallback: it would print, and try the same provider again.
             self.session = onnxruntime.InferenceSession(
-                path if rewritten is None else rewritten.model,
+                part or (path if rewritten is None else rewritten.model),
                 options,
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,
             )
         except Exception as cause:  # onnxruntime's classes share no base but Exception
             raise BundleError(f"ONNX Runtime can't open {path}: {first_line(cause)}") from None
-        self.inputs = _ports(self.session.get_inputs(), path)
-        self.outputs = _ports(self.session.get_outputs(), path)
-        # vera.A and vera.B may be overridable too; they belong to the graph, not to an adapter.
-        overridable = _ports(self.session.get_overridable_initializers(), path)
-        self.vectors = {name: port for name, port in overridable.items() if name.endswith(_VECTORS)}
-        self.options = {name: port for name, port in overridable.items() if name not in self.vectors}
-        self.metadata: Mapping[str, str] = self.session.get_modelmeta().custom_metadata_map
+        session = self.session
+        ports = GraphPorts.of(
+            path,
+            _ports(session.get_inputs(), path),
+            _ports(session.get_outputs(), path),
+            _ports(session.get_overridable_initializers(), path),
+            session.get_modelmeta().custom_metadata_map,
+        )
+        super().__init__(**vars(ports))
 
     def binding(self) -> Any:
         """A fresh IO binding of this session."""

@@ -96,7 +96,7 @@ class OnnxFile:
             if number == 1:  # GraphProto.node
                 self._add_node(value)
             elif number == 5:  # GraphProto.initializer
-                name, one = _initializer(value)
+                name, one = initializer(value)
                 self.initializers[name] = one
 
     def _add_node(self, data: Any) -> None:
@@ -111,7 +111,8 @@ class OnnxFile:
         self.nodes.append(Node(texts[4][-1], tuple(texts[1]), tuple(texts[2])))
 
 
-def _initializer(data: Any) -> tuple[str, Initializer]:
+def initializer(data: Any) -> tuple[str, Initializer]:
+    """What a TensorProto holds, and its name."""
     name, dtype, raw, external = "", 0, b"", False
     shape: list[int] = []
     values: list[int] = []

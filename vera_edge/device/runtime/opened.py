@@ -12,7 +12,7 @@ from vera_edge.bundle.manifest import GGUF
 from vera_edge.device.runtime import adapters, four_bit_graph, generated, int8_products
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.four_bit_graph import FourBit
-from vera_edge.device.runtime.graph import Graph, release
+from vera_edge.device.runtime.graph import Graph, GraphPorts, release
 from vera_edge.errors import BundleError, MismatchError
 from vera_edge.memory import free_memory
 
@@ -32,11 +32,11 @@ def named(word: str, manifest: Manifest) -> AdapterChoice:
     return Path(word) if "/" in word or "\\" in word or word.endswith(".onnx_adapter") else word
 
 
-class Opened:
-    """An open bundle. `swap` changes the adapter for what begins afterwards; the weights aren't touched."""
+class Adaptable:
+    """A bundle and its adapter. `swap` changes it for what begins afterwards; the weights aren't touched."""
 
-    def __init__(self, manifest: Manifest, graph: Graph) -> None:
-        self.manifest, self.graph = manifest, graph
+    def __init__(self, manifest: Manifest, ports: GraphPorts) -> None:
+        self.manifest, self._ports = manifest, ports
         self._active: tuple[AdapterChoice, Vectors] = (None, {})
 
     @property
@@ -78,7 +78,7 @@ class Opened:
                 f"{self.manifest.folder} has no adapter named {adapter!r}, only: {', '.join(named) or 'none'}"
             )
         path = adapter if isinstance(adapter, Path) else self.manifest.path(named[adapter]["file"])
-        return adapter, adapters.load(path, self.graph, self._model_version(path))
+        return adapter, adapters.load(path, self._ports, self._model_version(path))
 
     def _model_version(self, path: Path) -> int | None:
         """The model version that a file must carry: the manifest's, else that of the own adapters."""
@@ -89,6 +89,29 @@ class Opened:
             if own != path:
                 return adapters.version(own)
         return None
+
+
+class Opened(Adaptable):
+    """An open bundle."""
+
+    def __init__(self, manifest: Manifest, graph: Graph) -> None:
+        super().__init__(manifest, graph)
+        self.graph = graph
+
+
+def checked(folder: Path, kind: str, deep: bool = True) -> Manifest:
+    """Verify a bundle of this `kind`, without opening it; deep and what it raises: as `open_graph`."""
+    manifest = bundle.verify(folder, deep=deep)
+    if manifest.model.endswith(GGUF):
+        raise BundleError(f"{folder} is for llama.cpp; run it with: {llama_command(manifest)}")
+    if manifest.kind != kind:
+        hint = {
+            "encoder": "an encoder, which generates no text; open it as vera_edge.Encoder",
+            "decoder": "a decoder, which gives text; open it as vera_edge.Session",
+        }[manifest.kind]
+        raise BundleError(f"{folder} holds {hint}")
+    _check_runtime(manifest)
+    return manifest
 
 
 def open_graph(
@@ -105,16 +128,7 @@ def open_graph(
     damaged, foreign, of another kind, or needs a newer runtime or more memory. Warns (BundleWarning) when
     other programs would get wrong values from it on this processor.
     """
-    manifest = bundle.verify(folder, deep=deep)
-    if manifest.model.endswith(GGUF):
-        raise BundleError(f"{folder} is for llama.cpp; run it with: {llama_command(manifest)}")
-    if manifest.kind != kind:
-        hint = {
-            "encoder": "an encoder, which generates no text; open it as vera_edge.Encoder",
-            "decoder": "a decoder, which gives text; open it as vera_edge.Session",
-        }[manifest.kind]
-        raise BundleError(f"{folder} holds {hint}")
-    _check_runtime(manifest)
+    manifest = checked(folder, kind, deep)
     model = manifest.path(manifest.model)
     if four_bit is None:
         four_bit = "kept" if manifest.limits.get("max_kl", 1) < four_bit_graph.LOSS else "expanded"
@@ -134,14 +148,19 @@ def llama_command(manifest: Manifest) -> str:
     return command if file is None else f"{command} --lora {manifest.path(file)}"
 
 
+def graph_bytes(manifest: Manifest) -> int:
+    """The size of a bundle's graph, its weights included, those too that are drawn on the device."""
+    within = Path(manifest.model).parent
+    sizes = {name: entry.size for name, entry in (*manifest.files.items(), *manifest.drawn.items())}
+    return sum(size for name, size in sizes.items() if Path(name).parent == within)
+
+
 def _check_memory(manifest: Manifest, expanded: int) -> None:
     """Refuse what can't fit: libraries in C++ and Rust end the process when memory runs out.
 
     expanded: bytes that 4-bit weights take besides, as what they run as.
     """
-    within = Path(manifest.model).parent
-    sizes = {name: entry.size for name, entry in (*manifest.files.items(), *manifest.drawn.items())}
-    needed = sum(size for name, size in sizes.items() if Path(name).parent == within)
+    needed = graph_bytes(manifest)
     free = free_memory()
     if free is not None and needed <= free < needed + expanded:
         raise BundleError(
