@@ -89,12 +89,18 @@ def tiny_bundles(
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's wheel, built from the checkout as pip builds it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(ROOT)]
-    subprocess.run(command, check=True)
-    (built,) = folder.glob("vera_edge-*.whl")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What would be published, as scripts/package makes it: a source distribution, and the wheel of that."""
+    folder = tmp_path_factory.mktemp("published")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(published: Path) -> Path:
+    """The project's wheel."""
+    (built,) = published.glob("vera_edge-*.whl")
     return built
 
 

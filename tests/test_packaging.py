@@ -80,11 +80,9 @@ def test_every_dependency_is_pinned() -> None:
         assert name in pinned, f"constraints.txt doesn't pin {name}"
 
 
-def test_what_would_be_published_is_sound(tmp_path: Path) -> None:
-    """As scripts/package makes it: a source distribution, the wheel built of that, both checked."""
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,), (source,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+def test_what_would_be_published_is_sound(published: Path) -> None:
+    """The source distribution and the wheel built of it, checked as scripts/package does."""
+    (wheel,), (source,) = published.glob("*.whl"), published.glob("*.tar.gz")
     for command in (("twine", "check", "--strict", wheel, source), ("check_wheel_contents", wheel)):
         done = subprocess.run(
             [sys.executable, "-m", *map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False
