@@ -15,12 +15,13 @@ _LAYER = 4 * (2 * _WIDTH**2 + 2 * _WIDTH * _WIDTH // 4 + 3 * _WIDTH * _INNER)  #
 
 # Parts are of some MB at a time, or of any size.
 _JOB = """
-*folders, at_once = job
+way, *folders, at_once = job
 base, adapter, out, text = map(Path, folders)
 adapters = [(adapter, 1.0)]
+exec(way)
 """
 _MERGE = "merging.to_folder(base, adapters, out)\n"
-_TORCH = """
+_IMPORTS = """
 import torch, transformers, peft, onnxruntime
 torch.set_num_threads(1)
 from vera_edge import merging
@@ -37,12 +38,11 @@ rounding = Rounding(text=str(text), tokens=1024, effort="quick")
 target.export(base, adapters, out, weights="{}", rounding=rounding)
 """
 _DRIFT = "drift(adapter, out, base=base, data=text, tokens=128, window=64, max_memory=1 << 20)\n"
-# What is imported, and what is done.
 _WAYS = {
-    "merge": ("from vera_edge import merging\n", _MERGE),
-    "export int8": (_TORCH, _EXPORT.format("int8")),
-    "export int4": (_TORCH, _EXPORT.format("int4")),
-    "drift": (_TORCH, _MERGE + _DRIFT),
+    "merge": _MERGE,
+    "export int8": _EXPORT.format("int8"),
+    "export int4": _EXPORT.format("int4"),
+    "drift": _MERGE + _DRIFT,
 }
 
 
@@ -74,27 +74,31 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, Pa
     return found
 
 
-def peaks_of(way: str, jobs: list[tuple[tuple[Path, Path], int]], folder: Path) -> list[int]:
-    """Bytes that each job takes: a model, and the bytes of a part."""
+@pytest.fixture(scope="module")
+def taken(
+    models: dict[int, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[int]]:
+    """By way the bytes that few layers and many take, and many in one part; in forks of one process."""
+    folder = tmp_path_factory.mktemp("taken")
     text = folder / "text.txt"
     text.write_text(tiny.TEXT * 60)
+    jobs = [(way, layers, 1 << 23) for way in _WAYS for layers in models]
+    jobs.append(("export int8", _MANY, 1 << 40))
     told = [
-        [*map(str, (*model, folder / f"out{number}", text)), at_once]
-        for number, (model, at_once) in enumerate(jobs)
+        [_WAYS[way], *map(str, (*models[layers], folder / f"out{number}", text)), at_once]
+        for number, (way, layers, at_once) in enumerate(jobs)
     ]
-    imports, work = _WAYS[way]
-    return peaks(imports, _JOB + work, told)
+    found: dict[str, list[int]] = {way: [] for way in _WAYS}
+    for (way, _, _), size in zip(jobs, peaks(_IMPORTS, _JOB, told), strict=True):
+        found[way].append(size)
+    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
 @pytest.mark.parametrize("way", _WAYS)
-def test_it_does_not_grow_with_the_layers(
-    models: dict[int, tuple[Path, Path]], tmp_path: Path, way: str
-) -> None:
-    jobs = [(models[_FEW], 1 << 23), (models[_MANY], 1 << 23)]
-    if way == "export int8":  # what holds all layers would fail
-        jobs.append((models[_MANY], 1 << 40))
-    few, many, *whole = peaks_of(way, jobs, tmp_path)
+def test_it_does_not_grow_with_the_layers(taken: dict[str, list[int]], way: str) -> None:
+    few, many, *whole = taken[way]
     more = (_MANY - _FEW) * _LAYER
     assert (many - few) / more < 0.4
+    assert len(whole) == (way == "export int8")  # what holds all layers would fail
     assert all((one - few) / more > 0.75 for one in whole)
