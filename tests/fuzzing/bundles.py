@@ -22,6 +22,8 @@ from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.decoding import Decoder, Steps
 from vera_edge.device.runtime.encoder import Encoder
 from vera_edge.exporting.adapter_fit import module_shapes
+from vera_edge.measuring.graph_file import GraphFile
+from vera_edge.measuring.graph_parts import cut
 from vera_edge.storage.files import sha256_bytes
 from vera_edge.storage.json_text import canonical_json
 
@@ -164,6 +166,22 @@ def _genai_config() -> Target:
     return Target("genai-config", Form.JSON, lambda: [Seed(json.dumps(value).encode())], read, prepare)
 
 
+def _graph_in_parts() -> Target:
+    """A decoder's graph as drift cuts it; ONNX Runtime itself isn't asked."""
+    caches = [(f"past_key_values.0.{part}", f"present.0.{part}") for part in ("key", "value")]
+
+    def seeds() -> list[Seed]:
+        graphs.write_decoder(graphs.scratch() / "cut/model.onnx")
+        return [Seed((graphs.scratch() / "cut/model.onnx").read_bytes())]
+
+    def read(seed: Seed, folder: Path) -> object:
+        (folder / "model.onnx").write_bytes(seed.data)
+        graph = GraphFile.read(folder / "model.onnx")
+        return graph.ports(), cut(graph, caches, 1)
+
+    return Target("graph-in-parts", Form.BINARY, seeds, read)
+
+
 def _encoder(gives: str, value: dict[str, Any]) -> Target:
     """config.json beside an encoder's graph."""
 
@@ -242,6 +260,7 @@ TARGETS: tuple[Target, ...] = (
     _golden(),
     _golden_encoder(),
     _genai_config(),
+    _graph_in_parts(),
     _encoder("logits", _CLASSES),
     _encoder("last_hidden_state", _STATES),
     _pooling("pooling-modules", pooling.MODULES),

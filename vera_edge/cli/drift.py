@@ -79,7 +79,9 @@ def _interval(estimate: Interval) -> str:
 )
 @click.option("--junit", "junit_file", type=show.FOLDER, help="Write the limits as JUnit XML to this file.")
 @click.option("--plots", type=show.FOLDER, help="Write PNG plots to this folder (extra: report).")
-@click.option("--max-memory", metavar="SIZE", help="Run models and exports of over half of it, like 6GB, by layer.")
+@click.option(
+    "--max-memory", metavar="SIZE", help="Run models and exports of over half of it, like 6GB, by layer."
+)
 @click.option("--engine", default="local", show_default=True, help="local, or ray: a task an artefact.")
 @click.option("--ray-address", metavar="ADDRESS", help="Of the Ray cluster; without one, this machine's.")
 @show.json_option

@@ -69,9 +69,9 @@ class FileValue:
         return self.kind in _FLOATS
 
     @property
-    def bytes_of_one(self) -> float:
+    def bytes_of_one(self) -> int:
         """Bytes of it where all axes that aren't fixed are 1."""
-        return math.prod(size for size in self.shape if isinstance(size, int)) * _BITS.get(self.kind, 8) / 8
+        return math.prod(size for size in self.shape if isinstance(size, int)) * _BITS.get(self.kind, 8) // 8
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class GraphFile:
                 raise ValueError("it holds no graph")
             nodes, weights, values, inputs, outputs = _parts(graph)
             return cls(path, bytes(rest), nodes, weights, values, inputs, outputs, metadata)
-        except (ValueError, IndexError, TypeError, KeyError) as cause:
+        except (ValueError, IndexError, TypeError, KeyError, RecursionError) as cause:
             raise BundleError(f"{path} isn't an ONNX graph ({cause}); export the bundle again") from None
 
     def ports(self) -> GraphPorts:
@@ -118,7 +118,9 @@ class GraphFile:
     def _port(self, name: str) -> Port:
         value = self.values[name]
         if value.kind not in _FED:
-            raise BundleError(f"{name} of {self.path} is of type {value.kind}, which vera-edge doesn't feed")
+            raise BundleError(
+                f"{name!r} of {self.path} is of type {value.kind}, which vera-edge doesn't feed"
+            )
         return Port(name, value.shape, np.dtype(_FED[value.kind]))
 
 
@@ -175,6 +177,16 @@ def _value(data: Any) -> tuple[str, FileValue]:
             kind = tensor.get(1, 0)
             for part, axis in fields(tensor.get(2, b"")):
                 if part == 1:  # TensorShapeProto.dim
-                    size = dict(fields(axis))
-                    shape.append(size[1] if 1 in size else text(size[2]) if 2 in size else None)
+                    shape.append(_size(dict(fields(axis))))
+    if not isinstance(kind, int):
+        raise TypeError("a type that is no number")
     return name, FileValue(data, kind, tuple(shape))
+
+
+def _size(axis: Mapping[int, Any]) -> int | str | None:
+    """An axis of a shape: its size, or its name, or neither."""
+    if 1 not in axis:  # TensorShapeProto.Dimension.dim_value
+        return text(axis[2]) if 2 in axis else None
+    if not isinstance(axis[1], int):
+        raise TypeError("a size that is no number")
+    return axis[1]

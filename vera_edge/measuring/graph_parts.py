@@ -58,10 +58,13 @@ class _Cutting:
         self._texts: list[int] = []  # nodes that depend on the text
         self._made: dict[str, int] = {}  # in which of `_texts` a value is made
         self._others: dict[str, int] = {}  # values that don't depend on it: the node that makes each
+        self._beside: list[frozenset[int]] = []  # by node, those that don't and that it needs
         for index, node in enumerate(graph.nodes):
             if unknown := next((name for name in node.reads if name not in known), None):
-                raise BundleError(f"{graph.path} reads {unknown} before it's made; export the bundle again")
+                raise BundleError(f"{graph.path} reads {unknown!r} before it's made; export the bundle again")
             known.update(node.gives)
+            direct = {self._others[name] for name in node.reads if name in self._others}
+            self._beside.append(frozenset(direct).union(*(self._beside[other] for other in direct)))
             if any(name in self._made or self._is_fed(name) for name in node.reads):
                 self._made |= dict.fromkeys(node.gives, len(self._texts))
                 self._texts.append(index)
@@ -69,9 +72,8 @@ class _Cutting:
                 self._others |= dict.fromkeys(node.gives, index)
         self._last = {name: place for place, index in enumerate(self._texts) for name in self._reads(index)}
         self._last |= {name: len(self._texts) for name in graph.outputs if name not in self._presents}
-        self._beside: dict[int, frozenset[int]] = {}
         if shared := self._presents & self._last.keys():
-            raise BundleError(f"{graph.path} reads {min(shared)}, a cache that it gives; it can't be cut")
+            raise BundleError(f"{graph.path} reads {min(shared)!r}, a cache that it gives; it can't be cut")
 
     def bounds(self) -> list[int]:
         """Where parts may begin and end, as places in `_texts`."""
@@ -115,10 +117,10 @@ class _Cutting:
         data = graph.rest + message.field(GRAPH, body)
         return GraphPart(data, frozenset(weights), size, frozenset(reads), tuple(gives))
 
-    def _handed_on(self) -> tuple[list[float], list[int]]:
+    def _handed_on(self) -> tuple[list[int], list[int]]:
         """Before each place, and at the end: bytes of a token's values that are made and needed still; and
         how many of them are floats."""
-        costs, floats = [0.0] * (len(self._texts) + 2), [0] * (len(self._texts) + 2)
+        costs, floats = [0] * (len(self._texts) + 2), [0] * (len(self._texts) + 2)
         for name, place in self._made.items():
             last, value = self._last.get(name, place), self._graph.values.get(name)
             if last > place and value is not None:
@@ -137,14 +139,7 @@ class _Cutting:
     def _nodes(self, start: int, stop: int) -> list[int]:
         """The nodes of these places and what they need besides, in the graph's order."""
         own = self._texts[start:stop]
-        return sorted({*own, *(other for index in own for other in self._needed(index))})
-
-    def _needed(self, index: int) -> frozenset[int]:
-        """The nodes that don't depend on the text and that this one needs."""
-        if index not in self._beside:
-            direct = {self._others[name] for name in self._reads(index) if name in self._others}
-            self._beside[index] = frozenset(direct).union(*map(self._needed, direct))
-        return self._beside[index]
+        return sorted({*own, *(other for index in own for other in self._beside[index])})
 
     def _weights(self, nodes: Iterable[int]) -> set[str]:
         return {name for index in nodes for name in self._reads(index) if name in self._graph.weights}
@@ -156,6 +151,6 @@ def _values(graph: GraphFile, field: int, names: Iterable[str]) -> bytes:
     made = bytearray()
     for name in names:
         if name not in values:
-            raise BundleError(f"{graph.path} doesn't say of what type {name} is; export the bundle again")
+            raise BundleError(f"{graph.path} doesn't say of what type {name!r} is; export the bundle again")
         made += message.field(field, bytes(graph.values[name].data))
     return bytes(made)

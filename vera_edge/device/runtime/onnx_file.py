@@ -193,6 +193,8 @@ def _numbers(value: Any) -> list[int]:
 
 def text(value: Any) -> str:
     """The string that a field holds."""
+    if isinstance(value, int):  # of which `bytes` would make as many zeros
+        raise TypeError("a number where a string should be")
     return bytes(value).decode("utf-8", "replace")
 
 
