@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +82,13 @@ def _drift(result: Validation) -> Table:
     for row in result.drift:
         kls = (f"{value:.3g}" for value in (row.kl, row.kl_p99, row.prompt_kl, row.step_kl))
         shares = f"{row.same_top1:.4f}", f"{row.greedy:.3f}"
-        table.add_row(row.adapter or "(base)", str(row.positions), *kls, *shares)
+        table.add_row(row.adapter or _alone(result.drift), str(row.positions), *kls, *shares)
     return table
+
+
+def _alone(rows: Sequence[object]) -> str:
+    """What runs without a named adapter: the base beside adapters, else the model with its own merged."""
+    return "(base)" if len(rows) > 1 else "(model)"
 
 
 def _encoder_drift(result: Validation) -> Table:
@@ -90,5 +96,6 @@ def _encoder_drift(result: Validation) -> Table:
     shown = {name: title for name, title in _FIGURES.items() if getattr(rows[0], name) is not None}
     table = Table("adapter", "texts", *shown.values())
     for row in rows:
-        table.add_row(row.adapter or "(base)", str(row.texts), *(f"{getattr(row, n):.4g}" for n in shown))
+        named = row.adapter or _alone(rows)
+        table.add_row(named, str(row.texts), *(f"{getattr(row, n):.4g}" for n in shown))
     return table
