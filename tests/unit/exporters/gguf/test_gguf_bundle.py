@@ -44,8 +44,8 @@ head = "q8_0"
 [limits]
 data = "t.txt"
 max_kl = 0.05
-tokens = 256
-window = 64
+tokens = 512
+window = 32
 [sign]
 key = "p.key"
 public_key = "p.pem"
@@ -150,7 +150,9 @@ def test_the_wrong_adapter_in_a_gguf_bundle_is_caught(branch: Path, tmp_path: Pa
 def test_a_release_is_measured_signed_and_shares_its_base(inputs: Path) -> None:
     pytest.importorskip("llama_cpp")
     made = release(inputs / "r.toml", inputs / "out", store=inputs / "store")
-    assert [result.state for result in made.results] == ["built", "built"], made.results
+    assert [result.state for result in made.results] == ["built", "built"], [
+        result.message for result in made.results
+    ]
     folders = [inputs / "out" / name / "gguf-branch-q8_0" for name in "ab"]
     for folder in folders:
         manifest = vera_edge.verify(folder, trusted_keys=inputs / "p.pem", require_signature=True)
