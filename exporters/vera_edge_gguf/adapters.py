@@ -46,7 +46,7 @@ def check(request: ExportRequest) -> None:
     names(request)
     for adapter, _ in request.model.adapters:
         _check_adds(adapter)
-        if more := trained_whole(request, adapter):
+        if more := trained_whole(request.model.checkpoint, adapter):
             raise _not_carried(adapter, more[0])
 
 
@@ -88,7 +88,7 @@ def pack(model: TrainedModel, out: Path, stored: str, name: str) -> None:
     """
     ((adapter, weight),) = model.adapters
     _check_adds(adapter)
-    if more := [*sorted(adapter.biases), *sorted(adapter.modules_to_save)]:
+    if more := trained_whole(model.checkpoint, adapter):
         raise _not_carried(adapter, more[0])
     family = family_of(tasks.architecture(model.checkpoint.config))
     weights = (f"{module}.weight" for module in adapter.vectors)

@@ -1,4 +1,4 @@
-"""Running a bundle on the device: numpy, onnxruntime, tokenizers, jinja2, llama_cpp; never torch, transformers, onnx.
+"""Running a bundle: numpy, onnxruntime, tokenizers, jinja2, llama_cpp; never torch, transformers, onnx.
 
 graph     an ONNX graph opened in ONNX Runtime, and what its inputs say
 projections  drawn from the seed where a bundle ships no more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vera_edge.adapters.adapter import Adapter
+from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle.contents import NO_ADAPTER
 from vera_edge.errors import PlanError
 from vera_edge.exporting.exporter import ExportRequest
@@ -35,18 +36,20 @@ def names(request: ExportRequest) -> list[str]:
     return found
 
 
-def trained_whole(request: ExportRequest, adapter: Adapter) -> list[str]:
+def trained_whole(checkpoint: Checkpoint, adapter: Adapter) -> list[str]:
     """Biases and tensors that an adapter trained beside its vectors, which no file of vectors carries.
 
     PEFT saves the weight of an output head beside them; a copy of the base's changes nothing.
     """
-    trained = {name for name, saved in adapter.modules_to_save.items() if not _is_base(request, name, saved)}
+    trained = {
+        name for name, saved in adapter.modules_to_save.items() if not _is_base(checkpoint, name, saved)
+    }
     return sorted([*adapter.biases, *trained])
 
 
-def _is_base(request: ExportRequest, name: str, saved: RawTensor) -> bool:
+def _is_base(checkpoint: Checkpoint, name: str, saved: RawTensor) -> bool:
     """Whether a tensor that was saved whole is a copy of the base's."""
-    tensors = request.model.checkpoint.tensors
+    tensors = checkpoint.tensors
     if name not in tensors or tensors[name].dtype not in FLOATS or saved.dtype not in FLOATS:
         return False
     return np.array_equal(tensors.float32(name), saved.float32())

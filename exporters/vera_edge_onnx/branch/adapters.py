@@ -55,7 +55,7 @@ def check(request: ExportRequest) -> None:
                 "--mode merged"
             )
         carried = kinds_of(adapter).get(BIASES, frozenset())
-        if more := [name for name in trained_whole(request, adapter) if name not in carried]:
+        if more := [name for name in trained_whole(request.model.checkpoint, adapter) if name not in carried]:
             raise TargetError(
                 f"{adapter.path} also trained {more[0]}, which a side-branch doesn't carry; use --mode merged"
             )
