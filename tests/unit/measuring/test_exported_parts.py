@@ -50,8 +50,8 @@ def test_what_is_handed_on_may_lie_on_the_disk(branch: Path, monkeypatch: pytest
     truth, written = parts.logits(window), list[int]()
     own = KeptArrays.__setitem__
 
-    def put(self: KeptArrays, key: object, array: np.ndarray) -> None:  # type: ignore[type-arg]
-        own(self, key, array)  # type: ignore[arg-type]
+    def put(self: KeptArrays, key: object, array: np.ndarray) -> None:
+        own(self, key, array)
         written.append(len(self._file))
 
     monkeypatch.setattr(KeptArrays, "__setitem__", put)

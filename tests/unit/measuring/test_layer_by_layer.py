@@ -76,11 +76,11 @@ def test_against_an_export_that_is_run_in_parts(
     del whole["generations"]
     assert light == whole
     # As the reference too, which then gives the base in the same passes.
-    words = (out, out, *QUICK)
-    whole, _ = measured(cli, *words)
-    light, told = measured(cli, *words, "--max-memory", "300KB")
+    alone = (out, out, *QUICK)
+    whole, _ = measured(cli, *alone)
+    light, told = measured(cli, *alone, "--max-memory", "300KB")
     assert len(told) == 2 and light == whole and whole["effect"]["kl"]["mean"]["value"] > 0.01
-    refused = cli("drift", *words, "--max-memory", "1KB")
+    refused = cli("drift", *alone, "--max-memory", "1KB")
     assert refused.exit_code == 2 and "takes 0.2 MB" in refused.stderr and "may take 0.0 MB" in refused.stderr
 
 
