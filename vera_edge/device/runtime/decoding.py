@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge.arrays import Array, Tokens
+from vera_edge.device.runtime import pages
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.graph import Graph, GraphPorts, Port, bind, first_line
 from vera_edge.errors import BundleError
@@ -107,7 +108,7 @@ class DecoderFacts:
     def cache(self, capacity: int, rows: int = 1) -> list[Array]:
         """Empty caches for `rows` sequences of `capacity` tokens at most: (rows, heads, capacity, size)."""
         heads, size = self.kv_shape
-        return [np.zeros((rows, heads, capacity, size), past.dtype) for past, _ in self.caches]
+        return [pages.zeros((rows, heads, capacity, size), past.dtype) for past, _ in self.caches]
 
 
 @dataclass(frozen=True)
