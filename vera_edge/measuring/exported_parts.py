@@ -24,7 +24,7 @@ from vera_edge.device.runtime.graph import Graph, GraphPorts, bind, first_line
 from vera_edge.device.runtime.opened import Adaptable, checked, graph_bytes
 from vera_edge.errors import BundleError
 from vera_edge.measuring.graph_file import GraphFile
-from vera_edge.measuring.graph_parts import GraphPart, cut
+from vera_edge.measuring.graph_parts import ExportedPart, cut
 from vera_edge.memory import free_memory
 from vera_edge.progress import Progress, silent
 from vera_edge.storage.spill import ROOM, KeptArrays, Room
@@ -59,7 +59,7 @@ class PartedExport:
     manifest: Manifest
     ports: GraphPorts
     facts: DecoderFacts
-    parts: tuple[GraphPart, ...]
+    parts: tuple[ExportedPart, ...]
     exact_int8: bool
     room: int
     vectors: Vectors = field(default_factory=dict)
@@ -157,13 +157,13 @@ class PartedExport:
             [int(token) for token in text[len(prompt) :]] for text, prompt in zip(texts, prompts, strict=True)
         ]
 
-    def opened(self, part: GraphPart) -> Graph:
+    def opened(self, part: ExportedPart) -> Graph:
         """A part in ONNX Runtime."""
         held = generated.in_memory(self.manifest, part.weights)
         return Graph(self.ports.path, held=held, exact_int8=self.exact_int8, part=part.data)
 
 
-def _check_memory(folder: Path, parts: Sequence[GraphPart], limit: int | None) -> None:
+def _check_memory(folder: Path, parts: Sequence[ExportedPart], limit: int | None) -> None:
     needed = COPIES * max(part.size for part in parts)
     if limit is not None and needed > limit:
         raise BundleError(
@@ -198,7 +198,7 @@ class _Run:
             found[ROPE_LENGTH] = np.array([len(self.tokens)])
         return found
 
-    def through(self, graph: Graph, part: GraphPart, kept: KeptArrays, key: Any) -> Iterator[list[Array]]:
+    def through(self, graph: Graph, part: ExportedPart, kept: KeptArrays, key: Any) -> Iterator[list[Array]]:
         """What a part gives for each piece. kept: what it reads, by `key`, piece and name."""
         facts = self.export.facts
         own = replace(facts, caches=tuple(pair for pair in facts.caches if pair[0].name in graph.inputs))

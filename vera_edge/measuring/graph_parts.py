@@ -18,7 +18,7 @@ from vera_edge.measuring.graph_file import GRAPH, INITIALIZER, INPUT, NAME, NODE
 
 
 @dataclass(frozen=True)
-class GraphPart:
+class ExportedPart:
     """Some nodes as a model of their own. reads: values of earlier parts; gives: to later ones, or outputs.
 
     weights: the names of its initializers, `size` bytes of them. data: a ModelProto, whose files lie beside
@@ -32,7 +32,7 @@ class GraphPart:
     gives: tuple[str, ...]
 
 
-def cut(graph: GraphFile, caches: Sequence[tuple[str, str]], most: int) -> list[GraphPart]:
+def cut(graph: GraphFile, caches: Sequence[tuple[str, str]], most: int) -> list[ExportedPart]:
     """The parts of a graph, with at most `most` bytes of weights where a layer, or the head, has no more.
 
     caches: by layer, the names of inputs and outputs that hold what it has read. Raises BundleError for a
@@ -96,7 +96,7 @@ class _Cutting:
         """Bytes of the weights of these places."""
         return sum(self._graph.weights[name].size for name in self._weights(self._nodes(start, stop)))
 
-    def part(self, start: int, stop: int) -> GraphPart:
+    def part(self, start: int, stop: int) -> ExportedPart:
         """These places as a part."""
         graph, nodes = self._graph, self._nodes(start, stop)
         made = dict.fromkeys(name for index in nodes for name in graph.nodes[index].gives)
@@ -115,7 +115,7 @@ class _Cutting:
             body += message.field(INITIALIZER, bytes(graph.weights[name].data))
         size = sum(graph.weights[name].size for name in weights)
         data = graph.rest + message.field(GRAPH, body)
-        return GraphPart(data, frozenset(weights), size, frozenset(reads), tuple(gives))
+        return ExportedPart(data, frozenset(weights), size, frozenset(reads), tuple(gives))
 
     def _handed_on(self) -> tuple[list[int], list[int]]:
         """Before each place, and at the end: bytes of a token's values that are made and needed still; and
