@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge.adapters import reading as adapters
+from vera_edge.adapters.adapter import Adapter
 from vera_edge.arrays import Float32
 from vera_edge.bundle import chunks
 from vera_edge.bundle import contents as bundle
@@ -111,12 +112,13 @@ def compare_adapters(old_folder: Path, new_folder: Path) -> Difference:
         sorted(new.vectors.keys() - old.vectors.keys()),
     )
     facts["other tensors"] = (
-        sorted([*old.biases, *old.modules_to_save]),
-        sorted([*new.biases, *new.modules_to_save]),
+        sorted([*old.biases, *old.modules_to_save, *old.embeddings]),
+        sorted([*new.biases, *new.modules_to_save, *new.embeddings]),
     )
     layers = {}
-    for module in sorted(old.vectors.keys() & new.vectors.keys()):
-        before, after = old.vectors[module].arrays, new.vectors[module].arrays
+    one, other = _trained(old), _trained(new)
+    for module in sorted(one.keys() & other.keys()):
+        before, after = one[module], other[module]
         share = max(
             _share(before[name], after[name]) if name in before and name in after else 1.0
             for name in before.keys() | after.keys()
@@ -124,6 +126,12 @@ def compare_adapters(old_folder: Path, new_folder: Path) -> Difference:
         if share > 0:
             layers[module] = share
     return Difference({name: pair for name, pair in facts.items() if pair[0] != pair[1]}, {}, layers)
+
+
+def _trained(adapter: Adapter) -> dict[str, Mapping[str, Float32]]:
+    """What was trained, by module: linears, and tables of embeddings."""
+    found = {module: change.arrays for module, change in adapter.vectors.items()}
+    return found | {module: change.arrays for module, change in adapter.embeddings.items()}
 
 
 def _share(old: Float32, new: Float32) -> float:

@@ -18,6 +18,7 @@ from vera_edge import merging
 from vera_edge.adapters.reading import read
 from vera_edge.errors import AdapterError, MismatchError
 from vera_edge.measuring.opened_reference import open_trained
+from vera_edge.releasing.difference import compare_adapters
 from vera_edge.trained.inspection import inspect_folder
 
 TABLE = ["q_proj", "embed_tokens"]
@@ -157,3 +158,14 @@ def test_refuses_a_table_that_isnt_the_bases(bases: dict[str, Path], tmp_path: P
         with pytest.raises(MismatchError, match=message):
             merging.to_folder(bases[base], [(folder, 1.0)], tmp_path / "out", "fp32")
         assert not (tmp_path / "out").exists()
+
+
+def test_two_adapters_differ_in_what_they_made_of_embeddings(bases: dict[str, Path], tmp_path: Path) -> None:
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for folder in (one, two):
+        lora(bases["own"], folder, trainable_token_indices=[1, 2])
+    state = load_file(two / "adapter_model.safetensors")
+    rows = next(name for name in state if name.endswith("trainable_tokens_delta"))
+    assert not compare_adapters(one, two).layers
+    save_file(state | {rows: 2 * state[rows]}, two / "adapter_model.safetensors")
+    assert compare_adapters(one, two).layers == {"model.embed_tokens": pytest.approx(1)}
