@@ -31,20 +31,22 @@ def chat(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     seed: int | None = None,
+    speculate: int = 0,
     stop: str | Sequence[str] = (),
     template_args: Mapping[str, Any] | None = None,
     threads: int | None = None,
     fast: bool = False,
     four_bit: FourBit | None = None,
+    prompt_cache: int | str = "64MB",
     tell: Tell = unheard,
 ) -> Conversation:
     """Open a bundle for a conversation, which keeps what was said.
 
     Args:
-        bundle, adapter, threads, fast, four_bit, tell: as in `open_bundle`.
+        bundle, adapter, threads, fast, four_bit, prompt_cache, tell: as in `open_bundle`.
         system: a message before all others, which says how to answer.
-        max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, template_args: how
-            answers are generated; as in `Session.generate`.
+        max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, speculate, stop,
+            template_args: how answers are generated; as in `Session.generate`.
 
     Returns:
         A Conversation: `say` and `take` give an answer in pieces, `messages` is what was said.
@@ -59,7 +61,15 @@ def chat(
         >>> [message["role"] for message in talk.messages]
         ['user', 'assistant']
     """
-    model = open_bundle(bundle, adapter=adapter, threads=threads, fast=fast, four_bit=four_bit, tell=tell)
+    model = open_bundle(
+        bundle,
+        adapter=adapter,
+        threads=threads,
+        fast=fast,
+        four_bit=four_bit,
+        prompt_cache=prompt_cache,
+        tell=tell,
+    )
     if isinstance(model, Encoder):
         raise BundleError(f"{bundle} holds an encoder, which generates no text; `vera-edge run` asks it")
     return Conversation(
@@ -72,6 +82,7 @@ def chat(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
+        speculate=speculate,
         stop=stop,
         template_args=template_args,
     )

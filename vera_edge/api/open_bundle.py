@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vera_edge.api.arguments import StrPath
+from vera_edge.api.arguments import StrPath, size_or_none
 from vera_edge.bundle import contents
 from vera_edge.progress import Tell, unheard
 
@@ -24,6 +24,7 @@ def open_bundle(
     threads: int | None = None,
     fast: bool = False,
     four_bit: FourBit | None = None,
+    prompt_cache: int | str = 0,
     tell: Tell = unheard,
 ) -> Session | Encoder:
     """Verify a bundle and open it: a Session for a model that gives text, an Encoder for another.
@@ -37,6 +38,8 @@ def open_bundle(
         four_bit: how NF4 and FP4 weights run: "expanded" to int8 blocks in memory, "int8", the same with
             activations rounded to int8, or "kept" as they are, exactly and slowly; None: kept where the
             bundle's own limit on the mean KL is under 0.005, else expanded.
+        prompt_cache: bytes, or words like "64MB", in which prompts are kept: what later ones begin with alike
+            is computed once. Not for encoders.
         tell: given a sentence: what the expanding took.
 
     Returns:
@@ -66,7 +69,10 @@ def open_bundle(
     else:
         from vera_edge.device.runtime.session import Session
 
-        opened = Session.open(folder, chosen, threads=threads, deep=not fast, four_bit=four_bit)
+        size = size_or_none(prompt_cache) or 0
+        opened = Session.open(
+            folder, chosen, threads=threads, deep=not fast, four_bit=four_bit, prompt_cache=size
+        )
     if opened.graph.rewritten is not None:
         tell(opened.graph.rewritten.told)
     return opened

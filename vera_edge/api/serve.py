@@ -35,6 +35,7 @@ def serve(
     threads: int | None = None,
     fast: bool = False,
     four_bit: FourBit | None = None,
+    prompt_cache: int | str = "64MB",
     trusted_keys: StrPath | None = None,
     trusted_identity: tuple[str, str] | None = None,
     require_signature: bool = False,
@@ -58,6 +59,8 @@ def serve(
         threads: threads per operator; None: all cores.
         fast: don't read files over 64 MiB before they run.
         four_bit: how NF4 and FP4 weights run; as in `open_bundle`.
+        prompt_cache: bytes, or words like "64MB", in which prompts are kept: what later ones begin with alike
+            is computed once; 0 keeps none.
         trusted_keys, trusted_identity, require_signature, allow_unsigned: as in `verify`, of the bundle and
             of adapters that are added.
         tell: given sentences: who signed the bundle, and where it is served.
@@ -91,7 +94,9 @@ def serve(
     )
     with server.listen(host, port, settings.api_key) as listening:
         check_signature(Path(bundle), trust, tell)
-        opened = open_bundle(bundle, threads=threads, fast=fast, four_bit=four_bit, tell=tell)
+        opened = open_bundle(
+            bundle, threads=threads, fast=fast, four_bit=four_bit, prompt_cache=prompt_cache, tell=tell
+        )
         server.run(opened, name or server.model_name(Path(bundle)), listening, settings, tell)
 
 

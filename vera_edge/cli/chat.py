@@ -30,6 +30,13 @@ _PROMPT = "> "
 @takes_generation(max_tokens=1024)
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
 @click.option("--fast", is_flag=True, help="Don't read files over 64 MiB before they run.")
+@click.option(
+    "--prompt-cache",
+    default="64MB",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for prompts: what later ones begin with alike is computed once.",
+)
 @four_bit_option
 def chat(bundle: Path, **options: Any) -> None:
     """Talk with the model in BUNDLE, without torch; /help lists what can be changed on the way.

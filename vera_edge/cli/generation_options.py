@@ -34,6 +34,13 @@ def takes_generation(max_tokens: int) -> Callable[[Callable[..., None]], Callabl
         ),
         click.option("--repetition-penalty", default=1.0, show_default=True, help="Above 1: repeat less."),
         click.option("--seed", type=int, help="The same seed draws the same text."),
+        click.option(
+            "--speculate",
+            type=click.IntRange(0, 16),
+            default=0,
+            metavar="N",
+            help="Look ahead for N tokens where the text repeats itself: faster, and the same text.",
+        ),
         click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text. Can be repeated."),
         click.option("--system", metavar="TEXT", help="A system message before the prompt."),
         click.option(

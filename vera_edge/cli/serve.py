@@ -46,6 +46,13 @@ from vera_edge.cli.trust import takes_trust
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
 @click.option("--fast", is_flag=True, help="Don't read files over 64 MiB before they run.")
+@click.option(
+    "--prompt-cache",
+    default="64MB",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for prompts: what later ones begin with alike is computed once.",
+)
 @four_bit_option
 @takes_trust
 def serve(bundle: Path, **options: Any) -> None:

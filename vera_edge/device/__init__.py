@@ -10,6 +10,8 @@ template  chat templates as transformers renders them (template_language: its na
           filters; metering, meter: its bounds)
 stopping  stop strings, special tokens in them included
 generate  streaming generation
+prompt_cache  what prompts begin with alike, computed once
+lookahead  several tokens in one step where a text repeats itself (ngrams, token_graph, row_products)
 opened    a verified bundle with its graph and active adapter
 session   a decoder behind one class: `Session.open(folder)`
 encoder   an encoder behind another: `Encoder.open(folder)`; pooling: hidden states to an embedding

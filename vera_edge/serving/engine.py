@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 from vera_edge.device.runtime.decoding import Decoder
+from vera_edge.device.runtime.prompt_cache import PromptCache
 from vera_edge.device.runtime.rows import bytes_per_token, takes_rows
 from vera_edge.errors import BundleError, PlanError, VeraEdgeError
 from vera_edge.memory import free_memory
@@ -27,9 +28,13 @@ _SHARE = 0.9  # of the free memory that the caches may take
 class BatchEngine:
     """Generates the texts of jobs, at most `settings.rows` at once. context: tokens that a text may have."""
 
-    def __init__(self, decoder: Decoder, settings: Settings) -> None:
-        """Raises PlanError when so many rows of such a length can't fit into memory."""
+    def __init__(self, decoder: Decoder, settings: Settings, earlier: PromptCache | None = None) -> None:
+        """earlier: what prompts began with before; None computes all of each.
+
+        Raises PlanError when so many rows of such a length can't fit into memory.
+        """
         self._decoder, self._settings = decoder, settings
+        self._earlier = earlier or PromptCache(0)
         self.context = min(decoder.context, settings.context or LONGEST)
         self._check_memory()
         self._waiting: deque[Job] = deque()
@@ -84,7 +89,7 @@ class BatchEngine:
     def _begin(self, job: Job) -> None:
         rope = self._decoder.rope
         alone = rope is not None and job.capacity > rope.length
-        self._prompts.append(Prompt(self._decoder, job, alone))
+        self._prompts.append(Prompt(self._decoder, job, alone, self._earlier))
 
     def _feed_prompt(self) -> None:
         """Feed one chunk of the prompt that came first."""
@@ -134,7 +139,7 @@ class BatchEngine:
         return False
 
     def _check_memory(self) -> None:
-        needed = self._settings.rows * self.context * bytes_per_token(self._decoder)
+        needed = self._settings.rows * self.context * bytes_per_token(self._decoder) + self._earlier.limit
         free = free_memory()
         if free is not None and needed > free * _SHARE:
             raise PlanError(

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from vera_edge.device.runtime.decoding import Decoder, Steps
+from vera_edge.device.runtime.prompt_cache import PromptCache
 from vera_edge.device.runtime.rows import Rows
 from vera_edge.serving.job import Job
 
@@ -15,19 +16,25 @@ from vera_edge.serving.job import Job
 class Prompt:
     """A job whose prompt is being fed, a chunk at a time, into a cache of its own."""
 
-    def __init__(self, decoder: Decoder, job: Job, alone: bool) -> None:
-        """alone: make the cache long enough for the whole text, which will stay in it."""
+    def __init__(self, decoder: Decoder, job: Job, alone: bool, earlier: PromptCache) -> None:
+        """alone: make the cache long enough for the whole text, which will stay in it. earlier: see there."""
         self.job, self.alone = job, alone
         self.cache = decoder.cache(job.capacity if alone else len(job.prompt))
         self.steps = Steps(decoder, self.cache, job.vectors, whole=len(job.prompt))
-        self._chunks: Iterator[tuple[int, npt.NDArray[Any]]] = self.steps.chunks(job.prompt)
-        self._left = -(-len(job.prompt) // decoder.chunk)
+        self._earlier = earlier
+        self._found = earlier.restore(self.steps, job.prompt)
+        coming = job.prompt[self._found :]
+        self._chunks: Iterator[tuple[int, npt.NDArray[Any]]] = self.steps.chunks(coming)
+        self._left = -(-len(coming) // decoder.chunk)
 
     def feed(self) -> npt.NDArray[Any] | None:
         """Feed the next chunk; the logits (vocab,) behind the whole prompt once it's in, None before."""
         _, logits = next(self._chunks)
         self._left -= 1
-        return None if self._left else logits[-1]
+        if self._left:
+            return None
+        self._earlier.keep(self.steps, self.job.prompt, self._found)
+        return logits[-1]
 
 
 class Lane(Protocol):

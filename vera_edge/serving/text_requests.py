@@ -34,7 +34,7 @@ class TextRequests:
         """Raises PlanError when the caches can't fit into memory."""
         self._session, self._models, self._settings = session, models, settings
         self._admission = admission
-        self.engine = BatchEngine(session.decoder, settings)
+        self.engine = BatchEngine(session.decoder, settings, session.prompts)
         self._bytes = TokenBytes(session.text)
 
     async def chat(self, request: Request) -> TextResponse:

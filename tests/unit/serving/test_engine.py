@@ -11,6 +11,7 @@ import pytest
 
 from tests.tiny_bundle import TinyBundles
 from vera_edge.device.runtime.decoding import RopeSwitch, Steps
+from vera_edge.device.runtime.prompt_cache import PromptCache
 from vera_edge.device.runtime.sampling import Sampling
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import BundleError, PlanError, VeraEdgeError
@@ -70,6 +71,34 @@ def test_rows_of_those_who_left_are_given_to_others(session: Session) -> None:
     wait_until_idle(engine)
     assert not engine._lanes and not engine._prompts  # and with them the caches
     engine.stop()
+
+
+def test_what_prompts_begin_with_is_computed_once(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vera_edge.device.runtime.decoding._MAX_CHUNK", 8)
+    chunks: list[int] = []
+    real = Steps.feed
+
+    def feed(self: Steps, tokens: Any) -> Any:
+        chunks.append(tokens.shape[1])
+        return real(self, tokens)
+
+    monkeypatch.setattr(Steps, "feed", feed)
+    texts, fed = [], []
+    for earlier in (PromptCache(1 << 20), PromptCache(0)):
+        engine = BatchEngine(session.decoder, Settings(rows=2), earlier)
+        engine.start()
+        for model in ("first", "first", "second", "first"):
+            chunks.clear()
+            asked = Asked(session, 6, model)
+            engine.submit(asked.job)
+            texts.append(asked.text())
+            fed.append(sum(chunks) - 5)  # and an idle row's tokens aren't counted: rows are another axis
+        engine.stop()
+    prompt = len(session.tokens(PROMPT, True, {}))
+    last = prompt - 8 * ((prompt - 1) // 8)
+    assert texts[:4] == texts[4:]
+    assert last < prompt
+    assert fed == [prompt, last, prompt, last, *[prompt] * 4]
 
 
 def test_what_fails_ends_its_request_and_never_the_engine(

@@ -17,6 +17,7 @@ from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.chat import BundleText
 from vera_edge.device.runtime.decoding import Decoder, Steps
 from vera_edge.device.runtime.graph import Graph
+from vera_edge.device.runtime.prompt_cache import PromptCache
 from vera_edge.device.runtime.sampling import Sampler, Sampling
 from vera_edge.device.runtime.stopping import StoppedText, stop_strings
 from vera_edge.errors import DataError, MismatchError
@@ -37,7 +38,9 @@ class Batch:
         sampling: Sampling,
         max_tokens: int,
         stop: str | Sequence[str] = (),
+        earlier: PromptCache | None = None,
     ) -> None:
+        """earlier: what prompts began with before; None computes all of each."""
         stacked(decoder.graph, vectors)  # refuses what can't be combined before any work is done
         longest = max((len(prompt) for prompt in prompts), default=0)
         if not 0 < longest < decoder.context:
@@ -47,7 +50,7 @@ class Batch:
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.finish: list[str | None] = [None for _ in prompts]
         self._decoder, self._text, self._prompts = decoder, text, prompts
-        self._vectors = vectors
+        self._vectors, self._earlier = vectors, earlier or PromptCache(0)
         stops = stop_strings(stop)
         self._outputs = [StoppedText(text, stops) for _ in prompts]
         self._limit = min(max_tokens, decoder.context - longest)
@@ -76,7 +79,8 @@ class Batch:
         logits = np.empty((len(rows), self._decoder.vocab_size), np.float32)
         for place, row in enumerate(rows) if self._limit > 0 else ():
             part = [array[place : place + 1] for array in cache]
-            logits[place] = Steps(self._decoder, part, self._vectors[row]).prefill(self._prompts[row])
+            steps = Steps(self._decoder, part, self._vectors[row])
+            _, logits[place] = self._earlier.prefill(steps, self._prompts[row])
         lengths = [len(self._prompts[row]) for row in rows]
         vectors = stacked(self._decoder.graph, [self._vectors[row] for row in rows])
         steps = Steps(self._decoder, cache, vectors, lengths)

@@ -58,7 +58,8 @@ class RopeSwitch:
 class DecoderFacts:
     """What a decoder's folder and graph say: sizes, the longest context, the tokens that end a text.
 
-    rope: how the length of a sequence changes its rotary embedding; None where it doesn't.
+    rope: how the length of a sequence changes its rotary embedding; None where it doesn't. further: more
+    outputs that are the buffer of a cache, for each of `caches`.
     """
 
     vocab_size: int
@@ -66,7 +67,12 @@ class DecoderFacts:
     ends: frozenset[int]
     caches: tuple[tuple[Port, Port], ...]  # (past input, present output), keys and values of every layer
     kv_shape: tuple[int, int]  # (heads, head size)
+<<<<<<< HEAD
     rope: RopeSwitch | None
+=======
+    rope: RopeSwitch | None = None
+    further: tuple[tuple[Port, ...], ...] = ()
+>>>>>>> 7bf7fa9 (Look ahead for tokens where a text repeats itself, with the same text bit for bit; prompts' shared beginnings are computed once)
 
     @staticmethod
     def read(folder: Path, graph: GraphPorts) -> DecoderFacts:
@@ -166,7 +172,7 @@ class Steps:
         whole: how long the sequence is known to become, for rotary embeddings that depend on it.
         """
         self._decoder, self._graph = decoder, decoder.graph
-        self._cache, self._vectors = list(cache), dict(vectors)  # alive as long as they are bound
+        self._cache, self._vectors = list(cache), vectors  # alive as long as they are bound
         rows, _, self.capacity, _ = cache[0].shape
         self.lengths = np.array(lengths if lengths is not None else [0] * rows, np.int64)
         self._mask, self._whole = np.ones((1, self.capacity), np.int64), whole
@@ -175,12 +181,38 @@ class Steps:
         for (past, present), array in zip(decoder.caches, self._cache, strict=True):
             bind(self._binding, past, array)
             bind(self._binding, present, array, output=True)
+        for ports, array in zip(decoder.further, self._cache, strict=False):
+            for port in ports:
+                bind(self._binding, port, array, output=True)
         for name, array in self._vectors.items():
             bind(self._binding, self._graph.vectors[name], array)
 
     @property
     def rows(self) -> int:
         return len(self.lengths)
+
+    @property
+    def decoder(self) -> Decoder:
+        """Whose steps they are."""
+        return self._decoder
+
+    @property
+    def vectors(self) -> Vectors:
+        """The adapter's vectors, as they were given."""
+        return self._vectors
+
+    @property
+    def cache(self) -> Sequence[Array]:
+        """Keys and values of every layer (rows, heads, capacity, size), which `feed` writes."""
+        return self._cache
+
+    def beside(self, decoder: Decoder) -> Steps:
+        """Steps of another graph of the same decoder over the same cache; each has lengths of its own."""
+        return Steps(decoder, self._cache, self._vectors, self.lengths.tolist(), self._whole)
+
+    def cut(self, length: int) -> None:
+        """Let the single row hold its first `length` tokens, which some Steps over its cache have fed."""
+        self.lengths[:] = length
 
     def feed(self, tokens: Tokens) -> Array:
         """Append `tokens` (rows, n) and return logits (rows, n, vocab) in the graph's dtype.

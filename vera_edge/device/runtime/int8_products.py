@@ -171,14 +171,7 @@ def warn(manifest: Manifest) -> None:
 
 def _probe(width: int, out: int) -> bytes:
     """An ONNX model: x (rows, width) of uint8 times int8 weights that are all 127."""
-
-    def port(name: str, kind: int, sizes: tuple[int | None, ...]) -> bytes:
-        axes = b"".join(message.field(1, b"" if size is None else message.field(1, size)) for size in sizes)
-        return message.field(1, name) + message.field(
-            2, message.field(1, message.field(1, kind) + message.field(2, axes))
-        )
-
     graph = message.field(1, message.node("MatMulInteger", ["x", "w"], "y")) + message.field(2, "probe")
     graph += message.field(5, message.constant("w", np.full((width, out), 127, np.int8)))
-    graph += message.field(11, port("x", 2, (None, width))) + message.field(12, port("y", 6, (None, out)))
-    return message.field(1, 8) + message.field(7, graph) + message.field(8, message.field(2, 13))
+    graph += message.field(11, message.port("x", 2, (None, width)))
+    return message.model(graph + message.field(12, message.port("y", 6, (None, out))), {"": 13})

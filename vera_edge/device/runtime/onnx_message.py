@@ -13,7 +13,7 @@ import numpy as np
 
 from vera_edge.arrays import Array
 
-_KINDS = {"float32": 1, "uint8": 2, "int8": 3, "int64": 7}  # TensorProto.DataType
+_KINDS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7}  # TensorProto.DataType
 _INT = 2  # AttributeProto.AttributeType
 
 
@@ -28,17 +28,32 @@ def field(number: int, value: int | bytes | str) -> bytes:
 def node(
     op: str,
     inputs: Sequence[str],
-    output: str,
+    output: str | Sequence[str],
     attributes: Mapping[str, int] = MappingProxyType({}),
     name: str = "",
     domain: str = "",
 ) -> bytes:
-    """A NodeProto of one output, whose attributes are integers; called as its output unless it has a name."""
-    made = b"".join(field(1, one) for one in inputs) + field(2, output)
-    made += field(3, name or output) + field(4, op)
+    """A NodeProto whose attributes are integers, not negative; called as its output unless it has a name."""
+    outputs = [output] if isinstance(output, str) else output
+    made = b"".join(field(1, one) for one in inputs) + b"".join(field(2, one) for one in outputs)
+    made += field(3, name or outputs[0]) + field(4, op)
     for key, value in attributes.items():
         made += field(5, field(1, key) + field(3, value) + field(20, _INT))
     return made + (field(7, domain) if domain else b"")
+
+
+def port(name: str, kind: int, sizes: Sequence[int | None]) -> bytes:
+    """A ValueInfoProto of a tensor; kind: of TensorProto.DataType; None: a size that isn't fixed."""
+    axes = b"".join(field(1, b"" if size is None else field(1, size)) for size in sizes)
+    return field(1, name) + field(2, field(1, field(1, kind) + field(2, axes)))
+
+
+def model(graph: bytes, opsets: Mapping[str, int]) -> bytes:
+    """A ModelProto around a GraphProto; opsets: the version of each domain's operators."""
+    made = field(1, 8) + field(7, graph)  # ir_version, graph
+    for domain, number in opsets.items():
+        made += field(8, field(1, domain) + field(2, number))
+    return made
 
 
 def constant(name: str, array: Array) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from vera_edge.device.runtime.decoding import Decoder, Steps
 from vera_edge.device.runtime.four_bit_graph import FourBit
 from vera_edge.device.runtime.generate import Generation
 from vera_edge.device.runtime.graph import Graph
+from vera_edge.device.runtime.lookahead import Lookahead, check
 from vera_edge.device.runtime.opened import AdapterChoice, Opened, open_graph
+from vera_edge.device.runtime.prompt_cache import PromptCache
 from vera_edge.device.runtime.sampling import Sampling
 from vera_edge.device.runtime.template import Message
 from vera_edge.errors import DataError
@@ -38,9 +41,19 @@ class Session(Opened):
         >>> session.swap(None)  # the base alone
     """
 
-    def __init__(self, manifest: Manifest, graph: Graph, decoder: Decoder, text: BundleText) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        graph: Graph,
+        decoder: Decoder,
+        text: BundleText,
+        prompts: PromptCache | None = None,
+    ) -> None:
         super().__init__(manifest, graph)
+        self.prompts = prompts or PromptCache(0)
         self.decoder, self.text, self.vocab_size = decoder, text, decoder.vocab_size
+        self._ahead: Lookahead | None = None
+        self._opening = threading.Lock()
 
     @classmethod
     def open(
@@ -51,6 +64,7 @@ class Session(Opened):
         threads: int | None = None,
         deep: bool = True,
         four_bit: FourBit | None = None,
+        prompt_cache: int = 0,
     ) -> Session:
         """Verify the bundle in `folder` and open it. Projections it doesn't bring are drawn in memory.
 
@@ -59,11 +73,14 @@ class Session(Opened):
         without it the content of files over 64 MiB isn't looked at. four_bit: how NF4 and FP4 weights run:
         "expanded" to int8 blocks in memory, to a thousandth of an adapter's effect; "int8", the same with
         activations rounded as in any int8 export; "kept", exactly and slowly; None is "kept" where the
-        bundle's own limit on the mean KL is under 0.005, else "expanded". Raises BundleError when the
-        bundle is damaged or foreign, AdapterError or MismatchError when the adapter can't be used.
+        bundle's own limit on the mean KL is under 0.005, else "expanded". prompt_cache: bytes in which
+        prompts are kept, so that what later ones begin with alike is computed once. Raises BundleError when
+        the bundle is damaged or foreign, AdapterError or MismatchError when the adapter can't be used.
         """
+        prompts = PromptCache(prompt_cache)
         manifest, graph = open_graph(Path(folder), "decoder", threads, deep, four_bit)
-        session = cls(manifest, graph, Decoder.open(manifest.folder, graph), BundleText(manifest.folder))
+        decoder, text = Decoder.open(manifest.folder, graph), BundleText(manifest.folder)
+        session = cls(manifest, graph, decoder, text, prompts)
         session.swap(adapter)
         return session
 
@@ -94,6 +111,7 @@ class Session(Opened):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         raw: bool = False,
+        speculate: int = 0,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         template_args: Mapping[str, Any] | None = None,
@@ -103,6 +121,8 @@ class Session(Opened):
         prompt: a string (the user's one message, or as it is when `raw` or the model has no chat template),
         messages with roles, or token ids (n,). tools (JSON schemas), documents and template_args, such as
         {"enable_thinking": False}: what the chat template reads beside the messages; see ChatTemplate.render.
+        speculate: tokens to look ahead for where the text repeats itself, 0 for none; the text is the same,
+        bit for bit. The first such call opens the graph a second time, see `look_ahead`.
         Raises DataError when the prompt is empty or too long, or when the template doesn't read an argument.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -110,8 +130,24 @@ class Session(Opened):
             raise DataError(f"max_tokens is {max_tokens}; it must be 0 or more")
         given = {"tools": tools, "documents": documents}
         arguments = {name: value for name, value in given.items() if value is not None}
+        check(speculate)
         tokens = self.tokens(prompt, raw, {**(template_args or {}), **arguments})
-        return Generation(self.decoder, self.text, tokens, self._active[1], sampling, max_tokens, stop)
+        vectors, ahead = self._active[1], self.look_ahead(speculate) if speculate else None
+        return Generation(
+            self.decoder, self.text, tokens, vectors, sampling, max_tokens, stop, ahead, self.prompts
+        )
+
+    def look_ahead(self, tokens: int) -> Lookahead:
+        """What `generate` reads `tokens` + 1 tokens a step with: opened once, and kept for this number.
+
+        It takes as much memory as the weights again. Raises DataError for a number that can't be, PlanError
+        when there isn't enough, or when this processor would give other logits: it is tried.
+        """
+        with self._opening:
+            if self._ahead is None or self._ahead.tokens != tokens:
+                self._ahead = None
+                self._ahead = Lookahead.open(self.decoder, tokens)
+            return self._ahead
 
     async def stream(self, prompt: str | Sequence[Message] | Tokens, **options: Any) -> AsyncIterator[str]:
         """`generate` for asyncio: each piece is computed in a thread, so the event loop stays free."""
@@ -143,7 +179,7 @@ class Session(Opened):
         if len(vectors) != len(prompts) or not prompts:
             raise DataError(f"{len(vectors)} adapters for {len(prompts)} prompts; give one for each prompt")
         tokens = [self.tokens(prompt, raw, template_args or {}) for prompt in prompts]
-        return Batch(self.decoder, self.text, tokens, vectors, sampling, max_tokens, stop)
+        return Batch(self.decoder, self.text, tokens, vectors, sampling, max_tokens, stop, self.prompts)
 
     def tokens(
         self, prompt: str | Sequence[Message] | Tokens, raw: bool, arguments: Mapping[str, Any]
