@@ -74,7 +74,7 @@ def test_rows_of_those_who_left_are_given_to_others(session: Session) -> None:
 
 
 def test_what_prompts_begin_with_is_computed_once(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vera_edge.device.runtime.decoding._MAX_CHUNK", 8)
+    monkeypatch.setattr("vera_edge.device.runtime.decoding._MAX_CHUNK", 3)
     chunks: list[int] = []
     real = Steps.feed
 
@@ -92,10 +92,10 @@ def test_what_prompts_begin_with_is_computed_once(session: Session, monkeypatch:
             asked = Asked(session, 6, model)
             engine.submit(asked.job)
             texts.append(asked.text())
-            fed.append(sum(chunks) - 5)  # and an idle row's tokens aren't counted: rows are another axis
+            fed.append(sum(chunks) - 5)  # five steps after the prompt, of as many rows
         engine.stop()
     prompt = len(session.tokens(PROMPT, True, {}))
-    last = prompt - 8 * ((prompt - 1) // 8)
+    last = prompt - 3 * ((prompt - 1) // 3)
     assert texts[:4] == texts[4:]
     assert last < prompt
     assert fed == [prompt, last, prompt, last, *[prompt] * 4]

@@ -58,8 +58,7 @@ class RopeSwitch:
 class DecoderFacts:
     """What a decoder's folder and graph say: sizes, the longest context, the tokens that end a text.
 
-    rope: how the length of a sequence changes its rotary embedding; None where it doesn't. further: more
-    outputs that are the buffer of a cache, for each of `caches`.
+    rope: how the length of a sequence changes its rotary embedding; None where it doesn't.
     """
 
     vocab_size: int
@@ -67,12 +66,7 @@ class DecoderFacts:
     ends: frozenset[int]
     caches: tuple[tuple[Port, Port], ...]  # (past input, present output), keys and values of every layer
     kv_shape: tuple[int, int]  # (heads, head size)
-<<<<<<< HEAD
     rope: RopeSwitch | None
-=======
-    rope: RopeSwitch | None = None
-    further: tuple[tuple[Port, ...], ...] = ()
->>>>>>> 7bf7fa9 (Look ahead for tokens where a text repeats itself, with the same text bit for bit; prompts' shared beginnings are computed once)
 
     @staticmethod
     def read(folder: Path, graph: GraphPorts) -> DecoderFacts:
@@ -119,9 +113,10 @@ class DecoderFacts:
 
 @dataclass(frozen=True)
 class Decoder(DecoderFacts):
-    """The same, with the graph open."""
+    """The same, with the graph open. further: more outputs that are the buffer of a cache, for each."""
 
     graph: Graph
+    further: tuple[tuple[Port, ...], ...] = ()
 
     @classmethod
     def open(cls, folder: Path, graph: Graph) -> Decoder:

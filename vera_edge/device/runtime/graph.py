@@ -92,13 +92,8 @@ class Graph(GraphPorts):
         exact_int8: multiply int8 weights as uint8 where their products can overflow (int8_products.py).
         Raises BundleError when ONNX Runtime refuses the graph or its weights.
         """
-<<<<<<< HEAD
         self.rewritten, self.threads = rewritten, threads or available_cores()
-=======
-        self.path, self.rewritten = path, rewritten
         self.held, self.exact_int8 = dict(held or {}), exact_int8
-        self.threads = threads or available_cores()
->>>>>>> 7bf7fa9 (Look ahead for tokens where a text repeats itself, with the same text bit for bit; prompts' shared beginnings are computed once)
         options = _options(self.threads, exact_int8)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)

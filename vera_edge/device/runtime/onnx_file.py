@@ -112,11 +112,7 @@ class OnnxFile:
 
 
 def initializer(data: Any) -> tuple[str, Initializer]:
-<<<<<<< HEAD
     """What a TensorProto holds, and its name."""
-=======
-    """Name and contents of a TensorProto."""
->>>>>>> 7bf7fa9 (Look ahead for tokens where a text repeats itself, with the same text bit for bit; prompts' shared beginnings are computed once)
     name, dtype, raw, external = "", 0, b"", False
     shape: list[int] = []
     values: list[int] = []
