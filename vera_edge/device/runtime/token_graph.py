@@ -17,7 +17,6 @@ import numpy as np
 
 from vera_edge.device.runtime import onnx_message as message
 from vera_edge.device.runtime.onnx_file import (
-    Initializer,
     attributes,
     fields,
     initializer,
@@ -88,7 +87,7 @@ def rewrite(model: Any, tokens: int, is_alike: Callable[[BlockProduct], bool] = 
     copied = 0
     for number, value, whole in spans(model):
         if number == _GRAPH:
-            rewriting = _Rewriting(tokens, is_alike, _initializers(value))
+            rewriting = _Rewriting(tokens, is_alike, _weights(value))
             made += message.field(_GRAPH, rewriting.graph(value))
             copied = rewriting.copied()
         else:
@@ -96,8 +95,11 @@ def rewrite(model: Any, tokens: int, is_alike: Callable[[BlockProduct], bool] = 
     return bytes(made), copied
 
 
-def _initializers(graph: Any) -> dict[str, Initializer]:
-    return dict(initializer(value) for number, value in fields(graph) if number == _INITIALIZER)
+def _weights(graph: Any) -> dict[str, int]:
+    """Bytes of each initializer."""
+    found = dict(initializer(value) for number, value in fields(graph) if number == _INITIALIZER)
+    # float32, float16; of all others, codes are what counts.
+    return {name: prod(one.shape) * {1: 4, 10: 2}.get(one.dtype, 1) for name, one in found.items()}
 
 
 @dataclass
@@ -106,7 +108,7 @@ class _Rewriting:
 
     tokens: int
     is_alike: Callable[[BlockProduct], bool]
-    weights: dict[str, Initializer]
+    weights: dict[str, int]  # bytes of what doesn't depend on the tokens
     cut: list[str] = field(default_factory=list)  # weights of products that were cut
     whole: list[str] = field(default_factory=list)  # and of those that weren't
     _parts: dict[str, list[str]] = field(default_factory=dict)
@@ -137,11 +139,15 @@ class _Rewriting:
 
     def copied(self) -> int:
         """Bytes that products which were cut take more than once."""
-        return (self.tokens - 1) * sum(self._size(name) for name in self.cut)
+        return (self.tokens - 1) * sum(self.weights[name] for name in self.cut)
 
     def _nodes(self, node: GraphNode, data: bytes) -> Iterator[bytes]:
         if node.op == "Reshape":
             self._reshaped |= set(node.outputs)
+        sizes = [self.weights.get(name) for name in node.inputs if name]
+        if None not in sizes:  # as projections that all layers share are cut to their widths
+            whole = max((size for size in sizes if size is not None), default=0)
+            self.weights |= dict.fromkeys(node.outputs, whole // len(node.outputs))
         if node.op == _ATTENTION:
             yield from self._attention(node)
         elif self._is_cut(node):
@@ -161,17 +167,13 @@ class _Rewriting:
         return not known
 
     def _check(self) -> None:
-        cut, whole = (sum(map(self._size, set(names))) for names in (self.cut, self.whole))
+        cut, whole = (sum(self.weights[name] for name in set(names)) for names in (self.cut, self.whole))
         if cut > _MOST_CUT * (cut + whole):
             raise PlanError(
                 "looking ahead gains nothing here: this processor's kernels for such weights round several "
                 "tokens at once otherwise than one, so that the text would be another one; int4 and int8 in "
                 "blocks of 32 can be looked ahead with"
             )
-
-    def _size(self, name: str) -> int:
-        one = self.weights[name]
-        return prod(one.shape) * {1: 4, 10: 2}.get(one.dtype, 1)  # float32, float16; codes
 
     def _product(self, node: GraphNode) -> Iterator[bytes]:
         x, (y, *_) = node.inputs[0], node.outputs

@@ -164,6 +164,19 @@ def test_products_that_round_rows_otherwise_are_cut_where_they_are_few(merged: S
     assert token_graph.rewrite(model, 3, lambda _: True)[1] == 0
 
 
+def test_weights_that_are_formed_of_others_are_weights_too(merged: Session) -> None:
+    import onnx
+
+    model = onnx.load(merged.graph.path, load_external_data=False)
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    for node in products:
+        formed = onnx.helper.make_node("Identity", [node.input[1]], [f"{node.input[1]}/formed"])
+        node.input[1] = formed.output[0]
+        model.graph.node.insert(0, formed)
+    with pytest.raises(PlanError, match="gains nothing"):
+        token_graph.rewrite(model.SerializeToString(), 3, lambda _: False)
+
+
 def test_a_probe_tells_kernels_apart_that_add_up_otherwise() -> None:
     assert not alike(BlockProduct(64, 32, 4, 4, False)) or alike(BlockProduct(64, 32, 8, 4, False))
     assert not alike(BlockProduct(64, 32, 3, 4, False)), "what ONNX Runtime refuses is never alike"
