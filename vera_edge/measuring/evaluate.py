@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -98,6 +99,7 @@ def measure_all(
         logits = {name: values[:-1] for name, values in zip(gathered, found, strict=False)}
         for name, metrics in compare_all(truth[:-1], logits, tokens[1:]).items():
             gathered[name].add(metrics)
+        del truth, others, found, logits  # before the next window's are computed
     progress("measuring drift", len(windows.tokens), len(windows.tokens))
     effect, floor = (gathered[name].finish() if name in gathered else None for name in ("base", "noise"))
     return {
@@ -125,7 +127,8 @@ def _together(
 
 
 def _each(runner: Runner, windows: Sequence[Int64], progress: Progress) -> Iterator[Float32]:
-    return (found for (found,) in _together([runner], windows, [None], progress))
+    # A generator would hold what it gave until it's asked again.
+    return map(itemgetter(0), _together([runner], windows, [None], progress))
 
 
 def check_vocabularies(reference: Runner, candidate: Runner) -> None:

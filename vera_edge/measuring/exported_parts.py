@@ -254,6 +254,8 @@ def _through(
                     for name in over:
                         kept.drop(((row, place), index, name))
                 found.append(logits)
+                del logits
             if number + 1 == len(parts):
                 yield tuple(found)
+            del found
         del graph

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,27 @@ def _measure(share: float, **yardsticks: object) -> Measurement:
     trained, base = _tables()
     between = ((1 - share) * trained + share * base).astype(np.float32)
     return measure(Table(trained, []), Table(between, []), _windows(), base=Table(base, []))
+
+
+@dataclass(frozen=True)
+class Watched(Table):
+    """Counts how many of its logits, and of all that share `given`, are there when it is asked again."""
+
+    given: list[weakref.ref[npt.NDArray[np.float32]]] = field(default_factory=list)
+
+    def logits(self, tokens: Int64) -> npt.NDArray[np.float32]:
+        self.calls.append(sum(found() is not None for found in self.given))
+        found = self.table[tokens]
+        self.given.append(weakref.ref(found))
+        return found
+
+
+def test_one_window_of_logits_is_held_at_a_time() -> None:
+    trained, base = _tables()
+    first = Watched(trained, [])
+    others = [Watched(table, [], first.given) for table in (base, trained)]
+    measure(first, others[0], _windows(), base=others[1])
+    assert max(first.calls) == 0 and max(others[0].calls) == 2 and max(others[1].calls) == 1
 
 
 def test_the_model_itself_retains_everything() -> None:
