@@ -30,6 +30,17 @@ def test_it_prints_what_the_session_generates(tiny_bundles: TinyBundles, cli: Cl
     assert len(found["tokens"]) <= 12 and found["prompt_tokens"] > 3
 
 
+def test_looking_ahead_changes_nothing_and_is_refused_where_it_would(
+    tiny_bundles: TinyBundles, cli: Cli
+) -> None:
+    plain = cli("run", tiny_bundles.int4, PROMPT, "--raw", "--max-tokens", 12)
+    ahead = cli("run", tiny_bundles.int4, PROMPT, "--raw", "--max-tokens", 12, "--speculate", 3)
+    assert (ahead.exit_code, ahead.stdout) == (0, plain.stdout)
+    refused = cli("run", tiny_bundles.fp32, PROMPT, "--raw", "--speculate", 3)
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "blocks of 32" in refused.stderr
+
+
 def test_the_adapter_is_chosen_by_name_file_or_none(tiny_bundles: TinyBundles, cli: Cli) -> None:
     file = tiny_bundles.branch / "adapters" / "second.onnx_adapter"
     choices: dict[str, list[object]] = {
