@@ -43,7 +43,7 @@ def write_float32(folder: Path) -> None:
         gguf = download(Path(temporary))
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    _forget_gguf(model)
+    forget_gguf(model)
     model.save_pretrained(folder)
     _write_tokenizer(tokenizer, folder)
 
@@ -62,7 +62,7 @@ def download(folder: Path) -> Path:
     return folder / GGUF
 
 
-def _forget_gguf(model: Any) -> None:
+def forget_gguf(model: Any) -> None:
     """The weights are plain float32 now: drop the marks that would make transformers treat them as GGUF."""
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -99,8 +99,7 @@ def write_nf4(source: Path, folder: Path) -> None:
     )
     vars(model.config).pop("_name_or_path", None)
     model.save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        shutil.copyfile(source / name, folder / name)
+    copy_tokenizer(source, folder)
 
 
 def write_gptq(source: Path, folder: Path) -> None:
@@ -118,5 +117,11 @@ def write_bf16(source: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
     vars(model.config).pop("_name_or_path", None)
     model.save_pretrained(folder)
+    copy_tokenizer(source, folder)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's files, of those that the model has."""
     for name in TOKENIZER_FILES:
-        shutil.copyfile(source / name, folder / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

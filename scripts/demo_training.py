@@ -91,11 +91,16 @@ def settle(recipe: Recipe) -> None:
 
 def _prepared(base: Path, recipe: Recipe, load: Callable[[Path], Any] = load_in_floats) -> tuple[Any, Any]:
     """The model as its training begins, and its tokenizer."""
-    from peft import VeraConfig, get_peft_model
     from transformers import AutoTokenizer
 
+    return adapted(base, recipe, load), AutoTokenizer.from_pretrained(base)
+
+
+def adapted(base: Path, recipe: Recipe, load: Callable[[Path], Any] = load_in_floats) -> Any:
+    """The model with a new VeRA adapter on all linears."""
+    from peft import VeraConfig, get_peft_model
+
     settle(recipe)
-    tokenizer = AutoTokenizer.from_pretrained(base)
     config = VeraConfig(
         r=recipe.rank,
         target_modules=list(LINEARS),
@@ -103,7 +108,7 @@ def _prepared(base: Path, recipe: Recipe, load: Callable[[Path], Any] = load_in_
         save_projection=False,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(load(base), config), tokenizer
+    return get_peft_model(load(base), config)
 
 
 def held_out(tokenizer: Any, recipe: Recipe) -> list[list[int]]:

@@ -107,7 +107,7 @@ def prepare(train: bool = False, leave_out: Collection[str] = ()) -> Demo:
     with _lock(demo.folder / ".lock"):
         for step in _steps(demo, train):
             if step.name not in leave_out:
-                _perform(step, demo.folder)
+                perform(step, demo.folder)
     return demo
 
 
@@ -154,7 +154,8 @@ def copy_adapter(folder: Path) -> None:
         shutil.copyfile(path, folder / path.name)
 
 
-def _perform(step: Step, folder: Path) -> None:
+def perform(step: Step, folder: Path) -> None:
+    """Make a step's folder in `folder`, unless it's there and its inputs are the same."""
     target, stamp = folder / step.name, folder / ".stamps" / f"{step.name}.json"
     wanted = canonical_json(json.loads(json.dumps(step.inputs)))
     if target.is_dir() and stamp.is_file() and stamp.read_bytes() == wanted:
