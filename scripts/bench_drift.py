@@ -4,8 +4,9 @@
     scripts/bench_drift --all                                                     and docs/drift-table.md
     scripts/bench_drift --lora                     that page's section on a LoRA adapter
     scripts/bench_drift --llama                    its section on GGUF, run in llama.cpp (llama-cpp-python)
+    scripts/bench_drift --second                   that on a second decoder, which is made first
     scripts/bench_drift --kept                     that page alone, from the rows that were measured already,
-                                                   or with --lora or --llama that section alone
+                                                   or with one of these that section alone
 
 All rows are measured on the same windows of the demo's held-out text (with --all on code too), against logits
 the reference gave once. Rows are kept in the cache and measured again when what they depend on changes, so a
@@ -24,12 +25,14 @@ from pathlib import Path
 from types import ModuleType
 
 from scripts import bench_drift_lora as lora
+from scripts import bench_drift_second as second
 from scripts import bench_drift_table as tables
 from scripts.bench_drift_encoder import encoder_table
 from scripts.bench_drift_peers import peers
 from scripts.bench_drift_rows import Bench, Remembered, Row, Way
 from scripts.bench_drift_ways import more, short
 from scripts.prepare_demo import Demo, cache_folder, prepare
+from scripts.second_decoder import prepare_second
 from vera_edge.adapters import reading as adapter
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.reference import model as reference
@@ -37,6 +40,7 @@ from vera_edge.text import windows
 from vera_edge.trained import provenance
 
 CODE_TOKENS = 1024
+Demo_ = TypeVar("Demo_", bound=Demo)
 
 
 def main() -> None:
@@ -48,10 +52,14 @@ def main() -> None:
     options.add_argument("--again", nargs="*", default=[], help="measure these rows again")
     options.add_argument("--lora", action="store_true", help="the ways to ship a LoRA adapter")
     options.add_argument("--llama", action="store_true", help="GGUF files, run in llama.cpp")
+    options.add_argument("--second", action="store_true", help="the ways to ship a second decoder's adapter")
     chosen = options.parse_args()
     demo, out = prepare(), cache_folder() / "drift-bench"
     if chosen.lora:
         _section(lora.LoraDemo(demo.folder), out / "lora", chosen, tables.LORA, lora)
+        return
+    if chosen.second:
+        _section(prepare_second(), out / "second", chosen, tables.SECOND, second)
         return
     if chosen.llama:
         from scripts import bench_drift_llama_rows as llama  # llama-cpp-python

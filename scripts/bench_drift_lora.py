@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -86,9 +85,5 @@ def section(rows: Sequence[Row], scored: Mapping[str, int]) -> str:
     absent = {"int4 merged", "nf4 merged back (vera-edge merge)"} - {row.name for row in rows}
     if absent:
         intro += f"Not measured: {', '.join(sorted(absent))}, for want of the time that calibration takes."
-    parts = (_filled(intro), tables.long_table(rows).rstrip(), _filled(_OLIVE))
+    parts = (tables.filled(intro), tables.long_table(rows).rstrip(), tables.filled(_OLIVE))
     return "\n\n".join(parts)
-
-
-def _filled(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), 110, break_long_words=False)

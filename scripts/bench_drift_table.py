@@ -15,7 +15,8 @@ PAGE = ROOT / "docs" / "drift-table.md"
 MARKS = ("<!-- drift-table: written by scripts/bench_drift -->", "<!-- end of drift-table -->")
 MEASURED, OTHER = "reference", "code"  # the held-out text of the adapter's own kind, and another kind
 _REST = "## What each bit buys"
-LLAMA, LORA = "## In llama.cpp", "## A LoRA adapter"  # the last sections, in this order
+LLAMA, LORA, SECOND = "## In llama.cpp", "## A LoRA adapter", "## A second decoder"
+_LAST = (LLAMA, LORA, SECOND)  # the last sections, in this order, each with a run of its own that writes it
 _INTRO = """
 Every method, and other tools', at the bytes they take: the same model and adapter as above, on
 {measured} tokens of the Python reference that neither training nor calibration saw, and on {other} of
@@ -77,7 +78,7 @@ def _size(row: Row) -> str:
 
 def _footnote(scored: int, perplexity: float) -> str:
     packages = ", ".join(f"{n} {version(n)}" for n in ("onnxruntime", "torch", "peft", "bitsandbytes"))
-    return _filled(
+    return filled(
         "SmolLM2-135M-Instruct in NF4 with a VeRA adapter of rank 256 on all seven linears; "
         f"{scored} tokens of held-out text. KL in nats, from the model as trained (NF4 base, exact values "
         f"in float32, adapter unmerged in PEFT; perplexity {perplexity:.3f}) to what is shipped; "
@@ -90,7 +91,7 @@ def _footnote(scored: int, perplexity: float) -> str:
 
 def rest(long: str, encoder: str, scored: Mapping[str, int]) -> str:
     """What stands under the short table in docs/drift-table.md."""
-    intro = _filled(_INTRO.format(measured=scored[MEASURED], other=scored[OTHER]))
+    intro = filled(_INTRO.format(measured=scored[MEASURED], other=scored[OTHER]))
     return "\n".join((_REST, "", intro, "", long, "## A second model", "", encoder))
 
 
@@ -114,22 +115,23 @@ def write(short: str | None, below: str | None) -> None:
 
 
 def write_section(title: str, section: str) -> None:
-    """Put one of the last sections into docs/drift-table.md; `title`: LLAMA or LORA."""
+    """Put one of the last sections into docs/drift-table.md; `title`: one of _LAST."""
     page, sections = _sections()
     sections[title] = f"{title}\n\n{section.rstrip()}"
-    parts = [page.rstrip(), *(sections[one] for one in (LLAMA, LORA) if one in sections)]
+    parts = [page.rstrip(), *(sections[one] for one in _LAST if one in sections)]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _sections() -> tuple[str, dict[str, str]]:
     """docs/drift-table.md without its last sections, and these by title."""
     page, found = PAGE.read_text(encoding="utf-8"), dict[str, str]()
-    for title in (LORA, LLAMA):
+    for title in reversed(_LAST):
         page, mark, text = page.partition(title)
         if mark:
             found[title] = (mark + text).rstrip()
-    return page, {title: found[title] for title in (LLAMA, LORA) if title in found}
+    return page, {title: found[title] for title in _LAST if title in found}
 
 
-def _filled(text: str) -> str:
-    return textwrap.fill(text.strip(), 110)
+def filled(text: str) -> str:
+    """A paragraph as Markdown in lines of the page's width."""
+    return textwrap.fill(" ".join(text.split()), 110, break_long_words=False)

@@ -176,25 +176,26 @@ def _peft(demo: Demo, out: Path) -> Made:
     """What PEFT itself makes of base and adapter: loaded fresh, merged before any forward."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(demo.base, device_map="cpu", dtype=torch.float32)
     merged = PeftModel.from_pretrained(model, demo.adapter).merge_and_unload().eval()
     saved = copy.deepcopy(merged)  # bitsandbytes repacks a model in place at its first forward
-    tokenizer = AutoTokenizer.from_pretrained(demo.base)
-    chat = [{"role": "user", "content": PROMPT}]
-    asked = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
     return Made(
         reference.TorchReference(merged, int(merged.config.vocab_size), has_adapter=False),
         NF4_BITS,
         _saved_size(saved, out / "peft-nf4"),
-        lambda: max(_torch_speed(merged, asked) for _ in range(2)),
+        lambda: max(_torch_speed(merged, demo.base) for _ in range(2)),
     )
 
 
-def _torch_speed(model: Any, asked: Any) -> float:
+def _torch_speed(model: Any, base: Path) -> float:
+    from transformers import AutoTokenizer
+
+    chat = [{"role": "user", "content": PROMPT}]
+    asked = AutoTokenizer.from_pretrained(base).apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     started = time.monotonic()
     model.generate(**asked, max_new_tokens=1, do_sample=False)
     first = time.monotonic() - started
