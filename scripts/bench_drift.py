@@ -40,7 +40,6 @@ from vera_edge.text import windows
 from vera_edge.trained import provenance
 
 CODE_TOKENS = 1024
-Demo_ = TypeVar("Demo_", bound=Demo)
 
 
 def main() -> None:
