@@ -28,6 +28,7 @@ from scripts.prepare_demo import cache_folder, prepare
 from vera_edge.cores import available_cores
 from vera_edge.exporting import target
 from vera_edge.measuring.artefact import folder_bytes
+from vera_edge.rounding.weight_rounding import Rounding
 
 LLAMA = {
     "vocab_size": 32000,
@@ -128,7 +129,11 @@ def _folders(layers: int, keep: bool, only: str) -> tuple[dict[str, dict[str, Pa
             continue
         say(f"{way.model}, {way.name}: exporting")
         one = [(way.adapter, 1.0)]
-        target.export(way.base, one, folder, mode=way.mode, weights=way.weights, force=True)
+        # How weights are rounded changes no product's time, and random ones are worth no calibration.
+        rounding = Rounding() if way.base == prepare().base else Rounding("rtn")
+        target.export(
+            way.base, one, folder, mode=way.mode, weights=way.weights, force=True, rounding=rounding
+        )
     return folders, against
 
 
