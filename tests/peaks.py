@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from tests import tiny
+
 # Prints the forks' peaks in kB. A fork's peak begins with what it has then, which is the same for all.
 _START = """
 import json, os, sys
@@ -26,6 +28,28 @@ for job in json.loads(sys.argv[3]):
             os._exit(0)
     os.wait()
 """
+
+
+def llama(layers: int, width: int, inner: int) -> Any:
+    """A Llama with random weights in float32, of the tests' vocabulary."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    torch.manual_seed(7)
+    return LlamaForCausalLM(config)
 
 
 def peaks(imports: str, work: str, jobs: Sequence[Any]) -> list[int]:

@@ -20,6 +20,7 @@ from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.lora import LoraPair
 from vera_edge.adapters.reading import title_of
 from vera_edge.adapters.vera import LambdaVectors
+from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting.exported_adapters import names, trained_whole
 from vera_edge.exporting.exporter import ExportRequest
@@ -45,23 +46,19 @@ def check(request: ExportRequest) -> None:
         return
     names(request)
     for adapter, _ in request.model.adapters:
-        _check_adds(adapter)
-        if more := trained_whole(request.model.checkpoint, adapter):
-            raise _not_carried(adapter, more[0])
+        _check(request.model.checkpoint, adapter)
 
 
-def _check_adds(adapter: Adapter) -> None:
+def _check(checkpoint: Checkpoint, adapter: Adapter) -> None:
     if not adapter.adds:
         raise TargetError(
             f"{adapter.path} ({title_of(adapter)}) doesn't only add to weights, which a GGUF LoRA can't "
             "carry; use --mode merged"
         )
-
-
-def _not_carried(adapter: Adapter, what: str) -> TargetError:
-    return TargetError(
-        f"{adapter.path} also trained {what}, which a GGUF LoRA doesn't carry; use --mode merged"
-    )
+    if more := trained_whole(checkpoint, adapter):
+        raise TargetError(
+            f"{adapter.path} also trained {more[0]}, which a GGUF LoRA doesn't carry; use --mode merged"
+        )
 
 
 def write(
@@ -87,9 +84,7 @@ def pack(model: TrainedModel, out: Path, stored: str, name: str) -> None:
     Raises TargetError when no LoRA can stand for it.
     """
     ((adapter, weight),) = model.adapters
-    _check_adds(adapter)
-    if more := trained_whole(model.checkpoint, adapter):
-        raise _not_carried(adapter, more[0])
+    _check(model.checkpoint, adapter)
     family = family_of(tasks.architecture(model.checkpoint.config))
     weights = (f"{module}.weight" for module in adapter.vectors)
     tensors = by_module(named(weights, config_of(model.checkpoint), family))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from vera_edge.bundle import consistency
-from vera_edge.errors import BundleError, PlanError
+from vera_edge.errors import BundleError, MismatchError, PlanError
 from vera_edge.storage import json_schema
 from vera_edge.storage.files import safe_join
 
@@ -135,6 +135,30 @@ class Manifest(ManifestFields):
     def drawn(self) -> Mapping[str, FileEntry]:
         """The generated files."""
         return {name: FileEntry(entry["size"], entry["sha256"]) for name, entry in self.generated.items()}
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether llama.cpp runs it, and no ONNX Runtime."""
+        return self.model.endswith(GGUF)
+
+    def adapter_named(self, asked: str | Path | None) -> str | None:
+        """The name of the adapter that is asked for: "default", a name, None for the base alone.
+
+        None where nothing runs beside the graph, as when it's merged ("default" alone can be asked for then).
+        Raises MismatchError when there is no such adapter.
+        """
+        if self.mode == "merged":
+            if asked != "default":
+                raise MismatchError(
+                    f"the adapter is merged into {self.folder} and can't be changed; export with --mode "
+                    "branch to swap adapters"
+                )
+            return None
+        name = self.default_adapter if asked == "default" else asked
+        if name is not None and name not in self.adapters:
+            names = ", ".join(self.adapters) or "none"
+            raise MismatchError(f"{self.folder} has no adapter named {name!r}, only: {names}")
+        return None if name is None else str(name)
 
     @property
     def needs_vnni(self) -> bool:

@@ -14,7 +14,7 @@ import click
 import vera_edge
 from vera_edge import printable
 from vera_edge.cli.generation_options import takes_generation
-from vera_edge.cli.show import FOLDER, four_bit_option, note, tell
+from vera_edge.cli.show import FOLDER, four_bit_option, note, prompt_cache_option, tell
 
 if TYPE_CHECKING:
     from vera_edge.api.chat import Conversation
@@ -30,13 +30,7 @@ _PROMPT = "> "
 @takes_generation(max_tokens=1024)
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
 @click.option("--fast", is_flag=True, help="Don't read files over 64 MiB before they run.")
-@click.option(
-    "--prompt-cache",
-    default="64MB",
-    show_default=True,
-    metavar="SIZE",
-    help="Memory for prompts: what later ones begin with alike is computed once.",
-)
+@prompt_cache_option
 @four_bit_option
 def chat(bundle: Path, **options: Any) -> None:
     """Talk with the model in BUNDLE, without torch; /help lists what can be changed on the way.

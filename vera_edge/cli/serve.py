@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import vera_edge
-from vera_edge.cli.show import FOLDER, four_bit_option, tell
+from vera_edge.cli.show import FOLDER, four_bit_option, prompt_cache_option, tell
 from vera_edge.cli.trust import takes_trust
 
 
@@ -46,13 +46,7 @@ from vera_edge.cli.trust import takes_trust
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
 @click.option("--fast", is_flag=True, help="Don't read files over 64 MiB before they run.")
-@click.option(
-    "--prompt-cache",
-    default="64MB",
-    show_default=True,
-    metavar="SIZE",
-    help="Memory for prompts: what later ones begin with alike is computed once.",
-)
+@prompt_cache_option
 @four_bit_option
 @takes_trust
 def serve(bundle: Path, **options: Any) -> None:

@@ -34,6 +34,13 @@ FOLDER = click.Path(path_type=Path)  # existence is the library's to judge, in i
 json_option: Callable[[F], F] = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON for scripts."
 )
+prompt_cache_option: Callable[[F], F] = click.option(
+    "--prompt-cache",
+    default="64MB",
+    show_default=True,
+    metavar="SIZE",
+    help="Memory for prompts: what later ones begin with alike is computed once.",
+)
 four_bit_option: Callable[[F], F] = click.option(
     "--four-bit",
     type=click.Choice(["expanded", "int8", "kept"]),

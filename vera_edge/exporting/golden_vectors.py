@@ -15,7 +15,6 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
-from vera_edge.bundle.manifest import GGUF
 from vera_edge.device.check import golden, golden_encoder, validate_decoder, validate_encoder
 from vera_edge.device.check.golden import PROMPTS, GivesLogits
 from vera_edge.device.runtime.chat import BundleText
@@ -74,7 +73,7 @@ def _answers(
 
 def _ends(manifest: Manifest) -> frozenset[int]:
     """The tokens at which the bundle's own runtime ends a text."""
-    if manifest.model.endswith(GGUF):
+    if manifest.is_gguf:
         told = gguf_header.read(manifest.path(manifest.model)).metadata
         keys = (f"tokenizer.ggml.{name}_token_id" for name in gguf_header.ENDS)
         return frozenset(told[key] for key in keys if key in told)

@@ -24,7 +24,6 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.base.trained_as import TrainedAs
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
-from vera_edge.bundle.manifest import GGUF
 from vera_edge.errors import MismatchError, OutputError, PlanError
 from vera_edge.exporting import branch_inputs, gguf_adapter, olive
 from vera_edge.exporting.adapter_fit import check, inputs_of, module_shapes
@@ -204,7 +203,7 @@ def pack_folder(
             "a place outside of it"
         )
     manifest = bundle.read(folder)
-    if manifest.model.endswith(GGUF):
+    if manifest.is_gguf:
         digest = gguf_adapter.pack_folder(adapter, manifest, path, weight, base, trained_as)
         return Packed(path, path.stat().st_size, digest)
     checkpoint, read = None, olive.read(adapter) if adapter.is_file() else adapters.read(adapter)

@@ -14,24 +14,10 @@ from typing import Any
 import numpy as np
 
 from vera_edge.device.runtime.graph import GraphPorts, Port, Shape
-from vera_edge.device.runtime.onnx_file import fields, initializer, spans, text
+from vera_edge.device.runtime.onnx_file import BITS, fields, initializer, spans, text
 from vera_edge.errors import BundleError
 
 # By TensorProto.DataType.
-_BITS: Mapping[int, int] = {
-    1: 32,
-    6: 32,
-    12: 32,
-    7: 64,
-    11: 64,
-    13: 64,
-    4: 16,
-    5: 16,
-    10: 16,
-    16: 16,
-    21: 4,
-    22: 4,
-}
 _FLOATS = frozenset({1, 10, 11, 16})
 _FED: Mapping[int, type[np.generic]] = {1: np.float32, 10: np.float16, 7: np.int64, 6: np.int32}
 GRAPH = 7  # fields of ModelProto,
@@ -71,7 +57,7 @@ class FileValue:
     @property
     def bytes_of_one(self) -> int:
         """Bytes of it where all axes that aren't fixed are 1."""
-        return math.prod(size for size in self.shape if isinstance(size, int)) * _BITS.get(self.kind, 8) // 8
+        return math.prod(size for size in self.shape if isinstance(size, int)) * BITS.get(self.kind, 8) // 8
 
 
 @dataclass(frozen=True)
@@ -138,7 +124,7 @@ def _parts(
             nodes.append(_node(value))
         elif number == INITIALIZER:
             name, one = initializer(value)
-            weights[name] = FileWeight(value, math.ceil(math.prod(one.shape) * _BITS.get(one.dtype, 8) / 8))
+            weights[name] = FileWeight(value, one.nbytes)
         elif number in (INPUT, OUTPUT, VALUE):
             name, found = _value(value)
             values[name] = found

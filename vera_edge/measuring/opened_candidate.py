@@ -15,7 +15,6 @@ from vera_edge.adapters import reading as adapters
 from vera_edge.arrays import Float32, Int64
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
-from vera_edge.bundle.manifest import GGUF
 from vera_edge.errors import CheckpointError, DataError
 from vera_edge.formats import checks
 from vera_edge.measuring.artefact import artefact, weights_of
@@ -116,7 +115,7 @@ def _candidate_export(
     names = sorted(own, key=lambda name: name != manifest.default_adapter)
     found = [name for name in names if own[name] in trained] if manifest.mode == "branch" else []
     adapter = found[0] if found else "default"
-    if manifest.model.endswith(GGUF):
+    if manifest.is_gguf:
         return _candidate_gguf(path, adapter, notes)
     kind = f"{manifest.mode} export, {manifest.weights} weights, ONNX Runtime"
     if manifest.kind == "encoder":

@@ -18,6 +18,7 @@ choice    what was found
 
 from __future__ import annotations
 
-from vera_edge.precision.request import FORMATS, TARGETS, PlanRequest, parse_ratio
+from vera_edge.device.check.products import FORMATS
+from vera_edge.precision.request import TARGETS, PlanRequest, parse_ratio
 
 __all__ = ["FORMATS", "TARGETS", "PlanRequest", "parse_ratio"]

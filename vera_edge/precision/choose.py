@@ -80,8 +80,7 @@ def _times(request: PlanRequest) -> ProductTimes | None:
     """What products take: as the device told, on this machine, or None where nobody asked."""
     if request.device_times is not None:
         times = read_times(Path(request.device_times))
-        blocks = (name for name in request.formats if (split(name)[1] or "1").isdigit())
-        times.require(list(dict.fromkeys((*blocks, *heads_of(request.formats)))))
+        times.require(list(dict.fromkeys((*request.formats, *heads_of(request.formats)))))
         return times
     return None if request.max_latency is None else MachineTimes()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vera_edge.cores import available_cores
-from vera_edge.device.check.products import DEFAULT_BLOCKS, ProductKind, nanoseconds
+from vera_edge.device.check.products import DEFAULT_BLOCKS, ProductKind, nanoseconds, parse_formats
 from vera_edge.errors import PlanError
 from vera_edge.plans.plan import DENSE, Step
 from vera_edge.rounding.weight_rounding import BLOCK
@@ -64,12 +64,11 @@ class DeviceTimes:
     products: Mapping[tuple[str, int], Mapping[tuple[int, int], int]]
 
     def require(self, formats: Sequence[str]) -> None:
-        """Raise PlanError unless the device told of all these formats ("int8" or "int8:64")."""
-        missing = []
-        for name in formats:
-            kind, _, block = name.partition(":")
-            if (kind, int(block or DEFAULT_BLOCKS[kind])) not in self.products:
-                missing.append(name)
+        """Raise PlanError unless the device told of all these formats ("int8" or "int8:64").
+
+        DataError for what is none.
+        """
+        missing = [name for name in formats if parse_formats([name])[0] not in self.products]
         if missing:
             raise PlanError(
                 f"the times of {self.device} have no {' and '.join(missing)}; measure there again (vera-edge "

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
+from vera_edge.device.check.products import FORMATS
 from vera_edge.errors import PlanError
 from vera_edge.exporting.target import OLD_NAMES
 from vera_edge.plans.plan import Mode
@@ -14,7 +15,6 @@ from vera_edge.requantize.effort import DEFAULT, QUICK
 from vera_edge.rounding.weight_rounding import BUILT_IN
 from vera_edge.text.mixture import Mixture
 
-FORMATS = ("int4", "int8", "nf4", "fp4", "fp32")
 TARGETS = ("onnx", *OLD_NAMES)
 SENSITIVITY_TOKENS = 512
 # Plans are measured on so many times the tokens that units are.

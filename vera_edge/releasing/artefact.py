@@ -115,10 +115,9 @@ def _swap_in(graph: Path, stage: Path, inputs: ReleaseInputs) -> None:
     same = {name: entry for name, entry in manifest.files.items() if not name.startswith("adapters/")}
     for name in same:
         link(graph / name, stage / name)
-    in_llama = manifest.model.endswith(GGUF)
     (stage / "adapters").mkdir(parents=True, exist_ok=True)
-    file = f"adapters/{_NAME}{GGUF if in_llama else '.onnx_adapter'}"
-    if in_llama:
+    file = f"adapters/{_NAME}{GGUF if manifest.is_gguf else '.onnx_adapter'}"
+    if manifest.is_gguf:
         gguf_adapter.pack(inputs.model, manifest, stage / file, _NAME)
     else:
         packing.pack(inputs.adapter, manifest, stage / file, spec=inputs.spec, base=inputs.checkpoint)

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from vera_edge.bundle.contents import Manifest
-from vera_edge.bundle.manifest import GGUF
+from vera_edge.device.runtime.opened import llama_command
 from vera_edge.releasing.attestation import Material
 from vera_edge.releasing.evidence import Evidence
 from vera_edge.releasing.job import ReleaseJob
@@ -59,16 +59,9 @@ def render(
         plots=[(name, _TITLES[name]) for name in sorted(evidence.plots)],
         materials=materials,
         tools=sorted(tools.items()),
-        gguf=_llama_command(manifest) if manifest.model.endswith(GGUF) else None,
+        gguf=llama_command(manifest, str) if manifest.is_gguf else None,
     )
     return text.encode()
-
-
-def _llama_command(manifest: Manifest) -> str:
-    """How the bundle is run where the card lies."""
-    name = manifest.default_adapter
-    file = None if name is None else manifest.adapters[name]["file"]
-    return f"llama-server -m {manifest.model}" + (f" --lora {file}" if file else "")
 
 
 def _figures(evidence: Evidence) -> list[tuple[str, str]]:

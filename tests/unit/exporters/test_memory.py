@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
-from tests.peaks import peaks
+from tests.peaks import llama, peaks
 
 _FEW, _MANY = 2, 6
 _WIDTH, _INNER = 768, 2304
@@ -50,26 +50,11 @@ _WAYS = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, Path]]:
     """Two Llamas in bfloat16 that differ in their number of layers, each with an adapter on all linears."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     found = {}
     for layers in (_FEW, _MANY):
         folder = tmp_path_factory.mktemp("model")
-        config = LlamaConfig(
-            vocab_size=tiny.VOCABULARY,
-            hidden_size=_WIDTH,
-            intermediate_size=_INNER,
-            num_hidden_layers=layers,
-            num_attention_heads=16,
-            num_key_value_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-        )
-        torch.manual_seed(7)
-        base = tiny.save(LlamaForCausalLM(config).to(torch.bfloat16), folder / "base")
+        base = tiny.save(llama(layers, _WIDTH, _INNER).to(torch.bfloat16), folder / "base")
         found[layers] = base, tiny.make_adapter(base, folder / "adapter")
     return found
 

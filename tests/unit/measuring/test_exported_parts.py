@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests import exported, tiny
-from tests.peaks import peaks
+from tests.peaks import llama, peaks
 from vera_edge.device.runtime.session import Session
 from vera_edge.errors import BundleError
 from vera_edge.exporting import target
@@ -117,25 +117,8 @@ else:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak of a process")
 def test_memory_does_not_grow_with_the_layers(tmp_path: Path) -> None:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     for layers in (_FEW, _MANY):
-        config = LlamaConfig(
-            vocab_size=tiny.VOCABULARY,
-            hidden_size=_WIDTH,
-            intermediate_size=_INNER,
-            num_hidden_layers=layers,
-            num_attention_heads=16,
-            num_key_value_heads=4,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-        )
-        torch.manual_seed(7)
-        base = tiny.save(LlamaForCausalLM(config), tmp_path / f"base{layers}")
+        base = tiny.save(llama(layers, _WIDTH, _INNER), tmp_path / f"base{layers}")
         adapter = tiny.make_adapter(base, tmp_path / f"adapter{layers}", targets=["q_proj"])
         target.export(base, [(adapter, 1.0)], tmp_path / f"out{layers}", weights="fp32")
     jobs = [(_FEW, "parts"), (_MANY, "parts"), (_FEW, "whole"), (_MANY, "whole")]

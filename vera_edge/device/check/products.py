@@ -24,11 +24,9 @@ from vera_edge.progress import Progress, silent
 _BYTES = 64 << 20
 _COPIES = 400
 _RUNS = 9
-_MICROSOFT = "com.microsoft"
-_FLOAT = 1  # TensorProto.DataType
 _WIDEST = 256  # the largest block that MatMulNBits takes
-FORMATS = ("int4", "int8", "nf4", "fp4", "fp32")
 DEFAULT_BLOCKS: Mapping[str, int] = {"int4": 32, "int8": 32, "nf4": 64, "fp4": 64, "fp32": 0}
+FORMATS = tuple(DEFAULT_BLOCKS)
 
 Weights = Mapping[str, npt.NDArray[Any]]
 # What decides how long a product takes: format, shape (out, in) and block.
@@ -131,11 +129,10 @@ def graph(kind: ProductKind, copies: int) -> bytes:
         ]
         y = f"y{number}"
         parts.append(message.field(1, message.node(operator, ["x", *names], y, attributes, domain=domain)))
-        parts.append(message.field(12, _port(y, (1, out))))
-    parts += [message.field(2, "products"), message.field(11, _port("x", (1, inside)))]
-    versions = message.field(8, message.field(2, 17))
-    versions += message.field(8, message.field(1, _MICROSOFT) + message.field(2, 1))
-    return message.field(1, 8) + message.field(7, b"".join(parts)) + versions
+        parts.append(message.field(12, message.port(y, message.FLOAT, (1, out))))
+    parts.append(message.field(11, message.port("x", message.FLOAT, (1, inside))))
+    parts.append(message.field(2, "products"))
+    return message.model(b"".join(parts), {"": 17, message.MICROSOFT: 1})
 
 
 def _weights(kind: ProductKind) -> Weights:
@@ -165,13 +162,9 @@ def _operator(name: str, out: int, inside: int, block: int) -> tuple[str, str, d
         return "MatMul", "", {}
     sizes = {"K": inside, "N": out, "block_size": block}
     if name in ("nf4", "fp4"):
-        return "MatMulBnb4", _MICROSOFT, sizes | {"quant_type": int(name == "nf4")}
-    return "MatMulNBits", _MICROSOFT, sizes | {"bits": int(name.removeprefix("int")), "accuracy_level": 4}
-
-
-def _port(name: str, shape: tuple[int, int]) -> bytes:
-    """A ValueInfoProto of float32."""
-    axes = b"".join(message.field(1, message.field(1, size)) for size in shape)
-    return message.field(1, name) + message.field(
-        2, message.field(1, message.field(1, _FLOAT) + message.field(2, axes))
+        return "MatMulBnb4", message.MICROSOFT, sizes | {"quant_type": int(name == "nf4")}
+    return (
+        "MatMulNBits",
+        message.MICROSOFT,
+        sizes | {"bits": int(name.removeprefix("int")), "accuracy_level": 4},
     )

@@ -15,7 +15,6 @@ from typing import Any
 
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
-from vera_edge.bundle.manifest import GGUF
 from vera_edge.device.check import checks, hardware, validate_decoder, validate_encoder
 from vera_edge.device.check.checks import Check
 from vera_edge.device.check.validate_decoder import Drift, OnnxDecoder
@@ -76,8 +75,7 @@ def validate(
     if manifest.golden is None:
         raise BundleError(f"{folder} carries no golden vectors; `vera-edge golden` puts them there")
     held = dict(manifest.limits) | given
-    in_llama = manifest.model.endswith(GGUF)
-    products = [] if in_llama else checks.int8_products(manifest.path(manifest.model))
+    products = [] if manifest.is_gguf else checks.int8_products(manifest.path(manifest.model))
     drift: list[Drift] = []
     encoder_drift: list[EncoderDrift] = []
     if isinstance(model, Encoder):
@@ -110,7 +108,7 @@ def _opened(folder: Path, threads: int | None) -> tuple[Encoder | OnnxDecoder | 
     manifest = bundle.read(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BundleWarning)  # which is a check of its own here
-        if manifest.model.endswith(GGUF):
+        if manifest.is_gguf:
             model = LlamaBundle.open(folder, threads=threads)
             return model, model.runner.threads
         if manifest.kind == "encoder":

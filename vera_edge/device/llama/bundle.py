@@ -10,7 +10,6 @@ from vera_edge.arrays import Float32, Tokens
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.device.llama.runner import LlamaRunner
-from vera_edge.errors import MismatchError
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,5 @@ class LlamaBundle:
 
 def _file(manifest: Manifest, adapter: str | None) -> Path | None:
     """The LoRA file of an adapter; None where none runs beside the model's file."""
-    if manifest.mode == "merged":
-        if adapter != "default":
-            raise MismatchError(
-                f"the adapter is merged into {manifest.folder} and can't be changed; export with --mode "
-                "branch to swap adapters"
-            )
-        return None
-    name = manifest.default_adapter if adapter == "default" else adapter
-    if name is None:
-        return None
-    if name not in manifest.adapters:
-        names = ", ".join(manifest.adapters) or "none"
-        raise MismatchError(f"{manifest.folder} has no adapter named {name!r}, only: {names}")
-    return manifest.path(manifest.adapters[name]["file"])
+    name = manifest.adapter_named(adapter)
+    return None if name is None else manifest.path(manifest.adapters[name]["file"])

@@ -27,7 +27,6 @@ from vera_edge.device.runtime.onnx_file import OnnxFile, attributes, fields, ops
 from vera_edge.errors import BundleError, PlanError
 
 FourBit = Literal["expanded", "int8", "kept"]
-MICROSOFT = "com.microsoft"
 _TYPES = ("fp4", "nf4")  # as MatMulBnb4's quant_type counts them
 # The least `max_kl` at which weights are expanded: SmolLM2 loses 0.0004 nats in the mean, 0.001 on a prompt.
 LOSS = 0.005
@@ -136,7 +135,7 @@ class Rewriting:
             x, y = self._parted[x], f"{y}/parts"
         out, inside = one.shape
         sizes = {"K": inside, "N": out, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
-        yield message.node("MatMulNBits", [x, *_names(one)], y, sizes, one.name, MICROSOFT)
+        yield message.node("MatMulNBits", [x, *_names(one)], y, sizes, one.name, message.MICROSOFT)
         if self.in_two_parts:
             yield message.node("ReduceSum", [y, self._constant("first", [0])], one.y, {"keepdims": 0})
 

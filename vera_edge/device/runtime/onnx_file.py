@@ -7,7 +7,7 @@ https://github.com/onnx/onnx/blob/main/onnx/onnx.proto. What isn't asked for is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,15 @@ class Node:
     outputs: tuple[str, ...]
 
 
+# Bits of a value, by TensorProto.DataType; 8 of those that aren't here.
+BITS: Mapping[int, int] = {
+    **dict.fromkeys((1, 6, 12), 32),  # float32, int32, uint32
+    **dict.fromkeys((7, 11, 13), 64),  # int64, float64, uint64
+    **dict.fromkeys((4, 5, 10, 16), 16),  # uint16, int16, float16, bfloat16
+    **dict.fromkeys((21, 22), 4),  # uint4, int4
+}
+
+
 @dataclass(frozen=True)
 class Initializer:
     """A constant. dtype: as TensorProto numbers it. raw: its bytes; else `place`: keys of external data."""
@@ -41,6 +50,11 @@ class Initializer:
     shape: tuple[int, ...]
     raw: Any
     place: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return -(-math.prod(self.shape) * BITS.get(self.dtype, 8) // 8)
 
 
 @dataclass(frozen=True)

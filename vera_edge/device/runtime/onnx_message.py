@@ -15,6 +15,8 @@ from vera_edge.arrays import Array
 
 _KINDS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7}  # TensorProto.DataType
 _INT = 2  # AttributeProto.AttributeType
+FLOAT = _KINDS["float32"]
+MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
 def field(number: int, value: int | bytes | str) -> bytes:

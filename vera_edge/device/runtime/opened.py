@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
 
 from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
-from vera_edge.bundle.manifest import GGUF
 from vera_edge.device.runtime import adapters, four_bit_graph, generated, int8_products
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.four_bit_graph import FourBit
@@ -61,24 +61,14 @@ class Adaptable:
         return self._choose(adapter)[1]
 
     def _choose(self, adapter: AdapterChoice) -> tuple[AdapterChoice, Vectors]:
-        named = self.manifest.adapters
-        if self.manifest.mode == "merged":
-            if adapter != "default":
-                raise MismatchError(
-                    f"the adapter is merged into {self.manifest.folder} and can't be changed; export with "
-                    "--mode branch to swap adapters"
-                )
-            return adapter, {}
-        if adapter == "default":
-            adapter = self.manifest.default_adapter
-        if adapter is None:
-            return None, {}
-        if isinstance(adapter, str) and adapter not in named:
-            raise MismatchError(
-                f"{self.manifest.folder} has no adapter named {adapter!r}, only: {', '.join(named) or 'none'}"
-            )
-        path = adapter if isinstance(adapter, Path) else self.manifest.path(named[adapter]["file"])
-        return adapter, adapters.load(path, self._ports, self._model_version(path))
+        merged = self.manifest.mode == "merged"
+        if isinstance(adapter, Path) and not merged:
+            return adapter, adapters.load(adapter, self._ports, self._model_version(adapter))
+        name = self.manifest.adapter_named(adapter)
+        if name is None:
+            return ("default" if merged else None), {}
+        path = self.manifest.path(self.manifest.adapters[name]["file"])
+        return name, adapters.load(path, self._ports, self._model_version(path))
 
     def _model_version(self, path: Path) -> int | None:
         """The model version that a file must carry: the manifest's, else that of the own adapters."""
@@ -102,7 +92,7 @@ class Opened(Adaptable):
 def checked(folder: Path, kind: str, deep: bool = True) -> Manifest:
     """Verify a bundle of this `kind`, without opening it; deep and what it raises: as `open_graph`."""
     manifest = bundle.verify(folder, deep=deep)
-    if manifest.model.endswith(GGUF):
+    if manifest.is_gguf:
         raise BundleError(f"{folder} is for llama.cpp; run it with: {llama_command(manifest)}")
     if manifest.kind != kind:
         hint = {
@@ -140,12 +130,15 @@ def open_graph(
     return manifest, Graph(model, threads, generated.in_memory(manifest), exact, rewritten)
 
 
-def llama_command(manifest: Manifest) -> str:
-    """How llama.cpp's server is started with a bundle's GGUF file, its default adapter beside it."""
-    command = f"llama-server -m {manifest.path(manifest.model)}"
-    name = manifest.default_adapter
+def llama_command(manifest: Manifest, path: Callable[[str], object] | None = None) -> str:
+    """How llama.cpp's server is started with a bundle's GGUF file, its default adapter beside it.
+
+    path: how a file of the bundle is written; None: where it is.
+    """
+    place, name = path or manifest.path, manifest.default_adapter
     file = manifest.adapters[name]["file"] if name is not None else None
-    return command if file is None else f"{command} --lora {manifest.path(file)}"
+    command = f"llama-server -m {place(manifest.model)}"
+    return command if file is None else f"{command} --lora {place(file)}"
 
 
 def graph_bytes(manifest: Manifest) -> int:

@@ -15,7 +15,6 @@ import onnxruntime
 
 from vera_edge.device.runtime import onnx_message as message
 
-MICROSOFT = "com.microsoft"
 _OUT = 64  # outputs of a probe: whole tiles of every kernel
 _ROWS = 8  # tried at once, and those before it
 
@@ -60,9 +59,11 @@ def _probe(product: BlockProduct) -> bytes:
         tensors["zeros"] = draw.integers(0, 256, _OUT * -(-blocks * product.bits // 8), np.uint8)
     sizes = {"K": product.width, "N": _OUT, "bits": product.bits, "block_size": product.block}
     sizes["accuracy_level"] = product.accuracy
-    graph = message.field(1, message.node("MatMulNBits", ["x", *tensors], "y", sizes, domain=MICROSOFT))
+    graph = message.field(
+        1, message.node("MatMulNBits", ["x", *tensors], "y", sizes, domain=message.MICROSOFT)
+    )
     graph += message.field(2, "probe")
     graph += b"".join(message.field(5, message.constant(name, array)) for name, array in tensors.items())
-    graph += message.field(11, message.port("x", 1, (None, product.width)))
-    graph += message.field(12, message.port("y", 1, (None, _OUT)))
-    return message.model(graph, {"": 18, MICROSOFT: 1})
+    graph += message.field(11, message.port("x", message.FLOAT, (None, product.width)))
+    graph += message.field(12, message.port("y", message.FLOAT, (None, _OUT)))
+    return message.model(graph, {"": 18, message.MICROSOFT: 1})

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -98,8 +97,7 @@ def rewrite(model: Any, tokens: int, is_alike: Callable[[BlockProduct], bool] = 
 def _weights(graph: Any) -> dict[str, int]:
     """Bytes of each initializer."""
     found = dict(initializer(value) for number, value in fields(graph) if number == _INITIALIZER)
-    # float32, float16; of all others, codes are what counts.
-    return {name: prod(one.shape) * {1: 4, 10: 2}.get(one.dtype, 1) for name, one in found.items()}
+    return {name: one.nbytes for name, one in found.items()}
 
 
 @dataclass
