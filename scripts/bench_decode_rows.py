@@ -91,12 +91,15 @@ _PEERS = {BUILDER: "ONNX Runtime GenAI builder, int4 rtn", LLAMA_CPP: "llama.cpp
 
 
 def lost() -> dict[str, str]:
-    """What each way loses of the adapter's effect, by docs/drift-table.md; only those that stand there."""
-    shares = {}
+    """What each way loses of the adapter's effect, by docs/drift-table.md; only those that stand there.
+
+    The page's first sections speak of the demo; further down are rows of the same names about other models.
+    """
+    shares = dict[str, str]()
     for line in _DRIFT.read_text(encoding="utf-8").splitlines():
         cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
         if len(cells) > 7 and cells[4].endswith("%"):
-            shares[cells[0]] = cells[4]
+            shares.setdefault(cells[0], cells[4])
     rows = _PEERS | {way.name: way.drift for way in WAYS}
     elsewhere = {way.name: way.lost for way in WAYS if way.lost}
     return elsewhere | {name: shares[row] for name, row in rows.items() if row in shares}
