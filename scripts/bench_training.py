@@ -6,7 +6,7 @@ The demo's training, cut short: the same seed, text and steps, once on the NF4 b
 `quantize --to gptq` as they are, and on these with activations rounded as ONNX Runtime does. Each adapter is
 exported as a branch beside int4 in blocks of 32 and measured in ONNX Runtime against what it was trained as,
 on text that no training and no calibration saw. The NF4 adapter's integers are rounded from the NF4 base; it
-is measured as it came and as `adapt` carries it over.
+is measured as it came and as `adapt` carries it over. At the demo's own number of steps it is the demo's.
 
 What is made stays in the folder (by default in the cache), so that a run that was broken off goes on.
 Writes its table into docs/training.md.
@@ -151,6 +151,8 @@ class Bench:
         return out
 
     def _trained(self, name: str) -> Path:
+        if name == "nf4" and self.recipe == demo_training.Recipe():
+            return self.demo.adapter
         return self.folder / f"adapter-{name}-{self.recipe.steps}"
 
     def _adapter(self, way: Way) -> Path:
