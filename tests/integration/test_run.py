@@ -28,6 +28,9 @@ def test_it_prints_what_the_session_generates(tiny_bundles: TinyBundles, cli: Cl
     found = json.loads(result.stdout)
     assert found["text"] == expected and found["finish"] in ("length", "end")
     assert len(found["tokens"]) <= 12 and found["prompt_tokens"] > 3
+    assert found["verified"]["files"] == len(bundle.read(tiny_bundles.fp32).files)
+    refused = cli("run", tiny_bundles.fp32, PROMPT, "--fast", "--reread")
+    assert refused.exit_code == 2 and "contradict" in refused.stderr
 
 
 def test_looking_ahead_changes_nothing_and_is_refused_where_it_would(

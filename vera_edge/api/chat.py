@@ -36,6 +36,7 @@ def chat(
     template_args: Mapping[str, Any] | None = None,
     threads: int | None = None,
     fast: bool = False,
+    reread: bool = False,
     four_bit: FourBit | None = None,
     prompt_cache: int | str = "64MB",
     tell: Tell = unheard,
@@ -43,7 +44,7 @@ def chat(
     """Open a bundle for a conversation, which keeps what was said.
 
     Args:
-        bundle, adapter, threads, fast, four_bit, prompt_cache, tell: as in `open_bundle`.
+        bundle, adapter, threads, fast, reread, four_bit, prompt_cache, tell: as in `open_bundle`.
         system: a message before all others, which says how to answer.
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, speculate, stop,
             template_args: how answers are generated; as in `Session.generate`.
@@ -66,6 +67,7 @@ def chat(
         adapter=adapter,
         threads=threads,
         fast=fast,
+        reread=reread,
         four_bit=four_bit,
         prompt_cache=prompt_cache,
         tell=tell,

@@ -23,6 +23,7 @@ def open_bundle(
     adapter: str | Path | None = "default",
     threads: int | None = None,
     fast: bool = False,
+    reread: bool = False,
     four_bit: FourBit | None = None,
     prompt_cache: int | str = 0,
     tell: Tell = unheard,
@@ -34,13 +35,14 @@ def open_bundle(
         adapter: branch mode: "default", a name of the bundle, an .onnx_adapter file; "none" or None for the
             base alone.
         threads: threads per operator; None: all cores.
-        fast: don't read files over 64 MiB before they run.
+        fast: don't look at the content of files over 64 MiB before they run.
+        reread: read also what an earlier start has read and nobody has written to since.
         four_bit: how NF4 and FP4 weights run: "expanded" to int8 blocks in memory, "int8", the same with
             activations rounded to int8, or "kept" as they are, exactly and slowly; None: kept where the
             bundle's own limit on the mean KL is under 0.005, else expanded.
         prompt_cache: bytes, or words like "64MB", in which prompts are kept: what later ones begin with alike
             is computed once. Not for encoders.
-        tell: given a sentence: what the expanding took.
+        tell: given sentences: what wasn't read, and what the expanding took.
 
     Returns:
         What `Session.open` or `Encoder.open` gives.
@@ -48,7 +50,7 @@ def open_bundle(
     Raises:
         BundleError: the bundle is damaged, foreign, or needs more memory than there is.
         AdapterError, MismatchError: the adapter can't be used.
-        PlanError: 4-bit weights can't run so.
+        PlanError: 4-bit weights can't run so, or fast and reread contradict each other.
 
     Example:
         >>> session = vera_edge.open_bundle("bundle", adapter=None)
@@ -64,15 +66,23 @@ def open_bundle(
         from vera_edge.device.runtime.encoder import Encoder
 
         opened: Session | Encoder = Encoder.open(
-            folder, chosen, threads=threads, deep=not fast, four_bit=four_bit
+            folder, chosen, threads=threads, deep=not fast, four_bit=four_bit, reread=reread
         )
     else:
         from vera_edge.device.runtime.session import Session
 
         size = size_or_none(prompt_cache) or 0
         opened = Session.open(
-            folder, chosen, threads=threads, deep=not fast, four_bit=four_bit, prompt_cache=size
+            folder,
+            chosen,
+            threads=threads,
+            deep=not fast,
+            four_bit=four_bit,
+            prompt_cache=size,
+            reread=reread,
         )
+    if opened.verified is not None and opened.verified.told is not None:
+        tell(opened.verified.told)
     if opened.graph.rewritten is not None:
         tell(opened.graph.rewritten.told)
     return opened

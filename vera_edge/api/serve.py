@@ -34,6 +34,7 @@ def serve(
     adapters_from: StrPath | None = None,
     threads: int | None = None,
     fast: bool = False,
+    reread: bool = False,
     four_bit: FourBit | None = None,
     prompt_cache: int | str = "64MB",
     trusted_keys: StrPath | None = None,
@@ -57,7 +58,7 @@ def serve(
         varying: let an answer's last digits depend on how many run beside it; quicker for one at a time.
         adapters_from: a folder that clients may add adapters from while it runs; None: they can't.
         threads: threads per operator; None: all cores.
-        fast: don't read files over 64 MiB before they run.
+        fast, reread: what is read before it runs; as in `open_bundle`.
         four_bit: how NF4 and FP4 weights run; as in `open_bundle`.
         prompt_cache: bytes, or words like "64MB", in which prompts are kept: what later ones begin with alike
             is computed once; 0 keeps none.
@@ -95,7 +96,13 @@ def serve(
     with server.listen(host, port, settings.api_key) as listening:
         check_signature(Path(bundle), trust, tell)
         opened = open_bundle(
-            bundle, threads=threads, fast=fast, four_bit=four_bit, prompt_cache=prompt_cache, tell=tell
+            bundle,
+            threads=threads,
+            fast=fast,
+            reread=reread,
+            four_bit=four_bit,
+            prompt_cache=prompt_cache,
+            tell=tell,
         )
         server.run(opened, name or server.model_name(Path(bundle)), listening, settings, tell)
 

@@ -10,6 +10,7 @@ from vera_edge.api.trust import check_signature, trust_in
 from vera_edge.bundle import contents
 from vera_edge.bundle.manifest import Manifest
 from vera_edge.progress import Progress, Tell, silent, unheard
+from vera_edge.storage.digest_notes import DigestNotes
 
 __all__ = ["Manifest", "read_manifest", "verify"]
 
@@ -25,7 +26,7 @@ def verify(
     progress: Progress = silent,
     tell: Tell = unheard,
 ) -> Manifest:
-    """Check every file of a bundle against its manifest, offline.
+    """Check every file of a bundle against its manifest, offline. Each is read, whatever is remembered of it.
 
     Args:
         bundle: the exported folder.
@@ -51,7 +52,8 @@ def verify(
     """
     trust = trust_in(trusted_keys, trusted_identity, require_signature, allow_unsigned)
     check_signature(Path(bundle), trust, tell)
-    manifest = contents.verify(Path(bundle), deep=not fast, progress=progress)
+    notes = DigestNotes(reread=True)  # so that a start needn't read again what is read here
+    manifest = contents.verify(Path(bundle), deep=not fast, progress=progress, notes=notes)
     warn_of_int8(manifest)
     return manifest
 

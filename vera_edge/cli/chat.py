@@ -14,7 +14,15 @@ import click
 import vera_edge
 from vera_edge import printable
 from vera_edge.cli.generation_options import takes_generation
-from vera_edge.cli.show import FOLDER, four_bit_option, note, prompt_cache_option, tell
+from vera_edge.cli.show import (
+    FOLDER,
+    fast_option,
+    four_bit_option,
+    note,
+    prompt_cache_option,
+    reread_option,
+    tell,
+)
 
 if TYPE_CHECKING:
     from vera_edge.api.chat import Conversation
@@ -29,7 +37,8 @@ _PROMPT = "> "
 )
 @takes_generation(max_tokens=1024)
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
-@click.option("--fast", is_flag=True, help="Don't read files over 64 MiB before they run.")
+@fast_option
+@reread_option
 @prompt_cache_option
 @four_bit_option
 def chat(bundle: Path, **options: Any) -> None:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 from click.core import ParameterSource
 
 import vera_edge
 from vera_edge.cli.generation_options import takes_generation
-from vera_edge.cli.show import FOLDER, four_bit_option, json_option, out, print_json, tell
+from vera_edge.cli.show import (
+    FOLDER,
+    fast_option,
+    four_bit_option,
+    json_option,
+    out,
+    print_json,
+    reread_option,
+    tell,
+)
 
-_FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "four_bit", "as_json"}
+_FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "reread", "four_bit", "as_json"}
 
 
 @click.command()
@@ -25,7 +34,8 @@ _FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "four_bit", "
 @takes_generation(max_tokens=256)
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
-@click.option("--fast", is_flag=True, help="Don't read files over 64 MiB before they run.")
+@fast_option
+@reread_option
 @four_bit_option
 @json_option
 def run(
@@ -36,6 +46,7 @@ def run(
     threads: int | None,
     raw: bool,
     fast: bool,
+    reread: bool,
     four_bit: Literal["expanded", "int8", "kept"] | None,
     as_json: bool,
     **sampling: object,
@@ -51,10 +62,11 @@ def run(
     if vera_edge.read_manifest(bundle).kind == "encoder":
         _refuse_sampling(click.get_current_context())
     model = vera_edge.open_bundle(
-        bundle, adapter=adapter, threads=threads, fast=fast, four_bit=four_bit, tell=tell
+        bundle, adapter=adapter, threads=threads, fast=fast, reread=reread, four_bit=four_bit, tell=tell
     )
+    verified: dict[str, Any] = {} if model.verified is None else {"verified": model.verified.to_dict()}
     if not isinstance(model, vera_edge.Session):
-        _encode(model, text, as_json)
+        _encode(model, text, as_json, verified)
         return
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}] if system else text
     generation = model.generate(messages, raw=raw, **sampling)  # type: ignore[arg-type]
@@ -65,7 +77,7 @@ def run(
             click.echo(piece, nl=False)
             sys.stdout.flush()
     if as_json:
-        print_json(generation.summary() | {"text": "".join(pieces)})
+        print_json(generation.summary() | {"text": "".join(pieces)} | verified)
     else:
         click.echo()
 
@@ -77,15 +89,15 @@ def _refuse_sampling(ctx: click.Context) -> None:
             raise click.UsageError(f"{parameter.opts[0]} is for models that generate text")
 
 
-def _encode(encoder: vera_edge.Encoder, text: str, as_json: bool) -> None:
+def _encode(encoder: vera_edge.Encoder, text: str, as_json: bool, verified: dict[str, Any]) -> None:
     if not encoder.labels:
         vector = [float(f"{value:.7g}") for value in encoder.embed([text])[0].tolist()]
-        print_json({"embedding": vector})
+        print_json({"embedding": vector} | (verified if as_json else {}))
         return
     shares = encoder.probabilities([text])[0].tolist()
     found = dict(sorted(zip(encoder.labels, shares, strict=True), key=lambda pair: -pair[1]))
     if as_json:
-        print_json({"classes": found})
+        print_json({"classes": found} | verified)
         return
     for label, share in found.items():
         out().print(f"{share:.4f}  {label}")

@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 import vera_edge
-from vera_edge.cli.show import FOLDER, four_bit_option, prompt_cache_option, tell
+from vera_edge.cli.show import (
+    FOLDER,
+    fast_option,
+    four_bit_option,
+    prompt_cache_option,
+    reread_option,
+    tell,
+)
 from vera_edge.cli.trust import takes_trust
 
 
@@ -45,7 +52,8 @@ from vera_edge.cli.trust import takes_trust
     help="Let clients add adapters that lie in FOLDER, and remove them.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; all cores by default.")
-@click.option("--fast", is_flag=True, help="Don't read files over 64 MiB before they run.")
+@fast_option
+@reread_option
 @prompt_cache_option
 @four_bit_option
 @takes_trust

@@ -41,6 +41,12 @@ prompt_cache_option: Callable[[F], F] = click.option(
     metavar="SIZE",
     help="Memory for prompts: what later ones begin with alike is computed once.",
 )
+fast_option: Callable[[F], F] = click.option(
+    "--fast", is_flag=True, help="Don't look at the content of files over 64 MiB before they run."
+)
+reread_option: Callable[[F], F] = click.option(
+    "--reread", is_flag=True, help="Read also what was read once and hasn't been written to since."
+)
 four_bit_option: Callable[[F], F] = click.option(
     "--four-bit",
     type=click.Choice(["expanded", "int8", "kept"]),

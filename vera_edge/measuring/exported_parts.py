@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from vera_edge.arrays import Array, Float32, Int64
+from vera_edge.bundle import contents as bundle
 from vera_edge.bundle.contents import Manifest
 from vera_edge.device.runtime import generated, int8_products
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.decoding import ROPE_LENGTH, DecoderFacts
 from vera_edge.device.runtime.graph import Graph, GraphPorts, bind, first_line
-from vera_edge.device.runtime.opened import Adaptable, checked, graph_bytes
+from vera_edge.device.runtime.opened import Adaptable, check_kind, graph_bytes
 from vera_edge.errors import BundleError
 from vera_edge.measuring.graph_file import GraphFile
 from vera_edge.measuring.graph_parts import ExportedPart, cut
@@ -74,7 +75,8 @@ class PartedExport:
         sixteenth of `max_memory` bytes, or of what is free. Raises as `Session.open`, and BundleError when
         there is too little memory for its largest part.
         """
-        manifest = checked(folder, "decoder")
+        manifest = bundle.verify(folder)
+        check_kind(manifest, "decoder")
         graph = GraphFile.read(manifest.path(manifest.model))
         ports, limit = graph.ports(), _limit(max_memory)
         facts = DecoderFacts.read(manifest.folder, ports)

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import stat
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from typing import Any
 from filelock import FileLock
 
 from vera_edge.errors import VeraEdgeError
+from vera_edge.storage.cache_folder import cache_folder
+from vera_edge.storage.digest_notes import identity, is_settled
 from vera_edge.storage.files import (
     output_error,
     sha256_bytes,
@@ -32,18 +33,13 @@ from vera_edge.storage.files import (
 from vera_edge.storage.json_text import canonical_json, read_json
 
 _FILES, _FACTS = "files", "facts.json"  # of an entry: what was made, and what determined it
-# Coarser than any file system's time stamps: what was changed longer ago can't change again unnoticed.
-_SETTLED = 2_000_000_000  # nanoseconds
 _WRITABLE = 0o222
 _PIECE = 1 << 18  # bytes; stays in the processor's cache from reading to writing
 
 
 def default_root() -> Path:
-    """$VERA_EDGE_CACHE/store, else the user's cache folder."""
-    if given := os.environ.get("VERA_EDGE_CACHE"):
-        return Path(given) / "store"
-    home = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
-    return Path(home).expanduser() / "vera-edge" / "store"
+    """$VERA_EDGE_CACHE/store, else in the user's cache folder."""
+    return cache_folder() / "store"
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
@@ -155,10 +151,8 @@ class Store:
     def file_digest(self, path: Path) -> str:
         """Hex SHA-256 of a file, remembered as long as its identity on disk stays the same.
 
-        Identity is device, inode, size, and both change times in nanoseconds: rewriting a file changes its
-        status-change time even when its modification time is set back. A file that changed just now, or in
-        the future by this machine's clock, isn't remembered: within a tick of the clock it could change again
-        and look the same. Raises VeraEdgeError when the file can't be read.
+        See `digest_notes`, by whose rules: a file that changed just now, or in the future by this machine's
+        clock, isn't remembered. Raises VeraEdgeError when the file can't be read.
         """
         try:
             return self._file_digest(path, path.stat())
@@ -166,21 +160,20 @@ class Store:
             raise VeraEdgeError(f"{path} can't be read: {cause.strerror}") from None
 
     def _file_digest(self, path: Path, found: os.stat_result) -> str:
-        identity = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
         name = sha256_bytes(os.fsencode(path.absolute()))
         note = self.root / "digests" / name[:2] / f"{name}.json"
         try:
             known = json.loads(note.read_bytes())
-            if self.fresh is None and known["identity"] == identity:
+            if self.fresh is None and known["identity"] == identity(found):
                 return str(known["sha256"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
         digest = sha256_file(path)
-        if max(found.st_mtime_ns, found.st_ctime_ns) + _SETTLED < time.time_ns():
+        if is_settled(found):
             try:
                 note.parent.mkdir(parents=True, exist_ok=True)
                 # Half a note isn't JSON, and is as good as none.
-                note.write_bytes(canonical_json({"identity": identity, "sha256": digest}))
+                note.write_bytes(canonical_json({"identity": identity(found), "sha256": digest}))
             except OSError:
                 return digest  # a store that can't be written only costs the time to hash again
         return digest

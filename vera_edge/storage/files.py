@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -34,14 +35,19 @@ def sha256_bytes(data: bytes | memoryview) -> str:
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file; of a large one the next piece is read while this one is hashed."""
     with path.open("rb", buffering=0) as stream:
-        if os.fstat(stream.fileno()).st_size <= _PIECE:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        with ThreadPoolExecutor(1) as reader:
+        return sha256_stream(stream)
+
+
+def sha256_stream(stream: FileIO) -> str:
+    """Hex SHA-256 of an open file from where it stands on, as `sha256_file`."""
+    if os.fstat(stream.fileno()).st_size <= _PIECE:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(stream.read, _PIECE)
+        while piece := coming.result():
             coming = reader.submit(stream.read, _PIECE)
-            while piece := coming.result():
-                coming = reader.submit(stream.read, _PIECE)
-                digest.update(piece)
+            digest.update(piece)
     return digest.hexdigest()
 
 

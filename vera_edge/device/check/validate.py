@@ -112,9 +112,9 @@ def _opened(folder: Path, threads: int | None) -> tuple[Encoder | OnnxDecoder | 
             model = LlamaBundle.open(folder, threads=threads)
             return model, model.runner.threads
         if manifest.kind == "encoder":
-            encoder = Encoder.open(folder, threads=threads)
+            encoder = Encoder.open(folder, threads=threads, reread=True)
             return encoder, encoder.graph.threads
-        session = Session.open(folder, threads=threads)
+        session = Session.open(folder, threads=threads, reread=True)
     return OnnxDecoder(session), session.graph.threads
 
 

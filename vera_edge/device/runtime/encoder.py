@@ -80,10 +80,12 @@ class Encoder(Opened):
         threads: int | None = None,
         deep: bool = True,
         four_bit: FourBit | None = None,
+        reread: bool = False,
     ) -> Encoder:
         """Verify the bundle in `folder` and open it; all as `Session.open`."""
-        manifest, graph = open_graph(Path(folder), "encoder", threads, deep, four_bit)
+        manifest, graph, looked = open_graph(Path(folder), "encoder", threads, deep, four_bit, reread)
         encoder = cls(manifest, graph, BundleText(manifest.folder))
+        encoder.verified = looked
         encoder.swap(adapter)
         return encoder
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import onnxruntime
 
 from vera_edge.bundle import contents as bundle
+from vera_edge.bundle import verified
 from vera_edge.bundle.contents import Manifest
+from vera_edge.bundle.verified import Verified
 from vera_edge.device.runtime import adapters, four_bit_graph, generated, int8_products
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.four_bit_graph import FourBit
@@ -82,16 +84,16 @@ class Adaptable:
 
 
 class Opened(Adaptable):
-    """An open bundle."""
+    """An open bundle. verified: what its verification looked at, where it was opened by its folder."""
 
-    def __init__(self, manifest: Manifest, graph: Graph) -> None:
+    def __init__(self, manifest: Manifest, graph: Graph, looked: Verified | None = None) -> None:
         super().__init__(manifest, graph)
-        self.graph = graph
+        self.graph, self.verified = graph, looked
 
 
-def checked(folder: Path, kind: str, deep: bool = True) -> Manifest:
-    """Verify a bundle of this `kind`, without opening it; deep and what it raises: as `open_graph`."""
-    manifest = bundle.verify(folder, deep=deep)
+def check_kind(manifest: Manifest, kind: str) -> None:
+    """Raise BundleError for a bundle that isn't for ONNX Runtime as it is here, or not of this `kind`."""
+    folder = manifest.folder
     if manifest.is_gguf:
         raise BundleError(f"{folder} is for llama.cpp; run it with: {llama_command(manifest)}")
     if manifest.kind != kind:
@@ -101,7 +103,6 @@ def checked(folder: Path, kind: str, deep: bool = True) -> Manifest:
         }[manifest.kind]
         raise BundleError(f"{folder} holds {hint}")
     _check_runtime(manifest)
-    return manifest
 
 
 def open_graph(
@@ -110,15 +111,17 @@ def open_graph(
     threads: int | None = None,
     deep: bool = True,
     four_bit: FourBit | None = "kept",
-) -> tuple[Manifest, Graph]:
+    reread: bool = False,
+) -> tuple[Manifest, Graph, Verified]:
     """Verify a bundle of this `kind` and open its graph. What it leaves to be generated is made in memory.
 
-    deep: read every byte first, as `vera-edge verify` does, and not only of files up to 64 MiB. four_bit: as
-    in `Session.open`. Raises PlanError for a `four_bit` that isn't known, BundleError when the bundle is
+    deep, four_bit, reread: as in `Session.open`, but for `four_bit`'s default.
+    Raises PlanError for a `four_bit` that isn't known, BundleError when the bundle is
     damaged, foreign, of another kind, or needs a newer runtime or more memory. Warns (BundleWarning) when
     other programs would get wrong values from it on this processor.
     """
-    manifest = checked(folder, kind, deep)
+    manifest, looked = verified.verify(folder, deep, reread)
+    check_kind(manifest, kind)
     model = manifest.path(manifest.model)
     if four_bit is None:
         four_bit = "kept" if manifest.limits.get("max_kl", 1) < four_bit_graph.LOSS else "expanded"
@@ -127,7 +130,7 @@ def open_graph(
     _check_memory(manifest, four_bit_graph.added_bytes(found))
     exact = int8_products.must_be_exact(manifest)
     rewritten = four_bit_graph.rewrite(model, found, four_bit) if found else None
-    return manifest, Graph(model, threads, generated.in_memory(manifest), exact, rewritten)
+    return manifest, Graph(model, threads, generated.in_memory(manifest), exact, rewritten), looked
 
 
 def llama_command(manifest: Manifest, path: Callable[[str], object] | None = None) -> str:

@@ -65,22 +65,26 @@ class Session(Opened):
         deep: bool = True,
         four_bit: FourBit | None = None,
         prompt_cache: int = 0,
+        reread: bool = False,
     ) -> Session:
         """Verify the bundle in `folder` and open it. Projections it doesn't bring are drawn in memory.
 
         adapter: "default" is the one the bundle names, another string a name of the bundle, a Path an
-        .onnx_adapter file, None the base alone. deep: read every byte first, as `vera-edge verify` does;
-        without it the content of files over 64 MiB isn't looked at. four_bit: how NF4 and FP4 weights run:
+        .onnx_adapter file, None the base alone. deep: hold every byte to the manifest first; without it the
+        content of files over 64 MiB isn't looked at. A file that was read by an earlier start and hasn't been
+        written to since isn't read again but with `reread`. four_bit: how NF4 and FP4 weights run:
         "expanded" to int8 blocks in memory, to a thousandth of an adapter's effect; "int8", the same with
         activations rounded as in any int8 export; "kept", exactly and slowly; None is "kept" where the
         bundle's own limit on the mean KL is under 0.005, else "expanded". prompt_cache: bytes in which
         prompts are kept, so that what later ones begin with alike is computed once. Raises BundleError when
-        the bundle is damaged or foreign, AdapterError or MismatchError when the adapter can't be used.
+        the bundle is damaged or foreign, AdapterError or MismatchError when the adapter can't be used,
+        PlanError for `reread` without `deep`.
         """
         prompts = PromptCache(prompt_cache)
-        manifest, graph = open_graph(Path(folder), "decoder", threads, deep, four_bit)
+        manifest, graph, looked = open_graph(Path(folder), "decoder", threads, deep, four_bit, reread)
         decoder, text = Decoder.open(manifest.folder, graph), BundleText(manifest.folder)
         session = cls(manifest, graph, decoder, text, prompts)
+        session.verified = looked
         session.swap(adapter)
         return session
 
