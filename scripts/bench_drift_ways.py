@@ -60,6 +60,7 @@ LOW_RANK = f"int4 merged, low-rank {RANK}"
 # Name, weights, and the exporter's options.
 VARIED = (
     ("int8 merged, activations in float32", "int8", {"accuracy_level": "0"}),
+    ("int8 merged, head reads int16", "int8", {"head_activations": "int16"}),
     ("int8 merged, blocks of 64", "int8", {"block": "64"}),
     ("int4 merged, blocks of 64", "int4", {"block": "64"}),
     ("int4 merged, blocks of 64, int4 head", "int4", {"block": "64", "head": "int4"}),

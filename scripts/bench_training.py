@@ -4,7 +4,7 @@
 
 The demo's training, cut short: the same seed, text and steps, once on the NF4 base, on the integers of
 `quantize --to gptq` as they are, and on these with activations rounded as ONNX Runtime does. Each adapter is
-exported as a branch beside int4 in blocks of 32 and measured in ONNX Runtime against what it was trained as,
+exported as a branch beside int4 in blocks of 32, and once more with a head that reads 16 bits, and measured in ONNX Runtime against what it was trained as,
 on text that no training and no calibration saw. The NF4 adapter's integers are rounded from the NF4 base; it
 is measured as it came and as `adapt` carries it over. At the demo's own number of steps it is the demo's.
 
@@ -43,7 +43,7 @@ class Way:
     """One row. trained: the base that the adapter learns beside; shipped: the integers it's exported with.
 
     adapter: its name in the folder. load: gives the model of `trained`. carried: whether `adapt` carries the
-    NF4 adapter over to `shipped`, and nothing else is trained.
+    NF4 adapter over to `shipped`, and nothing else is trained. head: what the export's head reads.
     """
 
     name: str
@@ -52,6 +52,12 @@ class Way:
     shipped: Path
     load: Loads = load
     carried: bool = False
+    head: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name among the files that are kept."""
+        return self.adapter if self.head is None else f"{self.adapter}-{self.head}"
 
 
 @dataclass(frozen=True)
@@ -117,23 +123,26 @@ class Bench:
         of_nf4 = self._integers("integers-of-nf4", self.demo.base)
         nf4 = Way("NF4", "nf4", self.demo.base, of_nf4, demo_training.load_in_floats)
         rounding = partial(load, activations="int8")
+        integers = Way("integers", "integers", own, own)
         return (
             nf4,
             replace(nf4, name="NF4, then carried over by `adapt`", adapter="carried", carried=True),
-            Way("integers", "integers", own, own),
+            integers,
+            replace(integers, name="integers, exported with `--head-activations int16`", head="int16"),
             Way('integers, `activations="int8"`', "int8", own, own, rounding),
         )
 
     def row(self, way: Way) -> Row:
         """A way's figures, kept in a file."""
-        path = self.folder / f"row-{way.adapter}-{self.recipe.steps}-{self.tokens}.json"
+        path = self.folder / f"row-{way.key}-{self.recipe.steps}-{self.tokens}.json"
         if path.is_file():
             kept = json.loads(path.read_text())
             return Row(way.name, Text(**kept["like"]), Text(**kept["code"]))
-        adapter, bundle = self._adapter(way), self.folder / f"bundle-{way.adapter}-{self.recipe.steps}"
+        adapter, bundle = self._adapter(way), self.folder / f"bundle-{way.key}-{self.recipe.steps}"
         if not bundle.exists():
             say(f"{bundle.name}: exporting")
-            vera_edge.export(way.shipped, adapter, out=bundle, mode="branch", weights="same")
+            options = {"mode": "branch", "weights": "same", "head_activations": way.head}
+            vera_edge.export(way.shipped, adapter, out=bundle, **options)
         # What was carried over is held against what it was before.
         truth = self._trained("nf4") if way.carried else adapter
         texts = {self.demo.eval_text: self.tokens, self.demo.code_text: self.tokens // 2}

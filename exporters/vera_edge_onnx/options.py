@@ -7,11 +7,20 @@ from vera_edge.errors import PlanError
 from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.plans.plan import FLOAT
 from vera_edge_onnx.branch import adapters, seed
+from vera_edge_onnx.weights import head_activations
 from vera_edge_onnx.weights import stored as weights
 
-HEAD, PROJECTIONS = "head", "projections"
+HEAD, PROJECTIONS, HEAD_ACTIVATIONS = "head", "projections", "head_activations"
 _STORED = ("fp32", "fp16", "int8", "int4")
-_KNOWN = (HEAD, PROJECTIONS, weights.ACCURACY, weights.RUN, seed.OPTION, adapters.VECTORS)
+_KNOWN = (
+    HEAD,
+    PROJECTIONS,
+    HEAD_ACTIVATIONS,
+    weights.ACCURACY,
+    weights.RUN,
+    seed.OPTION,
+    adapters.VECTORS,
+)
 
 
 def check(request: ExportRequest, target: str) -> None:
@@ -38,6 +47,30 @@ def check(request: ExportRequest, target: str) -> None:
         raise PlanError(
             "an accuracy level is for products with integers in blocks (MatMulNBits), which this export has "
             "none of; leave it out, or add --weights int8"
+        )
+    _check_head_activations(request)
+
+
+def head_activations_of(request: ExportRequest) -> str:
+    """What the products of an integer head read: "int8" or "int16"."""
+    return request.options.get(HEAD_ACTIVATIONS, head_activations.INT8)
+
+
+def _check_head_activations(request: ExportRequest) -> None:
+    asked = head_activations_of(request)
+    if asked not in (head_activations.INT8, head_activations.INT16):
+        raise PlanError(f"a head can't read {asked!r}; choose from int8, int16")
+    if asked == head_activations.INT8:
+        return
+    if request.options.get(weights.ACCURACY) == "0":
+        raise PlanError(
+            "at accuracy level 0 the head reads floats already; leave --head-activations or "
+            "--accuracy-level out"
+        )
+    if (stored := beside(request)[HEAD]) not in weights.INTEGERS:
+        raise PlanError(
+            f"the head is stored as {stored} and reads floats; leave --head-activations out, or add "
+            "--head int8"
         )
 
 

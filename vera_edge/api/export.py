@@ -45,6 +45,7 @@ def export(
     accuracy_level: str | int | None = None,
     activations: str | None = None,
     head: str | None = None,
+    head_activations: str | None = None,
     store_projections: str | None = None,
     projections_from: str | None = None,
     vectors: str | None = None,
@@ -83,6 +84,7 @@ def export(
         accuracy_level: what activations are rounded to beside integer weights: 4: int8, 0: nothing.
         activations: encoders: what int8 linears read: float, dynamic or static (uint8).
         head: how embeddings and output head are stored: fp32, fp16, int8, int4; for gguf any of its weights.
+        head_activations: decoders: what an integer head reads is rounded to int8, or to int16.
         store_projections: how a branch stores A and B: fp32, fp16, int8, int4.
         projections_from: a branch's A and B "baked" into the files, or drawn from the "seed" on the device.
         vectors: the dtype of a branch's vectors and of every .onnx_adapter for it: fp32 or fp16.
@@ -133,6 +135,7 @@ def export(
         accuracy_level=accuracy_level,
         activations=activations,
         head=head,
+        head_activations=head_activations,
         projections=store_projections,
         origin=projections_from,
         vectors=vectors,
@@ -174,6 +177,7 @@ def plan_export(
     accuracy_level: str | int | None = None,
     activations: str | None = None,
     head: str | None = None,
+    head_activations: str | None = None,
     store_projections: str | None = None,
     projections_from: str | None = None,
     vectors: str | None = None,
@@ -212,6 +216,7 @@ def plan_export(
         accuracy_level=accuracy_level,
         activations=activations,
         head=head,
+        head_activations=head_activations,
         projections=store_projections,
         origin=projections_from,
         vectors=vectors,

@@ -43,7 +43,8 @@ class ExportRequest:
 
     model: with at least one adapter. plan: made for it. options: what the target alone understands; the
     targets here take `projections` ("fp32", "fp16", "int8", "int4") and `head` ("fp32", "fp16", "int8",
-    "int4"): how projections and embeddings are stored; `accuracy_level` ("4": activations are rounded to
+    "int4"): how projections and embeddings are stored; `head_activations` ("int8", "int16"): what an integer
+    head reads is rounded to; `accuracy_level` ("4": activations are rounded to
     int8, "0": float32); `vectors` ("fp32", "fp16"): what a branch takes its adapter's vectors as; `origin`
     ("baked", "seed"): whether the projections are in the files, or drawn on the device; `run` ("int8"): what
     4-bit weights are expanded to there.

@@ -24,6 +24,7 @@ _OPTIONS = {
     "accuracy_level": "accuracy_level",
     "activations": "activations",
     "head": "head",
+    "head_activations": "head_activations",
     "projections_dtype": "projections",
     "vectors": "vectors",
     "imatrix": "imatrix",
@@ -52,6 +53,7 @@ class Variant(RecipeTable):
     accuracy_level: Literal[0, 4] | None = None
     activations: Literal["float", "dynamic", "static"] | None = None
     head: Line | None = None
+    head_activations: Literal["int8", "int16"] | None = None
     projections: Literal["baked", "seed"] = "baked"
     projections_dtype: Stored | None = None
     vectors: Literal["fp32", "fp16"] | None = None

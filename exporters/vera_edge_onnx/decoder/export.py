@@ -158,6 +158,12 @@ def _weave(
     branch.weave(weaver, inner, bases, inputs, request.model.projections, projections, vectors)
     if ends is not None:
         rounded = request.requantized.get(HEAD) if dtypes[options.HEAD] == "int4" else None
-        head.store(weaver, ends, dtypes[options.HEAD], weights.head_block(plan), rounded)
+        reads = options.head_activations_of(request)
+        head.store(weaver, ends, dtypes[options.HEAD], weights.head_block(plan), rounded, reads)
+    elif options.HEAD_ACTIVATIONS in request.options:
+        raise TargetError(
+            "the graph's output head is no product of its own, or has a side-branch; leave "
+            "--head-activations out"
+        )
     weights.set_accuracy(request, model)
     return weaver.finish(), shipped

@@ -20,6 +20,7 @@ from vera_edge.plans.plan import Plan
 from vera_edge.requantize import Codes, Grid, int_blocks
 from vera_edge_onnx.graph.computed import ComputedWeight
 from vera_edge_onnx.graph.weaver import MICROSOFT, Range, Weaver, leading
+from vera_edge_onnx.weights import head_activations
 from vera_edge_onnx.weights.linear import Blocks
 from vera_edge_onnx.weights.stored import head_block
 
@@ -74,13 +75,21 @@ def _block(hidden: int, most: int) -> int | None:
     return fitting[-1] if fitting else None
 
 
-def store(weaver: Weaver, ends: Ends, dtype: str, block: int, codes: Codes | None = None) -> None:
+def store(
+    weaver: Weaver,
+    ends: Ends,
+    dtype: str,
+    block: int,
+    codes: Codes | None = None,
+    activations: str = head_activations.INT8,
+) -> None:
     """Store head and embeddings as `dtype`: "fp32" (as they are), "fp16", "int8" or "int4".
 
     codes: of the head, where it was rounded with care; tied embeddings are those then, others are rounded to
     nearest. The lookup has no short blocks: where `block` doesn't divide the hidden size, the largest that is
-    smaller and does is taken; without one they are left as they are. Raises TargetError when the codes aren't
-    of the head that the graph has.
+    smaller and does is taken; without one they are left as they are. activations: what the head's integers
+    are multiplied with is rounded to, "int8" by the kernel or "int16". Raises TargetError when the codes
+    aren't of the head that the graph has.
     """
     if dtype not in DTYPES:
         raise PlanError(f"the head can't be stored as {dtype!r}; choose from {', '.join(DTYPES)}")
@@ -110,8 +119,18 @@ def store(weaver: Weaver, ends: Ends, dtype: str, block: int, codes: Codes | Non
             weaver.alias(name, weaver.model.graph.initializers[f"{name}.rows"], stored)
         elif gather is not None and gather.const_value is not None:
             look_up(weaver, ends.gather, quantized(gather.const_value, dtype, block), _TABLE)
-    product = blocks.product(weaver, x, _NAME, "/lm_head", ends.head)
+    product = _multiply(weaver, ends.head, x, blocks, activations == head_activations.INT16)
     weaver.take_over(ends.head, product)
+
+
+def _multiply(weaver: Weaver, head: ir.Node, x: ir.Value, blocks: Blocks, two_rows: bool) -> ir.Value:
+    """The logits (..., vocabulary) of x (..., hidden)."""
+    if not two_rows:
+        return blocks.product(weaver, x, _NAME, "/lm_head", head)
+    vocabulary, hidden = blocks.shape
+    rows = head_activations.two_rows(weaver, x, hidden, blocks.form.block, head)
+    products = blocks.product(weaver, rows, _NAME, "/lm_head", head)
+    return head_activations.summed(weaver, products, vocabulary, head)
 
 
 def _careful(codes: Codes, tensor: ir.TensorProtocol, dtype: str, block: int) -> Blocks:
