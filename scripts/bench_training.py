@@ -5,9 +5,9 @@
 The demo's training, cut short: the same seed, text and steps, once on the NF4 base, on the integers of
 `quantize --to gptq` as they are, and on these with activations rounded as ONNX Runtime does. Each adapter is
 exported as a branch beside int4 in blocks of 32, that of the integers once more with a head that reads 16
-bits, and measured in ONNX Runtime against what it was trained as, on text that no training and no calibration
-saw. The NF4 adapter's integers are rounded from the NF4 base; it is measured as it came and as `adapt` carries
-it over. At the demo's own number of steps it is the demo's.
+bits, and measured in ONNX Runtime against what it was trained as, on text that no training and no
+calibration saw. The NF4 adapter's integers are rounded from the NF4 base; it is measured as it came and as
+`adapt` carries it over. At the demo's own number of steps it is the demo's.
 
 What is made stays in the folder (by default in the cache), so that a run that was broken off goes on.
 Writes its table into docs/training.md.
