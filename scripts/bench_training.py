@@ -142,8 +142,14 @@ class Bench:
         adapter, bundle = self._adapter(way), self.folder / f"bundle-{way.key}-{self.recipe.steps}"
         if not bundle.exists():
             say(f"{bundle.name}: exporting")
-            options = {"mode": "branch", "weights": "same", "head_activations": way.head}
-            vera_edge.export(way.shipped, adapter, out=bundle, **options)
+            vera_edge.export(
+                way.shipped,
+                adapter,
+                out=bundle,
+                mode="branch",
+                weights="same",
+                head_activations=way.head,
+            )
         # What was carried over is held against what it was before.
         truth = self._trained("nf4") if way.carried else adapter
         texts = {self.demo.eval_text: self.tokens, self.demo.code_text: self.tokens // 2}
