@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,30 @@ def refuse(number: int) -> int:
     raise PlanError("refused on a worker")
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+@contextmanager
+def one_node() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    yield made
-    made.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        try:
+            yield made
+        finally:
+            made.shutdown()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    with one_node() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def steady_cluster() -> Iterator[Any]:
+    """For tests that take no node away: starting a cluster, and torch in its workers, is what they cost."""
+    with one_node() as made:
+        yield made
 
 
 def test_a_killed_node_costs_time_and_nothing_else(cluster: Any, tmp_path: Path) -> None:
@@ -72,9 +89,9 @@ def test_a_killed_node_costs_time_and_nothing_else(cluster: Any, tmp_path: Path)
     assert found == {number: number**2 for number in range(8)}
 
 
-def test_an_error_of_ours_passes_through(cluster: Any) -> None:
+def test_an_error_of_ours_passes_through(steady_cluster: Any) -> None:
     with pytest.raises(PlanError, match="refused on a worker"):
-        list(Engine("ray", address=cluster.address).map(refuse, [1]))
+        list(Engine("ray", address=steady_cluster.address).map(refuse, [1]))
 
 
 def test_workers_import_nothing_from_the_folder_that_ray_is_started_in(
@@ -149,7 +166,7 @@ def test_calibrations_on_a_cluster_that_loses_a_node(
 
 
 def test_drift_of_many_artefacts_on_a_cluster(
-    cluster: Any,
+    steady_cluster: Any,
     tiny_llama: tiny.TinyLlama,
     tiny_adapter: Path,
     tmp_path: Path,
@@ -169,7 +186,7 @@ def test_drift_of_many_artefacts_on_a_cluster(
         ]
 
     here = {number: assess_any(request) for number, request in enumerate(requests(tmp_path))}
-    on_ray = Engine("ray", address=cluster.address)
+    on_ray = Engine("ray", address=steady_cluster.address)
     names = [Path("fp32"), Path("int8"), Path("nf4")]
     found = assess_several(requests(Path())[1], names, on_ray)
     assert dict(enumerate(found)) == here
@@ -189,7 +206,7 @@ def test_an_item_for_a_whole_machine_has_all_cores_of_the_smallest(cluster: Any)
 
 
 def test_a_release_on_a_cluster_has_the_bytes_of_one_made_here(
-    cluster: Any, tiny_llama: tiny.TinyLlama, tmp_path: Path, cli: Cli
+    steady_cluster: Any, tiny_llama: tiny.TinyLlama, tmp_path: Path, cli: Cli
 ) -> None:
     inputs = tmp_path / "inputs"
     inputs.mkdir()
@@ -197,7 +214,10 @@ def test_a_release_on_a_cluster_has_the_bytes_of_one_made_here(
     tiny.make_adapter(tiny_llama.nf4, inputs / "a")
     (inputs / "t.txt").write_text(tiny.TEXT * 2)
     (inputs / "r.toml").write_text(recipe("a"))
-    for place, words in (("here", ()), ("there", ("--engine", "ray", "--ray-address", cluster.address))):
+    for place, words in (
+        ("here", ()),
+        ("there", ("--engine", "ray", "--ray-address", steady_cluster.address)),
+    ):
         out = ("-o", tmp_path / place / "out", "--store", tmp_path / place / "store")
         result = cli("release", inputs / "r.toml", *out, *words)
         assert result.exit_code == 0 and result.stderr.count("built") == 1, result.stderr
