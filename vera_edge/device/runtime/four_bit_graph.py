@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,7 +23,7 @@ import numpy as np
 
 from vera_edge.arrays import Array
 from vera_edge.device.runtime import onnx_message as message
-from vera_edge.device.runtime.four_bit import BLOCK, can_expand, expand, expanded_bytes
+from vera_edge.device.runtime.four_bit import BLOCK, Each, can_expand, expand, expanded_bytes
 from vera_edge.device.runtime.onnx_file import OnnxFile, attributes, fields, opset, spans, text
 from vera_edge.errors import BundleError, PlanError
 
@@ -83,6 +84,7 @@ class Rewriting:
     path: Path
     found: Sequence[FourBitProduct]
     in_two_parts: bool
+    threads: int = 1
     held: dict[str, Array] = field(default_factory=dict)
     _constants: dict[str, bytes] = field(default_factory=dict)
     _parted: dict[str, str] = field(default_factory=dict)
@@ -98,6 +100,10 @@ class Rewriting:
     def _expand(self) -> None:
         """Fill `held`, after which the file's own weights are no longer needed."""
         file = OnnxFile.read(self.path)
+        with ThreadPoolExecutor(self.threads) as pool:
+            self._expand_by(file, pool.map if self.threads > 1 else map)
+
+    def _expand_by(self, file: OnnxFile, each: Each) -> None:
         for one in self.found:
             if one.packed in self.held:
                 continue
@@ -109,7 +115,7 @@ class Rewriting:
                 or (packed.size * 2, absmax.size * one.blocksize) != (size,) * 2
             ):
                 raise BundleError(f"{self.path} holds no sound {one.packed}; copy the bundle again")
-            arrays = expand(packed, absmax, one.quant_type, one.shape, one.blocksize)
+            arrays = expand(packed, absmax, one.quant_type, one.shape, one.blocksize, each)
             self.held |= zip(_names(one), arrays, strict=True)
 
     def _graph(self, graph: Any) -> bytes:
@@ -188,10 +194,13 @@ class Rewritten:
         )
 
 
-def rewrite(path: Path, found: Sequence[FourBitProduct], four_bit: FourBit) -> Rewritten:
-    """The graph in `path` with these products rewritten. Raises BundleError when a weight isn't sound."""
+def rewrite(path: Path, found: Sequence[FourBitProduct], four_bit: FourBit, threads: int = 1) -> Rewritten:
+    """The graph in `path` with these products rewritten, by so many threads, which change no byte.
+
+    Raises BundleError when a weight isn't sound.
+    """
     began = time.monotonic()
-    made = Rewriting(path, found, four_bit == "expanded")
+    made = Rewriting(path, found, four_bit == "expanded", threads)
     return Rewritten(made.model(), made.held, len(found), time.monotonic() - began)
 
 

@@ -11,6 +11,7 @@ from vera_edge.bundle import contents as bundle
 from vera_edge.bundle import verified
 from vera_edge.bundle.contents import Manifest
 from vera_edge.bundle.verified import Verified
+from vera_edge.cores import available_cores
 from vera_edge.device.runtime import adapters, four_bit_graph, generated, int8_products
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.four_bit_graph import FourBit
@@ -129,7 +130,9 @@ def open_graph(
     found = [] if four_bit == "kept" else four_bit_graph.products(model)
     _check_memory(manifest, four_bit_graph.added_bytes(found))
     exact = int8_products.must_be_exact(manifest)
-    rewritten = four_bit_graph.rewrite(model, found, four_bit) if found else None
+    rewritten = (
+        four_bit_graph.rewrite(model, found, four_bit, threads or available_cores()) if found else None
+    )
     return manifest, Graph(model, threads, generated.in_memory(manifest), exact, rewritten), looked
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,25 @@ def test_every_block_takes_the_best_of_the_scales(quant_type: str, blocksize: in
         least = np.minimum(least, (error**2).sum(axis=2))
     np.testing.assert_allclose(((found - exact) ** 2).sum(axis=2), least, rtol=0.03, atol=1e-7)
     assert not found.reshape(24, 96)[0, :64].any()
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_scale_that_a_code_does_not_fit_is_worse_than_any_that_fits(quant_type: str) -> None:
+    """In a whole block too, so that it's never taken; and the worst block leaves three bits."""
+    errors = four_bit._tables(quant_type).errors.view(np.uint16).astype(int)
+    most, parts = errors[errors < four_bit._WORST].max(), four_bit.BLOCK // 4
+    assert most * parts < four_bit._WORST and errors.max() * parts << 3 < 1 << 16
+
+
+def test_several_threads_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(four_bit, "_CHUNK", 64)
+    values = np.random.default_rng(4).standard_normal((48, 256)).astype(np.float32)
+    stored = formats.get("nf4").quantize(values, OPTIONS | {"blocksize": 64})
+    assert isinstance(stored, Bnb4Weight)
+    given = (stored.packed, stored.absmax, "nf4", stored.shape, 64)
+    with ThreadPoolExecutor(3) as pool:
+        for one, other in zip(four_bit.expand(*given), four_bit.expand(*given, pool.map), strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_expanded_logits_are_those_of_the_weights_as_they_are(branch: Path, tiny_adapter: Path) -> None:
