@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.text import Text
 
 from vera_edge import printable
 from vera_edge import progress as progress_protocol
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 F = TypeVar("F", bound=Callable[..., Any])
 
-_WIDE = 1000  # columns
 FOLDER = click.Path(path_type=Path)  # existence is the library's to judge, in its own sentence
 json_option: Callable[[F], F] = click.option(
     "--json", "as_json", is_flag=True, help="Print JSON for scripts."
@@ -137,30 +127,18 @@ weight_option: Callable[[F], F] = click.option(
 )
 
 
-class _Console(Console):
-    """A console that shows control characters of texts instead of obeying them, in cells of tables too."""
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """The text, as `printable` has it."""
-        return super().render_str(printable.lines(text), **options)
-
-
 def out() -> Console:
-    """The console for results (stdout); square brackets are text, as a folder's name may hold some.
+    """See `console.out`."""
+    from vera_edge.cli import console  # and not above: rich would be a fifth of a start
 
-    Into a file or a pipe every line goes whole, those of tables too.
-    """
-    terminal = sys.stdout.isatty()
-    return _Console(highlight=False, markup=False, soft_wrap=not terminal, width=None if terminal else _WIDE)
+    return console.out()
 
 
 def err() -> Console:
-    """The console for talk (stderr): that of the bar while one is drawn, so that lines come above it."""
-    return (
-        _drawing[-1]
-        if _drawing
-        else _Console(stderr=True, highlight=False, markup=False, soft_wrap=not sys.stderr.isatty())
-    )
+    """See `console.err`."""
+    from vera_edge.cli import console
+
+    return console.err()
 
 
 def note(sentence: object) -> None:
@@ -174,8 +152,12 @@ def print_json(value: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
 
 
 def tell(sentence: str) -> None:
-    """Say a sentence on stderr."""
-    err().print(sentence)
+    """Say a sentence on stderr; above the bar while one is drawn."""
+    console = sys.modules.get("vera_edge.cli.console")
+    if console is not None and console.drawing:
+        console.err().print(sentence)
+    else:
+        click.echo(printable.lines(sentence), err=True)
 
 
 def refuse_beside_plan(*names: str) -> None:
@@ -202,52 +184,10 @@ def needs_base(base: Path | None, trained_as: object) -> None:
         raise click.UsageError("--trained-as says how the base was loaded; give the base with --base")
 
 
-class _Speed(TransferSpeedColumn):
-    """Bytes per second, of what is counted in bytes."""
+def progress_bar(
+    quiet: bool = False, in_bytes: Collection[str] = ()
+) -> AbstractContextManager[progress_protocol.Progress]:
+    """See `console.progress_bar`."""
+    from vera_edge.cli import console
 
-    def __init__(self, names: Collection[str]) -> None:
-        super().__init__()
-        self._names = names
-
-    def render(self, task: Task) -> Text:
-        return super().render(task) if task.description in self._names else Text()
-
-
-_drawing: list[Console] = []
-
-
-@contextmanager
-def _drawn_on(console: Console) -> Iterator[None]:
-    _drawing.append(console)
-    try:
-        yield
-    finally:
-        _drawing.pop()
-
-
-@contextmanager
-def progress_bar(quiet: bool = False, in_bytes: Collection[str] = ()) -> Iterator[progress_protocol.Progress]:
-    """A Progress drawn on stderr while the block runs; nothing when stderr isn't a terminal or `quiet`.
-
-    in_bytes: what is counted in bytes, and so shown with its speed.
-    """
-    console = err()
-    if quiet or not console.is_terminal:
-        yield progress_protocol.silent
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        _Speed(in_bytes),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with _drawn_on(console), Progress(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, total=total)
-
-        yield report
+    return console.progress_bar(quiet, in_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -155,6 +154,8 @@ class Session(Opened):
 
     async def stream(self, prompt: str | Sequence[Message] | Tokens, **options: Any) -> AsyncIterator[str]:
         """`generate` for asyncio: each piece is computed in a thread, so the event loop stays free."""
+        import asyncio  # a tenth of a start that asks for none
+
         generation = self.generate(prompt, **options)
         while (piece := await asyncio.to_thread(next, generation, None)) is not None:
             yield piece
