@@ -1,6 +1,7 @@
 """Adapters beside a base: each as a GGUF LoRA file, which llama.cpp swaps as it runs.
 
-A LoRA's pairs go straight through. VeRA's is the exact bridge: `diag(b) B diag(d) A x = B' A' x` with
+A LoRA's pairs go straight through, and so does the pair that another method's change is, where it is of low
+rank (`vera_edge.exporting.branch_form`). VeRA's is the exact bridge: `diag(b) B diag(d) A x = B' A' x` with
 `A' = diag(d) A[:, :in]` and `B' = diag(b) B[:out]`, as in `vera_edge.combining.to_lora`. llama.cpp scales by
 alpha over the rank of the pair it reads; alpha is written as the largest rank, and B takes what is left.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,11 @@ import numpy.typing as npt
 
 from vera_edge.adapters.adapter import Adapter
 from vera_edge.adapters.lora import LoraPair
-from vera_edge.adapters.reading import title_of
+from vera_edge.adapters.reading import can_branch, title_of
 from vera_edge.adapters.vera import LambdaVectors
 from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.errors import PlanError, TargetError
+from vera_edge.exporting.branch_form import BIASES, PAIRS, VECTORS, forms_of, kinds_of
 from vera_edge.exporting.exported_adapters import names, trained_whole
 from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.progress import Progress, silent
@@ -50,12 +52,13 @@ def check(request: ExportRequest) -> None:
 
 
 def _check(checkpoint: Checkpoint, adapter: Adapter) -> None:
-    if not adapter.adds:
+    if not can_branch(adapter) or set(kinds_of(adapter)) - {VECTORS, PAIRS, BIASES}:
         raise TargetError(
-            f"{adapter.path} ({title_of(adapter)}) doesn't only add to weights, which a GGUF LoRA can't "
-            "carry; use --mode merged"
+            f"{adapter.path} ({title_of(adapter)}) doesn't only add products of two thin matrices to weights, "
+            "which is what a GGUF LoRA carries; use --mode merged"
         )
-    if more := trained_whole(checkpoint, adapter):
+    biases = sorted(kinds_of(adapter).get(BIASES, ()))
+    if more := trained_whole(checkpoint, adapter) or biases:
         raise TargetError(
             f"{adapter.path} also trained {more[0]}, which a GGUF LoRA doesn't carry; use --mode merged"
         )
@@ -107,12 +110,24 @@ class _Lora:
             "general.type": "adapter",
             "general.name": name,
             "adapter.type": "lora",
-            "adapter.lora.alpha": float(self.adapter.rank),
+            "adapter.lora.alpha": float(self._alpha),
             "vera_edge.adapters": self.adapter.digest,
             "vera_edge.base": self.model.checkpoint.digest,
             "vera_edge.projections": self.model.projection_digest or "",
         }
         file.write(out, family.architecture, metadata, self._factors(tensors), progress)
+
+    @cached_property
+    def _pairs(self) -> Mapping[str, LoraPair]:
+        """By module, of another method than VeRA. Raises MismatchError where a change is of no low rank."""
+        if self.adapter.is_vera:
+            return {}
+        forms = forms_of(self.adapter, self.model.checkpoint)
+        return {module: form.pair for module, form in forms.items() if form.pair is not None}
+
+    @cached_property
+    def _alpha(self) -> int:
+        return max((pair.rank for pair in self._pairs.values()), default=self.adapter.rank)
 
     def _factors(self, tensors: Mapping[str, Named]) -> Iterator[file.Tensor]:
         for module in sorted(self.adapter.vectors):
@@ -122,27 +137,27 @@ class _Lora:
                     "--mode merged"
                 )
             out, inside = self.model.checkpoint.linear(module).shape
-            named = tensors[module]
-            change = self.adapter.vectors[module]
-            rank = change.rank if isinstance(change, LoraPair) else self.adapter.rank
+            named, pair = tensors[module], self._pairs.get(module)
+            rank = self.adapter.rank if pair is None else pair.rank
             lower = partial(self._lower, module, inside)
             yield file.Tensor(f"{named.name}.lora_a", self.stored, (rank, inside), lower)
             upper = partial(self._upper, module, out, named)
             yield file.Tensor(f"{named.name}.lora_b", self.stored, (out, rank), upper)
 
     def _lower(self, module: str, inside: int) -> npt.NDArray[Any]:
+        if (pair := self._pairs.get(module)) is not None:
+            return blocks.rounded(module, pair.a, self.stored)
         change, projections = self.adapter.vectors[module], self.model.projections
-        if isinstance(change, LoraPair):
-            return blocks.rounded(module, change.a, self.stored)
         assert isinstance(change, LambdaVectors) and projections is not None
         values = change.lambda_d[:, None] * projections.a[:, :inside]
         return blocks.rounded(module, values, self.stored)
 
     def _upper(self, module: str, out: int, named: Named) -> npt.NDArray[Any]:
+        if (pair := self._pairs.get(module)) is not None:
+            # llama.cpp multiplies by alpha over this pair's rank.
+            scale = np.float32(self.weight * pair.scale * pair.rank / self._alpha)
+            return blocks.rounded(module, named.rows(scale * pair.b), self.stored)
         change, projections = self.adapter.vectors[module], self.model.projections
-        if isinstance(change, LoraPair):
-            scale = np.float32(self.weight * change.scale * change.rank / self.adapter.rank)
-            return blocks.rounded(module, named.rows(scale * change.b), self.stored)
         assert isinstance(change, LambdaVectors) and projections is not None
         lambda_b = np.float32(self.weight) * change.lambda_b
         values = lambda_b[:, None] * projections.b[:out]

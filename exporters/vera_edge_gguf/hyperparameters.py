@@ -27,7 +27,7 @@ def hyperparameters(config: Any, family: Family) -> Hyperparameters:
     _check_activation(config, family)
     head_size = _head_size(config)
     turned = RotaryMetadata({}, {}, config.max_position_embeddings) if family.architecture == "gpt2" else None
-    turned = turned or rotary(config, head_size, family.factors)
+    turned = turned or rotary(config, head_size, family.factors, family.architecture == "phi3")
     found: dict[str, Any] = {
         "vocab_size": int(config.vocab_size),
         "context_length": turned.context,

@@ -15,6 +15,10 @@ import numpy as np
 from vera_edge.arrays import Float32
 from vera_edge.errors import TargetError
 
+# Between which numbers of turns yarn goes over from one frequency to the other: of the families written here
+# llama.cpp reads these from no file (of its others grok and mistral3 do).
+_YARN_TURNS = {"beta_fast": 32, "beta_slow": 1}
+
 
 class RotaryMetadata(NamedTuple):
     """metadata: by key without the architecture. tensors: by name. notes: for a person to read.
@@ -28,15 +32,23 @@ class RotaryMetadata(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def rotary(config: Any, head_size: int, factors: Sequence[str]) -> RotaryMetadata:
+def rotary(
+    config: Any, head_size: int, factors: Sequence[str], in_part: bool = False
+) -> RotaryMetadata:
     """Of a text model's config (transformers'). Raises TargetError for a scaling that llama.cpp lacks.
 
-    factors: the ways to scale for which the family has a place for factors.
+    factors: the ways to scale for which the family has a place for factors. in_part: whether it turns only a
+    part of each head where it is told to.
     """
     given = dict(getattr(config, "rope_parameters", None) or {})
     full = dict(given.get("full_attention") or given)
     sliding = given.get("sliding_attention")
     partial = float(full.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1)
+    if partial != 1 and not in_part:
+        raise TargetError(
+            f"config.json asks for rotary embeddings of {partial:g} of each head, which llama.cpp doesn't "
+            "compute in this family; export it to onnx"
+        )
     dimensions = int(head_size * partial)
     metadata: dict[str, Any] = {
         "rope.dimension_count": dimensions,
@@ -56,6 +68,11 @@ def rotary(config: Any, head_size: int, factors: Sequence[str]) -> RotaryMetadat
             "export it to onnx"
         )
     scaled = _scaled(full, int(config.max_position_embeddings), dimensions)
+    if isinstance(sliding, Mapping) and scaled.metadata.get("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise TargetError(
+            "yarn with an attention_factor of its own is computed in llama.cpp for layers with a sliding "
+            "window too, which the model leaves as they are; export it to onnx"
+        )
     return scaled._replace(metadata={**metadata, **scaled.metadata})
 
 
@@ -100,17 +117,21 @@ def _yarn(given: Mapping[str, Any], factor: float, original: float, context: int
         raise TargetError(
             "yarn with mscale, or without truncation, is computed otherwise in llama.cpp; export it to onnx"
         )
+    for name, usual in _YARN_TURNS.items():
+        if (asked := given.get(name) or usual) != usual:
+            raise TargetError(
+                f"yarn with a {name} of {asked:g} is computed with {usual} in llama.cpp; export it to onnx"
+            )
+    if given.get("factor") is None:
+        factor = context / original
     metadata: dict[str, Any] = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
         "rope.scaling.original_context_length": int(original),
     }
-    for theirs, ours in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-        if given.get(theirs) is not None:
-            metadata[f"rope.scaling.{ours}"] = float(given[theirs])
     if given.get("attention_factor") is not None:
-        usual = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-        metadata["rope.scaling.attn_factor"] = float(given["attention_factor"]) / usual
+        usual_attention = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+        metadata["rope.scaling.attn_factor"] = float(given["attention_factor"]) / usual_attention
     return RotaryMetadata(metadata, {}, max(context, int(original * factor)))
 
 

@@ -113,7 +113,7 @@ def test_an_adapter_beside_its_base_is_swapped_in_llama_cpp(
     assert np.abs(LlamaRunner(made.model).logits(tokens) - plain).max() < 1e-2 * np.abs(plain).max()
 
 
-@pytest.mark.parametrize("method", ["vera", "lora"])
+@pytest.mark.parametrize("method", ["vera", "lora", "HRA"])
 def test_the_factors_of_a_lora_give_the_adapters_delta(
     method: str, trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
@@ -124,6 +124,8 @@ def test_the_factors_of_a_lora_give_the_adapters_delta(
         options: dict[str, Any] = {"r": 4, "use_rslora": True, "rank_pattern": {"q_proj": 2}}
         config = LoraConfig(target_modules=linears, task_type="CAUSAL_LM", lora_alpha=6, **options)
         adapter = peft_adapters.save(base, tmp_path / "lora", config)
+    if method == "HRA":  # whose change is of low rank, and depends on the base
+        adapter = peft_adapters.save_method(base, tmp_path / "hra", method)
     merged = vera_edge.export(base, adapter, out=tmp_path / "merged", target="gguf", weights="f32")
     branch = vera_edge.export(
         base, adapter, out=tmp_path / "branch", target="gguf", mode="branch", weights="f32"
@@ -133,12 +135,23 @@ def test_the_factors_of_a_lora_give_the_adapters_delta(
     alpha = float(reader.fields["adapter.lora.alpha"].contents())
     own, whole = tensors(branch.folder), tensors(merged.folder)
     adapted = {name.removesuffix(".lora_a") for name in factors if name.endswith(".lora_a")}
-    assert len(adapted) == 14
+    assert len(adapted) == (8 if method == "HRA" else 14)
     for name in adapted:
         lower = factors[f"{name}.lora_a"]
         delta = alpha / len(lower) * factors[f"{name}.lora_b"] @ lower
         assert np.allclose(values(own[name]) + delta, values(whole[name]), atol=2e-6), name
     assert np.array_equal(values(own["blk.0.attn_norm.weight"]), values(whole["blk.0.attn_norm.weight"]))
+
+
+@pytest.mark.parametrize("method", ["LORA, use_dora", "IA3", "SHIRA"])
+def test_an_adapter_that_no_lora_can_stand_for_is_refused(
+    method: str, trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    base, _ = trained("llama")
+    adapter = peft_adapters.save_method(base, tmp_path / "adapter", method)
+    with pytest.raises(TargetError, match="doesn't only add products of two thin matrices"):
+        vera_edge.export(base, adapter, out=tmp_path / "out", target="gguf", mode="branch", weights="f32")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("weights", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])

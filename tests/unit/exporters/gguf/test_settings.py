@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ from vera_edge.errors import TargetError
 from vera_edge.exporting import target
 from vera_edge_gguf import EXPORTER
 from vera_edge_gguf.families import FAMILIES
+from vera_edge_gguf.hyperparameters import Hyperparameters, hyperparameters
 
 # What llama.cpp can't be told of: refused, in these words.
 REFUSED = {
@@ -95,3 +97,43 @@ def test_a_window_that_llama_cpp_lacks_bounds_the_context(
     case = next(case for case in OURS if case.name == "MistralForCausalLM, sliding window")
     file = gguf.GGUFReader(exported(case, tmp_path, monkeypatch))
     assert file.fields["llama.context_length"].contents() == 24
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def told(architecture: str, rope: Any) -> Hyperparameters:
+    """What llama.cpp is told of an architecture's usual config with these rotary embeddings."""
+    config = Case(architecture, "", {"rope_parameters": rope}).config()
+    return hyperparameters(config, FAMILIES[architecture])
+
+
+@pytest.mark.parametrize("setting", [{"beta_fast": 16.0}, {"beta_slow": 2.0}])
+def test_turns_of_yarn_that_llama_cpp_reads_from_no_file_are_refused(setting: dict[str, float]) -> None:
+    """Of the families written here; llama-cpp-python 0.3.36 computes 32 and 1 whatever the file says."""
+    told("Qwen2ForCausalLM", {**YARN, "beta_fast": 32.0, "beta_slow": 1.0})
+    with pytest.raises(TargetError, match=r"yarn with a beta_(fast of 16|slow of 2) is computed with"):
+        told("Qwen2ForCausalLM", {**YARN, **setting})
+
+
+def test_an_attention_factor_beside_layers_with_a_window_is_refused() -> None:
+    """llama.cpp would scale those too, as it was found to (logits off by 0.8 of their largest)."""
+    sliding = {"rope_type": "default", "rope_theta": 1e3}
+    usual = told("Gemma3ForCausalLM", {"full_attention": YARN, "sliding_attention": sliding})
+    assert usual.metadata["gemma3.rope.scaling.type"] == "yarn"
+    asked = {"full_attention": {**YARN, "attention_factor": 2.5}, "sliding_attention": sliding}
+    with pytest.raises(TargetError, match="an attention_factor of its own"):
+        told("Gemma3ForCausalLM", asked)
+    assert told("Gemma2ForCausalLM", asked["full_attention"]).metadata["gemma2.rope.scaling.attn_factor"] > 2
+
+
+def test_yarn_without_a_factor_goes_by_the_two_contexts() -> None:
+    assert told("Qwen2ForCausalLM", {**YARN, "factor": None}).metadata["qwen2.rope.scaling.factor"] == 2
+
+
+def test_rotary_embeddings_of_a_part_of_each_head_are_refused_but_of_phi3() -> None:
+    """llama.cpp ends the process at them."""
+    part = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    with pytest.raises(TargetError, match=r"rotary embeddings of 0\.5 of each head"):
+        told("Qwen2ForCausalLM", part)
+    assert told("Phi3ForCausalLM", part).metadata["phi3.rope.dimension_count"] == 8
