@@ -5,8 +5,9 @@
 
 The model is the demo's, or a Llama of 1.2 billion random weights, which are rounded to nearest: speed doesn't
 ask what they say. Beside ours run the int4 of ONNX Runtime GenAI's own builder, torch with PEFT (the demo's
-model alone), and, when asked for, Q4_0 of llama.cpp, which is compiled from the registry's source first. What
-the libraries say goes into a log. `--write` puts the demo's tables into docs/speed.md.
+model alone), and, when asked for, llama.cpp, which is compiled from the registry's source first, with Q4_0
+and Q8_0 of its own quantizer and with our GGUF files of the demo, rounded to nearest. What libraries say goes
+into a log. `--write` puts the demo's tables into docs/speed.md.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from scripts import bench_llama_cpp, bench_models, demo_model
-from scripts.bench_decode_rows import BUILDER, LLAMA_CPP, PEFT, WAYS, Way, lost, read_bytes
+from scripts.bench_decode_rows import BUILDER, GGUF_WAYS, PEFT, WAYS, Way, lost, read_bytes
 from scripts.bench_machine import read_speed
 from scripts.bench_turns import (
     LONG,
@@ -64,14 +65,14 @@ def main() -> None:
     with quietly(out / "log"):
         model = _model(given.model, out)
         folders = _folders(model, out, given.only, given.keep)
-        gguf = _gguf(out) if given.llama_cpp and model.own_loss else None
+        ggufs = _ggufs(model, out, given.only, given.keep) if given.llama_cpp and model.own_loss else {}
     if given.prepare:
         return
-    rows = _rows(model, folders, gguf, given.only)
-    more = (bench_llama_cpp.PACKAGE.replace("==", " "),) if gguf is not None else ()
+    rows = _rows(model, folders, ggufs, given.only)
+    more = (bench_llama_cpp.PACKAGE.replace("==", " "),) if ggufs else ()
     lines: list[str] = []
     for threads in given.threads:
-        load = partial(_workers, model, folders, gguf, any(row.name == PEFT for row in rows), threads)
+        load = partial(_workers, model, folders, ggufs, any(row.name == PEFT for row in rows), threads)
         before = read_speed(threads)
         speeds = measure(load, given.tokens, given.rounds, given.loads)
         bandwidth = max(before, read_speed(threads))
@@ -114,11 +115,11 @@ def _model(name: str, out: Path) -> Model:
 
 
 def _rows(
-    model: Model, folders: Mapping[str, Path], gguf: Path | None, only: Sequence[str] | None
+    model: Model, folders: Mapping[str, Path], ggufs: Mapping[str, Path], only: Sequence[str] | None
 ) -> list[Row]:
     losses = lost() if model.own_loss else {}
     ways = {way.name: way for way in WAYS}
-    against = {name: way.against for name, way in ways.items()}
+    against = {way.name: way.against for way in (*WAYS, *GGUF_WAYS)}
     rows = []
     for name, folder in folders.items():
         graph = next(
@@ -126,9 +127,9 @@ def _rows(
         )
         read = read_bytes(graph, ways[name].four_bit is not None if name in ways else False)
         rows.append(Row(name, folder_bytes(folder), against.get(name), read, losses.get(name, "")))
-    if gguf is not None:
-        size = gguf.stat().st_size
-        rows.append(Row(LLAMA_CPP, size, "merged int4", size, losses.get(LLAMA_CPP, "")))
+    for name, file in ggufs.items():
+        size = file.stat().st_size
+        rows.append(Row(name, size, against[name], size, losses.get(name, "")))
     if model.own_loss and (not only or PEFT in only):
         rows.append(Row(PEFT, folder_bytes(model.base) + folder_bytes(model.adapter), "merged int4"))
     return rows
@@ -147,13 +148,13 @@ def _explained(model: Model, bandwidth: float) -> str:
 
 
 def _workers(
-    model: Model, folders: Mapping[str, Path], gguf: Path | None, with_peft: bool, threads: int
+    model: Model, folders: Mapping[str, Path], ggufs: Mapping[str, Path], with_peft: bool, threads: int
 ) -> dict[str, Worker]:
     ways = {way.name: way for way in WAYS}
     workers = {name: _worker(folder, ways.get(name), threads) for name, folder in folders.items()}
-    if gguf is not None:
-        command = [str(_python()), bench_llama_cpp.__file__, str(gguf), "--threads", str(threads)]
-        workers[LLAMA_CPP] = Worker(command)
+    for name, file in ggufs.items():
+        command = [str(_python()), bench_llama_cpp.__file__, str(file), "--threads", str(threads)]
+        workers[name] = Worker(command)
     if with_peft:
         command = [sys.executable, "-m", "scripts.bench_peft", str(model.base), str(model.adapter)]
         workers[PEFT] = Worker([*command, "--threads", str(threads)], OMP_NUM_THREADS=str(threads))
@@ -210,15 +211,37 @@ def _python() -> Path:
     return bench_llama_cpp.environment(cache_folder() / "llama-cpp")
 
 
-def _gguf(out: Path) -> Path:
-    """The demo's model in Q4_0, quantized by llama.cpp from the GGUF that the demo's base was made of."""
-    made = out / "model-q4_0.gguf"
-    if not made.is_file():
-        with tempfile.TemporaryDirectory() as temporary:
-            source = demo_model.download(Path(temporary))
-            command = [str(_python()), bench_llama_cpp.__file__, str(source), "--quantize", str(made)]
-            subprocess.run(command, check=True, cwd=ROOT)
-    return made
+def _ggufs(model: Model, out: Path, only: Sequence[str] | None, keep: bool) -> dict[str, Path]:
+    """The demo's GGUF files by name: of llama.cpp's own quantizer without the adapter, ours with it merged.
+
+    Ours are rounded to nearest, which has the bytes and the speed of any other rounding.
+    """
+    found = {}
+    for way in GGUF_WAYS:
+        if only and way.name not in only:
+            continue
+        folder = out / f"gguf-{way.kind.lower()}"
+        found[way.name] = folder / "model.gguf" if way.ours else out / f"model-{way.kind.lower()}.gguf"
+        if found[way.name].is_file() and (keep or not way.ours):
+            continue
+        say(f"{way.name}: exporting")
+        if not way.ours:
+            _quantize(found[way.name], way.kind)
+            continue
+        rounding, weights = Rounding(method="rtn"), way.kind.lower()
+        adapters = [(model.adapter, 1.0)]
+        target.export(
+            model.base, adapters, folder, target="gguf", weights=weights, rounding=rounding, force=True
+        )
+    return found
+
+
+def _quantize(made: Path, kind: str) -> None:
+    """The demo's model by llama.cpp's own quantizer, from the GGUF that the demo's base was made of."""
+    with tempfile.TemporaryDirectory() as temporary:
+        source = demo_model.download(Path(temporary))
+        command = [str(_python()), bench_llama_cpp.__file__, str(source)]
+        subprocess.run([*command, "--quantize", str(made), "--kind", kind], check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":

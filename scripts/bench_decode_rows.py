@@ -13,6 +13,7 @@ from vera_edge.device.runtime.four_bit import expanded_bytes
 from vera_edge.device.runtime.onnx_file import OnnxFile
 
 BUILDER, LLAMA_CPP, PEFT = "GenAI's builder, int4", "llama.cpp, Q4_0", "torch, PEFT on NF4"
+_LLAMA_CPP_8 = "llama.cpp, Q8_0"
 _DRIFT = ROOT / "docs" / "drift-table.md"
 _BYTES = {1: 4, 2: 1, 3: 1, 7: 8, 10: 2}  # of a value, by TensorProto.DataType
 _LOOKED_UP = ("Gather", "GatherBlockQuantized")  # which read a row of a table, not all of it
@@ -87,7 +88,31 @@ WAYS = (
         lost="0.57% (there too)",
     ),
 )
-_PEERS = {BUILDER: "ONNX Runtime GenAI builder, int4 rtn", LLAMA_CPP: "llama.cpp Q4_0"}
+
+
+@dataclass(frozen=True)
+class GgufWay:
+    """A GGUF file in llama.cpp, of llama.cpp's own quantizer or `ours`: merged, by `export --target gguf`.
+
+    kind: llama.cpp's name of the type. against, drift: as of a Way.
+    """
+
+    name: str
+    kind: str
+    against: str
+    drift: str
+    ours: bool = True
+
+
+GGUF_WAYS = (
+    GgufWay(LLAMA_CPP, "Q4_0", "merged int4", "llama.cpp Q4_0", ours=False),
+    GgufWay("GGUF Q4_0", "Q4_0", LLAMA_CPP, "Q4_0, ours"),
+    GgufWay("GGUF IQ4_NL", "IQ4_NL", LLAMA_CPP, "IQ4_NL, ours"),
+    GgufWay("GGUF Q4_K_M", "Q4_K_M", LLAMA_CPP, "Q4_K_M, ours"),
+    GgufWay(_LLAMA_CPP_8, "Q8_0", "merged int8", "Q8_0", ours=False),
+    GgufWay("GGUF Q8_0", "Q8_0", _LLAMA_CPP_8, "Q8_0"),
+)
+_PEERS = {BUILDER: "ONNX Runtime GenAI builder, int4 rtn"}
 
 
 def lost() -> dict[str, str]:
@@ -100,7 +125,7 @@ def lost() -> dict[str, str]:
         cells = [cell.strip().strip("*") for cell in line.strip("|").split("|")]
         if len(cells) > 7 and cells[4].endswith("%"):
             shares.setdefault(cells[0], cells[4])
-    rows = _PEERS | {way.name: way.drift for way in WAYS}
+    rows = _PEERS | {way.name: way.drift for way in (*WAYS, *GGUF_WAYS)}
     elsewhere = {way.name: way.lost for way in WAYS if way.lost}
     return elsewhere | {name: shares[row] for name, row in rows.items() if row in shares}
 

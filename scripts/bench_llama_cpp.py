@@ -1,7 +1,7 @@
 """llama.cpp through llama-cpp-python, as a worker of the speed benches: see bench_turns.Worker.
 
     python bench_llama_cpp.py MODEL.gguf --threads N     tokens on a line in, two speeds on a line out
-    python bench_llama_cpp.py SOURCE.gguf --quantize OUT.gguf    Q4_0, as llama.cpp's own quantizer does
+    python bench_llama_cpp.py SOURCE.gguf --quantize OUT.gguf [--kind Q4_0]    by llama.cpp's own quantizer
 
 Run by the interpreter of an environment of its own, which `environment` makes; so it imports nothing of ours.
 """
@@ -74,13 +74,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quantize", metavar="OUT")
+    parser.add_argument("--kind", default="Q4_0", help="what --quantize writes, by llama.cpp's name")
     given = parser.parse_args()
     llama_cpp: Any = importlib.import_module("llama_cpp")
 
     llama_cpp.llama_backend_init()
     llama_cpp.llama_log_set(_SILENT, ctypes.c_void_p(0))
     if given.quantize:
-        quantize(llama_cpp, given.model, given.quantize, "Q4_0")
+        quantize(llama_cpp, given.model, given.quantize, given.kind)
         return
     serve(llama_cpp, given.model, given.threads)
 

@@ -54,8 +54,8 @@ def check(request: ExportRequest) -> None:
 def _check(checkpoint: Checkpoint, adapter: Adapter) -> None:
     if not can_branch(adapter) or set(kinds_of(adapter)) - {VECTORS, PAIRS, BIASES}:
         raise TargetError(
-            f"{adapter.path} ({title_of(adapter)}) doesn't only add products of two thin matrices to weights, "
-            "which is what a GGUF LoRA carries; use --mode merged"
+            f"{adapter.path} ({title_of(adapter)}) doesn't only add products of two thin matrices to "
+            "weights, which is what a GGUF LoRA carries; use --mode merged"
         )
     biases = sorted(kinds_of(adapter).get(BIASES, ()))
     if more := trained_whole(checkpoint, adapter) or biases:

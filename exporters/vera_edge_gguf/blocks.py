@@ -15,7 +15,6 @@ from vera_edge.requantize import GGML_GRIDS, Codes, requantize
 from vera_edge_gguf import k_blocks, tensor_types
 
 _FLOATS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
-_ROWS = 1 << 20  # values that are rounded at once
 
 
 def size(stored: str, shape: tuple[int, ...]) -> int:
@@ -32,15 +31,11 @@ def rounded(name: str, values: Float32, stored: str) -> npt.NDArray[Any]:
         if stored == "fp16" and not np.isfinite(found.array()).all():
             raise PlanError(f"{name} has values beyond fp16's largest, 65504; choose --weights bf16 or fp32")
         return found.data
-    if stored in GGML_GRIDS and stored not in tensor_types.LEGACY:
-        return packed(requantize(values, GGML_GRIDS[stored], "search"))
-    step = max(1, _ROWS // values.shape[-1])
-    pieces = [
-        gguf.quants.quantize(values[start : start + step], tensor_types.ggml_type(stored))
-        for start in range(0, values.shape[0], step)
-    ]
-    whole: Bytes = np.concatenate(pieces)
-    return whole
+    if stored in (*tensor_types.LEGACY, "q6_k"):
+        from vera_edge_gguf import nearest  # numba comes with it
+
+        return nearest.rounded(values, stored)
+    return packed(requantize(values, GGML_GRIDS[stored], "search"))
 
 
 def packed(codes: Codes) -> Bytes:

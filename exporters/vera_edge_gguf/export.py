@@ -17,6 +17,7 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting.exporter import Export, ExportRequest
+from vera_edge.merging.computed import open_computed
 from vera_edge.plans import plan as plans
 from vera_edge.reference.loading import config_of
 from vera_edge.storage import side_files
@@ -45,7 +46,7 @@ def export(request: ExportRequest, target: str) -> Export:
     family = family_of(tasks.architecture(request.model.checkpoint.config))
     with staged_folder(request.out, request.force) as stage:
         with tempfile.TemporaryDirectory(prefix=".work-", dir=stage) as scratch:
-            copy = _float_copy(request, Path(scratch) / "float")
+            copy = _float_model(request, Path(scratch) / "float")
             tensors, notes = _write(request, copy, family, stage)
             if (form := request.options.get(imatrix.OPTION)) is not None:
                 found, note = imatrix.measure(copy, by_module(tensors), request.text, request.progress)
@@ -76,10 +77,16 @@ def _check(request: ExportRequest, target: str) -> None:
         raise TargetError("GGUF has no place for a low-rank term or a bias of a layer's own; leave it out")
 
 
-def _float_copy(request: ExportRequest, folder: Path) -> Checkpoint:
-    """The model in float32: merged, or the base that adapters stay beside."""
+def _float_model(request: ExportRequest, folder: Path) -> Checkpoint:
+    """The model in float32: merged, or the base that adapters stay beside.
+
+    Its weights are computed when they're read; what an importance matrix is measured on lies in `folder`.
+    """
     model = request.model if request.plan.mode == "merged" else replace(request.model, adapters=())
-    merge.write(plans.plan_model(model, "merged", "fp32"), model, folder, request.progress)
+    plan = plans.plan_model(model, "merged", "fp32")
+    if imatrix.OPTION not in request.options:
+        return open_computed(plan, model, folder)
+    merge.write(plan, model, folder, request.progress)
     return Checkpoint.open(folder)
 
 

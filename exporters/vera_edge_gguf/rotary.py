@@ -32,9 +32,7 @@ class RotaryMetadata(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def rotary(
-    config: Any, head_size: int, factors: Sequence[str], in_part: bool = False
-) -> RotaryMetadata:
+def rotary(config: Any, head_size: int, factors: Sequence[str], in_part: bool = False) -> RotaryMetadata:
     """Of a text model's config (transformers'). Raises TargetError for a scaling that llama.cpp lacks.
 
     factors: the ways to scale for which the family has a place for factors. in_part: whether it turns only a

@@ -93,7 +93,7 @@ def adapters(float_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 
 TITLES = {"fp32": "float32", "bf16": "bfloat16", "int8": "LLM.int8", "fp8": "FP8"}
-AS_PAIRS = "ONNX, as a LoRA"
+AS_PAIRS = "ONNX and GGUF, as a LoRA"
 BRANCH = {
     "VERA": "ONNX, GGUF",
     "LORA": "ONNX, GGUF",

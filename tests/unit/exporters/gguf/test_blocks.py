@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vera_edge.requantize import GGML_GRIDS, CodesFolder, requantize
-from vera_edge_gguf import blocks, tensor_types
+from vera_edge_gguf import blocks, nearest, tensor_types
 
 # SHA-256, its first half, of what ggml_quantize_chunk (llama-cpp-python 0.3.36) made of `weight()`.
 BY_GGML = {
@@ -36,6 +36,25 @@ def weight() -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
 def test_rounding_to_nearest_gives_llama_cpps_bytes(stored: str) -> None:
     found = blocks.rounded("a weight", weight(), stored)
     assert hashlib.sha256(found.tobytes()).hexdigest()[:32] == BY_GGML[stored]
+
+
+@pytest.mark.parametrize("stored", sorted(BY_GGML))
+def test_compiled_loops_give_the_gguf_packages_bytes(stored: str) -> None:
+    """Of values that lie halfway between two codes, of blocks of one value, of the largest on either side."""
+    values = np.random.RandomState(9).standard_normal((24, 96)).astype(np.float32)
+    values[0], values[1, :32], values[2, :32] = 0, 0.75, -0.75
+    values[3] = np.arange(-48, 48) / 2
+    values[4, 5], values[4, 50] = 9, -9
+    found = nearest.rounded(values, stored)
+    assert np.array_equal(found.reshape(24, -1), gguf.quants.quantize(values, tensor_types.ggml_type(stored)))
+
+
+def test_six_bits_lose_no_more_than_in_llama_cpp() -> None:
+    """Read by the gguf package; squared error after ggml_quantize_chunk (llama-cpp-python 0.3.36)."""
+    found = blocks.rounded("a weight", weight(), "q6_k").reshape(16, -1)
+    read = gguf.quants.dequantize(found, gguf.GGMLQuantizationType.Q6_K)
+    assert float(((weight() - read) ** 2).sum()) < BY_GGML_SQUARES["q6_k"]
+    assert not read[3, 32:64].any()
 
 
 @pytest.mark.parametrize("method", ["search", "gptq"])
