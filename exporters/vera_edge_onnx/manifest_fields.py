@@ -20,7 +20,8 @@ from vera_edge_onnx.weights.stored import runs_as
 
 _TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 # The oldest ONNX Runtime that knows every operator, and adapters, as they are written here.
-_REQUIRES = {"onnxruntime": "1.22"}
+_OLDEST = "1.22"
+_OLDEST_WITH_INT8_CACHE = "1.27"  # tried: 1.26 takes the graph, and fails when it runs
 # Who draws the graph, by the kind of model.
 _DRAWN_BY = {"decoder": ("onnxruntime-genai",), "encoder": ("onnxscript", "optimum")}
 
@@ -87,7 +88,7 @@ def manifest_fields(
         trained_names=_trained_names(request) if branch else {},
         vectors=layout,
         vector_dtype=adapters.vector_dtype(request),
-        requires=_REQUIRES,
+        requires={"onnxruntime": _OLDEST_WITH_INT8_CACHE if options.has_int8_cache(request) else _OLDEST},
         plan=plan.to_dict(),
         options={**request.options, **options.beside(request, model_kind == "encoder")},
         exact=options.is_exact(request, model_kind == "encoder"),

@@ -6,12 +6,15 @@ from vera_edge.adapters.reading import title_of
 from vera_edge.errors import PlanError
 from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.plans.plan import FLOAT
+from vera_edge.tasks import task as tasks
 from vera_edge_onnx.branch import adapters, seed
+from vera_edge_onnx.classes import ENCODER_OF
 from vera_edge_onnx.weights import head_activations
 from vera_edge_onnx.weights import stored as weights
 
 HEAD, PROJECTIONS, HEAD_ACTIVATIONS = "head", "projections", "head_activations"
 _STORED = ("fp32", "fp16", "int8", "int4")
+KV_CACHE, _KEPT_AS = "kv_cache", ("float", "int8")
 _KNOWN = (
     HEAD,
     PROJECTIONS,
@@ -20,6 +23,7 @@ _KNOWN = (
     weights.RUN,
     seed.OPTION,
     adapters.VECTORS,
+    KV_CACHE,
 )
 
 
@@ -33,6 +37,7 @@ def check(request: ExportRequest, target: str) -> None:
     weights.runs_as(request)
     seed.wanted(request)
     adapters.check(request)
+    _check_kv_cache(request)
     if PROJECTIONS in request.options and request.plan.mode != "branch":
         raise PlanError(
             "a merged export holds no projections to store; leave --store-projections out, or add "
@@ -74,6 +79,19 @@ def _check_head_activations(request: ExportRequest) -> None:
         )
 
 
+def has_int8_cache(request: ExportRequest) -> bool:
+    """Whether keys and values are to be kept as int8."""
+    return request.options.get(KV_CACHE) == "int8"
+
+
+def _check_kv_cache(request: ExportRequest) -> None:
+    if (kept := request.options.get(KV_CACHE, _KEPT_AS[0])) not in _KEPT_AS:
+        raise PlanError(f"keys and values can't be kept as {kept!r}; choose from {', '.join(_KEPT_AS)}")
+    name = tasks.architecture(request.model.checkpoint.config)
+    if KV_CACHE in request.options and (not tasks.is_decoder(name) or name in ENCODER_OF):
+        raise PlanError(f"{name} generates no text and keeps no keys and values; leave --kv-cache out")
+
+
 def beside(request: ExportRequest, encoder: bool = False) -> dict[str, str]:
     """What the ends, and of a branch the projections and vectors, are stored as, by option.
 
@@ -101,6 +119,7 @@ def is_exact(request: ExportRequest, encoder: bool = False) -> bool:
         and all(adapter.adds for adapter, _ in request.model.adapters)  # what others trained is computed with
         and not request.requantized
         and not request.corrections
+        and not has_int8_cache(request)
         and weights.runs_as(request) == weights.kind(plan)
         and set(beside(request, encoder).values()) == {"fp32"}
         and all(weights.is_exact(request, step) for step in plan.steps)

@@ -44,6 +44,7 @@ def export(
     symmetric: bool | None = None,
     accuracy_level: str | int | None = None,
     activations: str | None = None,
+    kv_cache: str | None = None,
     head: str | None = None,
     head_activations: str | None = None,
     store_projections: str | None = None,
@@ -83,6 +84,8 @@ def export(
         symmetric: integers without zero points; None: int8 without, int4 and int2 with.
         accuracy_level: what activations are rounded to beside integer weights: 4: int8, 0: nothing.
         activations: encoders: what int8 linears read: float, dynamic or static (uint8).
+        kv_cache: decoders: what keys and values are kept as while it runs: float (float32), or int8, by
+            scales of the calibration text.
         head: how embeddings and output head are stored: fp32, fp16, int8, int4; for gguf any of its weights.
         head_activations: decoders: what an integer head reads is rounded to int8, or to int16.
         store_projections: how a branch stores A and B: fp32, fp16, int8, int4.
@@ -134,6 +137,7 @@ def export(
         symmetric=symmetric,
         accuracy_level=accuracy_level,
         activations=activations,
+        kv_cache=kv_cache,
         head=head,
         head_activations=head_activations,
         projections=store_projections,
@@ -176,6 +180,7 @@ def plan_export(
     symmetric: bool | None = None,
     accuracy_level: str | int | None = None,
     activations: str | None = None,
+    kv_cache: str | None = None,
     head: str | None = None,
     head_activations: str | None = None,
     store_projections: str | None = None,
@@ -215,6 +220,7 @@ def plan_export(
         symmetric=symmetric,
         accuracy_level=accuracy_level,
         activations=activations,
+        kv_cache=kv_cache,
         head=head,
         head_activations=head_activations,
         projections=store_projections,

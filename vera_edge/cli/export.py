@@ -87,6 +87,12 @@ GGUF_WEIGHTS = "f32, f16, bf16, q8_0, q6_k, q5_k_m, q5_k, q5_1, q5_0, q4_k_m, q4
     "range found at each run (dynamic) or on the calibration text (static).",
 )
 @click.option(
+    "--kv-cache",
+    type=click.Choice(["float", "int8"]),
+    help="onnx, decoders: what keys and values are kept as while it runs: float32, the default, or int8, in "
+    "a quarter of the memory.",
+)
+@click.option(
     "--head",
     help=f"How embeddings and output head are stored: {', '.join(STORED)}; for gguf any of its weights.",
 )
@@ -141,6 +147,7 @@ def export(
     symmetric: bool | None,
     accuracy_level: str | None,
     activations: str | None,
+    kv_cache: str | None,
     head: str | None,
     head_activations: str | None,
     store_projections: str | None,
@@ -174,6 +181,7 @@ def export(
         "symmetric": symmetric,
         "accuracy_level": accuracy_level,
         "activations": activations,
+        "kv_cache": kv_cache,
         "head": head,
         "head_activations": head_activations,
         "store_projections": store_projections,

@@ -47,10 +47,10 @@ class ExportRequest:
     head reads is rounded to; `accuracy_level` ("4": activations are rounded to
     int8, "0": float32); `vectors` ("fp32", "fp16"): what a branch takes its adapter's vectors as; `origin`
     ("baked", "seed"): whether the projections are in the files, or drawn on the device; `run` ("int8"): what
-    4-bit weights are expanded to there.
+    4-bit weights are expanded to there; `kv_cache` ("float", "int8"): what keys and values are kept as.
     requantized: by module, weights of the plan's formats that were rounded with care (merged where the plan
-    merges); the exporter rounds the others itself. text: what ranges of activations are calibrated on: texts
-    with shares, or one alone, a UTF-8 file or "built-in".
+    merges); the exporter rounds the others itself. text: what ranges of activations, and of keys and values,
+    are calibrated on: texts with shares, or one alone, a UTF-8 file or "built-in".
     drawn: a folder for the graph before its weights are rounded, which the next export of the same inputs in
     the same mode takes from there; None where nothing is to be kept. corrections: by module, what its output
     gets beside the rounded weight's.

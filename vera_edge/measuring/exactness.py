@@ -37,6 +37,8 @@ def _inexact(manifest: Manifest) -> str:
             return f"{step.get('module')} is {source} in the base and was quantized to {result}"
     if manifest.exact is None:
         return "its manifest, an older one, doesn't say whether all of it is exact (export it again)"
+    if (kept := manifest.options.get("kv_cache", "float")) != "float":
+        return f"its keys and values are kept as {kept}"
     if "run" in manifest.options:
         return f"its weights run as {manifest.options['run']}"
     if manifest.options.get("accuracy_level", "4") != "0":

@@ -19,7 +19,7 @@ from vera_edge.errors import BundleError
 
 # By TensorProto.DataType.
 _FLOATS = frozenset({1, 10, 11, 16})
-_FED: Mapping[int, type[np.generic]] = {1: np.float32, 10: np.float16, 7: np.int64, 6: np.int32}
+_FED: Mapping[int, type[np.generic]] = {1: np.float32, 10: np.float16, 7: np.int64, 6: np.int32, 3: np.int8}
 GRAPH = 7  # fields of ModelProto,
 NODE, NAME, INITIALIZER, INPUT, OUTPUT, VALUE = 1, 2, 5, 11, 12, 13  # and of GraphProto
 _METADATA = 14

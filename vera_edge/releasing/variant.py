@@ -23,6 +23,7 @@ _OPTIONS = {
     "symmetric": "symmetric",
     "accuracy_level": "accuracy_level",
     "activations": "activations",
+    "kv_cache": "kv_cache",
     "head": "head",
     "head_activations": "head_activations",
     "projections_dtype": "projections",
@@ -52,6 +53,7 @@ class Variant(RecipeTable):
     symmetric: bool | None = None
     accuracy_level: Literal[0, 4] | None = None
     activations: Literal["float", "dynamic", "static"] | None = None
+    kv_cache: Literal["float", "int8"] | None = None
     head: Line | None = None
     head_activations: Literal["int8", "int16"] | None = None
     projections: Literal["baked", "seed"] = "baked"
@@ -147,6 +149,8 @@ class Variant(RecipeTable):
     def shares_graph(self) -> bool:
         """Whether adapters that touch the same layers have one graph, which differs in no byte.
 
-        A plan is for one adapter, and ranges of activations are of the adapters they were seen with.
+        A plan is for one adapter, and ranges of activations, of keys and of values are of the adapters they
+        were seen with.
         """
-        return self.mode == "branch" and self.weights != PLAN and self.activations in (None, "float")
+        seen = {self.activations, self.kv_cache} - {None, "float"}
+        return self.mode == "branch" and self.weights != PLAN and not seen

@@ -352,13 +352,24 @@ def _windows(
     if method not in CALIBRATED:
         return Cut((), ()), (f"weights were rounded by {method}, which needs no calibration",)
     _check_takes_text(checkpoint, method)
-    config = checkpoint.config.get("text_config") or checkpoint.config
-    tokenizer, known = tokenizers.read(checkpoint.files, checkpoint.config), int(config.get("vocab_size", 0))
-    cut = mixture.cut(texts, tokenizer, known, tokens, _longest(config))
+    cut, beyond = calibration_windows(checkpoint, texts, tokens)
     note = f"weights were rounded by {said}, calibrated on {cut.said()}"
     if not texts.own:
         note += "; text like the adapter's own (--calibration FILE) loses less"
-    return cut, (note, *windows.beyond(tokenizer, known))
+    return cut, (note, *beyond)
+
+
+def calibration_windows(
+    checkpoint: Checkpoint, text: str | Mixture, tokens: int
+) -> tuple[Cut, tuple[str, ...]]:
+    """Windows of text that a decoder is calibrated on, about `tokens` tokens in all, and notes.
+
+    Raises DataError on unusable text, CheckpointError without tokenizer, MismatchError when it's another's.
+    """
+    config = checkpoint.config.get("text_config") or checkpoint.config
+    tokenizer, known = tokenizers.read(checkpoint.files, checkpoint.config), int(config.get("vocab_size", 0))
+    cut = mixture.cut(Mixture.either(text), tokenizer, known, tokens, _longest(config))
+    return cut, windows.beyond(tokenizer, known)
 
 
 def _widest(checkpoint: Checkpoint, modules: Iterable[str]) -> int:

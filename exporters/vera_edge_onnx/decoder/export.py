@@ -22,7 +22,7 @@ from vera_edge.plans.plan import HEAD
 from vera_edge.reference.loading import config_of
 from vera_edge_onnx import float_copy, generated, options, staging
 from vera_edge_onnx.branch import adapters, branch
-from vera_edge_onnx.decoder import configs, held
+from vera_edge_onnx.decoder import configs, held, kv_cache
 from vera_edge_onnx.decoder.drawing import Drawing, draw, sites_of
 from vera_edge_onnx.graph import groups, joining, sites
 from vera_edge_onnx.graph.skeleton import Computed
@@ -47,7 +47,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
     branched = request.plan.mode == "branch"
     with staging.opened(request, "decoder") as stage:
         work = request.drawn or stage.work
-        drawing, found, checked = _float_graph(request, architecture, work)
+        drawing, found, checked, notes = _float_graph(request, architecture, work)
         model = drawing.model
         layout = groups.layout(found, adapters.sizes(request)) if branched else ()
         shared, shipped = _weave(request, model, found, stage.spool)
@@ -64,7 +64,7 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
         size=manifest.size,
         plan=request.plan,
         adapters={name: request.out / file for name, file in files.items()},
-        notes=_notes(model),
+        notes=notes,
     )
 
 
@@ -91,8 +91,8 @@ def check(request: ExportRequest, target: str) -> None:
 
 def _float_graph(
     request: ExportRequest, architecture: str, work: Path
-) -> tuple[Drawing, tuple[sites.Site, ...], Checked]:
-    """The float32 graph, merged or the base's own; its linear layers; what it was compared on."""
+) -> tuple[Drawing, tuple[sites.Site, ...], Checked, tuple[str, ...]]:
+    """The float32 graph, merged or the base's own; its linear layers; what it was compared on; notes."""
     adapted = adapters.sizes(request)
     try:
         drawing, found = _drawn(request, architecture, float_copy.computed(request, work / "float"), work)
@@ -101,7 +101,9 @@ def _float_graph(
     shapes = {module: drawing.source.linear(module).shape for module in adapted}
     sites.check_covered(found, shapes, "adapted")
     checked = held.hold(request, drawing, found)
-    return drawing, joining.join(drawing.model, found, partial(_fit_together, request)), checked
+    notes = [kv_cache.put_in(request, drawing, found)] if options.has_int8_cache(request) else []
+    joined = joining.join(drawing.model, found, partial(_fit_together, request))
+    return drawing, joined, checked, (*notes, *_notes(drawing.model))
 
 
 def _drawn(

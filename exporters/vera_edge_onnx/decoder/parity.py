@@ -90,7 +90,7 @@ def compare(running: Running, model: Model, lengths: Lengths, vectors: Feeds = M
     for (at, what, _), found in zip(ways, results, strict=True):
         if at > row:
             answer, row = next(expected), at
-        feeds = {**_feeds(running.signature, windows[at], 0, len(windows[at])), **vectors}
+        feeds = {**fed(running.signature, windows[at], 0, len(windows[at])), **vectors}
         logits = np.concatenate([one["logits"][0] for one in found])
         hold(answer, logits, f"{what} of {len(windows[at])} tokens differ", feeds)
 
@@ -108,12 +108,12 @@ def _chain(
     ends = np.cumsum(pieces).tolist()
     starts = [0, *ends[:-1]]
     return [
-        {**_feeds(signature, tokens, start, end), **vectors} for start, end in zip(starts, ends, strict=True)
+        {**fed(signature, tokens, start, end), **vectors} for start, end in zip(starts, ends, strict=True)
     ]
 
 
-def _feeds(signature: GraphSignature, tokens: Int64, start: int, end: int) -> dict[str, Array]:
-    """The inputs of one run, the cache empty."""
+def fed(signature: GraphSignature, tokens: Int64, start: int, end: int) -> dict[str, Array]:
+    """The inputs of one run on tokens `start` to `end` of a sequence (n,), the cache empty."""
     feeds: dict[str, Array] = {
         "input_ids": tokens[None, start:end],
         "attention_mask": np.ones((1, end), np.int64),

@@ -116,7 +116,7 @@ class _Cut:
 
 def cut(graph: ir.Model, folder: Path, most: int, wanted: frozenset[str]) -> list[GraphPart]:
     """The parts of a graph. folder: to write to. wanted: values that are asked for, or handed on."""
-    found: list[GraphPart | _Cut] = []
+    found: list[Lookup | Product | _Cut] = []
     for node in graph.graph:
         alone = _alone(node, most)
         if alone is not None:
@@ -127,15 +127,24 @@ def cut(graph: ir.Model, folder: Path, most: int, wanted: frozenset[str]) -> lis
             last = found[-1]
             assert isinstance(last, _Cut)
             last.add(node)
-    reads = [part.inputs if not isinstance(part, _Cut) else _reads(part.nodes) for part in found]
     parts: list[GraphPart] = []
-    for number, part in enumerate(found):
-        if isinstance(part, _Cut):
-            later = wanted.union(*reads[number + 1 :])
-            parts.append(_nodes(graph, part, later, folder / f"part-{number}.onnx"))
-        else:
-            parts.append(part)
-    return parts
+    later = set(wanted)
+    for number, part in reversed(tuple(enumerate(found))):
+        reads, gives = _reads_and_gives(part)
+        if later.isdisjoint(gives):  # as the head where nobody asks for logits
+            continue
+        path = folder / f"part-{number}.onnx"
+        parts.append(_nodes(graph, part, frozenset(later), path) if isinstance(part, _Cut) else part)
+        later |= reads
+    return parts[::-1]
+
+
+def _reads_and_gives(part: Lookup | Product | _Cut) -> tuple[frozenset[str], frozenset[str]]:
+    """The values that a part reads from outside, and all that it makes."""
+    if isinstance(part, _Cut):
+        made = (value.name for node in part.nodes for value in node.outputs)
+        return _reads(part.nodes), frozenset(name for name in made if name)
+    return part.inputs, frozenset({part.output})
 
 
 def _weight(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -182,7 +191,7 @@ def _reads(nodes: Sequence[ir.Node]) -> frozenset[str]:
     )
 
 
-def _alone(node: ir.Node, most: int) -> GraphPart | None:
+def _alone(node: ir.Node, most: int) -> Lookup | Product | None:
     """A node whose matrix is too large for ONNX Runtime, as a part of its own."""
     if node.op_type == "Gather" and node.domain == "" and node.inputs[0] is not None:
         table, turned = node.inputs[0], False
