@@ -24,7 +24,7 @@ from vera_edge.errors import BundleError, PlanError, TargetError
 from vera_edge.exporting import target
 from vera_edge.measuring.exactness import unlike_trained
 from vera_edge.releasing.variant import Variant
-from vera_edge.rounding.weight_rounding import Rounding
+from vera_edge.rounding.weight_rounding import Rounding, calibration_windows
 from vera_edge_onnx.decoder import drawing as drawings
 from vera_edge_onnx.decoder import kv_cache
 
@@ -87,7 +87,7 @@ def test_scales_reach_what_the_adapted_model_keeps_of_the_text(
     mode: str, make: Callable[..., Path], tiny_llama: tiny.TinyLlama, adapter: Path, text: Path
 ) -> None:
     model = ir.load(make(mode, "fp32") / "onnx" / "model.onnx")
-    cut, _ = kv_cache.calibration_windows(Checkpoint.open(tiny_llama.fp32), str(text), 2048)
+    cut, _ = calibration_windows(Checkpoint.open(tiny_llama.fp32), str(text), 2048)
     sets = (True,) if mode == "merged" else (True, False)
     ways = [kept_by_transformers(tiny_llama.fp32, adapter, cut.windows, active) for active in sets]
     for layer, most in enumerate(np.maximum.reduce(ways)):
@@ -124,7 +124,7 @@ def test_keys_of_two_channels_change_places_further_on() -> None:
 def test_it_loses_little_and_not_nothing(
     mode: str, make: Callable[..., Path], tiny_llama: tiny.TinyLlama, adapter: Path, text: Path
 ) -> None:
-    cut, _ = kv_cache.calibration_windows(Checkpoint.open(tiny_llama.fp32), str(text), 2048)
+    cut, _ = calibration_windows(Checkpoint.open(tiny_llama.fp32), str(text), 2048)
     ids = cut.windows[0]
     truth = exported.peft_logits(tiny_llama.fp32, adapter, ids)
     effect = exported.divergence(truth, exported.peft_logits(tiny_llama.fp32, adapter, ids, active=False))
