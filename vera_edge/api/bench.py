@@ -23,6 +23,7 @@ def bench(
     prompt: int = 128,
     new: int = 64,
     products: Sequence[str] = (),
+    resident: bool = False,
     trusted_keys: StrPath | None = None,
     trusted_identity: tuple[str, str] | None = None,
     require_signature: bool = False,
@@ -41,6 +42,8 @@ def bench(
         new: tokens to generate, 2 or more.
         products: formats to time the layers' products in, one token each, like "int4" or "int8:128", for
             `plan(device_times=)`.
+        resident: with the bundle's adapter living in its graph, as `open_bundle(resident=True)` has it; the
+            other bundle runs without.
         trusted_keys, trusted_identity, require_signature, allow_unsigned: as in `verify`.
         progress: called with what is done, how much of it, and of how much (rounds).
         tell: given a sentence: who signed it.
@@ -50,7 +53,7 @@ def bench(
         and 90 (seconds, tokens a second, bytes, joules a token), and `ratios` with 95 % intervals.
 
     Raises:
-        BundleError: a bundle can't be opened.
+        BundleError: a bundle can't be opened, or its adapter is merged and can't be resident.
         DataError: the numbers make no sense or don't fit its context.
 
     Example:
@@ -62,5 +65,5 @@ def bench(
         Path(bundle), trust_in(trusted_keys, trusted_identity, require_signature, allow_unsigned), tell
     )
     return measure(
-        Path(bundle), path_or_none(against), tuple(threads), rounds, prompt, new, progress, products
+        Path(bundle), path_or_none(against), tuple(threads), rounds, prompt, new, progress, products, resident
     )

@@ -39,12 +39,13 @@ def chat(
     reread: bool = False,
     four_bit: FourBit | None = None,
     prompt_cache: int | str = "64MB",
+    resident: bool = False,
     tell: Tell = unheard,
 ) -> Conversation:
     """Open a bundle for a conversation, which keeps what was said.
 
     Args:
-        bundle, adapter, threads, fast, reread, four_bit, prompt_cache, tell: as in `open_bundle`.
+        bundle, adapter, threads, fast, reread, four_bit, prompt_cache, resident, tell: as in `open_bundle`.
         system: a message before all others, which says how to answer.
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, speculate, stop,
             template_args: how answers are generated; as in `Session.generate`.
@@ -70,6 +71,7 @@ def chat(
         reread=reread,
         four_bit=four_bit,
         prompt_cache=prompt_cache,
+        resident=resident,
         tell=tell,
     )
     if isinstance(model, Encoder):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vera_edge.api.arguments import StrPath, size_or_none
 from vera_edge.bundle import contents
+from vera_edge.errors import PlanError
 from vera_edge.progress import Tell, unheard
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def open_bundle(
     reread: bool = False,
     four_bit: FourBit | None = None,
     prompt_cache: int | str = 0,
+    resident: bool = False,
     tell: Tell = unheard,
 ) -> Session | Encoder:
     """Verify a bundle and open it: a Session for a model that gives text, an Encoder for another.
@@ -42,6 +44,7 @@ def open_bundle(
             bundle's own limit on the mean KL is under 0.005, else expanded.
         prompt_cache: bytes, or words like "64MB", in which prompts are kept: what later ones begin with alike
             is computed once. Not for encoders.
+        resident: let the adapter live in the graph, where it decodes a little faster, with the same logits.
         tell: given sentences: what wasn't read, and what the expanding took.
 
     Returns:
@@ -49,8 +52,9 @@ def open_bundle(
 
     Raises:
         BundleError: the bundle is damaged, foreign, or needs more memory than there is.
-        AdapterError, MismatchError: the adapter can't be used.
-        PlanError: 4-bit weights can't run so, or fast and reread contradict each other.
+        AdapterError, MismatchError: the adapter can't be used, or is merged and can't be resident.
+        PlanError: 4-bit weights can't run so, fast and reread contradict each other, or an encoder's adapter
+            should be resident.
 
     Example:
         >>> session = vera_edge.open_bundle("bundle", adapter=None)
@@ -63,6 +67,10 @@ def open_bundle(
     manifest = contents.read(folder)
     chosen = named(adapter, manifest) if isinstance(adapter, str) else adapter
     if manifest.kind == "encoder":
+        if resident:
+            raise PlanError(
+                f"{folder} is an encoder; only models that generate text keep an adapter resident"
+            )
         from vera_edge.device.runtime.encoder import Encoder
 
         opened: Session | Encoder = Encoder.open(
@@ -80,6 +88,7 @@ def open_bundle(
             four_bit=four_bit,
             prompt_cache=size,
             reread=reread,
+            resident=resident,
         )
     if opened.verified is not None and opened.verified.told is not None:
         tell(opened.verified.told)

@@ -9,7 +9,16 @@ import click
 from rich.table import Table
 
 import vera_edge
-from vera_edge.cli.show import FOLDER, json_option, out, print_json, progress_bar, quiet_option, tell
+from vera_edge.cli.show import (
+    FOLDER,
+    json_option,
+    out,
+    print_json,
+    progress_bar,
+    quiet_option,
+    resident_option,
+    tell,
+)
 from vera_edge.cli.trust import takes_trust
 
 if TYPE_CHECKING:
@@ -53,6 +62,7 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     help="Also time the layers' products in these formats, for plan --device-times; without a LIST in int4 "
     "and int8 in blocks of 32, 64 and 128, and in fp32.",
 )
+@resident_option
 @json_option
 @quiet_option
 @takes_trust
@@ -64,6 +74,7 @@ def bench(
     prompt: int,
     new: int,
     products: str,
+    resident: bool,
     as_json: bool,
     quiet: bool,
     **trust: Any,
@@ -78,6 +89,7 @@ def bench(
             prompt=prompt,
             new=new,
             products=[name.strip() for name in products.split(",") if name.strip()],
+            resident=resident,
             progress=progress,
             tell=tell,
             **trust,
@@ -112,7 +124,7 @@ def _show(result: Bench) -> None:
         console.print(ratios)
     console.print(
         f"{result.device['processor']}; {result.prompt} tokens fed, {result.new} generated, "
-        f"{result.rounds} rounds"
+        f"{result.rounds} rounds" + (", adapter resident" if result.resident else "")
     )
 
 

@@ -21,6 +21,7 @@ from vera_edge.cli.show import (
     note,
     prompt_cache_option,
     reread_option,
+    resident_option,
     tell,
 )
 
@@ -41,6 +42,7 @@ _PROMPT = "> "
 @reread_option
 @prompt_cache_option
 @four_bit_option
+@resident_option
 def chat(bundle: Path, **options: Any) -> None:
     """Talk with the model in BUNDLE, without torch; /help lists what can be changed on the way.
 

@@ -19,6 +19,7 @@ from vera_edge.cli.show import (
     out,
     print_json,
     reread_option,
+    resident_option,
     tell,
 )
 
@@ -37,6 +38,7 @@ _FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "reread", "fo
 @fast_option
 @reread_option
 @four_bit_option
+@resident_option
 @json_option
 def run(
     bundle: Path,
@@ -48,6 +50,7 @@ def run(
     fast: bool,
     reread: bool,
     four_bit: Literal["expanded", "int8", "kept"] | None,
+    resident: bool,
     as_json: bool,
     **sampling: object,
 ) -> None:
@@ -62,7 +65,14 @@ def run(
     if vera_edge.read_manifest(bundle).kind == "encoder":
         _refuse_sampling(click.get_current_context())
     model = vera_edge.open_bundle(
-        bundle, adapter=adapter, threads=threads, fast=fast, reread=reread, four_bit=four_bit, tell=tell
+        bundle,
+        adapter=adapter,
+        threads=threads,
+        fast=fast,
+        reread=reread,
+        four_bit=four_bit,
+        resident=resident,
+        tell=tell,
     )
     verified: dict[str, Any] = {} if model.verified is None else {"verified": model.verified.to_dict()}
     if not isinstance(model, vera_edge.Session):

@@ -14,6 +14,7 @@ from vera_edge.cli.show import (
     four_bit_option,
     prompt_cache_option,
     reread_option,
+    resident_option,
     tell,
 )
 from vera_edge.cli.trust import takes_trust
@@ -56,6 +57,7 @@ from vera_edge.cli.trust import takes_trust
 @reread_option
 @prompt_cache_option
 @four_bit_option
+@resident_option
 @takes_trust
 def serve(bundle: Path, **options: Any) -> None:
     """Answer OpenAI's protocol over HTTP for BUNDLE: each of its adapters is a model's name, and so is base.

@@ -43,6 +43,11 @@ four_bit_option: Callable[[F], F] = click.option(
     help="How NF4 and FP4 weights run: expanded to int8 blocks in memory, the same with activations rounded "
     "to int8, or kept, exactly and slowly: the default where the bundle's max_kl is under 0.005.",
 )
+resident_option: Callable[[F], F] = click.option(
+    "--resident",
+    is_flag=True,
+    help="Branch mode: let the adapter live in the graph; a little faster, with the same text.",
+)
 force_option: Callable[[F], F] = click.option("--force", is_flag=True, help="Replace an existing output.")
 projection_rounding_option: Callable[[F], F] = click.option(
     "--projection-rounding", help="What the projections were rounded to: float32, bfloat16, float16."

@@ -88,6 +88,8 @@ class Models:
         if model.vectors is not None:
             return model.vectors
         choice = self._opened.manifest.default_adapter if model.choice == "default" else model.choice
+        if choice == self._opened.adapter and self._opened.manifest.mode == "branch":
+            return self._opened.vectors  # which may live in the graph
         if (kept := self._kept.get(choice)) is None:
             kept = self._opened.vectors_of(choice if self._opened.manifest.mode == "branch" else "default")
             self._kept[choice] = kept

@@ -90,9 +90,12 @@ def test_each_is_pefts_unmerged_forward(
     mixed: Path, tiny_llama: tiny.TinyLlama, adapters: dict[str, Path]
 ) -> None:
     session, plain = Session.open(mixed), truth(tiny_llama.nf4, None)
+    resident = Session.open(mixed, resident=True)
     for name, folder in adapters.items():
         session.swap(named(name))
         wanted = truth(tiny_llama.nf4, folder)
+        resident.swap(named(name), resident=True)
+        np.testing.assert_array_equal(resident.logits(TOKENS), session.logits(TOKENS), name)
         assert peft_adapters.close(torch.from_numpy(np.array(session.logits(TOKENS))), wanted), name
         assert not peft_adapters.close(plain, wanted), name
         session.swap(None)

@@ -86,6 +86,7 @@ class Bench:
     new: int
     device: Mapping[str, Any]
     products: tuple[ProductTime, ...] = ()
+    resident: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -104,12 +105,14 @@ def bench(
     new: int = 64,
     progress: Progress = silent,
     products: Sequence[str] = (),
+    resident: bool = False,
 ) -> Bench:
     """Measure `bundle`, and `against` in turn with it, at each number of threads (none given: all cores).
 
     prompt, new: tokens fed and generated in each round. products: formats to time the layers' products in,
-    like "int8:128". Raises BundleError when a bundle can't be opened,
-    DataError when the numbers make no sense or don't fit its context.
+    like "int8:128". resident: with the adapter of `bundle`, not of `against`, living in the graph. Raises
+    BundleError when a bundle can't be opened, or has no adapter to be resident, DataError when the numbers
+    make no sense or don't fit its context.
     """
     if rounds < 1 or prompt < 1 or new < 2 or any(count < 1 for count in threads):
         raise DataError("give 1 or more rounds, prompt tokens and threads, and 2 or more new tokens")
@@ -124,8 +127,8 @@ def bench(
         found: list[list[dict[str, Any]]] = [[] for _ in folders]
         for number in range(rounds):
             progress("measuring", at * rounds + number, len(counts) * rounds)
-            for folder, rows in zip(folders, found, strict=True):
-                rows.append(_round(folder, prompt, new, count))
+            for place, folder in enumerate(folders):
+                found[place].append(_round(folder, prompt, new, count, resident and not place))
         pairs = [
             _summary(folder, manifest, rows)
             for folder, manifest, rows in zip(folders, manifests, found, strict=True)
@@ -135,12 +138,12 @@ def bench(
             ratios += _ratios(found[0], found[1])
     used = [count or available_cores() for count in counts]
     times = measure(shapes, formats, used, progress)
-    return Bench(tuple(measured), tuple(ratios), rounds, prompt, new, hardware_info(), times)
+    return Bench(tuple(measured), tuple(ratios), rounds, prompt, new, hardware_info(), times, resident)
 
 
-def _round(folder: Path, prompt: int, new: int, threads: int) -> dict[str, Any]:
+def _round(folder: Path, prompt: int, new: int, threads: int, resident: bool) -> dict[str, Any]:
     """One round in a process of its own."""
-    words = [str(folder), str(prompt), str(new), str(threads)]
+    words = [str(folder), str(prompt), str(new), str(threads), *(["resident"] if resident else [])]
     command = [sys.executable, "-P", "-m", "vera_edge.device.check.bench_round", *words]
     environment = os.environ | import_path.child_environment()
     try:

@@ -14,8 +14,12 @@ from typing import Any
 from vera_edge.errors import DataError, VeraEdgeError
 
 
-def measure(folder: Path, prompt: int, new: int, threads: int | None) -> dict[str, Any]:
+def measure(
+    folder: Path, prompt: int, new: int, threads: int | None, resident: bool = False
+) -> dict[str, Any]:
     """Open the bundle and generate `new` tokens after `prompt` seeded ones, twice; the second time counts.
+
+    resident: with its adapter living in the graph.
 
     Returns load (s, imports included), first_token (s, of the first time), prefill and decode (tokens/s),
     steps (ms, each decoded token), peak_rss (bytes or None), energy (J per decoded token, or None).
@@ -28,7 +32,7 @@ def measure(folder: Path, prompt: int, new: int, threads: int | None) -> dict[st
     from vera_edge.device.runtime.session import Session
     from vera_edge.memory import peak_rss
 
-    session = Session.open(folder, threads=threads)
+    session = Session.open(folder, threads=threads, resident=resident)
     result: dict[str, Any] = {"load": time.perf_counter() - began, "threads": session.graph.threads}
     if prompt + new > session.decoder.context:
         raise DataError(
@@ -58,10 +62,13 @@ def measure(folder: Path, prompt: int, new: int, threads: int | None) -> dict[st
 
 
 def main(words: list[str]) -> int:
-    """FOLDER PROMPT NEW THREADS, 0 threads for all cores; one JSON object on stdout, or {"error": ...}."""
+    """FOLDER PROMPT NEW THREADS [resident], 0 threads for all cores.
+
+    One JSON object on stdout, or {"error": ...}.
+    """
     folder, prompt, new, threads = Path(words[0]), int(words[1]), int(words[2]), int(words[3])
     try:
-        result = measure(folder, prompt, new, threads or None)
+        result = measure(folder, prompt, new, threads or None, words[4:] == ["resident"])
     except VeraEdgeError as error:
         result = {"error": str(error)}
     sys.stdout.write(json.dumps(result) + "\n")

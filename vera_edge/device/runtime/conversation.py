@@ -125,7 +125,7 @@ class Conversation:
 
     def _adapter(self, name: str) -> str:
         if name:
-            self.session.swap(named(name, self.session.manifest))
+            self.session.swap(named(name, self.session.manifest), resident=self.session.resident)
             return f"adapter: {self._running()}"
         manifest = self.session.manifest
         if manifest.mode == "merged":

@@ -179,8 +179,7 @@ class Steps:
         for ports, array in zip(decoder.further, self._cache, strict=False):
             for port in ports:
                 bind(self._binding, port, array, output=True)
-        for name, array in self._vectors.items():
-            bind(self._binding, self._graph.vectors[name], array)
+        self._run = self._graph.runner(self._binding, self._vectors)
 
     @property
     def rows(self) -> int:
@@ -228,7 +227,7 @@ class Steps:
             self._set(ROPE_LENGTH, np.array([max(self._whole, int(self.lengths.max()))]))
         logits = self._output(count)
         try:
-            self._graph.session.run_with_iobinding(self._binding)
+            self._run()
         except Exception as cause:  # onnxruntime's classes share no base but Exception
             raise BundleError(f"ONNX Runtime fails on {self._graph.path}: {first_line(cause)}") from None
         return logits

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class GraphPorts:
     ) -> GraphPorts:
         """Those of a graph in `path`; overridable: the inputs that have a value of their own."""
         # vera.A and vera.B may be overridable too; they belong to the graph, not to an adapter.
-        vectors = {name: port for name, port in overridable.items() if name.endswith(_VECTORS)}
+        vectors = {name: port for name, port in overridable.items() if is_vector(name)}
         options = {name: port for name, port in overridable.items() if name not in vectors}
         return cls(path, inputs, outputs, vectors, options, metadata)
 
@@ -84,12 +85,14 @@ class Graph(GraphPorts):
         exact_int8: bool = True,
         rewritten: Rewritten | None = None,
         part: bytes | None = None,
+        written: Mapping[str, Array] | None = None,
     ) -> None:
         """Open `path`; `threads` within an operator, by default one for each of `available_cores`.
 
         held: initializers whose values aren't in the files, by name; kept as long as the graph is.
         rewritten: what to open instead of the bytes in `path`, beside which its other weights lie; part: the
-        same of a graph that is some of it.
+        same of a graph that is some of it. written: initializers that are read where they lie, so that what
+        is written there later counts; their values needn't be in the files.
         exact_int8: multiply int8 weights as uint8 where their products can overflow (int8_products.py).
         Raises BundleError when ONNX Runtime refuses the graph or its weights.
         """
@@ -105,6 +108,11 @@ class Graph(GraphPorts):
         }
         if self._held:
             options.add_external_initializers(list(self._held), list(self._held.values()))
+        self._written = {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in (written or {}).items()
+        }
+        for name, value in self._written.items():
+            options.add_initializer(name, value)
         try:
             # Without a fallback: it would print, and try the same provider again.
             self.session = onnxruntime.InferenceSession(
@@ -128,6 +136,17 @@ class Graph(GraphPorts):
     def binding(self) -> Any:
         """A fresh IO binding of this session."""
         return self.session.io_binding()
+
+    def runner(self, binding: Any, vectors: Mapping[str, Array]) -> Callable[[], None]:
+        """What runs `binding` whenever it's called, with an adapter's vectors (rows, ...)."""
+        for name, array in vectors.items():
+            bind(binding, self.vectors[name], array)
+        return partial(self.session.run_with_iobinding, binding)
+
+
+def is_vector(name: str) -> bool:
+    """Whether an input, by its name, is an adapter's."""
+    return name.endswith(_VECTORS)
 
 
 def first_line(cause: BaseException) -> str:

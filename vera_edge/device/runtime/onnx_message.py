@@ -13,7 +13,7 @@ import numpy as np
 
 from vera_edge.arrays import Array
 
-_KINDS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7}  # TensorProto.DataType
+_KINDS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10}  # TensorProto.DataType
 _INT = 2  # AttributeProto.AttributeType
 FLOAT = _KINDS["float32"]
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
@@ -63,9 +63,12 @@ def constant(name: str, array: Array) -> bytes:
     return _tensor(name, array) + field(9, np.ascontiguousarray(array).tobytes())
 
 
-def held(name: str, array: Array) -> bytes:
-    """A TensorProto whose values `Graph` hands over: it stands for a file that is never opened."""
-    return _tensor(name, array) + field(13, field(1, "location") + field(2, "held")) + field(14, 1)
+def held(name: str, array: Array, location: str = "held") -> bytes:
+    """A TensorProto whose values `Graph` hands over: it stands for a file that is never opened.
+
+    location: the file's name, where ONNX Runtime wants one that is there.
+    """
+    return _tensor(name, array) + field(13, field(1, "location") + field(2, location)) + field(14, 1)
 
 
 def _tensor(name: str, array: Any) -> bytes:

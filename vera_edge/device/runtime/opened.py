@@ -16,6 +16,7 @@ from vera_edge.device.runtime import adapters, four_bit_graph, generated, int8_p
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.four_bit_graph import FourBit
 from vera_edge.device.runtime.graph import Graph, GraphPorts, release
+from vera_edge.device.runtime.resident import ResidentGraph
 from vera_edge.errors import BundleError, MismatchError
 from vera_edge.memory import free_memory
 
@@ -113,16 +114,19 @@ def open_graph(
     deep: bool = True,
     four_bit: FourBit | None = "kept",
     reread: bool = False,
+    resident: bool = False,
 ) -> tuple[Manifest, Graph, Verified]:
     """Verify a bundle of this `kind` and open its graph. What it leaves to be generated is made in memory.
 
-    deep, four_bit, reread: as in `Session.open`, but for `four_bit`'s default.
-    Raises PlanError for a `four_bit` that isn't known, BundleError when the bundle is
-    damaged, foreign, of another kind, or needs a newer runtime or more memory. Warns (BundleWarning) when
-    other programs would get wrong values from it on this processor.
+    deep, four_bit, reread: as in `Session.open`, but for `four_bit`'s default. resident: a ResidentGraph.
+    Raises PlanError for a `four_bit` that isn't known, MismatchError where no adapter can be resident,
+    BundleError when the bundle is damaged, foreign, of another kind, or needs a newer runtime or more memory.
+    Warns (BundleWarning) when other programs would get wrong values from it on this processor.
     """
     manifest, looked = verified.verify(folder, deep, reread)
     check_kind(manifest, kind)
+    if resident:
+        check_resident(manifest)
     model = manifest.path(manifest.model)
     if four_bit is None:
         four_bit = "kept" if manifest.limits.get("max_kl", 1) < four_bit_graph.LOSS else "expanded"
@@ -133,7 +137,16 @@ def open_graph(
     rewritten = (
         four_bit_graph.rewrite(model, found, four_bit, threads or available_cores()) if found else None
     )
-    return manifest, Graph(model, threads, generated.in_memory(manifest), exact, rewritten), looked
+    made = ResidentGraph if resident else Graph
+    return manifest, made(model, threads, generated.in_memory(manifest), exact, rewritten), looked
+
+
+def check_resident(manifest: Manifest) -> None:
+    """Raise MismatchError for a bundle in whose graph no adapter can live."""
+    if manifest.mode != "branch":
+        raise MismatchError(
+            f"{manifest.folder} has its adapter merged, and is faster so; only a branch's can be resident"
+        )
 
 
 def llama_command(manifest: Manifest, path: Callable[[str], object] | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from vera_edge.device.runtime.four_bit_graph import FourBit
 from vera_edge.device.runtime.generate import Generation
 from vera_edge.device.runtime.graph import Graph
 from vera_edge.device.runtime.lookahead import Lookahead, check
-from vera_edge.device.runtime.opened import AdapterChoice, Opened, open_graph
+from vera_edge.device.runtime.opened import AdapterChoice, Opened, check_resident, graph_bytes, open_graph
 from vera_edge.device.runtime.prompt_cache import PromptCache
+from vera_edge.device.runtime.resident import ResidentGraph
 from vera_edge.device.runtime.sampling import Sampling
 from vera_edge.device.runtime.template import Message
-from vera_edge.errors import DataError
+from vera_edge.errors import DataError, PlanError
+from vera_edge.memory import free_memory
 
 GREEDY = Sampling()
 
@@ -65,6 +68,7 @@ class Session(Opened):
         four_bit: FourBit | None = None,
         prompt_cache: int = 0,
         reread: bool = False,
+        resident: bool = False,
     ) -> Session:
         """Verify the bundle in `folder` and open it. Projections it doesn't bring are drawn in memory.
 
@@ -75,17 +79,54 @@ class Session(Opened):
         "expanded" to int8 blocks in memory, to a thousandth of an adapter's effect; "int8", the same with
         activations rounded as in any int8 export; "kept", exactly and slowly; None is "kept" where the
         bundle's own limit on the mean KL is under 0.005, else "expanded". prompt_cache: bytes in which
-        prompts are kept, so that what later ones begin with alike is computed once. Raises BundleError when
-        the bundle is damaged or foreign, AdapterError or MismatchError when the adapter can't be used,
-        PlanError for `reread` without `deep`.
+        prompts are kept, so that what later ones begin with alike is computed once. resident: as for `swap`.
+        Raises BundleError when the bundle is damaged or foreign, AdapterError or MismatchError when the
+        adapter can't be used, PlanError for `reread` without `deep`.
         """
         prompts = PromptCache(prompt_cache)
-        manifest, graph, looked = open_graph(Path(folder), "decoder", threads, deep, four_bit, reread)
+        opened = open_graph(Path(folder), "decoder", threads, deep, four_bit, reread, resident)
+        manifest, graph, looked = opened
         decoder, text = Decoder.open(manifest.folder, graph), BundleText(manifest.folder)
         session = cls(manifest, graph, decoder, text, prompts)
         session.verified = looked
-        session.swap(adapter)
+        session.swap(adapter, resident=resident)
         return session
+
+    def swap(self, adapter: AdapterChoice, *, resident: bool = False) -> None:
+        """Change the adapter: "default", a name of the bundle, an .onnx_adapter file, None for the base.
+
+        resident: let it live in the graph, where it decodes a little faster, with the same logits, until
+        another is resident. The first time, unless it was opened so, the graph is opened once more: that
+        takes as long as opening, and as much memory as the weights again until what runs now has ended.
+        Raises AdapterError or MismatchError when it can't be used, PlanError when there is too little memory;
+        then the active one stays.
+        """
+        chosen = self._choose(adapter)
+        if resident:
+            self._resident_graph().put(chosen[1])
+        self._active = chosen
+
+    @property
+    def resident(self) -> bool:
+        """Whether an adapter can live in the graph that is open."""
+        return isinstance(self.graph, ResidentGraph)
+
+    def _resident_graph(self) -> ResidentGraph:
+        """The graph of this session, opened once more where no adapter can live in it."""
+        with self._opening:
+            if isinstance(self.graph, ResidentGraph):
+                return self.graph
+            check_resident(self.manifest)
+            needed, free = graph_bytes(self.manifest), free_memory()
+            if free is not None and needed > free:
+                raise PlanError(
+                    f"a graph for a resident adapter takes {needed / 1e6:.1f} MB beside the open one, and "
+                    f"this process may take {free / 1e6:.1f} MB of memory; open the bundle with resident=True"
+                )
+            made = ResidentGraph.beside(self.graph)
+            self.decoder = replace(self.decoder, graph=made)
+            self.graph = self._ports = made
+            return made
 
     def logits(self, tokens: Tokens) -> Float32:
         """Teacher-forced logits (n, vocab) of one sequence (n,): row i predicts token i + 1."""

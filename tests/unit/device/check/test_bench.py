@@ -38,9 +38,18 @@ def test_two_bundles_are_measured_in_turn_and_compared(tiny_bundles: TinyBundles
 
 
 def test_the_table_names_every_figure(tiny_bundles: TinyBundles, cli: Cli) -> None:
-    result = cli("bench", tiny_bundles.fp32, "--rounds", 1, "--prompt", 4, "--new", 2)
+    words = ("--rounds", 1, "--prompt", 4, "--new", 2, "--resident")
+    result = cli("bench", tiny_bundles.branch, *words)
     assert result.exit_code == 0, result.stderr
-    for word in ("load", "first token", "prefill", "decode", "peak memory", "one token", "1 rounds"):
+    for word in (
+        "load",
+        "first token",
+        "prefill",
+        "decode",
+        "peak memory",
+        "one token",
+        "1 rounds, adapter resident",
+    ):
         assert word in result.stdout
 
 
@@ -56,6 +65,8 @@ def test_what_cannot_be_measured_gets_one_sentence(tiny_bundles: TinyBundles, tm
         bench(tiny_bundles.fp32, new=1)
     with pytest.raises(BundleError, match="300 tokens and 64 more don't fit the context of 256"):
         bench(tiny_bundles.fp32, prompt=300, rounds=1)
+    with pytest.raises(BundleError, match="has its adapter merged"):
+        bench(tiny_bundles.fp32, resident=True, rounds=1)
     with pytest.raises(BundleError, match="isn't a folder"):
         bench(tiny_bundles.fp32, against=tmp_path / "none")
 
