@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import gguf
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import PlanError
 from vera_edge.formats.dense import to_dtype
+from vera_edge.merging.computed import Rows
 from vera_edge.requantize import GGML_GRIDS, Codes, requantize
 from vera_edge_gguf import k_blocks, tensor_types
 
@@ -36,6 +38,15 @@ def rounded(name: str, values: Float32, stored: str) -> npt.NDArray[Any]:
 
         return nearest.rounded(values, stored)
     return packed(requantize(values, GGML_GRIDS[stored], "search"))
+
+
+def rounded_rows(name: str, pieces: Iterable[Rows], stored: str, shape: tuple[int, ...]) -> Bytes:
+    """As `rounded`, of a matrix that comes some rows at a time: (the first row's number, the rows)."""
+    found = np.empty((shape[0], size(stored, shape) // shape[0]), np.uint8)
+    for start, rows in pieces:
+        data = rounded(name, rows, stored)
+        found[start : start + len(rows)] = data.reshape(len(rows), -1).view(np.uint8)
+    return found
 
 
 def packed(codes: Codes) -> Bytes:

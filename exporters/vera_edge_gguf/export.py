@@ -17,7 +17,7 @@ from vera_edge.base.checkpoint import Checkpoint
 from vera_edge.bundle import contents as bundle
 from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting.exporter import Export, ExportRequest
-from vera_edge.merging.computed import open_computed
+from vera_edge.merging.computed import ComputedTensors, open_computed
 from vera_edge.plans import plan as plans
 from vera_edge.reference.loading import config_of
 from vera_edge.storage import side_files
@@ -141,14 +141,17 @@ class _Source:
 
     def tensor(self, wanted: Named) -> file.Tensor:
         """A tensor to be written; its values are read when its turn comes."""
-        shape = self.copy.tensors[wanted.source].shape
-        if self._transposed(wanted):
-            shape = shape[::-1]
+        shape = self._shape(wanted)
         return file.Tensor(wanted.name, self._stored(wanted, shape), shape, partial(self._data, wanted))
 
     @property
     def _steps(self) -> Mapping[str, plans.Step]:
         return {step.module: step for step in self.request.plan.steps}
+
+    def _shape(self, wanted: Named) -> tuple[int, ...]:
+        """Rows first, as the file has it."""
+        shape = self.copy.tensors[wanted.source].shape
+        return shape[::-1] if self._transposed(wanted) else shape
 
     def _transposed(self, wanted: Named) -> bool:
         module = wanted.source.removesuffix(".weight")
@@ -170,6 +173,10 @@ class _Source:
             return blocks.packed(
                 replace(codes, codes=wanted.rows(codes.codes), scales=scales, stored=stored or None)
             )
+        shape, tensors = self._shape(wanted), self.copy.tensors
+        if isinstance(tensors, ComputedTensors) and len(shape) == 2 and not wanted.heads:
+            rows = tensors.rows(wanted.source)  # of a large table in float32 never more than a piece
+            return blocks.rounded_rows(wanted.name, rows, self._stored(wanted, shape), shape)
         values = self.copy.float32(wanted.source)
         if self._transposed(wanted):
             values = np.ascontiguousarray(values.T)

@@ -20,4 +20,4 @@ for token in model.generate(tokens, temp=0.0, repeat_penalty=1.0):
     if len(found) == count:
         break
 text = model.detokenize(found).decode(errors="replace")
-print(json.dumps({"consumer": "llama.cpp", "text": text, "tokens": tokens}))
+print(json.dumps({"consumer": "llama.cpp", "text": text, "tokens": found}))

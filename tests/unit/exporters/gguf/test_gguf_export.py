@@ -78,20 +78,63 @@ def test_our_own_reader_finds_every_value_of_the_merged_model(
         assert np.array_equal(read.float32(tensor), merged.float32(tensor)), tensor
 
 
+@pytest.fixture(scope="module")
+def merged(
+    trained: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The file of a family's model, merged in float32, made when first asked for."""
+    root, made = tmp_path_factory.mktemp("merged"), dict[str, Path]()
+
+    def get(name: str) -> Path:
+        if name not in made:
+            base, adapter = trained(name)
+            found = vera_edge.export(base, adapter, out=root / name, target="gguf", weights="f32")
+            made[name] = found.model
+        return made[name]
+
+    return get
+
+
+# transformers takes no heads of their own size, softcapping or inner size from the files of these.
+NOT_ALL_SETTINGS = ("qwen3", "gemma2", "gemma3", "gpt2")
+TOKENS = np.random.default_rng(3).integers(3, tiny.VOCABULARY, 40)
+
+
+def as_trained(base: Path, adapter: Path) -> npt.NDArray[np.float32]:
+    from vera_edge.measuring.opened_reference import open_trained
+
+    return open_trained(adapter, base).runner.logits(TOKENS)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_reads_the_model_as_trained_out_of_the_file(
+    name: str, trained: Callable[[str], Trained], merged: Callable[[str], Path]
+) -> None:
+    """By its own reader: names, the order of rows, norms, turned weights, and settings."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base, adapter = trained(name)
+    file, options = merged(name), dict[str, Any](dtype=torch.float32)
+    if name in NOT_ALL_SETTINGS:
+        options["config"] = AutoConfig.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options).eval()
+    with torch.inference_mode():
+        found = model(torch.from_numpy(TOKENS)[None]).logits[0].numpy()
+    wanted = as_trained(base, adapter)
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_computes_what_the_model_as_trained_does(
-    name: str, trained: Callable[[str], Trained], tmp_path: Path
+    name: str, trained: Callable[[str], Trained], merged: Callable[[str], Path]
 ) -> None:
     """Keys and values are float16 there, and GELU is a table: no more than that."""
     pytest.importorskip("llama_cpp")
     from vera_edge.device.llama.runner import LlamaRunner
-    from vera_edge.measuring.opened_reference import open_trained
 
-    base, adapter = trained(name)
-    made = vera_edge.export(base, adapter, out=tmp_path / "out", target="gguf", weights="f32")
-    tokens = np.random.default_rng(3).integers(3, tiny.VOCABULARY, 40)
-    wanted = open_trained(adapter, base).runner.logits(tokens)
-    found = LlamaRunner(made.model).logits(tokens)
+    wanted = as_trained(*trained(name))
+    found = LlamaRunner(merged(name)).logits(TOKENS)
     assert np.abs(found - wanted).max() < 1e-2 * np.abs(wanted).max()
 
 
@@ -104,13 +147,12 @@ def test_an_adapter_beside_its_base_is_swapped_in_llama_cpp(
 
     base, adapter = trained("llama")
     made = vera_edge.export(base, adapter, out=tmp_path / "out", target="gguf", mode="branch", weights="f32")
-    tokens = np.random.default_rng(3).integers(3, tiny.VOCABULARY, 40)
     reference = open_trained(adapter, base)
     assert reference.base is not None
-    wanted, plain = reference.runner.logits(tokens), reference.base.logits(tokens)
-    found = LlamaRunner(made.model, made.adapters["default"]).logits(tokens)
+    wanted, plain = reference.runner.logits(TOKENS), reference.base.logits(TOKENS)
+    found = LlamaRunner(made.model, made.adapters["default"]).logits(TOKENS)
     assert np.abs(found - wanted).max() < 1e-2 * np.abs(wanted).max()
-    assert np.abs(LlamaRunner(made.model).logits(tokens) - plain).max() < 1e-2 * np.abs(plain).max()
+    assert np.abs(LlamaRunner(made.model).logits(TOKENS) - plain).max() < 1e-2 * np.abs(plain).max()
 
 
 @pytest.mark.parametrize("method", ["vera", "lora", "HRA"])
