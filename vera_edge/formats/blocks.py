@@ -22,6 +22,7 @@ SIZES = (16, 32, 64, 128, 256)
 # cost no precision, and the longest that the rank fills are the fastest.
 BLOCK_OF_A = 128
 _BLOCKS_OF_B = (256, 128, 64, 32)
+_UPPER = np.uint32(0xFFFF0000)  # the bits of a float32 that bfloat16 has
 
 
 def block_of_b(rank: int) -> int:
@@ -102,7 +103,8 @@ def block_filling(groups: npt.NDArray[np.int64]) -> int | None:
 def quantize(weight: Float32, bits: int, block: int, symmetric: bool) -> IntBlocks:
     """Round a float32 weight (out, in) to integer blocks, to nearest.
 
-    Symmetric: the value of largest magnitude falls on the lowest code, so that all 2^bits codes are used.
+    Symmetric: the value of largest magnitude falls on the lowest code, so that all 2^bits codes are used; at
+    4 bits by scales that bfloat16 has.
     Asymmetric: the scale spans the block's range, zero included, so that zero stays exact.
     Raises PlanError on bits other than 2, 4, 8, on a block that isn't one of SIZES, and on values that
     aren't finite.
@@ -126,10 +128,22 @@ def quantize(weight: Float32, bits: int, block: int, symmetric: bool) -> IntBloc
     return IntBlocks(bits, inside, codes, scales, zero_points)
 
 
+def in_bfloat16(scales: Float32) -> Float32:
+    """The bfloat16 nearest to each of some finite float32, as float32, ties to even.
+
+    On Arm ONNX Runtime's products with symmetric 4-bit blocks cut their scales to it (KleidiAI).
+    """
+    bits = np.ascontiguousarray(scales).view(np.uint32)
+    rounded = bits + (np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)))
+    found: Float32 = (rounded & _UPPER).view(np.float32)
+    return np.where(np.isfinite(found), found, (bits & _UPPER).view(np.float32))
+
+
 def _symmetric(parts: Float32, bits: int) -> tuple[Bytes, Float32]:
     half = 1 << (bits - 1)
     low, high = parts.min(axis=2), parts.max(axis=2)
     scales = np.where(high > -low, high, low) / np.float32(-half)
+    scales = in_bfloat16(scales) if bits == 4 else scales
     steps = np.rint(parts / _not_zero(scales)[:, :, None]) + np.float32(half)
     return np.clip(steps, 0, 2 * half - 1).astype(np.uint8), scales
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from vera_edge.arrays import Bytes, Float32
 from vera_edge.errors import PlanError
-from vera_edge.formats.blocks import IntBlocks, check_kind
+from vera_edge.formats.blocks import IntBlocks, check_kind, in_bfloat16
 from vera_edge.formats.bnb4 import Bnb4Weight
 from vera_edge.formats.bnb8 import Int8Weight
 from vera_edge.formats.codes4 import LEVELS, pack
@@ -35,9 +35,9 @@ class Grid:
 
     `kind`: "nf4", "fp4" or "iq4_nl" (a table of levels), or "int" with `bits`. `symmetric`: no zero point is
     stored. `nested`: the scales are double-quantized as bitsandbytes does it. `half`: they are float16, in a
-    type of llama.cpp's; `ggml`: the type's name where blocks have more than that (super_blocks.py).
-    `options`: the format's own, kept for writing (storage dtype and the like). `least_zero`: the least zero
-    point that an asymmetric one can store.
+    type of llama.cpp's; `bfloat16`: they are float32 that bfloat16 has too (`formats.blocks`). `ggml`: the
+    type's name where blocks have more than that (super_blocks.py). `options`: the format's own, kept for
+    writing (storage dtype and the like). `least_zero`: the least zero point that an asymmetric one can store.
     """
 
     kind: str
@@ -47,6 +47,7 @@ class Grid:
     nested: bool = False
     per_row: bool = False
     half: bool = False
+    bfloat16: bool = False
     ggml: str = ""
     options: tuple[tuple[str, Any], ...] = ()
     least_zero: int = 0
@@ -82,6 +83,8 @@ class Grid:
 
     def stored(self, scales: Float32) -> Float32:
         """The scales nearest to these that the format can store, but for double quantization."""
+        if self.bfloat16:
+            return in_bfloat16(scales)
         if not self.half:
             return scales
         with np.errstate(over="ignore"):
@@ -134,10 +137,12 @@ def bnb_grid(quant_type: str, blocksize: int = 64, double_quant: bool = True, **
 def int_blocks(bits: int, block: int = 32, symmetric: bool = True) -> Grid:
     """Integer blocks as ONNX Runtime's MatMulNBits has them: value = (code - zero) * scale.
 
+    Symmetric ones of 4 bits have scales that survive its kernels for Arm, see `formats.blocks.in_bfloat16`.
+
     Raises PlanError for a width or block that MatMulNBits doesn't know.
     """
     check_kind(bits, block)
-    return Grid("int", bits, block, symmetric=symmetric)
+    return Grid("int", bits, block, symmetric=symmetric, bfloat16=symmetric and bits == 4)
 
 
 def int8_rows() -> Grid:

@@ -59,7 +59,9 @@ class TorchPiece(Piece):
 
     def _stored(self, scales: Any) -> Any:
         """The scales nearest to these that the format can store."""
-        return self._sent(self.grid.stored(scales.cpu().numpy())) if self.grid.half else scales
+        if not (self.grid.half or self.grid.bfloat16):
+            return scales
+        return self._sent(self.grid.stored(scales.cpu().numpy()))
 
     def set_levels(self, levels: Float32, errors: Float64) -> None:
         own: Any = self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -103,8 +104,9 @@ def test_no_value_is_off_by_more_than_a_step(
     restored = weight.dequantize()
     error = np.abs(restored.astype(np.float64) - values)
     # Half a step, and another half where the code that is missing opposite the extreme, or a rounded zero
-    # point, moves an end of the range.
-    assert (error <= steps * (1 + 1e-5)).all()
+    # point, moves an end of the range. What bfloat16 takes off a scale is missing eight times there.
+    rounded = 8 * 2**-8 if symmetric and bits == 4 else 0
+    assert (error <= steps * (1 + rounded + 1e-5)).all()
     assert weight.shape == values.shape
 
 
@@ -122,11 +124,29 @@ def test_zeros_stay_zeros() -> None:
         assert not weight.dequantize().any()
 
 
-def test_the_extreme_value_is_exact_when_symmetric() -> None:
+@pytest.mark.parametrize(("bits", "rtol"), [(2, 1e-6), (4, 2**-8), (8, 1e-6)])
+def test_the_extreme_value_is_exact_when_symmetric(bits: int, rtol: float) -> None:
+    """At 4 bits to half a step of bfloat16, which scales are in."""
     values = random_weight(8, 64)
-    weight = blocks.quantize(values, 4, 64, True)
+    weight = blocks.quantize(values, bits, 64, True)
     rows, columns = np.arange(8), np.abs(values).argmax(axis=1)
-    assert np.allclose(weight.dequantize()[rows, columns], values[rows, columns], rtol=1e-6)
+    assert np.allclose(weight.dequantize()[rows, columns], values[rows, columns], rtol=rtol)
+
+
+def test_symmetric_four_bits_have_scales_that_bfloat16_has() -> None:
+    for bits, symmetric in ((4, True), (4, False), (8, True)):
+        scales = blocks.quantize(random_weight(8, 64), bits, 32, symmetric).scales
+        assert (scales.view(np.uint32) & 0xFFFF == 0).all() == (bits == 4 and symmetric)
+
+
+def test_bfloat16_as_torch_rounds_it() -> None:
+    bits = np.random.default_rng(0).integers(0, 0x7F7F0000, 4000, np.uint32)
+    bits[:3] = 0, 0x3F808000, 0x3F818000  # ties
+    values = np.concatenate([bits, bits | np.uint32(1 << 31)]).view(np.float32)
+    expected = torch.from_numpy(values).bfloat16().float().numpy()
+    np.testing.assert_array_equal(blocks.in_bfloat16(values), expected)
+    largest = np.array([np.finfo(np.float32).max], np.float32)
+    assert np.isfinite(blocks.in_bfloat16(largest)).all()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
@@ -106,6 +108,22 @@ def test_integer_blocks_round_as_the_format_module_does(bits: int, symmetric: bo
     again = ours.int_blocks()
     assert (again.dequantize() == ours.dequantize()).all()
     assert again.codes.shape == theirs.codes.shape
+
+
+@pytest.mark.parametrize("method", ["rtn", "search", "hqq", "gptq"])
+def test_scales_are_in_bfloat16_before_weights_are_rounded(method: str) -> None:
+    """Of symmetric 4 bits; so that what the weights make up for is what the scales have become."""
+    weight, grid = normal(24, 96), int_blocks(4, 32)
+    codes = requantize(weight, grid, method, gram(96))
+    assert not (codes.scales.view(np.uint32) & 0xFFFF).any()
+    free = requantize(weight, replace(grid, bfloat16=False), method, gram(96))
+    cut = replace(free, scales=(free.scales.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))
+
+    def error(found: Codes) -> float:
+        off = found.dequantize().astype(np.float64) - weight
+        return float(np.einsum("ij,jk,ik->", off, gram(96).astype(np.float64), off))
+
+    assert error(codes) < error(cut)
 
 
 @ALL
