@@ -182,6 +182,21 @@ def test_looking_ahead_and_what_begins_alike(
     assert (first.reused, again.reused) == (0, 16)
 
 
+def test_genai_gives_the_same_text(make: Callable[..., Path]) -> None:
+    import onnxruntime_genai as genai
+
+    out = make("merged", "int8")
+    ours = Session.open(out, threads=1).generate(PROMPT, max_tokens=12)
+    "".join(ours)
+    params = genai.GeneratorParams(model := genai.Model(str(out)))
+    params.set_search_options(max_length=len(PROMPT) + len(ours.tokens), do_sample=False)
+    generator = genai.Generator(model, params)
+    generator.append_tokens(PROMPT.astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert list(generator.get_sequence(0))[len(PROMPT) :] == list(ours.tokens)
+
+
 def test_rows_that_join_one_batch(make: Callable[..., Path]) -> None:
     session = Session.open(make("merged", "fp32"), threads=1)
     decoder, rows, alone = session.decoder, Rows(session.decoder, 40, 2), []
