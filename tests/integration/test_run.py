@@ -108,7 +108,7 @@ def test_no_framework_is_in_the_process(tiny_bundles: TinyBundles) -> None:
     assert result.returncode == 0, result.stderr
     loaded = set(result.stdout.rsplit("modules:", 1)[1].split())
     assert {"numpy", "onnxruntime", "tokenizers", "jinja2"} <= loaded
-    assert not loaded & HEAVY
+    assert not loaded & (HEAVY | {"rich", "asyncio"}), "a start is quicker without"
 
 
 @pytest.mark.parametrize(
