@@ -86,6 +86,7 @@ class Graph(GraphPorts):
         rewritten: Rewritten | None = None,
         part: bytes | None = None,
         written: Mapping[str, Array] | None = None,
+        pack_at_once: bool = False,
     ) -> None:
         """Open `path`; `threads` within an operator, by default one for each of `available_cores`.
 
@@ -94,11 +95,12 @@ class Graph(GraphPorts):
         same of a graph that is some of it. written: initializers that are read where they lie, so that what
         is written there later counts; their values needn't be in the files.
         exact_int8: multiply int8 weights as uint8 where their products can overflow (int8_products.py).
+        pack_at_once: let all threads pack weights for the processor, and their pages stay until all are.
         Raises BundleError when ONNX Runtime refuses the graph or its weights.
         """
         self.rewritten, self.threads = rewritten, threads or available_cores()
         self.held, self.exact_int8 = dict(held or {}), exact_int8
-        options = _options(self.threads, exact_int8)
+        options = _options(self.threads, exact_int8, pack_at_once)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)
         )
@@ -162,13 +164,15 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
 
 
-def _options(threads: int, exact_int8: bool) -> Any:
+def _options(threads: int, exact_int8: bool, pack_at_once: bool = False) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Threads that wait in a loop gain a little on an idle machine, and cost half the speed on a busy one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.x64quantprecision", "1" if exact_int8 else "0")
+    # A runtime that doesn't know this one yet passes over it.
+    options.add_session_config_entry("session.prepack.enable_parallel", "1" if pack_at_once else "0")
     # ONNX Runtime warns once for every overridable initializer; errors are raised, and told in a sentence.
     options.log_severity_level = 4
     # A pattern is kept for every shape seen, and a growing attention mask never has the same shape twice.

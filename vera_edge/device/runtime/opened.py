@@ -20,6 +20,7 @@ from vera_edge.device.runtime.resident import ResidentGraph
 from vera_edge.errors import BundleError, MismatchError
 from vera_edge.memory import free_memory
 
+_LARGE = 256 << 20  # bytes; smaller graphs open in a third of a second
 AdapterChoice = str | Path | None
 
 
@@ -137,8 +138,9 @@ def open_graph(
     rewritten = (
         four_bit_graph.rewrite(model, found, four_bit, threads or available_cores()) if found else None
     )
+    held, at_once = generated.in_memory(manifest), _can_pack_at_once(manifest)
     made = ResidentGraph if resident else Graph
-    return manifest, made(model, threads, generated.in_memory(manifest), exact, rewritten), looked
+    return manifest, made(model, threads, held, exact, rewritten, pack_at_once=at_once), looked
 
 
 def check_resident(manifest: Manifest) -> None:
@@ -165,6 +167,12 @@ def graph_bytes(manifest: Manifest) -> int:
     within = Path(manifest.model).parent
     sizes = {name: entry.size for name, entry in (*manifest.files.items(), *manifest.drawn.items())}
     return sum(size for name, size in sizes.items() if Path(name).parent == within)
+
+
+def _can_pack_at_once(manifest: Manifest) -> bool:
+    """Whether a graph is large enough to win by it, and memory too: its weights are held twice meanwhile."""
+    needed, free = graph_bytes(manifest), free_memory()
+    return needed >= _LARGE and (free is None or free >= 3 * needed)
 
 
 def _check_memory(manifest: Manifest, expanded: int) -> None:

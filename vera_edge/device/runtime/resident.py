@@ -37,6 +37,7 @@ class ResidentGraph(Graph):
         held: Mapping[str, Array] | None = None,
         exact_int8: bool = True,
         rewritten: Rewritten | None = None,
+        pack_at_once: bool = False,
     ) -> None:
         """Arguments and what it raises: as of `Graph`; PlanError where ONNX Runtime copies initializers."""
         if not reads_in_place():
@@ -46,7 +47,7 @@ class ResidentGraph(Graph):
             )
         made = cut(path, memoryview(path.read_bytes() if rewritten is None else rewritten.model))
         self._places = {name: piece.zeros() for name, piece in made.pieces.items()}
-        super().__init__(path, threads, held, exact_int8, rewritten, made.model, self._places)
+        super().__init__(path, threads, held, exact_int8, rewritten, made.model, self._places, pack_at_once)
         ports = {**self.options, **self.vectors}
         self.vectors, self._pieces = made.vectors, made.pieces
         self._ports = {name: ports.pop(name) for name in made.pieces}

@@ -56,6 +56,21 @@ def test_logits_are_those_of_torch_whatever_the_chunk(
     np.testing.assert_allclose(session.logits(TOKENS), expected, atol=2e-5 * scale)
 
 
+def test_weights_packed_by_several_threads_give_the_same_bits(
+    tiny_bundles: TinyBundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A branch: many products share two weights, which each of them packs."""
+    for folder in (tiny_bundles.int4, tiny_bundles.branch):
+        expected = Session.open(folder, threads=3).logits(TOKENS)
+        with monkeypatch.context() as patched:
+            patched.setattr("vera_edge.device.runtime.opened._LARGE", 0)
+            for _ in range(5):
+                session = Session.open(folder, threads=3)
+                options = session.graph.session.get_session_options()
+                assert options.get_session_config_entry("session.prepack.enable_parallel") == "1"
+                np.testing.assert_array_equal(session.logits(TOKENS), expected)
+
+
 def test_greedy_text_is_that_of_transformers(tiny_bundles: TinyBundles, reference: Any) -> None:
     session = Session.open(tiny_bundles.fp32)
     generation = session.generate(PROMPT, raw=True, max_tokens=40)
