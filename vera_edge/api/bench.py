@@ -24,6 +24,7 @@ def bench(
     new: int = 64,
     products: Sequence[str] = (),
     resident: bool = False,
+    huge_pages: bool = False,
     trusted_keys: StrPath | None = None,
     trusted_identity: tuple[str, str] | None = None,
     require_signature: bool = False,
@@ -42,8 +43,7 @@ def bench(
         new: tokens to generate, 2 or more.
         products: formats to time the layers' products in, one token each, like "int4" or "int8:128", for
             `plan(device_times=)`.
-        resident: with the bundle's adapter living in its graph, as `open_bundle(resident=True)` has it; the
-            other bundle runs without.
+        resident, huge_pages: open the bundle so, as `open_bundle` does; the other bundle runs without.
         trusted_keys, trusted_identity, require_signature, allow_unsigned: as in `verify`.
         progress: called with what is done, how much of it, and of how much (rounds).
         tell: given a sentence: who signed it.
@@ -65,5 +65,14 @@ def bench(
         Path(bundle), trust_in(trusted_keys, trusted_identity, require_signature, allow_unsigned), tell
     )
     return measure(
-        Path(bundle), path_or_none(against), tuple(threads), rounds, prompt, new, progress, products, resident
+        Path(bundle),
+        path_or_none(against),
+        tuple(threads),
+        rounds,
+        prompt,
+        new,
+        progress,
+        products,
+        resident,
+        huge_pages,
     )

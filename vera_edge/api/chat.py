@@ -40,12 +40,14 @@ def chat(
     four_bit: FourBit | None = None,
     prompt_cache: int | str = "64MB",
     resident: bool = False,
+    huge_pages: bool = False,
     tell: Tell = unheard,
 ) -> Conversation:
     """Open a bundle for a conversation, which keeps what was said.
 
     Args:
-        bundle, adapter, threads, fast, reread, four_bit, prompt_cache, resident, tell: as in `open_bundle`.
+        bundle, adapter, threads, fast, reread, four_bit, prompt_cache, resident, huge_pages, tell: as
+            in `open_bundle`.
         system: a message before all others, which says how to answer.
         max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, speculate, stop,
             template_args: how answers are generated; as in `Session.generate`.
@@ -72,6 +74,7 @@ def chat(
         four_bit=four_bit,
         prompt_cache=prompt_cache,
         resident=resident,
+        huge_pages=huge_pages,
         tell=tell,
     )
     if isinstance(model, Encoder):

@@ -38,6 +38,7 @@ def serve(
     four_bit: FourBit | None = None,
     prompt_cache: int | str = "64MB",
     resident: bool = False,
+    huge_pages: bool = False,
     trusted_keys: StrPath | None = None,
     trusted_identity: tuple[str, str] | None = None,
     require_signature: bool = False,
@@ -62,6 +63,7 @@ def serve(
         fast, reread: what is read before it runs; as in `open_bundle`.
         four_bit: how NF4 and FP4 weights run; as in `open_bundle`.
         resident: let the default adapter live in the graph: a little faster while nobody asks another.
+        huge_pages: move the weights to pages of 2 MB; as in `open_bundle`.
         prompt_cache: bytes, or words like "64MB", in which prompts are kept: what later ones begin with alike
             is computed once; 0 keeps none.
         trusted_keys, trusted_identity, require_signature, allow_unsigned: as in `verify`, of the bundle and
@@ -105,6 +107,7 @@ def serve(
             four_bit=four_bit,
             prompt_cache=prompt_cache,
             resident=resident,
+            huge_pages=huge_pages,
             tell=tell,
         )
         server.run(opened, name or server.model_name(Path(bundle)), listening, settings, tell)

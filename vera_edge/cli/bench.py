@@ -11,6 +11,7 @@ from rich.table import Table
 import vera_edge
 from vera_edge.cli.show import (
     FOLDER,
+    huge_pages_option,
     json_option,
     out,
     print_json,
@@ -63,6 +64,7 @@ def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tu
     "and int8 in blocks of 32, 64 and 128, and in fp32.",
 )
 @resident_option
+@huge_pages_option
 @json_option
 @quiet_option
 @takes_trust
@@ -75,6 +77,7 @@ def bench(
     new: int,
     products: str,
     resident: bool,
+    huge_pages: bool,
     as_json: bool,
     quiet: bool,
     **trust: Any,
@@ -90,6 +93,7 @@ def bench(
             new=new,
             products=[name.strip() for name in products.split(",") if name.strip()],
             resident=resident,
+            huge_pages=huge_pages,
             progress=progress,
             tell=tell,
             **trust,

@@ -18,6 +18,7 @@ from vera_edge.cli.show import (
     FOLDER,
     fast_option,
     four_bit_option,
+    huge_pages_option,
     note,
     prompt_cache_option,
     reread_option,
@@ -43,6 +44,7 @@ _PROMPT = "> "
 @prompt_cache_option
 @four_bit_option
 @resident_option
+@huge_pages_option
 def chat(bundle: Path, **options: Any) -> None:
     """Talk with the model in BUNDLE, without torch; /help lists what can be changed on the way.
 

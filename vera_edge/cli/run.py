@@ -15,6 +15,7 @@ from vera_edge.cli.show import (
     FOLDER,
     fast_option,
     four_bit_option,
+    huge_pages_option,
     json_option,
     out,
     print_json,
@@ -23,7 +24,17 @@ from vera_edge.cli.show import (
     tell,
 )
 
-_FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "reread", "four_bit", "as_json"}
+_FOR_ENCODERS = {
+    "bundle",
+    "prompt",
+    "adapter",
+    "threads",
+    "fast",
+    "reread",
+    "four_bit",
+    "huge_pages",
+    "as_json",
+}
 
 
 @click.command()
@@ -39,6 +50,7 @@ _FOR_ENCODERS = {"bundle", "prompt", "adapter", "threads", "fast", "reread", "fo
 @reread_option
 @four_bit_option
 @resident_option
+@huge_pages_option
 @json_option
 def run(
     bundle: Path,
@@ -51,6 +63,7 @@ def run(
     reread: bool,
     four_bit: Literal["expanded", "int8", "kept"] | None,
     resident: bool,
+    huge_pages: bool,
     as_json: bool,
     **sampling: object,
 ) -> None:
@@ -72,6 +85,7 @@ def run(
         reread=reread,
         four_bit=four_bit,
         resident=resident,
+        huge_pages=huge_pages,
         tell=tell,
     )
     verified: dict[str, Any] = {} if model.verified is None else {"verified": model.verified.to_dict()}

@@ -12,6 +12,7 @@ from vera_edge.cli.show import (
     FOLDER,
     fast_option,
     four_bit_option,
+    huge_pages_option,
     prompt_cache_option,
     reread_option,
     resident_option,
@@ -58,6 +59,7 @@ from vera_edge.cli.trust import takes_trust
 @prompt_cache_option
 @four_bit_option
 @resident_option
+@huge_pages_option
 @takes_trust
 def serve(bundle: Path, **options: Any) -> None:
     """Answer OpenAI's protocol over HTTP for BUNDLE: each of its adapters is a model's name, and so is base.

@@ -87,6 +87,7 @@ class Bench:
     device: Mapping[str, Any]
     products: tuple[ProductTime, ...] = ()
     resident: bool = False
+    huge_pages: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -106,13 +107,14 @@ def bench(
     progress: Progress = silent,
     products: Sequence[str] = (),
     resident: bool = False,
+    huge_pages: bool = False,
 ) -> Bench:
     """Measure `bundle`, and `against` in turn with it, at each number of threads (none given: all cores).
 
     prompt, new: tokens fed and generated in each round. products: formats to time the layers' products in,
-    like "int8:128". resident: with the adapter of `bundle`, not of `against`, living in the graph. Raises
-    BundleError when a bundle can't be opened, or has no adapter to be resident, DataError when the numbers
-    make no sense or don't fit its context.
+    like "int8:128". resident, huge_pages: how `bundle` is opened, as by `Session.open`; `against` isn't.
+    Raises BundleError when a bundle can't be opened, or has no adapter to be resident, DataError when the
+    numbers make no sense or don't fit its context.
     """
     if rounds < 1 or prompt < 1 or new < 2 or any(count < 1 for count in threads):
         raise DataError("give 1 or more rounds, prompt tokens and threads, and 2 or more new tokens")
@@ -121,6 +123,7 @@ def bench(
     manifests = [bundles.verify(folder, deep=False) for folder in folders]
     shapes = shapes_of(manifests[0]) if formats else ()
     counts = list(threads) or [0]
+    how = [*(["resident"] if resident else []), *(["huge_pages"] if huge_pages else [])]
     measured: list[BenchRound] = []
     ratios: list[Ratio] = []
     for at, count in enumerate(counts):
@@ -128,7 +131,7 @@ def bench(
         for number in range(rounds):
             progress("measuring", at * rounds + number, len(counts) * rounds)
             for place, folder in enumerate(folders):
-                found[place].append(_round(folder, prompt, new, count, resident and not place))
+                found[place].append(_round(folder, prompt, new, count, () if place else how))
         pairs = [
             _summary(folder, manifest, rows)
             for folder, manifest, rows in zip(folders, manifests, found, strict=True)
@@ -138,12 +141,14 @@ def bench(
             ratios += _ratios(found[0], found[1])
     used = [count or available_cores() for count in counts]
     times = measure(shapes, formats, used, progress)
-    return Bench(tuple(measured), tuple(ratios), rounds, prompt, new, hardware_info(), times, resident)
+    return Bench(
+        tuple(measured), tuple(ratios), rounds, prompt, new, hardware_info(), times, resident, huge_pages
+    )
 
 
-def _round(folder: Path, prompt: int, new: int, threads: int, resident: bool) -> dict[str, Any]:
+def _round(folder: Path, prompt: int, new: int, threads: int, how: Sequence[str]) -> dict[str, Any]:
     """One round in a process of its own."""
-    words = [str(folder), str(prompt), str(new), str(threads), *(["resident"] if resident else [])]
+    words = [str(folder), str(prompt), str(new), str(threads), *how]
     command = [sys.executable, "-P", "-m", "vera_edge.device.check.bench_round", *words]
     environment = os.environ | import_path.child_environment()
     try:

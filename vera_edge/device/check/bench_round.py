@@ -15,11 +15,16 @@ from vera_edge.errors import DataError, VeraEdgeError
 
 
 def measure(
-    folder: Path, prompt: int, new: int, threads: int | None, resident: bool = False
+    folder: Path,
+    prompt: int,
+    new: int,
+    threads: int | None,
+    resident: bool = False,
+    huge_pages: bool = False,
 ) -> dict[str, Any]:
     """Open the bundle and generate `new` tokens after `prompt` seeded ones, twice; the second time counts.
 
-    resident: with its adapter living in the graph.
+    resident, huge_pages: of `Session.open`.
 
     Returns load (s, imports included), first_token (s, of the first time), prefill and decode (tokens/s),
     steps (ms, each decoded token), peak_rss (bytes or None), energy (J per decoded token, or None).
@@ -32,7 +37,7 @@ def measure(
     from vera_edge.device.runtime.session import Session
     from vera_edge.memory import peak_rss
 
-    session = Session.open(folder, threads=threads, resident=resident)
+    session = Session.open(folder, threads=threads, resident=resident, huge_pages=huge_pages)
     result: dict[str, Any] = {"load": time.perf_counter() - began, "threads": session.graph.threads}
     if prompt + new > session.decoder.context:
         raise DataError(
@@ -62,13 +67,14 @@ def measure(
 
 
 def main(words: list[str]) -> int:
-    """FOLDER PROMPT NEW THREADS [resident], 0 threads for all cores.
+    """FOLDER PROMPT NEW THREADS [resident] [huge_pages], 0 threads for all cores.
 
     One JSON object on stdout, or {"error": ...}.
     """
     folder, prompt, new, threads = Path(words[0]), int(words[1]), int(words[2]), int(words[3])
     try:
-        result = measure(folder, prompt, new, threads or None, words[4:] == ["resident"])
+        how = {word: word in words[4:] for word in ("resident", "huge_pages")}
+        result = measure(folder, prompt, new, threads or None, **how)
     except VeraEdgeError as error:
         result = {"error": str(error)}
     sys.stdout.write(json.dumps(result) + "\n")

@@ -81,9 +81,12 @@ class Encoder(Opened):
         deep: bool = True,
         four_bit: FourBit | None = None,
         reread: bool = False,
+        huge_pages: bool = False,
     ) -> Encoder:
         """Verify the bundle in `folder` and open it; all as `Session.open`."""
-        manifest, graph, looked = open_graph(Path(folder), "encoder", threads, deep, four_bit, reread)
+        manifest, graph, looked = open_graph(
+            Path(folder), "encoder", threads, deep, four_bit, reread, huge_pages=huge_pages
+        )
         encoder = cls(manifest, graph, BundleText(manifest.folder))
         encoder.verified = looked
         encoder.swap(adapter)

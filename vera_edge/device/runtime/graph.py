@@ -14,6 +14,7 @@ import onnxruntime
 
 from vera_edge.arrays import Array
 from vera_edge.cores import available_cores
+from vera_edge.device.runtime import huge_pages
 from vera_edge.device.runtime.four_bit_graph import Rewritten
 from vera_edge.errors import BundleError
 
@@ -87,6 +88,7 @@ class Graph(GraphPorts):
         part: bytes | None = None,
         written: Mapping[str, Array] | None = None,
         pack_at_once: bool = False,
+        huge: bool = False,
     ) -> None:
         """Open `path`; `threads` within an operator, by default one for each of `available_cores`.
 
@@ -95,10 +97,12 @@ class Graph(GraphPorts):
         same of a graph that is some of it. written: initializers that are read where they lie, so that what
         is written there later counts; their values needn't be in the files.
         exact_int8: multiply int8 weights as uint8 where their products can overflow (int8_products.py).
+        huge: move what it allocates to pages of 2 MB, `moved` bytes.
         pack_at_once: let all threads pack weights for the processor, and their pages stay until all are.
         Raises BundleError when ONNX Runtime refuses the graph or its weights.
         """
         self.rewritten, self.threads = rewritten, threads or available_cores()
+        self.huge = huge
         self.held, self.exact_int8 = dict(held or {}), exact_int8
         options = _options(self.threads, exact_int8, pack_at_once)
         options.add_session_config_entry(
@@ -117,12 +121,14 @@ class Graph(GraphPorts):
             options.add_initializer(name, value)
         try:
             # Without a fallback: it would print, and try the same provider again.
-            self.session = onnxruntime.InferenceSession(
+            make = partial(
+                onnxruntime.InferenceSession,
                 part or (path if rewritten is None else rewritten.model),
                 options,
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,
             )
+            self.session, self.moved = huge_pages.moving(make) if huge else (make(), 0)
         except Exception as cause:  # onnxruntime's classes share no base but Exception
             raise BundleError(f"ONNX Runtime can't open {path}: {first_line(cause)}") from None
         session = self.session

@@ -116,10 +116,12 @@ def open_graph(
     four_bit: FourBit | None = "kept",
     reread: bool = False,
     resident: bool = False,
+    huge_pages: bool = False,
 ) -> tuple[Manifest, Graph, Verified]:
     """Verify a bundle of this `kind` and open its graph. What it leaves to be generated is made in memory.
 
-    deep, four_bit, reread: as in `Session.open`, but for `four_bit`'s default. resident: a ResidentGraph.
+    deep, four_bit, reread, huge_pages: as in `Session.open`, but for `four_bit`'s default. resident: a
+    ResidentGraph.
     Raises PlanError for a `four_bit` that isn't known, MismatchError where no adapter can be resident,
     BundleError when the bundle is damaged, foreign, of another kind, or needs a newer runtime or more memory.
     Warns (BundleWarning) when other programs would get wrong values from it on this processor.
@@ -140,7 +142,8 @@ def open_graph(
     )
     held, at_once = generated.in_memory(manifest), _can_pack_at_once(manifest)
     made = ResidentGraph if resident else Graph
-    return manifest, made(model, threads, held, exact, rewritten, pack_at_once=at_once), looked
+    graph = made(model, threads, held, exact, rewritten, pack_at_once=at_once, huge=huge_pages)
+    return manifest, graph, looked
 
 
 def check_resident(manifest: Manifest) -> None:

@@ -38,6 +38,7 @@ class ResidentGraph(Graph):
         exact_int8: bool = True,
         rewritten: Rewritten | None = None,
         pack_at_once: bool = False,
+        huge: bool = False,
     ) -> None:
         """Arguments and what it raises: as of `Graph`; PlanError where ONNX Runtime copies initializers."""
         if not reads_in_place():
@@ -47,7 +48,9 @@ class ResidentGraph(Graph):
             )
         made = cut(path, memoryview(path.read_bytes() if rewritten is None else rewritten.model))
         self._places = {name: piece.zeros() for name, piece in made.pieces.items()}
-        super().__init__(path, threads, held, exact_int8, rewritten, made.model, self._places, pack_at_once)
+        super().__init__(
+            path, threads, held, exact_int8, rewritten, made.model, self._places, pack_at_once, huge
+        )
         ports = {**self.options, **self.vectors}
         self.vectors, self._pieces = made.vectors, made.pieces
         self._ports = {name: ports.pop(name) for name in made.pieces}
@@ -59,7 +62,7 @@ class ResidentGraph(Graph):
     @classmethod
     def beside(cls, graph: Graph) -> ResidentGraph:
         """The same graph opened once more; weights that were made in memory are shared."""
-        return cls(graph.path, graph.threads, graph.held, graph.exact_int8, graph.rewritten)
+        return cls(graph.path, graph.threads, graph.held, graph.exact_int8, graph.rewritten, huge=graph.huge)
 
     def put(self, vectors: Vectors) -> None:
         """Let these vectors (one row each) live here from the next run on; waits for those that run now."""

@@ -69,6 +69,7 @@ class Session(Opened):
         prompt_cache: int = 0,
         reread: bool = False,
         resident: bool = False,
+        huge_pages: bool = False,
     ) -> Session:
         """Verify the bundle in `folder` and open it. Projections it doesn't bring are drawn in memory.
 
@@ -80,11 +81,13 @@ class Session(Opened):
         activations rounded as in any int8 export; "kept", exactly and slowly; None is "kept" where the
         bundle's own limit on the mean KL is under 0.005, else "expanded". prompt_cache: bytes in which
         prompts are kept, so that what later ones begin with alike is computed once. resident: as for `swap`.
+        huge_pages: move the weights to pages of 2 MB, which takes longer to open and less for each token;
+        where the system can't, nothing happens.
         Raises BundleError when the bundle is damaged or foreign, AdapterError or MismatchError when the
         adapter can't be used, PlanError for `reread` without `deep`.
         """
         prompts = PromptCache(prompt_cache)
-        opened = open_graph(Path(folder), "decoder", threads, deep, four_bit, reread, resident)
+        opened = open_graph(Path(folder), "decoder", threads, deep, four_bit, reread, resident, huge_pages)
         manifest, graph, looked = opened
         decoder, text = Decoder.open(manifest.folder, graph), BundleText(manifest.folder)
         session = cls(manifest, graph, decoder, text, prompts)
