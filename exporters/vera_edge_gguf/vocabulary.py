@@ -23,6 +23,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPACE = "▁"
 _UNRANKED = -1e6  # the score of a token that no merge makes
+# Of a file of this name llama.cpp lets special tokens take the whitespace after them along, but for these; it
+# refuses one that hasn't got them, or no </s>.
+_STRIPPING, _UNSTRIPPED = "Phi-3", frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 class Vocabulary(NamedTuple):
@@ -49,7 +52,8 @@ def vocabulary(folder: Path, rows: int) -> Vocabulary:
     tokenizer = parse(file.read_text("utf-8"), file, TargetError, "save the tokenizer again")
     _special_tokens(folder, tokenizer, rows, found, notes)
     _templates(folder, found)
-    return Vocabulary({f"tokenizer.{key}": value for key, value in found.items()}, tuple(notes))
+    named = {"general.name": name} if (name := _stripping(given, notes)) is not None else {}
+    return Vocabulary({f"tokenizer.{key}": value for key, value in found.items()} | named, tuple(notes))
 
 
 def _byte_level(given: Mapping[str, Any], rows: int, notes: list[str]) -> dict[str, Any]:
@@ -149,6 +153,24 @@ def _tokens(given: Mapping[str, Any], rows: int, notes: list[str]) -> tuple[list
     if len(set(named)) < len(named):
         raise TargetError("two tokens of the tokenizer have the same text, which llama.cpp refuses")
     return named, [types.get(index, UNUSED) for index in range(rows)]
+
+
+def _stripping(given: Mapping[str, Any], notes: list[str]) -> str | None:
+    """What the file must be called for special tokens to take whitespace along as the tokenizer's do."""
+    added = given.get("added_tokens") or ()
+    after = {entry["content"] for entry in added if entry.get("rstrip")}
+    before = {entry["content"] for entry in added if entry.get("lstrip")}
+    if not after and not before:
+        return None
+    texts = {entry["content"] for entry in added}
+    if not before and after == texts - _UNSTRIPPED and texts >= {"</s>", *_UNSTRIPPED}:
+        return _STRIPPING
+    first = min(after | before)
+    notes.append(
+        f"{len(after | before)} tokens take whitespace beside them along ({first}), which llama.cpp "
+        "isn't told"
+    )
+    return None
 
 
 def _special_tokens(

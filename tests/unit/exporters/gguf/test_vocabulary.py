@@ -81,6 +81,32 @@ def test_a_sentencepiece_tokenizer(tmp_path: Path) -> None:
     assert found["tokenizer.ggml.add_bos_token"] is True and found["tokenizer.ggml.add_eos_token"] is False
 
 
+def stripping(folder: Path, *tokens: str) -> Path:
+    """These tokens take the whitespace after them along; added, with what llama.cpp wants beside them."""
+    given = json.loads((folder / "tokenizer.json").read_text())
+    added, known = given["added_tokens"], given["model"]["vocab"]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for token in ("<unk>", "<|endoftext|>", *tokens):
+        if token not in {entry["content"] for entry in added}:
+            after = max([*known.values(), *(entry["id"] for entry in added)]) + 1
+            added.append({"id": known.get(token, after), "content": token, "special": True, **plain})
+    for entry in added:
+        entry["rstrip"] = entry["content"] in tokens
+    (folder / "tokenizer.json").write_text(json.dumps(given))
+    return folder
+
+
+def test_tokens_that_take_whitespace_along_are_told_by_the_name_of_the_file(tmp_path: Path) -> None:
+    """As Phi-3's do; llama.cpp goes by general.name."""
+    folder = sentencepiece(tmp_path / "model")
+    assert "general.name" not in vocabulary(folder, 265)[0]
+    found, notes = vocabulary(stripping(folder, "</s>", "▁▁", "<|user|>"), 267)
+    assert found["general.name"] == "Phi-3" and not notes
+    found, notes = vocabulary(stripping(folder, "<|user|>"), 267)
+    assert "general.name" not in found
+    assert notes == ("1 tokens take whitespace beside them along (<|user|>), which llama.cpp isn't told",)
+
+
 def test_several_ends_are_named(tmp_path: Path) -> None:
     folder = byte_level(tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 2, 5, 6]}))
@@ -160,12 +186,14 @@ def trained_sentencepiece(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("kind", ["byte level", "sentencepiece"])
+@pytest.mark.parametrize("kind", ["byte level", "sentencepiece", "stripping"])
 def test_llama_cpp_cuts_text_into_the_same_tokens(kind: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
     folder = tmp_path / "model"
-    if kind == "sentencepiece":
+    if kind != "byte level":
         tokenizer = trained_sentencepiece(folder)
+        if kind == "stripping":
+            tokenizer = Tokenizer.from_file(str(stripping(folder, "</s>", "<|user|>") / "tokenizer.json"))
     else:
         tokenizer = Tokenizer.from_file(str(byte_level(folder) / "tokenizer.json"))
     found, _ = vocabulary(folder, tokenizer.get_vocab_size())
@@ -175,5 +203,10 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(kind: str, tmp_path: Path) -> 
     settings["llama.attention.layer_norm_rms_epsilon"] = 1e-5  # type: ignore[assignment]
     file.write(tmp_path / "vocabulary.gguf", "llama", {**settings, **found}, (), lambda *_: None)
     model = llama_cpp.Llama(str(tmp_path / "vocabulary.gguf"), vocab_only=True, verbose=False)
-    for text in (tiny.TEXT, "Zwölf Boxkämpfer  jagen 12345 Eva\n\tquer über den Sylter Deich 🚀", "a"):
+    for text in (
+        "<|user|>\n  a</s> \tb",
+        tiny.TEXT,
+        "Zwölf Boxkämpfer  jagen 12345 Eva\n\tquer über den Sylter Deich 🚀",
+        "a",
+    ):
         assert model.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text).ids
