@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -67,7 +66,8 @@ def _whole(start: int, stop: int) -> list[int]:
         return []
     each = SIZE // mmap.PAGESIZE
     with _PAGEMAP.open("rb", buffering=0) as stream:
-        data = os.pread(stream.fileno(), (last - first) * each * 8, first * each * 8)
+        stream.seek(first * each * 8)
+        data = stream.read((last - first) * each * 8)
     entries: npt.NDArray[np.uint64] = np.frombuffer(data, np.uint64)
     there = (entries[: len(entries) // each * each] & _PRESENT).reshape(-1, each).all(axis=1)
     return [(first + int(number)) * SIZE for number in np.flatnonzero(there)]
