@@ -1,13 +1,14 @@
 """What training on the integers that are shipped gives, beside training on NF4, at equal steps.
 
-    scripts/bench_training [--steps 48] [--tokens 2048] [--folder DIR]
+    scripts/bench_training [--steps 48] [--tokens 2048] [--seed N ...] [--folder DIR]
 
 The demo's training, cut short: the same seed, text and steps, once on the NF4 base, on the integers of
 `quantize --to gptq` as they are, and on these with activations rounded as ONNX Runtime does. Each adapter is
 exported as a branch beside int4 in blocks of 32, that of the integers once more with a head that reads 16
 bits, and measured in ONNX Runtime against what it was trained as, on text that no training and no
 calibration saw. The NF4 adapter's integers are rounded from the NF4 base; it is measured as it came and as
-`adapt` carries it over. At the demo's own number of steps it is the demo's.
+`adapt` carries it over. At the demo's own number of steps it is the demo's. --seed: rows of other seeds, on
+the integers.
 
 What is made stays in the folder (by default in the cache), so that a run that was broken off goes on.
 Writes its table into docs/training.md.
@@ -44,7 +45,8 @@ class Way:
     """One row. trained: the base that the adapter learns beside; shipped: the integers it's exported with.
 
     adapter: its name in the folder. load: gives the model of `trained`. carried: whether `adapt` carries the
-    NF4 adapter over to `shipped`, and nothing else is trained. head: what the export's head reads.
+    NF4 adapter over to `shipped`, and nothing else is trained. head: what the export's head reads. seed: of
+    the projections; None: the demo's.
     """
 
     name: str
@@ -54,11 +56,17 @@ class Way:
     load: Loads = load
     carried: bool = False
     head: str | None = None
+    seed: int | None = None
 
     @property
     def key(self) -> str:
         """Its name among the files that are kept."""
-        return self.adapter if self.head is None else f"{self.adapter}-{self.head}"
+        return self.own_adapter if self.head is None else f"{self.own_adapter}-{self.head}"
+
+    @property
+    def own_adapter(self) -> str:
+        """The name of its adapter and seed."""
+        return self.adapter if self.seed is None else f"{self.adapter}-seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -98,12 +106,15 @@ def main() -> None:
         default=2048,
         help="about how many tokens to measure on, and half as many of code",
     )
+    parser.add_argument(
+        "--seed", type=int, action="append", default=[], help="a further one; repeat for more"
+    )
     parser.add_argument("--folder", type=Path, default=cache_folder() / "bench-training")
     given = parser.parse_args()
     demo, recipe = prepare(), replace(demo_training.Recipe(), steps=given.steps)
     given.folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(demo, given.folder, recipe, given.tokens)
-    rows = [bench.row(way) for way in bench.ways()]
+    rows = [bench.row(way) for way in bench.ways(given.seed)]
     lines = [*table(rows), "", conditions(recipe, rows[0])]
     say("\n".join(lines))
     write_section("training", lines, PAGE)
@@ -118,19 +129,26 @@ class Bench:
     recipe: demo_training.Recipe
     tokens: int
 
-    def ways(self) -> Sequence[Way]:
-        """The rows, in the order of the table."""
+    def ways(self, seeds: Sequence[int]) -> Sequence[Way]:
+        """The rows, in the order of the table; seeds: further ones for the integers."""
         own = self._integers("integers", self.demo.float_base)
         of_nf4 = self._integers("integers-of-nf4", self.demo.base)
         nf4 = Way("NF4", "nf4", self.demo.base, of_nf4, demo_training.load_in_floats)
         rounding = partial(load, activations="int8")
         integers = Way("integers", "integers", own, own)
+        wide = replace(integers, name="integers, exported with `--head-activations int16`", head="int16")
+        others = (
+            replace(way, name=f"{way.name}, seed {seed}", seed=seed)
+            for seed in seeds
+            for way in (integers, wide)
+        )
         return (
             nf4,
             replace(nf4, name="NF4, then carried over by `adapt`", adapter="carried", carried=True),
             integers,
-            replace(integers, name="integers, exported with `--head-activations int16`", head="int16"),
+            wide,
             Way('integers, `activations="int8"`', "int8", own, own, rounding),
+            *others,
         )
 
     def row(self, way: Way) -> Row:
@@ -172,7 +190,7 @@ class Bench:
         return self.folder / f"adapter-{name}-{self.recipe.steps}"
 
     def _adapter(self, way: Way) -> Path:
-        out = self._trained(way.adapter)
+        out = self._trained(way.own_adapter)
         if out.exists():
             return out
         if way.carried:
@@ -190,7 +208,8 @@ class Bench:
             return out
         say(f"{out.name}: training")
         with staged_folder(out, force=False) as stage:
-            demo_training.train(way.trained, stage, self.recipe, _progress, way.load)
+            recipe = self.recipe if way.seed is None else replace(self.recipe, seed=way.seed)
+            demo_training.train(way.trained, stage, recipe, _progress, way.load)
         return out
 
     def _measured(self, way: Way, truth: Path, bundle: Path, text: Path, tokens: int) -> Text:
@@ -238,13 +257,14 @@ def conditions(recipe: demo_training.Recipe, row: Row) -> str:
     named = ", ".join(f"{name} {version(name)}" for name in packages)
     like, code = row.like, row.code
     return (
-        f"SmolLM2-135M-Instruct; VeRA of rank {recipe.rank} on all seven linears, one seed, {recipe.steps} "
-        f"steps of {recipe.window} tokens; carried over in {CARRYING} at most. Integers: 4 bits in blocks of "
-        f"{GROUP} with zero points (5.1 bits a weight), calibrated on training text and built-in text; from "
-        "the floats, for the adapter of NF4 from the NF4 base. Effect and losses: mean KL in nats from the "
-        f"model as trained, in exact float32, on {like.tokens} tokens of held-out topics in {like.windows} "
-        f"windows and {code.tokens} of code in {code.windows}; in brackets 95 % intervals over windows. As "
-        "shipped: `export --mode branch --weights same`, projections and head in int8, in ONNX Runtime. "
+        f"SmolLM2-135M-Instruct; VeRA of rank {recipe.rank} on all seven linears, the demo's seed where none "
+        f"is named, {recipe.steps} steps of {recipe.window} tokens; carried over in {CARRYING} at most. "
+        f"Integers: 4 bits in blocks of {GROUP} with zero points (5.1 bits a weight), calibrated on training "
+        "text and built-in text; from the floats, for the adapter of NF4 from the NF4 base. Effect and "
+        f"losses: mean KL in nats from the model as trained, in exact float32, on {like.tokens} tokens of "
+        f"held-out topics in {like.windows} windows and {code.tokens} of code in {code.windows}; in brackets "
+        "95 % intervals over windows. As shipped: `export --mode branch --weights same`, projections and "
+        "head in int8, in ONNX Runtime. "
         f"{named}."
     )
 
