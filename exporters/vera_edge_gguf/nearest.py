@@ -6,16 +6,15 @@ them. Q6_K's scales are searched for, by the loops of `vera_edge.requantize`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 
 from vera_edge.arrays import Bytes, Float32
 from vera_edge.cores import available_cores
 from vera_edge.formats.weight import row_chunks
 from vera_edge.requantize import GGML_GRIDS
+from vera_edge.requantize.compiled import compiled_as_written
 from vera_edge.requantize.gram import in_threads
 from vera_edge.requantize.search import search_columns
 from vera_edge.requantize.super_blocks import place
@@ -24,18 +23,9 @@ _PIECE_VALUES = 1 << 20
 _BITS = {"q4_0": 4, "q4_1": 4, "q5_0": 5, "q5_1": 5}
 _BLOCK, _SUPER = 32, 256
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _loop(function: F) -> F:
-    """Compiled without the interpreter's lock, and with no product fused into a sum: llama.cpp's bytes."""
-    try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:  # nowhere to keep it
-        return numba.njit(nogil=True, error_model="numpy")(function)
-
-
-@_loop
+@compiled_as_written  # for llama.cpp's bytes
 def _by_largest(block: Float32, reach: Any, codes: Bytes) -> Any:
     """The codes of 32 weights whose largest becomes -reach; returns the scale."""
     largest, end = _ZERO, _ZERO
@@ -51,7 +41,7 @@ def _by_largest(block: Float32, reach: Any, codes: Bytes) -> Any:
     return scale
 
 
-@_loop
+@compiled_as_written
 def _by_range(block: Float32, top: Any, codes: Bytes) -> Any:
     """The codes of 32 weights from the lowest, 0, to the highest, `top`; returns the scale and the lowest."""
     low = high = block[0]
@@ -65,7 +55,7 @@ def _by_range(block: Float32, top: Any, codes: Bytes) -> Any:
     return scale, low
 
 
-@_loop
+@compiled_as_written
 def _put(blocks: Float32, bits: int, ranged: bool, scales: Float32, lows: Float32, out: Bytes) -> None:
     """Blocks (n, 32) into out (n, bytes), where 2 bytes are left for the scale, and for the lowest value."""
     codes = np.empty(blocks.shape[1], np.uint8)
@@ -86,7 +76,7 @@ def _put(blocks: Float32, bits: int, ranged: bool, scales: Float32, lows: Float3
             out[number, at + index] = (codes[index] & 15) | ((codes[index + 16] & 15) << 4)
 
 
-@_loop
+@compiled_as_written
 def _put_bytes(blocks: Float32, scales: Float32, out: Bytes) -> None:
     """Blocks (n, 32) as signed bytes into out (n, 34), halves rounded away from zero as C's roundf does."""
     for number in range(blocks.shape[0]):
@@ -103,7 +93,7 @@ def _put_bytes(blocks: Float32, scales: Float32, out: Bytes) -> None:
             out[number, 2 + index] = np.uint8(np.int8(whole if value > _ZERO else -whole))
 
 
-@_loop
+@compiled_as_written
 def _put_six_bits(blocks: Float32, scales: Float32, out: Bytes) -> None:
     """Super-blocks (n, 256) with scales (n, 16) into the codes of out (n, 210), as k_blocks has them."""
     codes = np.empty(blocks.shape[1], np.uint8)

@@ -19,7 +19,16 @@ def compiled(function: F) -> F:
     A product may be fused with the sum it goes into; no sum is ordered anew, so that results don't depend on
     where a piece of an array begins.
     """
-    how = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    return _compiled(function, fastmath={"contract"})
+
+
+def compiled_as_written(function: F) -> F:
+    """As `compiled`, but no product is fused with a sum, for results that another program's bits hold."""
+    return _compiled(function)
+
+
+def _compiled(function: F, **more: Any) -> F:
+    how = {"nogil": True, "error_model": "numpy", **more}
     try:
         return numba.njit(cache=True, **how)(function)
     except RuntimeError:  # nowhere to keep it
