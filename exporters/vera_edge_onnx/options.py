@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vera_edge.adapters.reading import title_of
-from vera_edge.errors import PlanError
+from vera_edge.errors import PlanError, TargetError
 from vera_edge.exporting.exporter import ExportRequest
 from vera_edge.plans.plan import FLOAT
 from vera_edge.tasks import task as tasks
@@ -62,9 +62,13 @@ def head_activations_of(request: ExportRequest) -> str:
 
 
 def _check_head_activations(request: ExportRequest) -> None:
-    asked = head_activations_of(request)
-    if asked not in (head_activations.INT8, head_activations.INT16):
-        raise PlanError(f"a head can't read {asked!r}; choose from int8, int16")
+    if (asked := head_activations_of(request)) not in head_activations.KINDS:
+        raise PlanError(f"a head can't read {asked!r}; choose from {', '.join(head_activations.KINDS)}")
+    if HEAD_ACTIVATIONS in request.options and (name := _encoder(request)) is not None:
+        raise TargetError(
+            f"{name} is exported as an encoder, which has no output head over the vocabulary to read them; "
+            "leave --head-activations out"
+        )
     if asked == head_activations.INT8:
         return
     if request.options.get(weights.ACCURACY) == "0":
@@ -87,9 +91,14 @@ def has_int8_cache(request: ExportRequest) -> bool:
 def _check_kv_cache(request: ExportRequest) -> None:
     if (kept := request.options.get(KV_CACHE, _KEPT_AS[0])) not in _KEPT_AS:
         raise PlanError(f"keys and values can't be kept as {kept!r}; choose from {', '.join(_KEPT_AS)}")
-    name = tasks.architecture(request.model.checkpoint.config)
-    if KV_CACHE in request.options and (not tasks.is_decoder(name) or name in ENCODER_OF):
+    if KV_CACHE in request.options and (name := _encoder(request)) is not None:
         raise PlanError(f"{name} generates no text and keeps no keys and values; leave --kv-cache out")
+
+
+def _encoder(request: ExportRequest) -> str | None:
+    """The model's class where it is exported as an encoder."""
+    name = tasks.architecture(request.model.checkpoint.config)
+    return None if tasks.is_decoder(name) and name not in ENCODER_OF else name
 
 
 def beside(request: ExportRequest, encoder: bool = False) -> dict[str, str]:

@@ -44,10 +44,10 @@ class ExportRequest:
     model: with at least one adapter. plan: made for it. options: what the target alone understands; the
     targets here take `projections` ("fp32", "fp16", "int8", "int4") and `head` ("fp32", "fp16", "int8",
     "int4"): how projections and embeddings are stored; `head_activations` ("int8", "int16"): what an integer
-    head reads is rounded to; `accuracy_level` ("4": activations are rounded to
-    int8, "0": float32); `vectors` ("fp32", "fp16"): what a branch takes its adapter's vectors as; `origin`
-    ("baked", "seed"): whether the projections are in the files, or drawn on the device; `run` ("int8"): what
-    4-bit weights are expanded to there; `kv_cache` ("float", "int8"): what keys and values are kept as.
+    head reads is rounded to; `accuracy_level` ("4": activations are rounded to int8, "0": float32); `vectors`
+    ("fp32", "fp16"): what a branch takes its adapter's vectors as; `origin` ("baked", "seed"): whether the
+    projections are in the files, or drawn on the device; `run` ("int8"): what 4-bit weights are expanded to
+    there; `kv_cache` ("float", "int8"): what keys and values are kept as.
     requantized: by module, weights of the plan's formats that were rounded with care (merged where the plan
     merges); the exporter rounds the others itself. text: what ranges of activations, and of keys and values,
     are calibrated on: texts with shares, or one alone, a UTF-8 file or "built-in".

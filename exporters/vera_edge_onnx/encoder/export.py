@@ -96,11 +96,6 @@ def export(request: ExportRequest, target: str, architecture: str) -> Export:
 def _check(request: ExportRequest, target: str, architecture: str) -> drawing.EncoderTask:
     """The model's task; raises before any work is done when the request can't be met."""
     options.check(request, target)
-    if options.HEAD_ACTIVATIONS in request.options:
-        raise TargetError(
-            f"{architecture} is exported as an encoder, which has no output head over the vocabulary to read "
-            "them; leave --head-activations out"
-        )
     task = drawing.task(architecture, str(request.model.checkpoint.config.get("model_type")))
     if task.half:
         _check_half(request, architecture)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from vera_edge_onnx.graph.weaver import Weaver, leading
 
-INT8, INT16 = "int8", "int16"
+KINDS = INT8, INT16 = "int8", "int16"
 _LEVELS = 127  # of int8, to either side of zero: what the largest magnitude of a block becomes
 _SMALLEST = 1e-30  # divides a block of zeros
 _NODE = "/lm_head/int16"
