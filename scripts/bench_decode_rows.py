@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from vera_edge.device.runtime.onnx_file import OnnxFile
 BUILDER, LLAMA_CPP, PEFT = "GenAI's builder, int4", "llama.cpp, Q4_0", "torch, PEFT on NF4"
 _LLAMA_CPP_8 = "llama.cpp, Q8_0"
 _DRIFT = ROOT / "docs" / "drift-table.md"
-_BYTES = {1: 4, 2: 1, 3: 1, 7: 8, 10: 2}  # of a value, by TensorProto.DataType
 _LOOKED_UP = ("Gather", "GatherBlockQuantized")  # which read a row of a table, not all of it
 
 
@@ -139,18 +137,13 @@ def read_bytes(graph: Path, expanded: bool = False) -> int:
     names = {name for node in file.nodes if node.op not in _LOOKED_UP for name in node.inputs}
     places: dict[tuple[str | None, str | None], int] = {}
     for name in names & file.initializers.keys():
-        one, size = file.initializers[name], _size(file, name)
+        one = file.initializers[name]
         place = (one.place.get("location"), one.place.get("offset")) if one.place else (name, None)
-        places[place] = max(size, places.get(place, 0))
+        places[place] = max(one.nbytes, places.get(place, 0))
     products = four_bit_graph.products(graph) if expanded else []
     more = sum(expanded_bytes(one.shape) for one in products)
     return (
         more
         + sum(places.values())
-        - sum(_size(file, name) for one in products for name in (one.packed, one.absmax))
+        - sum(file.initializers[name].nbytes for one in products for name in (one.packed, one.absmax))
     )
-
-
-def _size(file: OnnxFile, name: str) -> int:
-    one = file.initializers[name]
-    return math.prod(one.shape) * _BYTES.get(one.dtype, 1)
