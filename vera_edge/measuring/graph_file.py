@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vera_edge.device.runtime.graph import GraphPorts, Port, Shape
-from vera_edge.device.runtime.onnx_file import BITS, fields, initializer, spans, text
+from vera_edge.device.runtime.onnx_file import BITS, fields, initializer, spans, text, value_info
 from vera_edge.errors import BundleError
 
 # By TensorProto.DataType.
@@ -126,8 +126,8 @@ def _parts(
             name, one = initializer(value)
             weights[name] = FileWeight(value, one.nbytes)
         elif number in (INPUT, OUTPUT, VALUE):
-            name, found = _value(value)
-            values[name] = found
+            name, kind, shape = value_info(value)
+            values[name] = FileValue(value, kind, shape)
             if number in names:
                 names[number].append(name)
     return tuple(nodes), weights, values, tuple(names[INPUT]), tuple(names[OUTPUT])
@@ -151,28 +151,3 @@ def _outside(attribute: Any) -> Iterator[str]:
             own = {*weights, *inputs, *(name for node in nodes for name in node.gives)}
             yield from (name for node in nodes for name in node.reads if name not in own)
             yield from (name for name in outputs if name not in own)
-
-
-def _value(data: Any) -> tuple[str, FileValue]:
-    name, kind, shape = "", 0, list[int | str | None]()
-    for number, value in fields(data):
-        if number == 1:  # ValueInfoProto.name
-            name = text(value)
-        elif number == 2:  # its type
-            tensor = dict(fields(dict(fields(value)).get(1, b"")))  # TypeProto.tensor_type
-            kind = tensor.get(1, 0)
-            for part, axis in fields(tensor.get(2, b"")):
-                if part == 1:  # TensorShapeProto.dim
-                    shape.append(_size(dict(fields(axis))))
-    if not isinstance(kind, int):
-        raise TypeError("a type that is no number")
-    return name, FileValue(data, kind, tuple(shape))
-
-
-def _size(axis: Mapping[int, Any]) -> int | str | None:
-    """An axis of a shape: its size, or its name, or neither."""
-    if 1 not in axis:  # TensorShapeProto.Dimension.dim_value
-        return text(axis[2]) if 2 in axis else None
-    if not isinstance(axis[1], int):
-        raise TypeError("a size that is no number")
-    return axis[1]

@@ -152,6 +152,32 @@ def initializer(data: Any) -> tuple[str, Initializer]:
     return name, Initializer(dtype, tuple(shape), raw, place if external else {})
 
 
+def value_info(data: Any) -> tuple[str, int, tuple[int | str | None, ...]]:
+    """What a ValueInfoProto of a tensor says: its name, TensorProto.DataType and shape."""
+    name, kind, shape = "", 0, list[int | str | None]()
+    for number, value in fields(data):
+        if number == 1:  # ValueInfoProto.name
+            name = text(value)
+        elif number == 2:  # its type
+            tensor = dict(fields(dict(fields(value)).get(1, b"")))  # TypeProto.tensor_type
+            kind = tensor.get(1, 0)
+            for part, axis in fields(tensor.get(2, b"")):
+                if part == 1:  # TensorShapeProto.dim
+                    shape.append(_axis(dict(fields(axis))))
+    if not isinstance(kind, int):
+        raise TypeError("a type that is no number")
+    return name, kind, tuple(shape)
+
+
+def _axis(axis: Mapping[int, Any]) -> int | str | None:
+    """An axis of a shape: its size, or its name, or neither."""
+    if 1 not in axis:  # TensorShapeProto.Dimension.dim_value
+        return text(axis[2]) if 2 in axis else None
+    if not isinstance(axis[1], int):
+        raise TypeError("a size that is no number")
+    return axis[1]
+
+
 def fields(data: Any) -> Iterator[tuple[int, Any]]:
     """Number and value of each field: an int, or the bytes of a string, a message or packed numbers."""
     for number, value, _ in spans(data):

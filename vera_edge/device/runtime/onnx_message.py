@@ -13,9 +13,9 @@ import numpy as np
 
 from vera_edge.arrays import Array
 
-_KINDS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10}  # TensorProto.DataType
+KINDS = {"float32": 1, "uint8": 2, "int8": 3, "int32": 6, "int64": 7, "float16": 10}  # TensorProto.DataType
 _INT = 2  # AttributeProto.AttributeType
-FLOAT = _KINDS["float32"]
+FLOAT = KINDS["float32"]
 MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 
 
@@ -73,7 +73,7 @@ def held(name: str, array: Array, location: str = "held") -> bytes:
 
 def _tensor(name: str, array: Any) -> bytes:
     sizes = b"".join(field(1, size) for size in array.shape)
-    return sizes + field(2, _KINDS[array.dtype.name]) + field(8, name)
+    return sizes + field(2, KINDS[array.dtype.name]) + field(8, name)
 
 
 def _varint(value: int) -> bytes:

@@ -17,7 +17,15 @@ import numpy as np
 from vera_edge.arrays import Array
 from vera_edge.device.runtime import onnx_message as message
 from vera_edge.device.runtime.graph import Port, Shape, is_vector
-from vera_edge.device.runtime.onnx_file import OnnxFile, attributes, fields, initializer, spans, text
+from vera_edge.device.runtime.onnx_file import (
+    OnnxFile,
+    attributes,
+    fields,
+    initializer,
+    spans,
+    text,
+    value_info,
+)
 from vera_edge.errors import BundleError
 
 _GRAPH, _NODE, _INITIALIZER, _INPUT, _VALUE = 7, 1, 5, 11, 13  # fields of ModelProto and GraphProto
@@ -164,8 +172,7 @@ class _Cutting:
     def _inputs(self, file: str) -> Iterator[bytes]:
         for name, piece in self.pieces.items():
             sizes = [size if isinstance(size, int) else None for size in piece.shape]
-            kind = next(kind for kind, dtype in _TYPES.items() if piece.dtype == dtype)
-            yield message.field(_INPUT, message.port(name, kind, sizes))
+            yield message.field(_INPUT, message.port(name, message.KINDS[piece.dtype.name], sizes))
             yield message.field(_INITIALIZER, message.held(name, piece.zeros(), file))
 
 
@@ -175,15 +182,9 @@ def _name(value: Any) -> str:
 
 
 def _port(value: Any) -> Port:
-    """What a ValueInfoProto of a tensor says."""
-    parts = dict(fields(value))
-    tensor = dict(fields(dict(fields(parts[2]))[1]))  # TypeProto.tensor_type
-    shape: list[int | str | None] = []
-    for number, axis in fields(tensor[2]):
-        if number == 1:  # TensorShapeProto.dim
-            size = dict(fields(axis))
-            shape.append(size[1] if 1 in size else text(size[2]) if 2 in size else None)
-    return Port(text(parts[1]), tuple(shape), np.dtype(_TYPES[tensor[1]]))
+    """What a ValueInfoProto of a vector says."""
+    name, kind, shape = value_info(value)
+    return Port(name, shape, np.dtype(_TYPES[kind]))
 
 
 def _sizes(node: _Node, axes: int, file: OnnxFile) -> list[int] | None:
