@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vera_edge.device.runtime.graph import Graph
+from vera_edge.device.runtime.graph import Graph, GraphSettings
 
 WORDS, HEADS, SIZE, HIDDEN = 16, 2, 4, 8
 
@@ -27,7 +27,7 @@ def scratch() -> Path:
 @cache
 def opened(path: str) -> Graph:
     """A graph, opened once."""
-    return Graph(Path(path), threads=1)
+    return Graph(Path(path), GraphSettings(threads=1))
 
 
 def write_branch(path: Path) -> None:

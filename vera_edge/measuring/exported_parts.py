@@ -21,7 +21,7 @@ from vera_edge.bundle.contents import Manifest
 from vera_edge.device.runtime import generated, int8_products
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.decoding import ROPE_LENGTH, DecoderFacts
-from vera_edge.device.runtime.graph import Graph, GraphPorts, bind, first_line
+from vera_edge.device.runtime.graph import Graph, GraphPorts, GraphSettings, bind, first_line
 from vera_edge.device.runtime.opened import Adaptable, check_kind, graph_bytes
 from vera_edge.errors import BundleError
 from vera_edge.measuring.graph_file import GraphFile
@@ -162,7 +162,7 @@ class PartedExport:
     def opened(self, part: ExportedPart) -> Graph:
         """A part in ONNX Runtime."""
         held = generated.in_memory(self.manifest, part.weights)
-        return Graph(self.ports.path, held=held, exact_int8=self.exact_int8, part=part.data)
+        return Graph(self.ports.path, GraphSettings(held=held, exact_int8=self.exact_int8), part.data)
 
 
 def _check_memory(folder: Path, parts: Sequence[ExportedPart], limit: int | None) -> None:

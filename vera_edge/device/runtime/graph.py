@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -75,47 +76,59 @@ class GraphPorts:
         return cls(path, inputs, outputs, vectors, options, metadata)
 
 
+@dataclass(frozen=True)
+class GraphSettings:
+    """How a graph is opened, and so another one that stands for it.
+
+    threads: within an operator; None: one for each of `available_cores`. held: initializers whose values
+    aren't in the files, by name; kept as long as the graph is. exact_int8: multiply int8 weights as uint8
+    where their products can overflow (int8_products.py). rewritten: what to open instead of the bytes in the
+    file, beside which its other weights lie. pack_at_once: let all threads pack weights for the processor,
+    and their pages stay until all are. huge: move what it allocates to pages of 2 MB.
+    """
+
+    threads: int | None = None
+    held: Mapping[str, Array] = field(default_factory=dict)
+    exact_int8: bool = True
+    rewritten: Rewritten | None = None
+    pack_at_once: bool = False
+    huge: bool = False
+
+
+USUAL = GraphSettings()
+
+
 class Graph(GraphPorts):
     """An ONNX Runtime session on the CPU, with its ports. Running it is safe from several threads at once."""
 
     def __init__(
         self,
         path: Path,
-        threads: int | None = None,
-        held: Mapping[str, Array] | None = None,
-        exact_int8: bool = True,
-        rewritten: Rewritten | None = None,
+        settings: GraphSettings = USUAL,
         part: bytes | None = None,
-        written: Mapping[str, Array] | None = None,
-        pack_at_once: bool = False,
-        huge: bool = False,
+        written: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
-        """Open `path`; `threads` within an operator, by default one for each of `available_cores`.
+        """Open `path`; what was moved to pages of 2 MB are `moved` bytes.
 
-        held: initializers whose values aren't in the files, by name; kept as long as the graph is.
-        rewritten: what to open instead of the bytes in `path`, beside which its other weights lie; part: the
-        same of a graph that is some of it. written: initializers that are read where they lie, so that what
-        is written there later counts; their values needn't be in the files.
-        exact_int8: multiply int8 weights as uint8 where their products can overflow (int8_products.py).
-        huge: move what it allocates to pages of 2 MB, `moved` bytes.
-        pack_at_once: let all threads pack weights for the processor, and their pages stay until all are.
+        part: to open instead, of a graph that is some of it. written: initializers that are read where they
+        lie, so that what is written there later counts; their values needn't be in the files.
         Raises BundleError when ONNX Runtime refuses the graph or its weights.
         """
-        self.rewritten, self.threads = rewritten, threads or available_cores()
-        self.huge = huge
-        self.held, self.exact_int8 = dict(held or {}), exact_int8
-        options = _options(self.threads, exact_int8, pack_at_once)
+        self.threads, self.rewritten = settings.threads or available_cores(), settings.rewritten
+        self.settings = replace(settings, threads=self.threads)
+        made = {} if self.rewritten is None else self.rewritten.held
+        options = _options(self.settings)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)
         )
         self._held = {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(array)
-            for name, array in {**(held or {}), **(rewritten.held if rewritten else {})}.items()
+            for name, array in {**settings.held, **made}.items()
         }
         if self._held:
             options.add_external_initializers(list(self._held), list(self._held.values()))
         self._written = {
-            name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in (written or {}).items()
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in written.items()
         }
         for name, value in self._written.items():
             options.add_initializer(name, value)
@@ -123,12 +136,12 @@ class Graph(GraphPorts):
             # Without a fallback: it would print, and try the same provider again.
             make = partial(
                 onnxruntime.InferenceSession,
-                part or (path if rewritten is None else rewritten.model),
+                part or (path if self.rewritten is None else self.rewritten.model),
                 options,
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,
             )
-            self.session, self.moved = huge_pages.moving(make) if huge else (make(), 0)
+            self.session, self.moved = huge_pages.moving(make) if settings.huge else (make(), 0)
         except Exception as cause:  # onnxruntime's classes share no base but Exception
             raise BundleError(f"ONNX Runtime can't open {path}: {first_line(cause)}") from None
         session = self.session
@@ -170,15 +183,15 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
 
 
-def _options(threads: int, exact_int8: bool, pack_at_once: bool = False) -> Any:
+def _options(settings: GraphSettings) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = settings.threads
     options.inter_op_num_threads = 1
     # Threads that wait in a loop gain a little on an idle machine, and cost half the speed on a busy one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.x64quantprecision", "1" if exact_int8 else "0")
+    options.add_session_config_entry("session.x64quantprecision", "1" if settings.exact_int8 else "0")
     # A runtime that doesn't know this one yet passes over it.
-    options.add_session_config_entry("session.prepack.enable_parallel", "1" if pack_at_once else "0")
+    options.add_session_config_entry("session.prepack.enable_parallel", "1" if settings.pack_at_once else "0")
     # ONNX Runtime warns once for every overridable initializer; errors are raised, and told in a sentence.
     options.log_severity_level = 4
     # A pattern is kept for every shape seen, and a growing attention mask never has the same shape twice.

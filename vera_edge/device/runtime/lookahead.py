@@ -56,7 +56,7 @@ class Lookahead:
         _check_memory(graph, copied)
         held = {} if graph.rewritten is None else graph.rewritten.held
         rewritten = Rewritten(model, held, 0, 0.0)
-        opened = Graph(graph.path, graph.threads, graph.held, graph.exact_int8, rewritten, huge=graph.huge)
+        opened = Graph(graph.path, replace(graph.settings, rewritten=rewritten, pack_at_once=False))
         ports = tuple(
             tuple(opened.outputs[further(present.name, token)] for token in range(tokens))
             for _, present in plain.caches

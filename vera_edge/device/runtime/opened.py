@@ -15,7 +15,7 @@ from vera_edge.cores import available_cores
 from vera_edge.device.runtime import adapters, four_bit_graph, generated, int8_products
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.four_bit_graph import FourBit
-from vera_edge.device.runtime.graph import Graph, GraphPorts, release
+from vera_edge.device.runtime.graph import Graph, GraphPorts, GraphSettings, release
 from vera_edge.device.runtime.resident import ResidentGraph
 from vera_edge.errors import BundleError, MismatchError
 from vera_edge.memory import free_memory
@@ -141,8 +141,8 @@ def open_graph(
         four_bit_graph.rewrite(model, found, four_bit, threads or available_cores()) if found else None
     )
     held, at_once = generated.in_memory(manifest), _can_pack_at_once(manifest)
-    made = ResidentGraph if resident else Graph
-    graph = made(model, threads, held, exact, rewritten, pack_at_once=at_once, huge=huge_pages)
+    settings = GraphSettings(threads, held, exact, rewritten, at_once, huge_pages)
+    graph = ResidentGraph(model, settings) if resident else Graph(model, settings)
     return manifest, graph, looked
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ import onnxruntime
 from vera_edge.arrays import Array
 from vera_edge.device.runtime import onnx_message as message
 from vera_edge.device.runtime.adapters import Vectors
-from vera_edge.device.runtime.four_bit_graph import Rewritten
-from vera_edge.device.runtime.graph import Graph, bind
+from vera_edge.device.runtime.graph import USUAL, Graph, GraphSettings, bind
 from vera_edge.device.runtime.vector_pieces import cut
 from vera_edge.errors import PlanError
 
@@ -30,27 +29,17 @@ from vera_edge.errors import PlanError
 class ResidentGraph(Graph):
     """A graph with an adapter that lives in it; none at first. Safe for several threads, as `Graph` is."""
 
-    def __init__(
-        self,
-        path: Path,
-        threads: int | None = None,
-        held: Mapping[str, Array] | None = None,
-        exact_int8: bool = True,
-        rewritten: Rewritten | None = None,
-        pack_at_once: bool = False,
-        huge: bool = False,
-    ) -> None:
+    def __init__(self, path: Path, settings: GraphSettings = USUAL) -> None:
         """Arguments and what it raises: as of `Graph`; PlanError where ONNX Runtime copies initializers."""
         if not reads_in_place():
             raise PlanError(
                 f"onnxruntime {onnxruntime.__version__} copies what is written for a resident adapter; open "
                 "the bundle without one"
             )
+        rewritten = settings.rewritten
         made = cut(path, memoryview(path.read_bytes() if rewritten is None else rewritten.model))
         self._places = {name: piece.zeros() for name, piece in made.pieces.items()}
-        super().__init__(
-            path, threads, held, exact_int8, rewritten, made.model, self._places, pack_at_once, huge
-        )
+        super().__init__(path, settings, made.model, self._places)
         ports = {**self.options, **self.vectors}
         self.vectors, self._pieces = made.vectors, made.pieces
         self._ports = {name: ports.pop(name) for name in made.pieces}
@@ -62,7 +51,7 @@ class ResidentGraph(Graph):
     @classmethod
     def beside(cls, graph: Graph) -> ResidentGraph:
         """The same graph opened once more; weights that were made in memory are shared."""
-        return cls(graph.path, graph.threads, graph.held, graph.exact_int8, graph.rewritten, huge=graph.huge)
+        return cls(graph.path, replace(graph.settings, pack_at_once=False))
 
     def put(self, vectors: Vectors) -> None:
         """Let these vectors (one row each) live here from the next run on; waits for those that run now."""

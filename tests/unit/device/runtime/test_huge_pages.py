@@ -111,6 +111,6 @@ def test_a_session_moves_its_weights_and_gives_the_same(tiny_bundles: TinyBundle
     assert done.exit_code == 0 and done.stdout == plain.stdout
     assert "pages of 2 MB" in done.stderr and "pages of 2 MB" not in plain.stderr
     opened = Session.open(tiny_bundles.fp32, huge_pages=True)
-    assert opened.graph.huge and opened.graph.moved >= 0
+    assert opened.graph.settings.huge and opened.graph.moved >= 0
     assert "12.6 MB of weights lie" in huge_pages.told(12_582_912)
     assert huge_pages.told(0).startswith("no weights could be moved")

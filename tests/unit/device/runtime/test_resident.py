@@ -169,7 +169,7 @@ def test_a_graph_that_is_none_is_refused(tiny_bundles: TinyBundles, tmp_path: Pa
     path = tmp_path / "onnx" / "model.onnx"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(BundleError, match="isn't an ONNX graph"):
-        resident.ResidentGraph(path, 1)
+        resident.ResidentGraph(path)
 
 
 def test_run_gives_the_same_text(tiny_bundles: TinyBundles, cli: Cli) -> None:

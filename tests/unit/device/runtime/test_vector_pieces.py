@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from vera_edge.device.runtime.graph import GraphSettings
 from vera_edge.device.runtime.resident import ResidentGraph
 from vera_edge.device.runtime.vector_pieces import cut
 from vera_edge.errors import BundleError
@@ -62,7 +63,7 @@ def test_each_input_takes_its_piece(tmp_path: Path, dtype: type[np.generic]) -> 
     }
     x = draw.standard_normal((2, 1, 14)).astype(np.float32)
     plain = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    opened = ResidentGraph(path, 1)
+    opened = ResidentGraph(path, GraphSettings(threads=1))
     assert opened.vectors.keys() == vectors.keys() and not opened.options
     for resident in ({}, vectors, {"v.lora_A": vectors["v.lora_A"]}):
         opened.put(resident)
