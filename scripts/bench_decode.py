@@ -1,13 +1,13 @@
 """Measure decoding speed: our exports beside what else runs the same model on a CPU.
 
-    scripts/bench_decode [--model demo|1.2b] [--tokens 48] [--rounds 3] [--loads 4] [--threads N ...]
+    scripts/bench_decode [--model demo 1.2b] [--tokens 48] [--rounds 3] [--loads 4] [--threads N ...]
                          [--llama-cpp] [--only WAY ...] [--keep] [--prepare] [--write]
 
-The model is the demo's, or a Llama of 1.2 billion random weights, which are rounded to nearest: speed doesn't
-ask what they say. Beside ours run the int4 of ONNX Runtime GenAI's own builder, torch with PEFT (the demo's
-model alone), and, when asked for, llama.cpp, which is compiled from the registry's source first, with Q4_0
-and Q8_0 of its own quantizer and with our GGUF files of the demo, rounded to nearest. What libraries say goes
-into a log. `--write` puts the demo's tables into docs/speed.md.
+The models are the demo's, and a Llama of 1.2 billion random weights, which are rounded to nearest: speed
+doesn't ask what they say. Beside ours run the int4 of ONNX Runtime GenAI's own builder, torch with PEFT (the
+demo's model alone), and, when asked for, llama.cpp, which is compiled from the registry's source first, with
+Q4_0 and Q8_0 of its own quantizer and with our GGUF files of the demo, rounded to nearest. What libraries say
+goes into a log. `--write` puts the tables into docs/speed.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,18 @@ from functools import partial
 from pathlib import Path
 
 from scripts import bench_llama_cpp, bench_models, demo_model
-from scripts.bench_decode_rows import BUILDER, GGUF_WAYS, PEFT, WAYS, Way, lost, read_bytes
+from scripts.bench_decode_rows import (
+    BUILDER,
+    GGUF_WAYS,
+    LARGE_GGUF_WAYS,
+    LARGE_WAYS,
+    PEFT,
+    WAYS,
+    GgufWay,
+    Way,
+    lost,
+    read_bytes,
+)
 from scripts.bench_machine import read_speed
 from scripts.bench_turns import (
     LONG,
@@ -48,26 +59,47 @@ _RANK = 256
 
 @dataclass(frozen=True)
 class Model:
-    """What is measured. `own_loss`: whether docs/drift-table.md speaks of it."""
+    """What is measured. `is_demo`: docs/drift-table.md speaks of it, and PEFT runs it."""
 
     name: str
     base: Path
     float_base: Path
     adapter: Path
+    ways: tuple[Way, ...]
+    gguf_ways: tuple[GgufWay, ...]
     rounding: Rounding | None = None
-    own_loss: bool = False
+    is_demo: bool = False
+
+    @property
+    def section(self) -> str:
+        """Of docs/speed.md."""
+        return "decode" if self.is_demo else f"decode-{LARGE}"
+
+    def named(self) -> dict[str, Way]:
+        return {way.name: way for way in self.ways}
 
 
 def main() -> None:
     given = _arguments()
-    out = cache_folder() / ("bench-decode" if given.model == DEMO else f"bench-decode-{given.model}")
-    out.mkdir(parents=True, exist_ok=True)
-    with quietly(out / "log"):
-        model = _model(given.model, out)
-        folders = _folders(model, out, given.only, given.keep)
-        ggufs = _ggufs(model, out, given.only, given.keep) if given.llama_cpp and model.own_loss else {}
-    if given.prepare:
-        return
+    for name in given.model:
+        out = cache_folder() / ("bench-decode" if name == DEMO else f"bench-decode-{name}")
+        out.mkdir(parents=True, exist_ok=True)
+        with quietly(out / "log"):
+            model = _model(name, out)
+            folders = _folders(model, out, given.only, given.keep)
+            ggufs = _ggufs(model, out, given.only, given.keep) if given.llama_cpp else {}
+        if given.prepare:
+            continue
+        lines = _measured(model, folders, ggufs, given)
+        say("\n".join(lines))
+        if given.write:
+            write_section(model.section, lines, bench="decode")
+
+
+def _measured(
+    model: Model, folders: Mapping[str, Path], ggufs: Mapping[str, Path], given: argparse.Namespace
+) -> list[str]:
+    """A table for each number of threads."""
     rows = _rows(model, folders, ggufs, given.only)
     more = (bench_llama_cpp.PACKAGE.replace("==", " "),) if ggufs else ()
     lines: list[str] = []
@@ -78,14 +110,12 @@ def main() -> None:
         bandwidth = max(before, read_speed(threads))
         lines += [*table(rows, speeds, bandwidth), "", footnote(given.rounds, given.loads, threads, *more)]
         lines += [_explained(model, bandwidth), ""]
-    say("\n".join(lines))
-    if given.write:
-        write_section("decode", lines[:-1])
+    return lines[:-1]
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", choices=(DEMO, LARGE), default=DEMO)
+    parser.add_argument("--model", choices=(DEMO, LARGE), nargs="+", default=[DEMO])
     parser.add_argument("--tokens", type=int, default=48, help="tokens generated in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--loads", type=int, default=4, help="how often models are loaded anew")
@@ -97,42 +127,42 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="take exports that are there from an earlier run")
     parser.add_argument("--prepare", action="store_true", help="make what is measured, and stop")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/speed.md")
-    given = parser.parse_args()
-    if given.write and given.model != DEMO:
-        parser.error("docs/speed.md has the demo's tables; --write is for them")
-    return given
+    return parser.parse_args()
 
 
 def _model(name: str, out: Path) -> Model:
     if name == DEMO:
         demo = prepare()
-        return Model("SmolLM2-135M", demo.base, demo.float_base, demo.adapter, own_loss=True)
+        folders = (demo.base, demo.float_base, demo.adapter)
+        return Model("SmolLM2-135M", *folders, WAYS, GGUF_WAYS, is_demo=True)
     say(f"{name}: making a base of random weights")
     bench_models.make(bench_models.SIZES[name], _RANK, out, ("bf16", "nf4"))
-    return Model(
-        f"A random Llama, {name}", out / "nf4", out / "bf16", out / "adapter", Rounding(method="rtn")
-    )
+    folders = (out / "nf4", out / "bf16", out / "adapter")
+    return Model(f"A random Llama, {name}", *folders, LARGE_WAYS, LARGE_GGUF_WAYS, Rounding(method="rtn"))
 
 
 def _rows(
     model: Model, folders: Mapping[str, Path], ggufs: Mapping[str, Path], only: Sequence[str] | None
 ) -> list[Row]:
-    losses = lost() if model.own_loss else {}
-    ways = {way.name: way for way in WAYS}
-    against = {way.name: way.against for way in (*WAYS, *GGUF_WAYS)}
+    losses = lost() if model.is_demo else {}
+    ways = model.named()
+    against = {way.name: way.against for way in model.ways} | {w.name: w.against for w in model.gguf_ways}
     rows = []
     for name, folder in folders.items():
-        graph = next(
-            path for path in (folder / "onnx" / "model.onnx", folder / "model.onnx") if path.is_file()
-        )
-        read = read_bytes(graph, ways[name].four_bit is not None if name in ways else False)
+        device = ways[name].device if name in ways else None
+        read = read_bytes(_graph(folder), device is not None and device.four_bit != "kept")
         rows.append(Row(name, folder_bytes(folder), against.get(name), read, losses.get(name, "")))
     for name, file in ggufs.items():
         size = file.stat().st_size
         rows.append(Row(name, size, against[name], size, losses.get(name, "")))
-    if model.own_loss and (not only or PEFT in only):
+    if model.is_demo and (not only or PEFT in only):
         rows.append(Row(PEFT, folder_bytes(model.base) + folder_bytes(model.adapter), "merged int4"))
     return rows
+
+
+def _graph(folder: Path) -> Path:
+    """Ours, or that of GenAI's builder."""
+    return next(path for path in (folder / "onnx" / "model.onnx", folder / "model.onnx") if path.is_file())
 
 
 def _explained(model: Model, bandwidth: float) -> str:
@@ -140,17 +170,20 @@ def _explained(model: Model, bandwidth: float) -> str:
     text = (
         f"{model.name}. *prompt*: tokens/s of a prompt of {LONG}, before decoding. *limit*: tokens/s were "
         f"the weights read once for each token, and no more, at {bandwidth / 1e9:.1f} GB/s, the "
-        "best that so many threads read before and after (a cache that holds part of them goes above it)."
+        "best that so many threads read before and after (a cache that holds part of them goes above it). "
     )
-    return text + (
-        " *lost*: of the adapter's effect, from [drift-table.md](drift-table.md)." * model.own_loss
+    if model.is_demo:
+        return text + "*lost*: of the adapter's effect, from [drift-table.md](drift-table.md)."
+    return (
+        text
+        + "Random weights say nothing that could be lost; what blocks and heads lose, the demo's rows say."
     )
 
 
 def _workers(
     model: Model, folders: Mapping[str, Path], ggufs: Mapping[str, Path], with_peft: bool, threads: int
 ) -> dict[str, Worker]:
-    ways = {way.name: way for way in WAYS}
+    ways = model.named()
     workers = {name: _worker(folder, ways.get(name), threads) for name, folder in folders.items()}
     for name, file in ggufs.items():
         command = [str(_python()), bench_llama_cpp.__file__, str(file), "--threads", str(threads)]
@@ -162,17 +195,17 @@ def _workers(
 
 
 def _worker(folder: Path, way: Way | None, threads: int) -> Worker:
-    if way is None or way.four_bit is None:
+    if way is None or way.device is None:
         return genai(folder, threads)
     command = [sys.executable, "-m", "scripts.bench_session", str(folder), "--threads", str(threads)]
-    return Worker([*command, "--four-bit", way.four_bit])
+    return Worker([*command, *way.device.words()])
 
 
 def _folders(model: Model, out: Path, only: list[str] | None, keep: bool) -> dict[str, Path]:
     """The exports by name, made where they aren't to be kept or aren't there."""
-    folders = {BUILDER: out / "builder"} | {way.name: out / way.folder for way in WAYS}
+    folders = {BUILDER: out / "builder"} | {way.name: out / way.folder for way in model.ways}
     folders = {name: folder for name, folder in folders.items() if not only or name in only}
-    ways, made = {way.name: way for way in WAYS}, set[Path]()
+    ways, made = model.named(), set[Path]()
     for name, folder in folders.items():
         if folder in made or (keep and (folder / "genai_config.json").is_file()):
             continue
@@ -212,12 +245,12 @@ def _python() -> Path:
 
 
 def _ggufs(model: Model, out: Path, only: Sequence[str] | None, keep: bool) -> dict[str, Path]:
-    """The demo's GGUF files by name: of llama.cpp's own quantizer without the adapter, ours with it merged.
+    """The GGUF files by name: of llama.cpp's own quantizer, and ours with the adapter merged.
 
     Ours are rounded to nearest, which has the bytes and the speed of any other rounding.
     """
     found = {}
-    for way in GGUF_WAYS:
+    for way in model.gguf_ways:
         if only and way.name not in only:
             continue
         folder = out / f"gguf-{way.kind.lower()}"
@@ -225,21 +258,29 @@ def _ggufs(model: Model, out: Path, only: Sequence[str] | None, keep: bool) -> d
         if found[way.name].is_file() and (keep or not way.ours):
             continue
         say(f"{way.name}: exporting")
-        if not way.ours:
-            _quantize(found[way.name], way.kind)
-            continue
-        rounding, weights = Rounding(method="rtn"), way.kind.lower()
-        adapters = [(model.adapter, 1.0)]
-        target.export(
-            model.base, adapters, folder, target="gguf", weights=weights, rounding=rounding, force=True
-        )
+        if way.ours:
+            _export_gguf(model, way.kind, folder)
+        else:
+            _quantize(model, found[way.name], way.kind)
     return found
 
 
-def _quantize(made: Path, kind: str) -> None:
-    """The demo's model by llama.cpp's own quantizer, from the GGUF that the demo's base was made of."""
-    with tempfile.TemporaryDirectory() as temporary:
-        source = demo_model.download(Path(temporary))
+def _export_gguf(model: Model, kind: str, folder: Path) -> None:
+    rounding = Rounding(method="rtn") if kind != "F16" else None
+    adapters = [(model.adapter, 1.0)]
+    target.export(
+        model.base, adapters, folder, target="gguf", weights=kind.lower(), rounding=rounding, force=True
+    )
+
+
+def _quantize(model: Model, made: Path, kind: str) -> None:
+    """A model by llama.cpp's own quantizer: from the GGUF that the demo's base was made of, or from ours."""
+    with tempfile.TemporaryDirectory(dir=made.parent) as temporary:
+        if model.is_demo:
+            source = demo_model.download(Path(temporary))
+        else:
+            source = Path(temporary) / "f16" / "model.gguf"
+            _export_gguf(model, "F16", source.parent)
         command = [str(_python()), bench_llama_cpp.__file__, str(source)]
         subprocess.run([*command, "--quantize", str(made), "--kind", kind], check=True, cwd=ROOT)
 

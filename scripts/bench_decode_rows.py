@@ -13,8 +13,26 @@ from vera_edge.device.runtime.onnx_file import OnnxFile
 
 BUILDER, LLAMA_CPP, PEFT = "GenAI's builder, int4", "llama.cpp, Q4_0", "torch, PEFT on NF4"
 _LLAMA_CPP_8 = "llama.cpp, Q8_0"
+_INT4_64_ROW = "int4 merged, blocks of 64"  # of docs/drift-table.md
 _DRIFT = ROOT / "docs" / "drift-table.md"
 _LOOKED_UP = ("Gather", "GatherBlockQuantized")  # which read a row of a table, not all of it
+
+
+@dataclass(frozen=True)
+class Device:
+    """How a way runs in vera_edge.device: as `Session.open`'s arguments of these names."""
+
+    four_bit: str = "kept"
+    resident: bool = False
+    huge_pages: bool = False
+
+    def words(self) -> list[str]:
+        """As arguments of scripts/bench_session."""
+        return [
+            *("--four-bit", self.four_bit),
+            *["--resident"] * self.resident,
+            *["--huge-pages"] * self.huge_pages,
+        ]
 
 
 @dataclass(frozen=True)
@@ -22,7 +40,7 @@ class Way:
     """One of our exports.
 
     against: the way its ratio is taken to. drift: its row of docs/drift-table.md, or `lost` what stands
-    elsewhere. four_bit: it runs in vera_edge.device, with 4-bit weights so; else in ONNX Runtime GenAI.
+    elsewhere. device: it runs in vera_edge.device, so; else in ONNX Runtime GenAI.
     """
 
     name: str
@@ -31,7 +49,7 @@ class Way:
     against: str
     drift: str = ""
     options: Mapping[str, str] = field(default_factory=dict)
-    four_bit: str | None = None
+    device: Device | None = None
     lost: str = ""
 
     @property
@@ -41,50 +59,57 @@ class Way:
         return "-".join(part for part in (self.mode, self.weights, settings) if part)
 
 
+_B64, _B128 = {"block": "64"}, {"block": "128"}
+_HEAD = {"head": "int4"}
+_HUGE = Device(huge_pages=True)
+_INT4, _INT4_64, _INT4_HUGE = "merged int4", "merged int4, blocks of 64", "merged int4, 2 MB pages"
+_INT4_128 = "merged int4, blocks of 128"
+_ON_DEVICE = "0.08% ([device.md](device.md#running))"
 WAYS = (
-    Way("merged int4, int4 head", "merged", "int4", BUILDER, options={"head": "int4"}),
-    Way("merged int4", "merged", "int4", LLAMA_CPP, "int4 merged"),
+    Way("merged int4, int4 head", "merged", "int4", BUILDER, options=_HEAD),
+    Way(_INT4, "merged", "int4", LLAMA_CPP, "int4 merged"),
+    Way(_INT4_HUGE, "merged", "int4", LLAMA_CPP, "int4 merged", device=_HUGE),
+    Way(_INT4_64, "merged", "int4", LLAMA_CPP, _INT4_64_ROW, _B64),
+    Way(f"{_INT4_64}, 2 MB pages", "merged", "int4", LLAMA_CPP, _INT4_64_ROW, _B64, _HUGE),
+    Way(f"{_INT4_64}, int4 head", "merged", "int4", LLAMA_CPP, f"{_INT4_64_ROW}, int4 head", _B64 | _HEAD),
+    Way("branch int4", "branch", "int4", _INT4, "int4 branch"),
+    Way("branch int4, resident", "branch", "int4", _INT4, "int4 branch", device=Device(resident=True)),
     Way(
-        "merged int4, blocks of 64", "merged", "int4", LLAMA_CPP, "int4 merged, blocks of 64", {"block": "64"}
-    ),
-    Way(
-        "merged int4, blocks of 64, int4 head",
-        "merged",
+        "branch int4, resident, 2 MB pages",
+        "branch",
         "int4",
-        LLAMA_CPP,
-        "int4 merged, blocks of 64, int4 head",
-        {"block": "64", "head": "int4"},
+        _INT4_HUGE,
+        "int4 branch",
+        device=Device(resident=True, huge_pages=True),
     ),
-    Way("branch int4", "branch", "int4", "merged int4", "int4 branch"),
-    Way("branch int4, int4 projections", "branch", "int4", "merged int4", options={"projections": "int4"}),
-    Way("merged int8", "merged", "int8", "merged int4", "int8 merged"),
-    Way(
-        "merged int8, blocks of 64",
-        "merged",
-        "int8",
-        "merged int8",
-        "int8 merged, blocks of 64",
-        {"block": "64"},
-    ),
+    Way("branch int4, int4 projections", "branch", "int4", _INT4, options={"projections": "int4"}),
+    Way("merged int8", "merged", "int8", _LLAMA_CPP_8, "int8 merged"),
+    Way("merged int8, blocks of 64", "merged", "int8", _LLAMA_CPP_8, "int8 merged, blocks of 64", _B64),
+    Way("merged int8, 2 MB pages", "merged", "int8", _LLAMA_CPP_8, "int8 merged", device=_HUGE),
     Way("branch int8", "branch", "int8", "merged int8", "int8 branch"),
     Way("branch int8, fp32 projections", "branch", "int8", "merged int8", options={"projections": "fp32"}),
-    Way("branch nf4", "branch", "nf4", "merged int8", "nf4 branch"),
+    Way("branch nf4", "branch", "nf4", "branch int8", "nf4 branch"),
+    Way("branch nf4, expanded", "branch", "nf4", "branch int8", device=Device("expanded"), lost=_ON_DEVICE),
     Way(
-        "branch nf4 in vera_edge.device",
+        "branch nf4, expanded, int8 activations",
         "branch",
         "nf4",
-        "merged int8",
-        four_bit="expanded",
-        lost="0.08% ([device.md](device.md#running))",
-    ),
-    Way(
-        "the same, int8 activations",
-        "branch",
-        "nf4",
-        "merged int8",
-        four_bit="int8",
+        "branch int8",
+        device=Device("int8"),
         lost="0.57% (there too)",
     ),
+)
+# Of random weights, so that nothing can be lost.
+LARGE_WAYS = (
+    Way(_INT4, "merged", "int4", LLAMA_CPP),
+    Way(_INT4_HUGE, "merged", "int4", LLAMA_CPP, device=_HUGE),
+    Way(_INT4_128, "merged", "int4", LLAMA_CPP, options=_B128),
+    Way(f"{_INT4_128}, 2 MB pages", "merged", "int4", LLAMA_CPP, options=_B128, device=_HUGE),
+    Way(f"{_INT4_128}, int4 head", "merged", "int4", LLAMA_CPP, options=_B128 | _HEAD),
+    Way("branch int4", "branch", "int4", _INT4),
+    Way("branch int4, resident", "branch", "int4", _INT4, device=Device(resident=True)),
+    Way("merged int8", "merged", "int8", _LLAMA_CPP_8),
+    Way("branch nf4, expanded", "branch", "nf4", "merged int8", device=Device("expanded")),
 )
 
 
@@ -110,6 +135,7 @@ GGUF_WAYS = (
     GgufWay(_LLAMA_CPP_8, "Q8_0", "merged int8", "Q8_0", ours=False),
     GgufWay("GGUF Q8_0", "Q8_0", _LLAMA_CPP_8, "Q8_0"),
 )
+LARGE_GGUF_WAYS = tuple(way for way in GGUF_WAYS if not way.ours)
 _PEERS = {BUILDER: "ONNX Runtime GenAI builder, int4 rtn"}
 
 

@@ -22,8 +22,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--four-bit", choices=("expanded", "int8", "kept"))
+    parser.add_argument("--resident", action="store_true")
+    parser.add_argument("--huge-pages", action="store_true")
     given = parser.parse_args()
-    session = Session.open(given.folder, threads=given.threads, deep=False, four_bit=given.four_bit)
+    session = Session.open(
+        given.folder,
+        threads=given.threads,
+        deep=False,
+        four_bit=given.four_bit,
+        resident=given.resident,
+        huge_pages=given.huge_pages,
+    )
+    if given.huge_pages and not session.graph.moved:
+        raise SystemExit("no weights could be moved to pages of 2 MB here")
     print("ready", flush=True)
     for line in sys.stdin:
         print(_decode(session, int(line)), flush=True)

@@ -93,14 +93,11 @@ def store(
     """
     if dtype not in DTYPES:
         raise PlanError(f"the head can't be stored as {dtype!r}; choose from {', '.join(DTYPES)}")
+    if dtype in ("fp32", "fp16"):
+        _store_floats(weaver, ends, dtype)
+        return
     head, gather = ends.head.inputs[1], ends.gather.inputs[0] if ends.gather is not None else None
     assert head is not None and head.const_value is not None
-    if dtype == "fp16":
-        weaver.narrow(head, _first_use(weaver, head))
-        if not ends.tied and gather is not None and gather.const_value is not None:
-            weaver.narrow(gather, _first_use(weaver, gather))
-    if dtype in ("fp32", "fp16"):
-        return
     fitting = _block(head.const_value.shape.numpy()[0], block)
     if fitting is None:
         return
@@ -121,6 +118,36 @@ def store(
             look_up(weaver, ends.gather, quantized(gather.const_value, dtype, block), _TABLE)
     product = _multiply(weaver, ends.head, x, blocks, activations == head_activations.INT16)
     weaver.take_over(ends.head, product)
+
+
+def _store_floats(weaver: Weaver, ends: Ends, dtype: str) -> None:
+    """Store head and embeddings as they are, or as "fp16"; tied ones as the lookup reads them.
+
+    The builder has tied ones as the head's product reads them, and transposes them for the lookup. A runtime
+    does that once, when it opens the graph, and holds the whole table twice then.
+    """
+    head, gather = ends.head.inputs[1], ends.gather.inputs[0] if ends.gather is not None else None
+    if ends.tied:
+        head = gather = _share_table(weaver, ends)
+    if dtype == "fp16":
+        for value in dict.fromkeys((head, gather)):
+            if value is not None and value.const_value is not None:
+                weaver.narrow(value, _first_use(weaver, value))
+
+
+def _share_table(weaver: Weaver, ends: Ends) -> ir.Value:
+    """The table (vocabulary, hidden) that both ends of a tied graph then read."""
+    x, weight = ends.head.inputs[:2]
+    assert x is not None and weight is not None and weight.const_value is not None and ends.gather is not None
+    table = weaver.as_factor(_TABLE, weight.const_value, transposed=True)
+    ends.gather.replace_input_with(0, table)
+    shape = (*leading(x), weight.const_value.shape.numpy()[1])
+    name = "/lm_head/FusedMatMul"
+    product = weaver.node(
+        "FusedMatMul", [x, table], name, shape, before=ends.head, domain=MICROSOFT, transB=1
+    )
+    weaver.take_over(ends.head, product)
+    return table
 
 
 def _multiply(weaver: Weaver, head: ir.Node, x: ir.Value, blocks: Blocks, two_rows: bool) -> ir.Value:

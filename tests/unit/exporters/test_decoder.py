@@ -220,6 +220,23 @@ def test_tied_embeddings_are_stored_once_when_quantized(make: Make) -> None:
     assert not any(name.startswith("model.embed_tokens") for name in at)
 
 
+@pytest.mark.parametrize("head", ["fp32", "fp16"])
+def test_tied_embeddings_in_floats_are_stored_once_and_turned_by_no_node(
+    tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path: Path, head: str
+) -> None:
+    import onnx
+
+    options = {"head": head}
+    made = target.export(tiny_llama.fp32, [(float_adapter, 1.0)], tmp_path / "out", options=options)
+    graph = onnx.load(made.model, load_external_data=False).graph
+    tables = [one.name for one in graph.initializer if tiny.VOCABULARY in one.dims]
+    assert [list(one.dims) for one in graph.initializer if one.name in tables] == [[tiny.VOCABULARY, 64]]
+    assert not any(node.op_type == "Transpose" for node in graph.node)
+    read = {*tables, *(name for node in graph.node if tables[0] in node.input for name in node.output)}
+    ends = [node.op_type for node in graph.node if node.op_type != "Cast" and read & {*node.input}]
+    assert ends == ["Gather", "FusedMatMul"]
+
+
 @pytest.mark.parametrize(("asked", "taken"), [(None, 32), ("16", 16), ("64", 64), ("256", 64)])
 def test_the_head_has_the_blocks_of_the_linears_where_they_divide_it(
     tiny_llama: tiny.TinyLlama, float_adapter: Path, tmp_path: Path, asked: str | None, taken: int
