@@ -102,6 +102,8 @@ def open_bundle(
         )
     if opened.verified is not None and opened.verified.told is not None:
         tell(opened.verified.told)
+    for note in opened.graph.notes:
+        tell(note)
     if opened.graph.rewritten is not None:
         tell(opened.graph.rewritten.told)
     if huge_pages:

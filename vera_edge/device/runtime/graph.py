@@ -29,6 +29,7 @@ KINDS = (
     (".output_bias",),
 )
 _VECTORS = tuple(end for kind in KINDS for end in kind)
+_PACKS_AT_ONCE_SINCE = (1, 31)  # of ONNX Runtime
 _NO_MEMORY = re.compile(r"bad_?alloc|allocate memory|out of memory", re.IGNORECASE)
 _TYPES: Mapping[str, type[np.generic]] = {
     "tensor(float)": np.float32,
@@ -108,7 +109,7 @@ class Graph(GraphPorts):
         part: bytes | None = None,
         written: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
-        """Open `path`; what was moved to pages of 2 MB are `moved` bytes.
+        """Open `path`; `moved` bytes were moved to pages of 2 MB, `notes` say which settings were left out.
 
         part: to open instead, of a graph that is some of it. written: initializers that are read where they
         lie, so that what is written there later counts; their values needn't be in the files.
@@ -117,7 +118,8 @@ class Graph(GraphPorts):
         self.threads, self.rewritten = settings.threads or available_cores(), settings.rewritten
         self.settings = replace(settings, threads=self.threads)
         made = {} if self.rewritten is None else self.rewritten.held
-        options = _options(self.settings)
+        entries, self.notes = session_entries(self.settings, onnxruntime.__version__)
+        options = _options(self.threads, entries)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)
         )
@@ -183,15 +185,34 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
 
 
-def _options(settings: GraphSettings) -> Any:
+def session_entries(settings: GraphSettings, version: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """ONNX Runtime's entries for these settings, and what a person should hear of those that are left out.
+
+    version: of the ONNX Runtime that is to open the graph. One that doesn't know an entry passes over it and
+    says nothing.
+    """
+    entries = {
+        # Threads that wait in a loop gain a little on an idle machine, and cost half the speed on a busy one.
+        "session.intra_op.allow_spinning": "0",
+        "session.x64quantprecision": "1" if settings.exact_int8 else "0",
+    }
+    if not settings.pack_at_once or settings.threads == 1:
+        return entries, ()
+    if release(version) < _PACKS_AT_ONCE_SINCE:
+        needed = ".".join(map(str, _PACKS_AT_ONCE_SINCE))
+        return entries, (
+            f"onnxruntime {version} packs weights with one thread; from {needed} on all take part, and "
+            "opening takes less time",
+        )
+    return entries | {"session.prepack.enable_parallel": "1"}, ()
+
+
+def _options(threads: int, entries: Mapping[str, str]) -> Any:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = settings.threads
+    options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads that wait in a loop gain a little on an idle machine, and cost half the speed on a busy one.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.x64quantprecision", "1" if settings.exact_int8 else "0")
-    # A runtime that doesn't know this one yet passes over it.
-    options.add_session_config_entry("session.prepack.enable_parallel", "1" if settings.pack_at_once else "0")
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
     # ONNX Runtime warns once for every overridable initializer; errors are raised, and told in a sentence.
     options.log_severity_level = 4
     # A pattern is kept for every shape seen, and a growing attention mask never has the same shape twice.
