@@ -47,10 +47,9 @@ def main() -> None:
                     row = _process(folder, given.threads, way, cache)
                     if number:  # the first reads the files from the disk
                         found.setdefault((folder, way), []).append(row)
-    say(
-        "| bundle | MB | verification | imports, s | open, s | first token, s | waited, open | first token | peak, MB |"
-    )
-    say("|---|--:|---|--:|--:|--:|--:|--:|--:|")
+    heads = ("imports, s", "open, s", "first token, s", "open, waited", "first token, waited", "peak, MB")
+    say(f"| bundle | MB | verification | {' | '.join(heads)} |")
+    say(f"|---|--:|---|{'--:|' * len(heads)}")
     for (folder, way), rows in found.items():
         if way == "remembered" and not rows[0]["remembered"]:
             say(f"{folder}: nothing was remembered; its files changed a moment ago")
