@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vera_edge.device.runtime.decoding import Steps
 from vera_edge.device.runtime.session import Session
 from vera_edge.measuring.exported_parts import PartedExport
 
@@ -65,7 +66,18 @@ def assert_same_in_parts(folder: Path, *texts: Int64) -> PartedExport:
     whole = Session.open(folder, four_bit="kept")
     for text, found in zip(texts, parts.logits_of(texts), strict=True):
         np.testing.assert_array_equal(found, whole.logits(text))
+        assert_last_logits(whole, text)
     return parts
+
+
+def assert_last_logits(session: Session, text: Int64) -> None:
+    """Hold the logits behind a text that is fed for them alone to those of all of its tokens."""
+    assert session.decoder.cuts_logits
+    expected = session.logits(text)[-1]
+    steps = Steps(session.decoder, session.decoder.cache(len(text)), session.vectors)
+    found = steps.feed(text[None], last=True)
+    assert found.shape == (1, 1, len(expected))
+    np.testing.assert_allclose(found[0, 0], expected, atol=1e-6 * np.abs(expected).max())
 
 
 def decoder_feeds(running: Any, ids: Int64) -> dict[str, npt.NDArray[Any]]:

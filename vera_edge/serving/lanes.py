@@ -24,17 +24,17 @@ class Prompt:
         self._earlier = earlier
         self._found = earlier.restore(self.steps, job.prompt)
         coming = job.prompt[self._found :]
-        self._chunks: Iterator[tuple[int, npt.NDArray[Any]]] = self.steps.chunks(coming)
-        self._left = -(-len(coming) // decoder.chunk)
+        self._pieces: Iterator[npt.NDArray[Any]] = self.steps.pieces(coming)
+        self._left = -(-len(coming) // decoder.prompt_chunk)
 
     def feed(self) -> npt.NDArray[Any] | None:
         """Feed the next chunk; the logits (vocab,) behind the whole prompt once it's in, None before."""
-        _, logits = next(self._chunks)
+        logits = next(self._pieces)
         self._left -= 1
         if self._left:
             return None
         self._earlier.keep(self.steps, self.job.prompt, self._found)
-        return logits[-1]
+        return logits
 
 
 class Lane(Protocol):

@@ -78,9 +78,9 @@ def test_what_prompts_begin_with_is_computed_once(session: Session, monkeypatch:
     chunks: list[int] = []
     real = Steps.feed
 
-    def feed(self: Steps, tokens: Any) -> Any:
+    def feed(self: Steps, tokens: Any, last: bool = False) -> Any:
         chunks.append(tokens.shape[1])
-        return real(self, tokens)
+        return real(self, tokens, last)
 
     monkeypatch.setattr(Steps, "feed", feed)
     texts, fed = [], []
@@ -114,7 +114,7 @@ def test_what_fails_ends_its_request_and_never_the_engine(
         asked = Asked(session, 12)
         with monkeypatch.context() as patched:
 
-            def feed(self: Steps, tokens: Any, error: Exception = error) -> Any:
+            def feed(self: Steps, tokens: Any, last: bool = False, error: Exception = error) -> Any:
                 raise error
 
             patched.setattr(Steps, "feed", feed)

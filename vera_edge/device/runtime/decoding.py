@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 
 from vera_edge.arrays import Array, Tokens
-from vera_edge.device.runtime import pages
+from vera_edge.device.runtime import last_logits, pages
 from vera_edge.device.runtime.adapters import Vectors
 from vera_edge.device.runtime.graph import Graph, GraphPorts, Port, bind, first_line
 from vera_edge.errors import BundleError
 from vera_edge.storage.json_text import read_json
 
-# Logits of one chunk of a prompt: bounds memory whatever the vocabulary.
+# Logits of one chunk of a text: bounds memory whatever the vocabulary.
 _CHUNK_BYTES = 24 << 20
-_MAX_CHUNK = 256
+_MAX_CHUNK = 128  # tokens; more of them leave the processor's caches
 # The graph input that tells how long a sequence is that is fed in pieces, where its rotary embedding asks.
 ROPE_LENGTH = "rope_sequence_length"
 # In the graph's metadata: how its rotary embedding depends on that length, and past how many tokens.
@@ -58,7 +58,8 @@ class RopeSwitch:
 class DecoderFacts:
     """What a decoder's folder and graph say: sizes, the longest context, the tokens that end a text.
 
-    rope: how the length of a sequence changes its rotary embedding; None where it doesn't.
+    rope: how the length of a sequence changes its rotary embedding; None where it doesn't. cuts_logits:
+    whether the graph can leave out all logits but the last.
     """
 
     vocab_size: int
@@ -67,6 +68,7 @@ class DecoderFacts:
     caches: tuple[tuple[Port, Port], ...]  # (past input, present output), keys and values of every layer
     kv_shape: tuple[int, int]  # (heads, head size)
     rope: RopeSwitch | None
+    cuts_logits: bool
 
     @staticmethod
     def read(folder: Path, graph: GraphPorts) -> DecoderFacts:
@@ -91,7 +93,8 @@ class DecoderFacts:
         except (KeyError, TypeError, ValueError, AttributeError) as cause:
             raise BundleError(f"{path} lacks or garbles {cause}; export the bundle again") from None
         ports, rope = _cache_ports(graph, layers), RopeSwitch.of(graph)
-        facts = DecoderFacts(vocab, context, end_ids, ports, (heads, size), rope)
+        cuts = last_logits.FROM in graph.options
+        facts = DecoderFacts(vocab, context, end_ids, ports, (heads, size), rope, cuts)
         held = {side for past, _ in ports for side in zip(past.shape[1::2], (heads, size), strict=True)}
         if wrong := [side for side in held if isinstance(side[0], int) and side[0] != side[1]]:
             raise BundleError(f"{graph.path} keeps {wrong[0][0]} where {path.name} says {wrong[0][1]}")
@@ -102,8 +105,13 @@ class DecoderFacts:
 
     @property
     def chunk(self) -> int:
-        """Tokens of a prompt that are fed at once."""
+        """Tokens of a text that are fed at once where each one's logits are asked for."""
         return max(1, min(_MAX_CHUNK, _CHUNK_BYTES // (4 * self.vocab_size)))
+
+    @property
+    def prompt_chunk(self) -> int:
+        """Tokens of a prompt that are fed at once; `chunk` where the graph gives the logits of all."""
+        return _MAX_CHUNK if self.cuts_logits else self.chunk
 
     def cache(self, capacity: int, rows: int = 1) -> list[Array]:
         """Empty caches for `rows` sequences of `capacity` tokens at most: (rows, heads, capacity, size)."""
@@ -208,11 +216,11 @@ class Steps:
         """Let the single row hold its first `length` tokens, which some Steps over its cache have fed."""
         self.lengths[:] = length
 
-    def feed(self, tokens: Tokens) -> Array:
+    def feed(self, tokens: Tokens, last: bool = False) -> Array:
         """Append `tokens` (rows, n) and return logits (rows, n, vocab) in the graph's dtype.
 
-        The array is overwritten by the next call. With several rows n must be 1. Raises BundleError when
-        ONNX Runtime fails.
+        last: of the last token alone, (rows, 1, vocab). The array is overwritten by the next call. With
+        several rows n must be 1. Raises BundleError when ONNX Runtime fails.
         """
         rows, count = tokens.shape
         assert rows == self.rows and (rows == 1 or count == 1)
@@ -225,19 +233,28 @@ class Steps:
             self._set("position_ids", starts[:, None] + np.arange(count))
         if self._decoder.rope is not None:
             self._set(ROPE_LENGTH, np.array([max(self._whole, int(self.lengths.max()))]))
-        logits = self._output(count)
+        alone = last and self._decoder.cuts_logits
+        if self._decoder.cuts_logits:
+            self._set(last_logits.FROM, np.array([-1 if alone else 0]))
+        logits = self._output(1 if alone else count)
         try:
             self._run()
         except Exception as cause:  # onnxruntime's classes share no base but Exception
             raise BundleError(f"ONNX Runtime fails on {self._graph.path}: {first_line(cause)}") from None
-        return logits
+        return logits[:, -1:] if last else logits
 
     def prefill(self, tokens: Tokens) -> Array:
         """Feed a prompt (n,) to the single row, chunk by chunk, and return its last logits (vocab,)."""
         self._whole = max(self._whole, int(self.lengths.max()) + len(tokens))
-        for _, logits in self.chunks(tokens):
+        for logits in self.pieces(tokens):
             last = logits
-        return last[-1]
+        return last
+
+    def pieces(self, tokens: Tokens) -> Iterator[Array]:
+        """Feed a prompt (n,) to the single row; yields the logits (vocab,) behind each of its chunks."""
+        size = self._decoder.prompt_chunk
+        for start in range(0, len(tokens), size):
+            yield self.feed(tokens[None, start : start + size], last=True)[0, 0]
 
     def append(self, text: Tokens) -> Array:
         """Feed the last token of `text` (n,), whose others the single row holds; its logits (vocab,).
@@ -251,7 +268,7 @@ class Steps:
         return self.feed(text[None, -1:])[0, 0]
 
     def chunks(self, tokens: Tokens) -> Iterator[tuple[int, Array]]:
-        """Feed `tokens` (n,) to the single row; yields (start, logits (m, vocab)), valid until the next."""
+        """Feed a text (n,) to the single row; yields (start, logits (m, vocab)), valid until the next."""
         for start in range(0, len(tokens), self._decoder.chunk):
             yield start, self.feed(tokens[None, start : start + self._decoder.chunk])[0]
 

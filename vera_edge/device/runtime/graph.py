@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import onnxruntime
 
 from vera_edge.arrays import Array
 from vera_edge.cores import available_cores
-from vera_edge.device.runtime import huge_pages
+from vera_edge.device.runtime import huge_pages, last_logits
 from vera_edge.device.runtime.four_bit_graph import Rewritten
 from vera_edge.errors import BundleError
 
@@ -29,6 +30,7 @@ KINDS = (
     (".output_bias",),
 )
 _VECTORS = tuple(end for kind in KINDS for end in kind)
+_MOST_REWRITTEN = 64 << 20  # bytes of a file; ours hold the graph alone, and weights lie beside it
 _PACKS_AT_ONCE_SINCE = (1, 31)  # of ONNX Runtime
 _NO_MEMORY = re.compile(r"bad_?alloc|allocate memory|out of memory", re.IGNORECASE)
 _TYPES: Mapping[str, type[np.generic]] = {
@@ -85,7 +87,8 @@ class GraphSettings:
     aren't in the files, by name; kept as long as the graph is. exact_int8: multiply int8 weights as uint8
     where their products can overflow (int8_products.py). rewritten: what to open instead of the bytes in the
     file, beside which its other weights lie. pack_at_once: let all threads pack weights for the processor,
-    and their pages stay until all are. huge: move what it allocates to pages of 2 MB.
+    and their pages stay until all are. huge: move what it allocates to pages of 2 MB. cut_logits: let the
+    graph leave out logits that nobody asks for, where it can (last_logits.py).
     """
 
     threads: int | None = None
@@ -94,6 +97,7 @@ class GraphSettings:
     rewritten: Rewritten | None = None
     pack_at_once: bool = False
     huge: bool = False
+    cut_logits: bool = False
 
 
 USUAL = GraphSettings()
@@ -134,11 +138,14 @@ class Graph(GraphPorts):
         }
         for name, value in self._written.items():
             options.add_initializer(name, value)
+        model = part or (None if self.rewritten is None else self.rewritten.model)
+        if settings.cut_logits:
+            model = _with_cut_logits(path, model)
         try:
             # Without a fallback: it would print, and try the same provider again.
             make = partial(
                 onnxruntime.InferenceSession,
-                part or (path if self.rewritten is None else self.rewritten.model),
+                model or path,
                 options,
                 providers=["CPUExecutionProvider"],
                 enable_fallback=0,
@@ -218,6 +225,16 @@ def _options(threads: int, entries: Mapping[str, str]) -> Any:
     # A pattern is kept for every shape seen, and a growing attention mask never has the same shape twice.
     options.enable_mem_pattern = False
     return options
+
+
+def _with_cut_logits(path: Path, model: bytes | None) -> bytes | None:
+    """The model, or None for that in `path`, rewritten so; as it is where it can't be."""
+    with suppress(OSError, ValueError, IndexError, TypeError):  # a broken file is for ONNX Runtime to refuse
+        if model is not None:
+            return last_logits.rewrite(model) or model
+        if path.stat().st_size <= _MOST_REWRITTEN:
+            return last_logits.rewrite(path.read_bytes())
+    return model
 
 
 def _ports(arguments: Any, path: Path) -> dict[str, Port]:

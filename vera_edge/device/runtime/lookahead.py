@@ -56,12 +56,13 @@ class Lookahead:
         _check_memory(graph, copied)
         held = {} if graph.rewritten is None else graph.rewritten.held
         rewritten = Rewritten(model, held, 0, 0.0)
-        opened = Graph(graph.path, replace(graph.settings, rewritten=rewritten, pack_at_once=False))
+        settings = replace(graph.settings, rewritten=rewritten, pack_at_once=False, cut_logits=False)
+        opened = Graph(graph.path, settings)
         ports = tuple(
             tuple(opened.outputs[further(present.name, token)] for token in range(tokens))
             for _, present in plain.caches
         )
-        decoder = replace(plain, graph=opened, further=ports)
+        decoder = replace(plain, graph=opened, further=ports, cuts_logits=False)
         return cls(decoder, tokens, _cost(plain, decoder, tokens + 1))
 
 

@@ -141,7 +141,8 @@ def open_graph(
         four_bit_graph.rewrite(model, found, four_bit, threads or available_cores()) if found else None
     )
     held, at_once = generated.in_memory(manifest), _can_pack_at_once(manifest)
-    settings = GraphSettings(threads, held, exact, rewritten, at_once, huge_pages)
+    decodes = kind == "decoder"
+    settings = GraphSettings(threads, held, exact, rewritten, at_once, huge_pages, cut_logits=decodes)
     graph = ResidentGraph(model, settings) if resident else Graph(model, settings)
     return manifest, graph, looked
 

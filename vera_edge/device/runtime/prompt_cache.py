@@ -1,6 +1,6 @@
 """Keys and values of prompts that came before, so that what a prompt begins with alike is computed once.
 
-Prompts are fed in chunks of `Decoder.chunk` tokens. What a chunk leaves in the KV cache depends on the
+Prompts are fed in chunks of `Decoder.prompt_chunk` tokens. What a chunk leaves in the KV cache depends on the
 adapter and on all tokens up to its end, and on nothing else, so whole chunks are kept under the digest of
 those: a prompt that finds its first chunks here gets the bits that it would compute. A chunk that isn't whole
 is computed each time, since kernels round by how many tokens are fed at once.
@@ -108,7 +108,7 @@ class PromptCache:
         # Keys of a longer text are rotated by how long it is.
         if self.limit == 0 or (decoder.rope is not None and len(prompt) > decoder.rope.length):
             return
-        digest, chunk = self._adapter(steps.vectors), decoder.chunk
+        digest, chunk = self._adapter(steps.vectors), decoder.prompt_chunk
         for start in range(0, len(prompt) - chunk + 1, chunk):
             tokens = np.ascontiguousarray(prompt[start : start + chunk], np.int64)
             digest = sha256(digest + tokens.tobytes()).digest()

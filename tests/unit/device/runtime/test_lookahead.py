@@ -129,8 +129,8 @@ def test_logits_that_would_be_others_are_refused(merged: Session, monkeypatch: p
     monkeypatch.setattr(lookahead, "_vectors", lambda _: {})
     real = Steps.feed
 
-    def rounded(self: Steps, tokens: np.ndarray) -> np.ndarray:
-        logits = real(self, tokens)
+    def rounded(self: Steps, tokens: np.ndarray, last: bool = False) -> np.ndarray:
+        logits = real(self, tokens, last)
         return logits if tokens.shape[1] == 1 else logits * (1 + 1e-6 * draw.random(logits.shape, np.float32))
 
     monkeypatch.setattr(Steps, "feed", rounded)

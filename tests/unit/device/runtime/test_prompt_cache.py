@@ -37,9 +37,9 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     real = Steps.feed
 
-    def feed(self: Steps, tokens: np.ndarray) -> Any:
+    def feed(self: Steps, tokens: np.ndarray, last: bool = False) -> Any:
         found.append(tokens.shape[1])
-        return real(self, tokens)
+        return real(self, tokens, last)
 
     monkeypatch.setattr(Steps, "feed", feed)
     return found
