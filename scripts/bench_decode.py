@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from scripts import bench_llama_cpp, bench_models, demo_model
+from scripts import bench_drift_ways, bench_llama_cpp, bench_models, demo_model
 from scripts.bench_decode_rows import (
     BUILDER,
     GGUF_WAYS,
@@ -55,6 +55,9 @@ from vera_edge.rounding.weight_rounding import Rounding
 
 DEMO, LARGE = "demo", "1.2b"
 _RANK = 256
+_HUGE = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"
+}  # malloc asks for pages of 2 MB, where the system lets it
 
 
 @dataclass(frozen=True)
@@ -185,9 +188,10 @@ def _workers(
 ) -> dict[str, Worker]:
     ways = model.named()
     workers = {name: _worker(folder, ways.get(name), threads) for name, folder in folders.items()}
+    huge = {way.name for way in model.gguf_ways if way.huge_pages}
     for name, file in ggufs.items():
         command = [str(_python()), bench_llama_cpp.__file__, str(file), "--threads", str(threads)]
-        workers[name] = Worker(command)
+        workers[name] = Worker(command, **(_HUGE if name in huge else {}))
     if with_peft:
         command = [sys.executable, "-m", "scripts.bench_peft", str(model.base), str(model.adapter)]
         workers[PEFT] = Worker([*command, "--threads", str(threads)], OMP_NUM_THREADS=str(threads))
@@ -219,6 +223,10 @@ def _folders(model: Model, out: Path, only: list[str] | None, keep: bool) -> dic
 
 
 def _export(model: Model, way: Way, folder: Path) -> None:
+    if way.planned:
+        say("  after planning, which takes a quarter of an hour")
+        bench_drift_ways.plan_blocks(prepare(), folder)
+        return
     target.export(
         model.base,
         [(model.adapter, 1.0)],

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from scripts.bench_drift_ways import BLOCKS
 from scripts.prepare_demo import ROOT
 from vera_edge.device.runtime import four_bit_graph
 from vera_edge.device.runtime.four_bit import expanded_bytes
 from vera_edge.device.runtime.onnx_file import OnnxFile
 
+LLAMA_CPP_HUGE = "llama.cpp, Q4_0, 2 MB pages"
 BUILDER, LLAMA_CPP, PEFT = "GenAI's builder, int4", "llama.cpp, Q4_0", "torch, PEFT on NF4"
 _LLAMA_CPP_8 = "llama.cpp, Q8_0"
 _INT4_64_ROW = "int4 merged, blocks of 64"  # of docs/drift-table.md
@@ -40,7 +42,8 @@ class Way:
     """One of our exports.
 
     against: the way its ratio is taken to. drift: its row of docs/drift-table.md, or `lost` what stands
-    elsewhere. device: it runs in vera_edge.device, so; else in ONNX Runtime GenAI.
+    elsewhere. device: it runs in vera_edge.device, so; else in ONNX Runtime GenAI. planned: weights, blocks
+    and head are those that a plan chooses (bench_drift_ways.plan_blocks).
     """
 
     name: str
@@ -51,10 +54,13 @@ class Way:
     options: Mapping[str, str] = field(default_factory=dict)
     device: Device | None = None
     lost: str = ""
+    planned: bool = False
 
     @property
     def folder(self) -> str:
         """Ways that differ in nothing but how they run share an export."""
+        if self.planned:
+            return "plan"
         settings = "-".join(f"{key}-{value}" for key, value in sorted(self.options.items()))
         return "-".join(part for part in (self.mode, self.weights, settings) if part)
 
@@ -64,14 +70,17 @@ _HEAD = {"head": "int4"}
 _HUGE = Device(huge_pages=True)
 _INT4, _INT4_64, _INT4_HUGE = "merged int4", "merged int4, blocks of 64", "merged int4, 2 MB pages"
 _INT4_128 = "merged int4, blocks of 128"
+_PLAN = "merged by a plan, int4 and int8"
 _ON_DEVICE = "0.08% ([device.md](device.md#running))"
 WAYS = (
     Way("merged int4, int4 head", "merged", "int4", BUILDER, options=_HEAD),
     Way(_INT4, "merged", "int4", LLAMA_CPP, "int4 merged"),
-    Way(_INT4_HUGE, "merged", "int4", LLAMA_CPP, "int4 merged", device=_HUGE),
+    Way(_INT4_HUGE, "merged", "int4", LLAMA_CPP_HUGE, "int4 merged", device=_HUGE),
     Way(_INT4_64, "merged", "int4", LLAMA_CPP, _INT4_64_ROW, _B64),
-    Way(f"{_INT4_64}, 2 MB pages", "merged", "int4", LLAMA_CPP, _INT4_64_ROW, _B64, _HUGE),
+    Way(f"{_INT4_64}, 2 MB pages", "merged", "int4", LLAMA_CPP_HUGE, _INT4_64_ROW, _B64, _HUGE),
     Way(f"{_INT4_64}, int4 head", "merged", "int4", LLAMA_CPP, f"{_INT4_64_ROW}, int4 head", _B64 | _HEAD),
+    Way(_PLAN, "merged", "int4", LLAMA_CPP, BLOCKS, planned=True),
+    Way(f"{_PLAN}, 2 MB pages", "merged", "int4", LLAMA_CPP_HUGE, BLOCKS, device=_HUGE, planned=True),
     Way("branch int4", "branch", "int4", _INT4, "int4 branch"),
     Way("branch int4, resident", "branch", "int4", _INT4, "int4 branch", device=Device(resident=True)),
     Way(
@@ -102,9 +111,9 @@ WAYS = (
 # Of random weights, so that nothing can be lost.
 LARGE_WAYS = (
     Way(_INT4, "merged", "int4", LLAMA_CPP),
-    Way(_INT4_HUGE, "merged", "int4", LLAMA_CPP, device=_HUGE),
+    Way(_INT4_HUGE, "merged", "int4", LLAMA_CPP_HUGE, device=_HUGE),
     Way(_INT4_128, "merged", "int4", LLAMA_CPP, options=_B128),
-    Way(f"{_INT4_128}, 2 MB pages", "merged", "int4", LLAMA_CPP, options=_B128, device=_HUGE),
+    Way(f"{_INT4_128}, 2 MB pages", "merged", "int4", LLAMA_CPP_HUGE, options=_B128, device=_HUGE),
     Way(f"{_INT4_128}, int4 head", "merged", "int4", LLAMA_CPP, options=_B128 | _HEAD),
     Way("branch int4", "branch", "int4", _INT4),
     Way("branch int4, resident", "branch", "int4", _INT4, device=Device(resident=True)),
@@ -117,7 +126,8 @@ LARGE_WAYS = (
 class GgufWay:
     """A GGUF file in llama.cpp, of llama.cpp's own quantizer or `ours`: merged, by `export --target gguf`.
 
-    kind: llama.cpp's name of the type. against, drift: as of a Way.
+    kind: llama.cpp's name of the type. against, drift: as of a Way. huge_pages: glibc asks for pages of 2 MB
+    for what llama.cpp allocates.
     """
 
     name: str
@@ -125,10 +135,12 @@ class GgufWay:
     against: str
     drift: str
     ours: bool = True
+    huge_pages: bool = False
 
 
 GGUF_WAYS = (
     GgufWay(LLAMA_CPP, "Q4_0", "merged int4", "llama.cpp Q4_0", ours=False),
+    GgufWay(LLAMA_CPP_HUGE, "Q4_0", LLAMA_CPP, "llama.cpp Q4_0", ours=False, huge_pages=True),
     GgufWay("GGUF Q4_0", "Q4_0", LLAMA_CPP, "Q4_0, ours"),
     GgufWay("GGUF IQ4_NL", "IQ4_NL", LLAMA_CPP, "IQ4_NL, ours"),
     GgufWay("GGUF Q4_K_M", "Q4_K_M", LLAMA_CPP, "Q4_K_M, ours"),

@@ -55,6 +55,9 @@ MORE = (
     ("int4 merged, search", "merged", "int4", "search"),
     ("int8 merged, gptq", "merged", "int8", "gptq"),
 )
+# A plan for speed: what layers and head may be, and the KL it stays within, twelve per cent of the effect.
+BLOCKS = "plan of 12% in blocks of 32 and 64"
+_BLOCK_FORMATS, _BLOCKS_KL = ("int4:32", "int4:64", "int8:64"), 0.0535
 RANK = 8
 LOW_RANK = f"int4 merged, low-rank {RANK}"
 # Name, weights, and the exporter's options.
@@ -92,6 +95,7 @@ def more(demo: Demo, out: Path, bench: Bench) -> Iterator[Way]:
     for share, mode in ((0.03, "merged"), (0.06, "merged"), (0.03, "branch")):
         name = f"plan, {share:.0%} of the effect, {mode}"
         yield Way(name, partial(_planned, demo, out, bench, share, mode), rounding_code())
+    yield Way(BLOCKS, partial(_planned_blocks, demo, out), rounding_code())
 
 
 def rounding_code(method: str = "") -> str:
@@ -139,12 +143,26 @@ def _low_rank(demo: Demo, out: Path) -> Made:
 
 
 def _planned(demo: Demo, out: Path, bench: Bench, share: float, mode: str) -> Made:
+    """Within a share of the adapter's effect."""
+    folder, limit = out / f"planned-{mode}", share * next(iter(bench.bare.texts.values())).kl
+    return _open(folder, _plan(demo, folder, PlanRequest(max_kl=limit, mode=mode)))
+
+
+def _planned_blocks(demo: Demo, out: Path) -> Made:
+    folder = out / "planned-blocks"
+    return _open(folder, plan_blocks(demo, folder))
+
+
+def plan_blocks(demo: Demo, folder: Path) -> Plan:
+    """The plan for speed, merged, exported to `folder`."""
+    return _plan(demo, folder, PlanRequest(max_kl=_BLOCKS_KL, formats=_BLOCK_FORMATS))
+
+
+def _plan(demo: Demo, folder: Path, request: PlanRequest) -> Plan:
     """Planned on the text of the training, since the measured one must be new to it."""
-    folder, texts = out / f"planned-{mode}", (Mixture.of(str(demo.calibration_text)), str(demo.train_text))
-    limit = share * next(iter(bench.bare.texts.values())).kl
-    request = PlanRequest(max_kl=limit, mode=mode, calibration=texts[0], data=texts[1])
-    found = choose(demo.base, [(demo.adapter, 1.0)], request, folder, keep=folder)
-    return _open(folder, found.plan)
+    text = Mixture.of(str(demo.calibration_text))
+    request = replace(request, calibration=text, data=str(demo.train_text))
+    return choose(demo.base, [(demo.adapter, 1.0)], request, folder, keep=folder).plan
 
 
 def _open(folder: Path, plan: Plan) -> Made:
