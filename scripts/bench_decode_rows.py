@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from scripts.bench_drift_ways import BLOCKS
+from scripts.bench_drift_ways import BLOCKS, EXPANDED
 from scripts.prepare_demo import ROOT
 from vera_edge.device.runtime import four_bit_graph
 from vera_edge.device.runtime.four_bit import expanded_bytes
@@ -100,6 +100,15 @@ WAYS = (
     Way("branch nf4", "branch", "nf4", "branch int8", "nf4 branch"),
     Way("branch nf4, expanded", "branch", "nf4", "branch int8", device=Device("expanded"), lost=_ON_DEVICE),
     Way(
+        "branch nf4, int8 head, expanded",
+        "branch",
+        "nf4",
+        "branch int8",
+        EXPANDED,
+        {"head": "int8"},
+        Device("expanded"),
+    ),
+    Way(
         "branch nf4, expanded, int8 activations",
         "branch",
         "nf4",
@@ -118,7 +127,15 @@ LARGE_WAYS = (
     Way("branch int4", "branch", "int4", _INT4),
     Way("branch int4, resident", "branch", "int4", _INT4, device=Device(resident=True)),
     Way("merged int8", "merged", "int8", _LLAMA_CPP_8),
-    Way("branch nf4, expanded", "branch", "nf4", "merged int8", device=Device("expanded")),
+    Way("branch int8", "branch", "int8", "merged int8"),
+    Way(
+        "branch nf4, int8 head, expanded",
+        "branch",
+        "nf4",
+        "branch int8",
+        options={"head": "int8"},
+        device=Device("expanded"),
+    ),
 )
 
 

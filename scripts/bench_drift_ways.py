@@ -58,6 +58,7 @@ MORE = (
 # A plan for speed: what layers and head may be, and the KL it stays within, twelve per cent of the effect.
 BLOCKS = "plan of 12% in blocks of 32 and 64"
 _BLOCK_FORMATS, _BLOCKS_KL = ("int4:32", "int4:64", "int8:64"), 0.0535
+EXPANDED = "nf4 branch, int8 head, run as int8 blocks"
 RANK = 8
 LOW_RANK = f"int4 merged, low-rank {RANK}"
 # Name, weights, and the exporter's options.
@@ -95,6 +96,7 @@ def more(demo: Demo, out: Path, bench: Bench) -> Iterator[Way]:
     for share, mode in ((0.03, "merged"), (0.06, "merged"), (0.03, "branch")):
         name = f"plan, {share:.0%} of the effect, {mode}"
         yield Way(name, partial(_planned, demo, out, bench, share, mode), rounding_code())
+    yield Way(EXPANDED, partial(_expanded, demo, out), rounding_code("rtn"))
     yield Way(BLOCKS, partial(_planned_blocks, demo, out), rounding_code())
 
 
@@ -120,7 +122,7 @@ def _exported(
     options: Mapping[str, str] = MappingProxyType({}),
     recover: tuple[str, ...] = (),
 ) -> Made:
-    folder = out / name.replace(" ", "-").replace(",", "")
+    folder = _folder(out, name)
     made = target.export(
         demo.base,
         [(demo.adapter, 1.0)],
@@ -132,6 +134,16 @@ def _exported(
         rounding=Rounding(method, Mixture.of(str(demo.calibration_text)), recover=recover),
     )
     return _open(folder, made.plan)
+
+
+def _folder(out: Path, name: str) -> Path:
+    return out / name.replace(" ", "-").replace(",", "")
+
+
+def _expanded(demo: Demo, out: Path) -> Made:
+    """NF4 as vera_edge.device runs it."""
+    made = _exported(demo, out, EXPANDED, "branch", "nf4", None, {"head": "int8"})
+    return replace(made, runner=Session.open(_folder(out, EXPANDED), four_bit="expanded"), speed=None)
 
 
 def _low_rank(demo: Demo, out: Path) -> Made:

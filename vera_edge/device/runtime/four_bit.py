@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_edge.arrays import Bytes, Float32
+from vera_edge.device.runtime import pages
 
 BLOCK = 32
 # NF4's by a greedy search over 100 to 250 on SmolLM2; FP4's levels are twelfths, but for one.
@@ -74,7 +75,10 @@ def expand(
     `blocksize` values. each: how the work on runs of blocks is done, in turn or in several threads.
     """
     tables, parts = _tables(quant_type), packed.view(np.uint16).reshape(-1, BLOCK // 4)
-    codes, chosen = np.empty(parts.shape, np.uint32), np.empty(len(parts), np.intp)
+    # Written once and read once, so that pages of 2 MB, which numpy asks for, gain little; the host of a
+    # virtual machine took seconds to give a gigabyte of them.
+    codes: Any = pages.zeros(parts.shape, np.dtype(np.uint32))
+    chosen = np.empty(len(parts), np.uint8)
 
     def part(start: int) -> None:
         run = slice(start, start + _CHUNK)
@@ -88,7 +92,7 @@ def expand(
     return codes.view(np.uint8).reshape(shape[0], count, BLOCK), scales.reshape(shape[0], count)
 
 
-def _expanded(tables: _Tables, parts: npt.NDArray[np.uint16]) -> tuple[npt.NDArray[np.intp], Any]:
+def _expanded(tables: _Tables, parts: npt.NDArray[np.uint16]) -> tuple[Any, Any]:
     """Which scale each of n blocks takes, (n,), and its codes, uint32, of parts (n, BLOCK / 4) in that shape.
 
     Numpy is quick along long axes: blocks are the last one until the end.
