@@ -12,26 +12,37 @@ from tests import tiny
 from vera_edge.device.runtime.graph import GraphSettings, session_entries
 from vera_edge.exporting import target
 
-_AT_ONCE = "session.prepack.enable_parallel"
+_AT_ONCE, _SPINS = "session.prepack.enable_parallel", "session.intra_op.allow_spinning"
+_SPIN_FOR = "session.intra_op.spin_duration_us"
+_BOTH = GraphSettings(threads=2, pack_at_once=True)
 
 
 @pytest.mark.parametrize("version", ["1.31.0", "1.32.0", "2.0.0", "1.31.0.dev20260901"])
-def test_all_threads_pack_where_the_runtime_knows_how(version: str) -> None:
-    entries, notes = session_entries(GraphSettings(threads=2, pack_at_once=True), version)
+def test_what_the_runtime_knows_is_set(version: str) -> None:
+    entries, notes = session_entries(_BOTH, version)
     assert entries[_AT_ONCE] == "1" and not notes
+    assert entries[_SPINS] == "1" and 0 < int(entries[_SPIN_FOR]) <= 100
     entries, notes = session_entries(GraphSettings(threads=2), version)
     assert _AT_ONCE not in entries and not notes
 
 
-@pytest.mark.parametrize("version", ["1.22.0", "1.30.1"])
-def test_a_setting_that_the_runtime_does_not_know_is_left_out_with_a_note(version: str) -> None:
-    entries, notes = session_entries(GraphSettings(threads=2, pack_at_once=True), version)
-    assert _AT_ONCE not in entries
-    assert notes == (
-        f"onnxruntime {version} packs weights with one thread; from 1.31 on all take part, and opening takes "
-        "less time",
-    )
-    assert not session_entries(GraphSettings(threads=1, pack_at_once=True), version)[1]
+def test_one_thread_waits_for_none() -> None:
+    for version in ("1.22.0", "1.32.0"):
+        entries, notes = session_entries(GraphSettings(threads=1, pack_at_once=True), version)
+        assert entries[_SPINS] == "0" and not {_AT_ONCE, _SPIN_FOR} & entries.keys() and not notes
+
+
+@pytest.mark.parametrize(
+    ("version", "left_out"), [("1.22.0", 2), ("1.25.1", 2), ("1.27.0", 1), ("1.30.1", 1)]
+)
+def test_a_setting_that_the_runtime_does_not_know_is_left_out_with_a_note(
+    version: str, left_out: int
+) -> None:
+    entries, notes = session_entries(_BOTH, version)
+    assert _AT_ONCE not in entries and (_SPIN_FOR in entries) == (left_out == 1)
+    assert len(notes) == left_out
+    does, gain = "packs weights with one thread", "from 1.31 on opening takes less time with several"
+    assert notes[-1] == f"onnxruntime {version} {does}; {gain}"
 
 
 def test_who_opens_a_bundle_is_told(
