@@ -33,8 +33,8 @@ _VECTORS = tuple(end for kind in KINDS for end in kind)
 _MOST_REWRITTEN = 64 << 20  # bytes of a file; ours hold the graph alone, and weights lie beside it
 # Versions of ONNX Runtime.
 _PACKS_AT_ONCE_SINCE, _SPINS_SHORTLY_SINCE = (1, 31), (1, 26)
-# How long threads wait in a loop for the next product. On an idle machine it is as quick as ONNX Runtime's own
-# choice, which is far longer; beside other programs that one costs a third of the speed, and this a seventh.
+# How long threads wait in a loop for the next product. On an idle machine as quick as ONNX Runtime's default,
+# which is far longer; beside other programs that costs a third of the speed, and this a seventh.
 _SPIN = "50"  # microseconds
 _NO_MEMORY = re.compile(r"bad_?alloc|allocate memory|out of memory", re.IGNORECASE)
 _TYPES: Mapping[str, type[np.generic]] = {
