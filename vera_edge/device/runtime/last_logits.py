@@ -7,6 +7,7 @@ says: 0, the default, is all of them, -1 the last.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,12 @@ _NORMS = frozenset(
 _MOST = 64  # nodes between the last norm and the logits; heads have one to twenty
 _OPSET = 13  # since when a Slice is as it's written here
 _GRAPH, _NODE, _INITIALIZER, _INPUT = 7, 1, 5, 11  # field numbers of ModelProto and GraphProto
+_FED, _CACHES = frozenset({"attention_mask", "input_ids", "position_ids"}), "past_key_values."
 _Field = tuple[int, Any, Any]  # its number, its value, and all of it
 
 
 def rewrite(model: Any) -> bytes | None:
-    """The model (bytes of a file) with the input FROM; None for one whose head stands behind no norm.
+    """The model (bytes of a file) with the input FROM; None for one whose head reads no norm alone.
 
     Raises ValueError when it isn't a model.
     """
@@ -50,9 +52,26 @@ def rewrite(model: Any) -> bytes | None:
     return bytes(made)
 
 
+@dataclass(frozen=True)
+class _Node:
+    """What a node reads and gives, and its operator."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    op: str
+
+    @classmethod
+    def of(cls, data: Any) -> _Node:
+        names: dict[int, list[str]] = {1: [], 2: [], 4: [""]}
+        for number, value in fields(data):
+            if number in names:
+                names[number].append(text(value))
+        return cls(tuple(names[1]), tuple(names[2]), names[4][-1])
+
+
 def _rewritten(parts: list[_Field]) -> bytes | None:
     found = _last_norm(parts)
-    if found is None:
+    if found is None or not _stands_alone(parts, *found):
         return None
     place, hidden = found
     made = bytearray()
@@ -77,28 +96,37 @@ def _last_norm(parts: list[_Field]) -> tuple[int, str] | None:
         if parts[index][0] != _NODE or left == 0:
             continue
         left -= 1
-        inputs, outputs, op = _names(parts[index][1])
-        if wanted not in outputs:
+        node = _Node.of(parts[index][1])
+        if wanted not in node.outputs:
             continue
-        if op in _NORMS:
+        if node.op in _NORMS:
             return index, wanted
-        if not inputs:
+        if not node.inputs:
             return None
-        wanted = inputs[0]
+        wanted = node.inputs[0]
     return None
 
 
-def _names(node: Any) -> tuple[list[str], list[str], str]:
-    """What a node reads and gives, and its operator."""
-    inputs, outputs, op = list[str](), list[str](), ""
-    for number, value in fields(node):
-        if number == 1:
-            inputs.append(text(value))
-        elif number == 2:
-            outputs.append(text(value))
-        elif number == 4:
-            op = text(value)
-    return inputs, outputs, op
+def _stands_alone(parts: list[_Field], place: int, hidden: str) -> bool:
+    """Whether nothing that has a row for each token joins what comes of `hidden`, but `hidden` itself.
+
+    Else the norm isn't the last: a residual is added to what it leads to.
+    """
+    comes, joins = {hidden}, set[str]()
+    for number, value, _ in parts[place + 1 :]:
+        if number == _NODE and comes & {*(node := _Node.of(value)).inputs}:
+            comes.update(node.outputs)
+            joins.update(node.inputs)
+    return not _reads_text(parts, joins - comes)
+
+
+def _reads_text(parts: list[_Field], names: set[str]) -> bool:
+    """Whether one of these values depends on what is fed, and not on weights or an adapter alone."""
+    wanted = set(names)
+    for number, value, _ in reversed(parts):
+        if number == _NODE and wanted & {*(node := _Node.of(value)).outputs}:
+            wanted.update(node.inputs)
+    return any(name in _FED or name.startswith(_CACHES) for name in wanted)
 
 
 def _reading(node: Any, hidden: str) -> bytes:

@@ -73,6 +73,19 @@ def test_all_that_reads_the_last_norm_reads_what_is_cut() -> None:
     assert last_logits.FROM in [port.name for port in graph.input]
 
 
+def test_a_norm_beside_a_residual_is_not_the_last() -> None:
+    nodes = [
+        helper.make_node("Abs", ["input_ids"], ["residual"]),
+        _norm(["residual", "residual"], "h"),
+        helper.make_node("Neg", ["h"], ["mlp"]),
+        helper.make_node("Add", ["mlp", "residual"], ["sum"]),
+        helper.make_node("Tanh", ["sum"], ["logits"]),
+    ]
+    assert last_logits.rewrite(memoryview(_model(nodes))) is None
+    nodes[3] = helper.make_node("Add", ["mlp", "bias"], ["sum"])
+    assert last_logits.rewrite(memoryview(_model(nodes))) is not None
+
+
 @pytest.mark.parametrize("opset", [12, 21])
 def test_what_it_cannot_rewrite_it_leaves(opset: int) -> None:
     nodes = [_norm(["x", "x"], "h") if opset < 13 else helper.make_node("Abs", ["x"], ["h"])]
