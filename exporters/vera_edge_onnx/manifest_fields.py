@@ -21,6 +21,7 @@ from vera_edge_onnx.weights.stored import runs_as
 _TOOLS = ("numpy", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 # The oldest ONNX Runtime that knows every operator, and adapters, as they are written here.
 _OLDEST = "1.22"
+_OLDEST_WITH_INTEGER_TABLE = "1.23"  # tried: 1.22 doesn't know how many bits GatherBlockQuantized reads
 _OLDEST_WITH_INT8_CACHE = "1.27"  # tried: 1.26 takes the graph, and fails when it runs
 # Who draws the graph, by the kind of model.
 _DRAWN_BY = {"decoder": ("onnxruntime-genai",), "encoder": ("onnxscript", "optimum")}
@@ -88,12 +89,20 @@ def manifest_fields(
         trained_names=_trained_names(request) if branch else {},
         vectors=layout,
         vector_dtype=adapters.vector_dtype(request),
-        requires={"onnxruntime": _OLDEST_WITH_INT8_CACHE if options.has_int8_cache(request) else _OLDEST},
+        requires={"onnxruntime": _oldest(request, model_kind == "encoder")},
         plan=plan.to_dict(),
         options={**request.options, **options.beside(request, model_kind == "encoder")},
         exact=options.is_exact(request, model_kind == "encoder"),
         tools=tools(model_kind),
     )
+
+
+def _oldest(request: ExportRequest, encoder: bool) -> str:
+    """The oldest ONNX Runtime that runs the graph."""
+    if options.has_int8_cache(request):
+        return _OLDEST_WITH_INT8_CACHE
+    integers = options.beside(request, encoder)[options.HEAD].startswith("int")
+    return _OLDEST_WITH_INTEGER_TABLE if integers else _OLDEST
 
 
 def _trained_names(request: ExportRequest) -> dict[str, str]:

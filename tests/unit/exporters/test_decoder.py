@@ -235,6 +235,7 @@ def test_tied_embeddings_in_floats_are_stored_once_and_turned_by_no_node(
     casts = {name for node in graph.node if node.op_type == "Cast" for name in node.output}
     readers = [node.op_type for node in graph.node if {*tables, *casts} & {*node.input}]
     assert [op for op in readers if op in ("Gather", "FusedMatMul")] == ["Gather", "FusedMatMul"]
+    assert bundle.read(made.folder).requires == {"onnxruntime": "1.22"}
 
 
 @pytest.mark.parametrize(("asked", "taken"), [(None, 32), ("16", 16), ("64", 64), ("256", 64)])
@@ -250,6 +251,7 @@ def test_the_head_has_the_blocks_of_the_linears_where_they_divide_it(
     ends = [node for node in nodes if "lm_head" in node.name or node.op_type == "GatherBlockQuantized"]
     sizes = [attribute.i for node in ends for attribute in node.attribute if attribute.name == "block_size"]
     assert sizes == [taken, taken]
+    assert bundle.read(made.folder).requires == {"onnxruntime": "1.23"}
 
 
 def test_layers_that_read_the_same_input_share_one_product(make: Make) -> None:
