@@ -159,7 +159,8 @@ def _rows(
         size = file.stat().st_size
         rows.append(Row(name, size, against[name], size, losses.get(name, "")))
     if model.is_demo and (not only or PEFT in only):
-        rows.append(Row(PEFT, folder_bytes(model.base) + folder_bytes(model.adapter), "merged int4"))
+        size = folder_bytes(model.base) + folder_bytes(model.adapter)
+        rows.append(Row(PEFT, size, "merged int4", lost="nothing, as trained"))
     return rows
 
 

@@ -68,12 +68,13 @@ class Way:
 _B64, _B128 = {"block": "64"}, {"block": "128"}
 _HEAD = {"head": "int4"}
 _HUGE = Device(huge_pages=True)
+_NARROW, _WIDE = "branch int4, int4 projections", "branch int8, fp32 projections"
 _INT4, _INT4_64, _INT4_HUGE = "merged int4", "merged int4, blocks of 64", "merged int4, 2 MB pages"
 _INT4_128 = "merged int4, blocks of 128"
 _PLAN = "merged by a plan, int4 and int8"
 _ON_DEVICE = "0.08% ([device.md](device.md#running))"
 WAYS = (
-    Way("merged int4, int4 head", "merged", "int4", BUILDER, options=_HEAD),
+    Way("merged int4, int4 head", "merged", "int4", BUILDER, "int4 merged, int4 head", _HEAD),
     Way(_INT4, "merged", "int4", LLAMA_CPP, "int4 merged"),
     Way(_INT4_HUGE, "merged", "int4", LLAMA_CPP_HUGE, "int4 merged", device=_HUGE),
     Way(_INT4_64, "merged", "int4", LLAMA_CPP, _INT4_64_ROW, _B64),
@@ -91,12 +92,12 @@ WAYS = (
         "int4 branch",
         device=Device(resident=True, huge_pages=True),
     ),
-    Way("branch int4, int4 projections", "branch", "int4", _INT4, options={"projections": "int4"}),
+    Way(_NARROW, "branch", "int4", _INT4, "int4 branch, int4 projections", {"projections": "int4"}),
     Way("merged int8", "merged", "int8", _LLAMA_CPP_8, "int8 merged"),
     Way("merged int8, blocks of 64", "merged", "int8", _LLAMA_CPP_8, "int8 merged, blocks of 64", _B64),
     Way("merged int8, 2 MB pages", "merged", "int8", _LLAMA_CPP_8, "int8 merged", device=_HUGE),
     Way("branch int8", "branch", "int8", "merged int8", "int8 branch"),
-    Way("branch int8, fp32 projections", "branch", "int8", "merged int8", options={"projections": "fp32"}),
+    Way(_WIDE, "branch", "int8", "merged int8", "int8 branch, fp32 projections", {"projections": "fp32"}),
     Way("branch nf4", "branch", "nf4", "branch int8", "nf4 branch"),
     Way("branch nf4, expanded", "branch", "nf4", "branch int8", device=Device("expanded"), lost=_ON_DEVICE),
     Way(
