@@ -55,9 +55,8 @@ from vera_edge.rounding.weight_rounding import Rounding
 
 DEMO, LARGE = "demo", "1.2b"
 _RANK = 256
-_HUGE = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"
-}  # malloc asks for pages of 2 MB, where the system lets it
+# malloc asks for pages of 2 MB, where the system lets it.
+_HUGE = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @dataclass(frozen=True)

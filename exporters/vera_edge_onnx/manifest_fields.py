@@ -67,6 +67,7 @@ def manifest_fields(
     plan, branch, overlay = request.plan, bool(files), request.model.checkpoint.overlay
     whole = overlay.digests if overlay is not None else {}
     names, inputs = exported_adapters.names(request), adapters.inputs(request)
+    beside = options.beside(request, model_kind == "encoder")
     return ManifestFields(
         kind=model_kind,
         mode=plan.mode,
@@ -89,20 +90,19 @@ def manifest_fields(
         trained_names=_trained_names(request) if branch else {},
         vectors=layout,
         vector_dtype=adapters.vector_dtype(request),
-        requires={"onnxruntime": _oldest(request, model_kind == "encoder")},
+        requires={"onnxruntime": _oldest(request, beside[options.HEAD])},
         plan=plan.to_dict(),
-        options={**request.options, **options.beside(request, model_kind == "encoder")},
+        options={**request.options, **beside},
         exact=options.is_exact(request, model_kind == "encoder"),
         tools=tools(model_kind),
     )
 
 
-def _oldest(request: ExportRequest, encoder: bool) -> str:
-    """The oldest ONNX Runtime that runs the graph."""
+def _oldest(request: ExportRequest, head: str) -> str:
+    """The oldest ONNX Runtime that runs the graph; head: what embeddings and head are stored as."""
     if options.has_int8_cache(request):
         return _OLDEST_WITH_INT8_CACHE
-    integers = options.beside(request, encoder)[options.HEAD].startswith("int")
-    return _OLDEST_WITH_INTEGER_TABLE if integers else _OLDEST
+    return _OLDEST_WITH_INTEGER_TABLE if head.startswith("int") else _OLDEST
 
 
 def _trained_names(request: ExportRequest) -> dict[str, str]:

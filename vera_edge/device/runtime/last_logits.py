@@ -7,13 +7,12 @@ says: 0, the default, is all of them, -1 the last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vera_edge.device.runtime import onnx_message as message
-from vera_edge.device.runtime.onnx_file import fields, opset, spans, text
+from vera_edge.device.runtime.onnx_file import Node, opset, spans, text
 
 FROM = "vera_edge.logits_from"
 _CUT = f"{FROM}/cut"
@@ -52,26 +51,10 @@ def rewrite(model: Any) -> bytes | None:
     return bytes(made)
 
 
-@dataclass(frozen=True)
-class _Node:
-    """What a node reads and gives, and its operator."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    op: str
-
-    @classmethod
-    def of(cls, data: Any) -> _Node:
-        names: dict[int, list[str]] = {1: [], 2: [], 4: [""]}
-        for number, value in fields(data):
-            if number in names:
-                names[number].append(text(value))
-        return cls(tuple(names[1]), tuple(names[2]), names[4][-1])
-
-
 def _rewritten(parts: list[_Field]) -> bytes | None:
-    found = _last_norm(parts)
-    if found is None or not _stands_alone(parts, *found):
+    nodes = {index: Node.of(value) for index, (number, value, _) in enumerate(parts) if number == _NODE}
+    found = _last_norm(nodes)
+    if found is None or not _stands_alone(nodes, *found):
         return None
     place, hidden = found
     made = bytearray()
@@ -86,17 +69,13 @@ def _rewritten(parts: list[_Field]) -> bytes | None:
     return bytes(made) + message.field(_INPUT, message.port(FROM, message.KINDS["int64"], (1,)))
 
 
-def _last_norm(parts: list[_Field]) -> tuple[int, str] | None:
+def _last_norm(nodes: dict[int, Node]) -> tuple[int, str] | None:
     """Where among a graph's fields the norm is that the head reads, and what its output is called.
 
     A head's first inputs lead back to it, whatever else is added to its product.
     """
-    wanted, left = _LOGITS, _MOST
-    for index in reversed(range(len(parts))):
-        if parts[index][0] != _NODE or left == 0:
-            continue
-        left -= 1
-        node = _Node.of(parts[index][1])
+    wanted = _LOGITS
+    for index, node in [*nodes.items()][: -_MOST - 1 : -1]:
         if wanted not in node.outputs:
             continue
         if node.op in _NORMS:
@@ -107,24 +86,24 @@ def _last_norm(parts: list[_Field]) -> tuple[int, str] | None:
     return None
 
 
-def _stands_alone(parts: list[_Field], place: int, hidden: str) -> bool:
+def _stands_alone(nodes: dict[int, Node], place: int, hidden: str) -> bool:
     """Whether nothing that has a row for each token joins what comes of `hidden`, but `hidden` itself.
 
     Else the norm isn't the last: a residual is added to what it leads to.
     """
     comes, joins = {hidden}, set[str]()
-    for number, value, _ in parts[place + 1 :]:
-        if number == _NODE and comes & {*(node := _Node.of(value)).inputs}:
+    for index, node in nodes.items():
+        if index > place and comes & {*node.inputs}:
             comes.update(node.outputs)
             joins.update(node.inputs)
-    return not _reads_text(parts, joins - comes)
+    return not _reads_text(nodes, joins - comes)
 
 
-def _reads_text(parts: list[_Field], names: set[str]) -> bool:
+def _reads_text(nodes: dict[int, Node], names: set[str]) -> bool:
     """Whether one of these values depends on what is fed, and not on weights or an adapter alone."""
     wanted = set(names)
-    for number, value, _ in reversed(parts):
-        if number == _NODE and wanted & {*(node := _Node.of(value)).outputs}:
+    for node in reversed(nodes.values()):
+        if wanted & {*node.outputs}:
             wanted.update(node.inputs)
     return any(name in _FED or name.startswith(_CACHES) for name in wanted)
 

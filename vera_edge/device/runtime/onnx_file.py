@@ -32,6 +32,15 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
+    @classmethod
+    def of(cls, data: Any) -> Node:
+        """What a NodeProto says of itself; its subgraphs aren't looked at."""
+        texts: dict[int, list[str]] = {1: [], 2: [], 4: [""]}  # NodeProto.input, output, op_type
+        for number, value in fields(data):
+            if number in texts:
+                texts[number].append(text(value))
+        return cls(texts[4][-1], tuple(texts[1]), tuple(texts[2]))
+
 
 # Bits of a value, by TensorProto.DataType; 8 of those that aren't here.
 BITS: Mapping[int, int] = {
@@ -114,15 +123,12 @@ class OnnxFile:
                 self.initializers[name] = one
 
     def _add_node(self, data: Any) -> None:
-        texts: dict[int, list[str]] = {1: [], 2: [], 4: [""]}  # NodeProto.input, output, op_type
         for number, value in fields(data):
-            if number in texts:
-                texts[number].append(text(value))
-            elif number == 5:  # NodeProto.attribute
+            if number == 5:  # NodeProto.attribute
                 for part, inner in fields(value):
                     if part in (6, 11):  # AttributeProto.g, graphs
                         self._add_graph(inner)
-        self.nodes.append(Node(texts[4][-1], tuple(texts[1]), tuple(texts[2])))
+        self.nodes.append(Node.of(data))
 
 
 def initializer(data: Any) -> tuple[str, Initializer]:
